@@ -1,0 +1,48 @@
+"""Estimates of KL(π, π_ref) from samples of π, and the adaptive coefficient."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from rlhf_jax.arrays import Array
+from rlhf_jax.masked import at_least_float32, same_shape
+
+
+def kl_estimate(logp: Array, ref_logp: Array, *, estimator: str = "k1") -> Array:
+    """Estimate of KL(π, π_ref) at each sampled token, with d = log π_ref - log π: k1 = -d, k2 = d²/2, k3 = e^d - 1 - d.
+
+    k1 is unbiased and may be negative; k2 is biased, of low variance; k3 is unbiased and never negative.
+
+    Args:
+      logp: log π of the sampled token in nats, any shape.
+      ref_logp: log π_ref of it, the same shape.
+      estimator: "k1", "k2" or "k3".
+    Returns: nats, the same shape, float32.
+    Raises: ValueError for another estimator, or if the shapes differ.
+    Source: Schulman, joschu.net/blog/kl-approx.html.
+    """
+    same_shape(logp=logp, ref_logp=ref_logp)
+    d = at_least_float32(ref_logp) - at_least_float32(logp)
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return 0.5 * jnp.square(d)
+    if estimator == "k3":
+        return jnp.expm1(d) - d
+    raise ValueError(f"estimator {estimator!r}: wanted 'k1', 'k2' or 'k3'")
+
+
+def adapt_kl_coef(kl_coef: Array, kl: Array, *, target: float, horizon: float, episodes: int) -> Array:
+    """The next coefficient: β (1 + clip(KL/target - 1, -0.2, 0.2) n / horizon).
+
+    Args:
+      kl_coef: β, scalar.
+      kl: KL of the batch, the sum over a response averaged over episodes, in nats, scalar.
+      target: the KL to hold, in nats a response, e.g. 6.
+      horizon: in episodes, e.g. 10,000; the larger, the slower.
+      episodes: n, the episodes that kl was measured on.
+    Returns: β, float32 scalar.
+    Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593).
+    """
+    error = jnp.clip(at_least_float32(kl) / target - 1.0, -0.2, 0.2)
+    return at_least_float32(kl_coef) * (1.0 + error * (episodes / horizon))
