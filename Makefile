@@ -1,0 +1,43 @@
+# The doors of the project; `make help` lists them.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help setup recipe test lint format lock clean
+
+BIN := .venv/bin
+# The Python that makes .venv; empty: the first of python3, python3.14 … python3.11 that is 3.11 or newer.
+PYTHON ?=
+# Extras to add to the development set, e.g. `make setup EXTRAS=cuda13`.
+EXTRAS ?=
+# What `make recipe` and `make test` pass on, e.g. `make recipe ARGS="--seed 1"`, `make test ARGS="tests/test_kl.py"`.
+ARGS ?=
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
+
+setup: ## make .venv with everything that development needs (nothing is done when nothing changed)
+	@PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' sh .ci/setup
+
+recipe: setup ## the whole recipe on the embedded default: pretrain, SFT, reward model, PPO
+	@$(BIN)/python scripts/recipe.py $(ARGS)
+
+# Two workers: the time goes into compiling, which one process does on one core. A file stays with one worker,
+# so that its tests share what they compiled.
+test: setup ## the tests
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lock: setup ## resolve requirements.lock anew from pyproject.toml
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
+	  --no-emit-index-url --extra dev --extra notebook --extra tensorboard pyproject.toml --output-file requirements.lock
+
+clean: ## remove .venv and every cache; runs/ stays
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .jax_cache build dist *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
