@@ -22,8 +22,14 @@ FLOOR = {
     "rlhf_jax": 6,
 }
 # (importer, imported) on one floor: the exception and the array names are for all, the KL in the reward is the one
-# of kl.py, a run folder holds checkpoints. The files of data/ may import each other, stages never.
-NEIGHBOURS = {("masked", "arrays"), ("config", "errors"), ("returns", "kl"), ("run_folder", "checkpoint")}
+# of kl.py, sampling calls the model, a run folder holds checkpoints. The files of data/ may import each other.
+NEIGHBOURS = {
+    ("masked", "arrays"),
+    ("config", "errors"),
+    ("returns", "kl"),
+    ("generate", "model"),
+    ("run_folder", "checkpoint"),
+}
 
 ONLY_IN = {"flax": "model.py", "orbax": "checkpoint.py"}
 # The arrays and the maths on them know these, the standard library's plainest and each other.
