@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array
-from rlhf_jax.masked import at_least_float32, same_shape
+from rlhf_jax.masked import EXP_LIMIT, at_least_float32, elementwise, same_shape
 
 
 def kl_estimate(logp: Array, ref_logp: Array, *, estimator: str = "k1") -> Array:
@@ -22,14 +22,18 @@ def kl_estimate(logp: Array, ref_logp: Array, *, estimator: str = "k1") -> Array
     Source: Schulman, joschu.net/blog/kl-approx.html.
     """
     same_shape(logp=logp, ref_logp=ref_logp)
-    d = at_least_float32(ref_logp) - at_least_float32(logp)
-    if estimator == "k1":
-        return -d
-    if estimator == "k2":
-        return 0.5 * jnp.square(d)
-    if estimator == "k3":
-        return jnp.expm1(d) - d
-    raise ValueError(f"estimator {estimator!r}: wanted 'k1', 'k2' or 'k3'")
+
+    def estimate(logp: Array, ref_logp: Array) -> Array:
+        d = ref_logp - logp
+        if estimator == "k1":
+            return -d
+        if estimator == "k2":
+            return 0.5 * jnp.square(d)
+        if estimator == "k3":
+            return jnp.expm1(jnp.minimum(d, EXP_LIMIT)) - d
+        raise ValueError(f"estimator {estimator!r}: wanted 'k1', 'k2' or 'k3'")
+
+    return elementwise(estimate, logp, ref_logp)
 
 
 def adapt_kl_coef(kl_coef: Array, kl: Array, *, target: float, horizon: float, episodes: int) -> Array:

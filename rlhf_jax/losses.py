@@ -1,7 +1,7 @@
 """The losses of the recipe: arrays in, arrays out, float32, unreduced.
 
-They know no parameters, model, mask of the batch, or device. Where an input slot is NaN the loss there is NaN and its
-gradient 0, so that `masked_mean` can drop the slot without a trace, and a NaN that is kept still shows in the value.
+They know no parameters, model, mask of the batch, or device. Where an input slot is NaN or infinite the loss there is
+NaN and its gradient 0, so that `masked_mean` can drop the slot without a trace, and one that is kept still shows.
 """
 
 from __future__ import annotations
@@ -10,17 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array
-from rlhf_jax.masked import at_least_float32, same_shape
-
-
-def _elementwise(function, *inputs: Array) -> Array:
-    """function(*inputs) with NaN and no gradient wherever an input is NaN."""
-    inputs = tuple(at_least_float32(x) for x in inputs)
-    undefined = jnp.zeros(inputs[0].shape, bool)
-    for x in inputs:
-        undefined |= jnp.isnan(x)
-    safe = [jnp.where(undefined, 0.0, x) for x in inputs]
-    return jnp.where(undefined, jnp.nan, function(*safe))
+from rlhf_jax.masked import EXP_LIMIT, at_least_float32, elementwise, same_shape
 
 
 def next_token_loss(logits: Array, targets: Array) -> Array:
@@ -35,10 +25,13 @@ def next_token_loss(logits: Array, targets: Array) -> Array:
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"shapes differ: logits {logits.shape} without the last axis, targets {targets.shape}")
-    logits = at_least_float32(logits)
+    logits, targets = at_least_float32(logits), jnp.asarray(targets)
+    if targets.dtype.itemsize < 4:
+        # A vocabulary of more than 256 does not fit uint8: the ids to compare with would start again at 0.
+        targets = targets.astype(jnp.int32)
     peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    # max carries a NaN on, so this finds it without another pass over the vocabulary.
-    undefined = jnp.isnan(peak)
+    # max carries a NaN on, so this finds it without another pass over the vocabulary; -inf is a row of nothing else.
+    undefined = ~jnp.isfinite(peak)
     shifted = jnp.where(undefined, 0.0, logits - peak)
     ids = jax.lax.broadcasted_iota(targets.dtype, shifted.shape, shifted.ndim - 1)
     # A sum over a comparison, not a gather: its gradient is no scatter, and it works where V is sharded.
@@ -57,7 +50,7 @@ def pairwise_loss(chosen: Array, rejected: Array) -> Array:
     Source: Ouyang et al. 2022, eq. 1.
     """
     same_shape(chosen=chosen, rejected=rejected)
-    return _elementwise(lambda w, l: -jax.nn.log_sigmoid(w - l), chosen, rejected)
+    return elementwise(lambda win, lose: -jax.nn.log_sigmoid(win - lose), chosen, rejected)
 
 
 def ranking_loss(scores: Array, ranks: Array, mask: Array) -> Array:
@@ -99,10 +92,10 @@ def clipped_surrogate(log_ratio: Array, advantage: Array, *, clip: float) -> Arr
     same_shape(log_ratio=log_ratio, advantage=advantage)
 
     def loss(log_ratio: Array, advantage: Array) -> Array:
-        ratio = jnp.exp(log_ratio)
+        ratio = jnp.exp(jnp.minimum(log_ratio, EXP_LIMIT))
         return jnp.maximum(-advantage * ratio, -advantage * jnp.clip(ratio, 1.0 - clip, 1.0 + clip))
 
-    return _elementwise(loss, log_ratio, jax.lax.stop_gradient(advantage))
+    return elementwise(loss, log_ratio, jax.lax.stop_gradient(advantage))
 
 
 def clipped_value_loss(value: Array, old_value: Array, target: Array, *, clip: float) -> Array:
@@ -123,4 +116,4 @@ def clipped_value_loss(value: Array, old_value: Array, target: Array, *, clip: f
         near = jnp.clip(value, old_value - clip, old_value + clip)
         return 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(near - target))
 
-    return _elementwise(loss, value, jax.lax.stop_gradient(old_value), jax.lax.stop_gradient(target))
+    return elementwise(loss, value, jax.lax.stop_gradient(old_value), jax.lax.stop_gradient(target))

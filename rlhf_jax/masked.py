@@ -1,11 +1,16 @@
-"""The only reducers of the library: means and whitening over what a mask keeps."""
+"""What makes masked slots harmless, and the only reducers: means and whitening over what a mask keeps."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array
+
+# exp of more overflows float32, and the gradient of a token that is masked or clipped would be 0 · inf = NaN.
+EXP_LIMIT = 88.0
 
 
 def at_least_float32(x: Array) -> Array:
@@ -20,6 +25,19 @@ def same_shape(**arrays: Array) -> None:
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def elementwise(function: Callable[..., Array], *inputs: Array) -> Array:
+    """function(*inputs) in float32, with NaN and no gradient wherever an input is NaN or infinite.
+
+    A masked slot may then hold anything: 0 times the slope there is 0.
+    """
+    inputs = tuple(at_least_float32(x) for x in inputs)
+    defined = jnp.ones(inputs[0].shape, bool)
+    for x in inputs:
+        defined &= jnp.isfinite(x)
+    safe = [jnp.where(defined, x, 0.0) for x in inputs]
+    return jnp.where(defined, function(*safe), jnp.nan)
 
 
 def masked_mean(x: Array, mask: Array, axis_name: str | None = None, *, count: Array | None = None) -> Array:
