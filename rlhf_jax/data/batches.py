@@ -1,0 +1,244 @@
+"""Data sets in memory, and batches as a pure function of (seed, step, process).
+
+Nothing here has a position: the step of the training state is the position in the data, so a run that is stopped and
+started again, or that goes on with another number of processes, sees the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_jax.arrays import PromptBatch, RankingBatch, TokenBatch
+from rlhf_jax.errors import UserError
+
+Batch = TypeVar("Batch", covariant=True)
+Indices = NDArray[np.int64]
+IGNORED = 0  # the id where a caller names no pad id: masks and segment 0, never the id, say what is padding
+
+
+class Rows(Protocol[Batch]):
+    """A data set: how many rows, and the batch of some of them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Indices, among: Indices | None = None) -> Batch:
+        """The rows at `indices`, padded to the bucket that the rows `among` (by default the same) need.
+
+        Every process passes the whole global batch as `among`, so that all compile and run the same shape.
+        """
+        ...
+
+
+def default_buckets(limit: int) -> tuple[int, ...]:
+    """Row lengths to pad to: multiples of 16 up to 128, then 1.5 and 2 times a power of two, and `limit` itself last.
+
+    Few enough that a run compiles each, close enough that at most a third of a long row is padding.
+    """
+    lengths = list(range(16, 129, 16))
+    while lengths[-1] < limit:
+        lengths += [lengths[-1] * 3 // 2, lengths[-1] * 2]
+    return (*(length for length in lengths if length < limit), limit)
+
+
+def bucket_length(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `length` tokens. Raises: ValueError if none does."""
+    for bucket in sorted(buckets):
+        if length <= bucket:
+            return bucket
+    raise ValueError(f"a row of {length} tokens fits no bucket; the longest is {max(buckets)}")
+
+
+@functools.lru_cache(maxsize=8)
+def order(rows: int, seed: int, epoch: int) -> Indices:
+    """The permutation of 0 … rows - 1 in which an epoch visits the rows."""
+    permutation = np.random.default_rng([seed, epoch]).permutation(rows).astype(np.int64)
+    permutation.flags.writeable = False  # cached: a caller that changed it would change every later epoch
+    return permutation
+
+
+def global_indices(rows: int, *, batch_size: int, seed: int, step: int) -> Indices:
+    """Rows of the global batch of a step: place g = step * batch_size + j takes order(rows, seed, g // rows)[g % rows].
+
+    Every row is seen once before any is seen twice, also where a batch runs across the end of an epoch.
+    """
+    places = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    epochs, offsets = np.divmod(places, rows)
+    return np.array([order(rows, seed, int(e))[o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64)
+
+
+def batch_at(
+    rows: Rows[Batch], *, batch_size: int, seed: int, step: int, process: int = 0, processes: int = 1
+) -> Batch:
+    """This process's share, a contiguous block, of the global batch of a step.
+
+    Args:
+      batch_size: rows of the global batch, over all processes.
+      seed: of the order of the rows, 0 or more.
+      step: updates done so far.
+    Raises: UserError if there are no rows; ValueError if the batch does not divide among the processes.
+    """
+    if len(rows) == 0:
+        raise UserError("no rows to train on: the data is empty, or every row was dropped; see ledger.json for why")
+    if batch_size % processes:
+        wanted = max(processes, batch_size - batch_size % processes)
+        raise ValueError(f"batch {batch_size} is not divisible by {processes} processes; use --batch {wanted}")
+    if not 0 <= process < processes:
+        raise ValueError(f"process {process} is not one of {processes}")
+    everyone = global_indices(len(rows), batch_size=batch_size, seed=seed, step=step)
+    share = batch_size // processes
+    return rows.batch(everyone[process * share : (process + 1) * share], among=everyone)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Rows of one fixed length N x T, as packing makes them: int32 tokens, int32 segment ids, bool loss mask."""
+
+    tokens: NDArray[np.int32]
+    segment_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        shapes = {self.tokens.shape, self.segment_ids.shape, self.loss_mask.shape}
+        if len(shapes) != 1 or self.tokens.ndim != 2:
+            raise ValueError(f"token rows want three arrays of one shape [N, T], found {sorted(shapes)}")
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def targets(self) -> int:
+        """Tokens that carry loss."""
+        return int(self.loss_mask.sum())
+
+    def batch(self, indices: Indices, among: Indices | None = None) -> TokenBatch:
+        del among  # one length for all
+        return _token_batch(self.tokens[indices], self.segment_ids[indices], self.loss_mask[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedRows:
+    """Rows of different lengths, one segment each, right-padded to the bucket of the longest row of a batch.
+
+    rows: (ids, loss mask) of the same length. limit: the longest row allowed, usually the model's context.
+    buckets: lengths to pad to; default_buckets(limit) if empty. sources: the record of each row, or nothing.
+    """
+
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]]
+    limit: int
+    pad_id: int = IGNORED
+    buckets: tuple[int, ...] = ()
+    sources: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        for number, (ids, mask) in enumerate(self.rows):
+            if len(ids) != len(mask) or len(ids) > self.limit:
+                raise ValueError(f"row {number}: {len(ids)} ids, {len(mask)} mask values, limit {self.limit}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that carry loss."""
+        return sum(sum(mask) for _, mask in self.rows)
+
+    def batch(self, indices: Indices, among: Indices | None = None) -> TokenBatch:
+        longest = max(len(self.rows[i][0]) for i in (indices if among is None else among))
+        shape = (len(indices), bucket_length(longest, self.buckets or default_buckets(self.limit)))
+        tokens = np.full(shape, self.pad_id, np.int32)
+        segment_ids = np.zeros(shape, np.int32)
+        loss_mask = np.zeros(shape, np.bool_)
+        for place, index in enumerate(indices):
+            ids, mask = self.rows[index]
+            tokens[place, : len(ids)] = ids
+            segment_ids[place, : len(ids)] = 1
+            loss_mask[place, : len(ids)] = mask
+        return _token_batch(tokens, segment_ids, loss_mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingRows:
+    """Prompts with K ranked responses each, K ragged.
+
+    rows: (one row of ids for each response, one rank each; 1 is best). The other fields as in RaggedRows.
+    """
+
+    rows: Sequence[tuple[Sequence[Sequence[int]], Sequence[int]]]
+    limit: int
+    pad_id: int = IGNORED
+    buckets: tuple[int, ...] = ()
+    sources: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        for number, (responses, ranks) in enumerate(self.rows):
+            if len(responses) != len(ranks) or len(ranks) < 2 or min(ranks) < 1:
+                raise ValueError(
+                    f"row {number}: {len(responses)} responses, ranks {list(ranks)}; wanted 2 or more, from 1 up"
+                )
+            if not all(0 < len(ids) <= self.limit for ids in responses):
+                raise ValueError(f"row {number}: lengths {[len(ids) for ids in responses]}, wanted 1 to {self.limit}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def responses(self) -> int:
+        """K: the most responses that a prompt of this data set has."""
+        return max(len(ranks) for _, ranks in self.rows)
+
+    def batch(self, indices: Indices, among: Indices | None = None) -> RankingBatch:
+        longest = max(len(ids) for i in (indices if among is None else among) for ids in self.rows[i][0])
+        shape = (len(indices), self.responses, bucket_length(longest, self.buckets or default_buckets(self.limit)))
+        tokens = np.full(shape, self.pad_id, np.int32)
+        mask = np.zeros(shape, np.bool_)
+        ranks = np.zeros(shape[:2], np.int32)
+        exists = np.zeros(shape[:2], np.bool_)
+        for place, index in enumerate(indices):
+            responses, row_ranks = self.rows[index]
+            ranks[place, : len(row_ranks)] = row_ranks
+            exists[place, : len(row_ranks)] = True
+            for k, ids in enumerate(responses):
+                tokens[place, k, : len(ids)] = ids
+                mask[place, k, : len(ids)] = True
+        arrays: list[Any] = [tokens, mask, ranks, exists]
+        return RankingBatch(*arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRows:
+    """Prompts, left-padded to one width. sources: the record of each row, or nothing."""
+
+    rows: Sequence[Sequence[int]]
+    width: int
+    pad_id: int = IGNORED
+    sources: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        for number, ids in enumerate(self.rows):
+            if not 0 < len(ids) <= self.width:
+                raise ValueError(f"prompt {number}: {len(ids)} ids, wanted 1 to {self.width}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Indices, among: Indices | None = None) -> PromptBatch:
+        del among  # one width for all
+        tokens = np.full((len(indices), self.width), self.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, np.bool_)
+        for place, index in enumerate(indices):
+            ids = self.rows[index]
+            tokens[place, self.width - len(ids) :] = ids
+            mask[place, self.width - len(ids) :] = True
+        arrays: list[Any] = [tokens, mask]
+        return PromptBatch(*arrays)
+
+
+def _token_batch(tokens: Any, segment_ids: Any, loss_mask: Any) -> TokenBatch:
+    # NumPy arrays where the pytree says jax.Array: the batch reaches the device when the step is called.
+    return TokenBatch(tokens, segment_ids, loss_mask)
