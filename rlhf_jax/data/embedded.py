@@ -1,0 +1,171 @@
+"""The default corpus, carried by every Python: the language's own documentation.
+
+Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library. Demonstrations are pairs of a
+function's name and signature, written as words, and the first sentence of its docstring. Functions without a docstring
+give further prompts. Sources are parsed, never imported, so nothing of theirs runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_jax.data.records import Demonstration, Prompt, Text
+from rlhf_jax.errors import UserError
+
+# Written in C, so that no source file of theirs carries a docstring; importing them has no side effect.
+_C_MODULES = ("builtins", "math", "itertools", "time", "_collections", "_functools", "_operator", "array", "zlib",
+              "_struct", "select", "unicodedata", "binascii", "_bisect", "_heapq", "_random", "cmath", "_socket",
+              "_datetime", "_io", "_json", "_csv", "posix", "gc", "signal", "faulthandler", "mmap")  # fmt: skip
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
+_LEAST_DEMONSTRATIONS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A named function or class of the standard library: its words and, where it has one, its docstring's first sentence."""
+
+    where: str
+    prompt: str
+    sentence: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The embedded corpus, split by a hash of the prompt or text, so that the split is the same for every seed.
+
+    texts, heldout_texts: for pretraining, about 24 to 1. demonstrations, heldout_demonstrations: (prompt, first
+    sentence), about 9 to 1. prompts, heldout_prompts: all prompts of either side, with or without a demonstration.
+    """
+
+    texts: list[Text]
+    heldout_texts: list[Text]
+    demonstrations: list[Demonstration]
+    heldout_demonstrations: list[Demonstration]
+    prompts: list[Prompt]
+    heldout_prompts: list[Prompt]
+
+
+def words_of(name: str) -> list[str]:
+    """The words of an identifier: `use_posixSpawn2` gives use, posix, spawn2."""
+    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
+    spaced = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1 \2", spaced)
+    return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
+
+
+def prompt_of(name: str, arguments: list[str]) -> str:
+    """A function's name and signature as words: ` use posix spawn (args) ->`.
+
+    The leading space makes the words the same tokens as in the middle of a sentence, so that a model can copy them.
+    """
+    inner = [" ".join(words_of(argument)) for argument in arguments if argument not in ("self", "cls")]
+    signature = f" ({', '.join(a for a in inner[:4] if a)})" if any(inner) else ""
+    return f" {' '.join(words_of(name))}{signature} ->"
+
+
+def first_sentence(docstring: str) -> str | None:
+    """The first sentence of a docstring if it reads as one: a capital to a full stop, 15 to 120 characters, no markup."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    match = re.match(r"[A-Z][a-z].*?[a-z\])]\.(?=\s|$)", paragraph)
+    if match is None or not 15 <= len(match[0]) <= 120 or re.search(r"[`*<>|{}=\\_]|->|\.\.|::", match[0]):
+        return None
+    return match[0]
+
+
+def _functions_of_source(path: Path, name: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
+    """(where, docstring, name, arguments) of a module and of everything defined in it."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # files of the standard library that hold deliberate mistakes
+        return
+    yield f"{name}:1", ast.get_docstring(tree), "", []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+        elif isinstance(node, ast.ClassDef):
+            arguments = []
+        else:
+            continue
+        yield f"{name}:{node.lineno}", ast.get_docstring(node), node.name, arguments
+
+
+def _functions_of_c_module(module: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
+    try:
+        owner = importlib.import_module(module)
+    except ImportError:  # not on every platform
+        return
+    for name, member in sorted(vars(owner).items()):
+        members = [(name, member)]
+        if inspect.isclass(member):
+            members += sorted(vars(member).items())
+        for label, function in members:
+            if callable(function) and not label.startswith("__"):
+                docstring = inspect.getdoc(function)
+                yield f"{module}.{name}", docstring, label, []
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
+def load_corpus() -> Corpus:
+    """Reads the corpus from the running Python in a few seconds.
+
+    Raises: UserError where this Python has been stripped of its documentation.
+    """
+    documents: dict[str, str] = {}
+    functions: dict[str, Function] = {}
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        topics = {}
+    for topic, text in sorted(topics.items()):
+        documents.setdefault(text.strip(), f"pydoc_data.topics:{topic}")
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if not _SKIPPED_FOLDERS.intersection(relative.parts) and relative.parts[0] != "pydoc_data":
+            found.extend(_functions_of_source(path, str(relative)))
+    for module in _C_MODULES:
+        found.extend(_functions_of_c_module(module))
+    for where, docstring, name, arguments in found:
+        if docstring:
+            documents.setdefault(inspect.cleandoc(docstring).strip(), where)
+        if not name or name.startswith("__") or not words_of(name):
+            continue
+        prompt = prompt_of(name, arguments)
+        sentence = first_sentence(docstring) if docstring else None
+        if prompt not in functions or (functions[prompt].sentence is None and sentence is not None):
+            functions[prompt] = Function(where, prompt, sentence)
+    demonstrations = [Demonstration(f.prompt, " " + f.sentence, f.where) for f in functions.values() if f.sentence]
+    if len(demonstrations) < _LEAST_DEMONSTRATIONS:
+        raise UserError(
+            f"the embedded corpus: {len(demonstrations)} docstrings found in {root} ({sys.version.split()[0]}), wanted at "
+            f"least {_LEAST_DEMONSTRATIONS}; this Python was installed without its documentation, pass files with --data"
+        )
+    prompts = [Prompt(f.prompt, f.where) for f in functions.values()]
+    texts = [Text(text, where) for text, where in documents.items() if len(text) >= 40]
+    # A held-out function's docstring must not be pretrained on either, so texts follow the functions' split.
+    heldout_sentences = {f.sentence for f in functions.values() if f.sentence and _share(f.prompt) < 0.1}
+
+    def held_out_text(text: Text) -> bool:
+        return _share(text.text) < 0.04 or first_sentence(text.text) in heldout_sentences
+
+    return Corpus(
+        texts=[t for t in texts if not held_out_text(t)],
+        heldout_texts=[t for t in texts if _share(t.text) < 0.04],
+        demonstrations=[d for d in demonstrations if _share(d.prompt) >= 0.1],
+        heldout_demonstrations=[d for d in demonstrations if _share(d.prompt) < 0.1],
+        prompts=[p for p in prompts if _share(p.prompt) >= 0.1],
+        heldout_prompts=[p for p in prompts if _share(p.prompt) < 0.1],
+    )

@@ -1,0 +1,108 @@
+"""A simulated labeller for the embedded corpus: a written-down gold score, and rankings by it with Bradley-Terry noise.
+
+It stands where InstructGPT had people. Everything it prefers can be read off `gold_score`, so that what RLHF gained is
+measured against what was wanted, and not only against the reward model. The noise is such that two labellers agree on
+73% of pairs, as InstructGPT's did (Ouyang et al. 2022, section 3.4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+AGREEMENT = 0.73
+LONGEST_CONCISE = 14  # words
+SHORTEST_SENTENCE = 3  # words
+
+
+@dataclasses.dataclass(frozen=True)
+class GoldWeights:
+    """What each part of the gold score is worth."""
+
+    topic: float = 3.0
+    finished: float = 1.5
+    known: float = 1.5
+    repetition: float = 2.0
+    length: float = 0.25
+
+
+def gold_score(prompt: str, response: str, vocabulary: frozenset[str], weights: GoldWeights | None = None) -> float:
+    """How good a response about a function is, by the labelling instructions of the default recipe.
+
+    score = topic · (share of the function's words that the response mentions)
+          + finished · (1 if it is one sentence, from a capital to a full stop)
+          + known · (share of its words that are words of the corpus)
+          - repetition · (share of its words that were there before)
+          - length · (words over 14, or under 3)
+
+    Args:
+      prompt: as `prompt_of` writes it, ` use posix spawn (args) ->`.
+      response: the decoded response; one that never ended should be given without its full stop, as it is.
+      vocabulary: words of the corpus, lower case.
+    """
+    weights = weights or GoldWeights()
+    text = response.strip()
+    words = re.findall(r"[a-z][a-z0-9]*", text.lower())
+    if not words:
+        return -weights.length * SHORTEST_SENTENCE
+    asked = topic_words(prompt)
+    mentioned = sum(any(same_word(a, w) for w in words) for a in asked) / len(asked) if asked else 0.0
+    finished = bool(re.fullmatch(r"[A-Z][^.!?]*\.", text))
+    known = sum(word in vocabulary for word in words) / len(words)
+    content = [word for word in words if word not in STOP_WORDS]
+    repeated = 1.0 - len(set(content)) / len(content) if content else 0.0
+    excess = max(0, len(words) - LONGEST_CONCISE) + max(0, SHORTEST_SENTENCE - len(words))
+    return (
+        weights.topic * mentioned
+        + weights.finished * finished
+        + weights.known * known
+        - weights.repetition * repeated
+        - weights.length * excess
+    )
+
+
+STOP_WORDS = frozenset("a an and are as at be by for from if in is it its not of on or s that the this to with".split())
+
+
+def topic_words(prompt: str) -> list[str]:
+    """The words of the function asked about: its name's, or, where that has none of three letters, its arguments' too."""
+    name, _, rest = prompt.removesuffix("->").partition("(")
+    for part in (name, name + " " + rest):
+        words = [word for word in re.findall(r"[a-z][a-z0-9]*", part.lower()) if len(word) > 2 and word not in STOP_WORDS]
+        if words:
+            return list(dict.fromkeys(words))
+    return []
+
+
+def same_word(asked: str, word: str) -> bool:
+    """Whether two words share a stem: equal, or one continues the other after three letters (`use`, `uses`, `using`)."""
+    stem = asked[:-1] if len(asked) > 4 and asked[-1] in "es" else asked
+    return word.startswith(stem) or (len(word) > 3 and asked.startswith(word))
+
+
+def noise_for_agreement(scores: NDArray[np.float64], agreement: float = AGREEMENT) -> float:
+    """The temperature τ at which two labellers agree on that share of pairs, by bisection.
+
+    A labeller prefers i to j with p = σ((g_i - g_j) / τ), so two agree with p² + (1 - p)².
+
+    Args:
+      scores: gold scores [prompts, K]; pairs are those of one prompt whose scores differ.
+    """
+    first, second = np.triu_indices(scores.shape[1], 1)
+    gaps = np.abs(scores[:, first] - scores[:, second]).ravel()
+    gaps = gaps[gaps > 0]
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        middle = float(np.sqrt(low * high))
+        p = 1.0 / (1.0 + np.exp(-np.minimum(gaps / middle, 50.0)))
+        low, high = (middle, high) if np.mean(p**2 + (1 - p) ** 2) > agreement else (low, middle)
+    return float(np.sqrt(low * high))
+
+
+def rank(scores: NDArray[np.float64], noise: float, random: np.random.Generator) -> NDArray[np.int64]:
+    """A labeller's ranks [prompts, K], 1 is best: the order of gold / τ plus Gumbel noise (Plackett-Luce), whose pairs are Bradley-Terry's."""
+    utility = scores / noise + random.gumbel(size=scores.shape)
+    return np.argsort(np.argsort(-utility, axis=1), axis=1) + 1

@@ -1,0 +1,161 @@
+"""One PPO rollout as a pure function: sample responses, score them, turn scores into advantages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, pytree
+from rlhf_jax.generate import generate
+from rlhf_jax.kl import kl_estimate
+from rlhf_jax.losses import next_token_loss
+from rlhf_jax.masked import masked_mean, masked_whiten
+from rlhf_jax.model import Transformer
+from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
+from rlhf_jax.scoring import entropy, last_token_scores, response_logits, state_values
+
+
+class Networks(NamedTuple):
+    """The architectures of PPO's four networks; all read the same token ids.
+
+    policy is also the reference's; scorer, with the scalar head, is the reward model's and the value network's.
+    """
+
+    policy: Transformer
+    scorer: Transformer
+
+
+@pytree
+class Frozen:
+    """The networks that PPO reads and never changes, and the scale of scores.
+
+    reference: parameters of the SFT model. reward: parameters of the reward model. score_mean, score_scale: scalars;
+    a score counts as (score - mean) / scale.
+    """
+
+    reference: Params
+    reward: Params
+    score_mean: Array
+    score_scale: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeConfig:
+    """How responses are sampled and rewarded."""
+
+    response_length: int = 32
+    """Most tokens of a response, the end-of-text token included."""
+    temperature: float = 1.0
+    """Divides the logits in sampling and in every log-probability alike."""
+    missing_end: Literal["replace", "subtract", "keep"] = "replace"
+    """A response without an end gets missing_end_score in place of its score, has its size subtracted, or keeps its own."""
+    missing_end_score: float = -1.0
+    """In units of the score (after its scale); negative."""
+    gamma: float = 1.0
+    """Discount."""
+    gae_lambda: float = 0.95
+    """λ of generalized advantage estimation."""
+    whiten_rewards: bool = False
+    """Divide rewards by their deviation over the batch; their mean is kept."""
+
+    def __post_init__(self) -> None:
+        if self.response_length < 1:
+            raise ValueError(f"response_length {self.response_length}: wanted at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature}: wanted above 0; PPO samples from a distribution")
+        if self.missing_end_score > 0:
+            raise ValueError(f"missing_end_score {self.missing_end_score}: wanted 0 or less, it is a penalty")
+
+
+def collect(
+    networks: Networks,
+    params: dict[str, Params],
+    frozen: Frozen,
+    prompts: PromptBatch,
+    key: Array,
+    kl_coef: Array,
+    config: EpisodeConfig,
+    *,
+    eos_id: int,
+    pad_id: int,
+    axis_name: str | None = None,
+) -> tuple[Rollout, dict[str, Array]]:
+    """Samples an episode for each prompt and scores it.
+
+    The log-probabilities are computed by the forward pass that the update uses, not by the sampler, so that the ratio
+    before the first update is 1. Nothing is decoded or tokenised again: all networks read the sampled ids.
+
+    Args:
+      params: {"policy": …, "critic": …}.
+      key: typed; of this iteration (and device) alone.
+      kl_coef: β, scalar.
+      axis_name: a mapped axis over which the prompts are spread.
+    Returns: (rollout, metrics); the metrics are shares, to be summed over the axis.
+    """
+    length = config.response_length
+    sampled = generate(
+        networks.policy,
+        params["policy"],
+        prompts.tokens_BP,
+        prompts.mask_BP,
+        key,
+        max_new_tokens=length,
+        stop_ids=(eos_id,),
+        pad_id=pad_id,
+        temperature=config.temperature,
+    )
+    tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
+    mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
+    mask_BR = sampled.mask
+    ended_B = jnp.any((sampled.tokens == eos_id) & mask_BR, axis=1)
+
+    def log_probabilities(network_params: Params) -> tuple[Array, Array]:
+        logits_BRV = response_logits(
+            networks.policy, network_params, tokens_BT, mask_BT, response_length=length, temperature=config.temperature
+        )
+        return jnp.where(mask_BR, -next_token_loss(logits_BRV, sampled.tokens), 0.0), logits_BRV
+
+    logp_BR, logits_BRV = log_probabilities(params["policy"])
+    ref_logp_BR, _ = log_probabilities(frozen.reference)
+    value_BR = state_values(networks.scorer, params["critic"], tokens_BT, mask_BT, response_length=length)
+    raw_B = last_token_scores(networks.scorer, frozen.reward, tokens_BT, mask_BT)
+    score_B = (raw_B - frozen.score_mean) / frozen.score_scale
+    if config.missing_end == "replace":
+        score_B = jnp.where(ended_B, score_B, config.missing_end_score)
+    elif config.missing_end == "subtract":
+        score_B = jnp.where(ended_B, score_B, score_B + config.missing_end_score)
+    reward_BR = kl_penalized_reward(logp_BR, ref_logp_BR, score_B, mask_BR, kl_coef=kl_coef)
+    if config.whiten_rewards:
+        reward_BR = masked_whiten(reward_BR, mask_BR, axis_name, keep_mean=True)
+    advantage_BR, target_BR = generalized_advantages(
+        reward_BR, value_BR, mask_BR, gamma=config.gamma, lam=config.gae_lambda
+    )
+    rollout = Rollout(
+        tokens_BT=tokens_BT,
+        mask_BT=mask_BT,
+        response_mask_BR=mask_BR,
+        logp_BR=logp_BR,
+        ref_logp_BR=ref_logp_BR,
+        value_BR=value_BR,
+        advantage_BR=masked_whiten(advantage_BR, mask_BR, axis_name),
+        target_BR=target_BR,
+        score_B=score_B,
+    )
+    everyone_B = jnp.ones_like(ended_B)
+
+    def over_episodes(x_B: Array) -> Array:
+        return masked_mean(x_B, everyone_B, axis_name)
+
+    kl_BR = jnp.where(mask_BR, kl_estimate(logp_BR, ref_logp_BR), 0.0)
+    metrics = {
+        "score": over_episodes(score_B),
+        "kl": over_episodes(jnp.sum(kl_BR, axis=1)),
+        "reward": over_episodes(jnp.sum(reward_BR, axis=1)),
+        "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
+        "missing_end": over_episodes(~ended_B),
+        "entropy": masked_mean(entropy(logits_BRV), mask_BR, axis_name),
+        "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - logp_BR), mask_BR, axis_name),
+    }
+    return rollout, metrics

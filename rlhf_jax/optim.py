@@ -1,0 +1,163 @@
+"""Optimizer and schedule from a configuration, and gradients that are exact over microbatches and devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.arrays import Array, Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with gradient clipping, linear warm-up and a schedule."""
+
+    learning_rate: float = 1e-3
+    """At the end of the warm-up."""
+    warmup_steps: int = 10
+    """Linear from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """After the warm-up, to the end of the run."""
+    final_fraction: float = 0.1
+    """Of the learning rate, at the end of a linear or cosine schedule."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment; 1e-5 in Ziegler et al. 2019."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices only."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate {self.learning_rate}: wanted at least 0")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps {self.warmup_steps}: wanted at least 0")
+
+
+def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate of an optimizer step; `steps` is how many the run takes."""
+    rest = max(steps - config.warmup_steps, 1)
+    rate, final = config.learning_rate, config.learning_rate * config.final_fraction
+    if config.schedule == "constant":
+        after = optax.constant_schedule(rate)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(rate, final, rest)
+    else:
+        after = optax.cosine_decay_schedule(rate, rest, config.final_fraction)
+    warmup = optax.linear_schedule(rate / max(config.warmup_steps, 1), rate, max(config.warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Clip, Adam, decay, schedule."""
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)))
+    parts.append(optax.scale_by_learning_rate(make_schedule(config, steps)))
+    return optax.chain(*parts)
+
+
+Objective = Callable[[Params, Any, Array], tuple[Array, dict[str, Array]]]
+
+
+def summed_gradients(
+    objective: Objective,
+    params: Params,
+    batch: Any,
+    key: Array,
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> tuple[Params, dict[str, Array]]:
+    """Gradient and metrics of an objective whose value is a share of the global mean, summed over all its shares.
+
+    Shares, not means: a mean of per-device or per-microbatch means is wrong wherever masks are uneven.
+
+    Args:
+      objective: (params, microbatch, key) -> (share of the loss, shares of the metrics), normalised by global counts.
+      params: what to differentiate by.
+      batch: pytree of arrays with a leading row axis.
+      key: typed random key; each share gets one of its own.
+      microbatches: equal slices of the batch, one after the other, to save memory.
+      axis_name: a mapped axis over which the batch is spread.
+    Returns: (gradient, metrics with "loss"), the same on every device.
+    Raises: ValueError where the rows do not divide.
+    """
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+    def shares(batch: Any, key: Array) -> tuple[Params, dict[str, Array]]:
+        (loss, metrics), gradient = differentiate(params, batch, key)
+        return gradient, {"loss": loss} | metrics
+
+    if microbatches == 1:
+        total = shares(batch, key)
+    else:
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        if rows % microbatches:
+            raise ValueError(f"{rows} rows are not divisible by {microbatches} microbatches")
+        # Every m-th row, so that a batch sharded by rows stays spread over the devices in each microbatch.
+        sliced = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, microbatches)
+        shapes = jax.eval_shape(shares, jax.tree.map(lambda x: x[0], sliced), keys[0])
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(lambda sum, part: (jax.tree.map(jnp.add, sum, shares(*part)), None), zero, (sliced, keys))
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def global_count(mask: Array, axis_name: str | None = None) -> Array:
+    """Kept slots of the global batch, int32 scalar."""
+    count = jnp.sum(mask, dtype=jnp.int32)
+    return count if axis_name is None else jax.lax.psum(count, axis_name)
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation, gradient: Params, opt_state: Any, params: Params
+) -> tuple[Params, Any, dict[str, Array]]:
+    """One optimizer step: (params, opt_state, {"grad_norm", "skipped"}).
+
+    A gradient that is not finite changes nothing and counts as skipped (1.0); decided inside the compiled program, so
+    that no bad value ever reaches a parameter.
+    """
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(norm)
+    updates, new_opt_state = optimizer.update(gradient, opt_state, params)
+    new_params = optax.apply_updates(params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
+    )
+    return params, opt_state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+
+
+def gradient_step(
+    state: TrainState,
+    objective: Objective,
+    batch: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The update of the stages with one network: summed gradients, one optimizer step, the step counted."""
+    key = jax.random.fold_in(state.key, state.step)
+    gradient, metrics = summed_gradients(
+        objective, state.params, batch, key, microbatches=microbatches, axis_name=axis_name
+    )
+    params, opt_state, facts = apply_gradient(optimizer, gradient, state.opt_state, state.params)
+    return TrainState(state.step + 1, params, opt_state, state.key, state.extras), metrics | facts
+
+
+def new_state(params: Params, opt_state: Any, seed: int, **extras: Any) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key(seed), extras)

@@ -1,0 +1,240 @@
+"""Stage 3.2, PPO: maximise r(x, y) - β log(π(y|x) / π_SFT(y|x)), plus γ log π(x) on pretraining text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, TokenBatch, TrainState, pytree
+from rlhf_jax.config import RunConfig
+from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
+from rlhf_jax.kl import adapt_kl_coef
+from rlhf_jax.losses import clipped_surrogate, clipped_value_loss, next_token_loss
+from rlhf_jax.masked import masked_mean
+from rlhf_jax.optim import OptimConfig, apply_gradient, global_count, make_optimizer, new_state, summed_gradients
+from rlhf_jax.scoring import response_logits, state_values, target_losses
+
+
+@pytree
+class Batch:
+    """What one iteration reads: prompts, and rows of pretraining text (None without the mix)."""
+
+    prompts: PromptBatch
+    pretraining: TokenBatch | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of stage 3.2."""
+
+    batch: int = 64
+    """Episodes of an iteration, over all devices."""
+    steps: int = 50
+    """Iterations: collect, then epochs x minibatches optimizer steps."""
+    epochs: int = 1
+    """Passes over the episodes of an iteration, each in a fresh order."""
+    minibatches: int = 4
+    """Optimizer steps of an epoch."""
+    clip: float = 0.2
+    """ε of the policy ratio."""
+    value_clip: float = 0.2
+    """Range of the value around its old one."""
+    value_coef: float = 0.1
+    """Weight of the value loss; matters only through clipping, since the value network is one of its own."""
+    kl_coef: float = 0.05
+    """β, reward units per nat; the first one if kl_target is given."""
+    kl_target: float | None = None
+    """Nats a response; given, β adapts to hold it (Ziegler et al. 2019)."""
+    kl_horizon: float = 10_000.0
+    """Episodes over which β adapts."""
+    pretraining_coef: float = 0.0
+    """γ of the pretraining mix, on the mean loss per token; 27.8 in InstructGPT, where it was a sum of other scale."""
+    pretraining_batch: int = 0
+    """Rows of pretraining text in an iteration; a multiple of minibatches."""
+    ema_decay: float = 0.0
+    """Of the policy's moving average over iterations; 0.992 in InstructGPT, 0 for none."""
+    policy: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig(learning_rate=1e-4, schedule="linear", epsilon=1e-5)
+    )
+    """Optimizer of the policy."""
+    critic: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig(learning_rate=3e-4, schedule="linear", epsilon=1e-5)
+    )
+    """Optimizer of the value network."""
+    episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
+    """Sampling and rewards."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Over the whole run."""
+        return self.steps * self.epochs * self.minibatches
+
+
+def objective(
+    networks: Networks, params: dict[str, Params], part: Rollout, count: Array, config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """Clipped surrogate plus weighted clipped value loss of a part of the episodes, as a share of the mean over tokens.
+
+    Args:
+      params: {"policy": …, "critic": …}.
+      count: response tokens of the whole minibatch.
+    """
+    mask_BR = part.response_mask_BR
+    length = mask_BR.shape[1]
+    logits_BRV = response_logits(
+        networks.policy,
+        params["policy"],
+        part.tokens_BT,
+        part.mask_BT,
+        response_length=length,
+        temperature=config.episode.temperature,
+    )
+    log_ratio_BR = jnp.where(mask_BR, -next_token_loss(logits_BRV, part.tokens_BT[:, -length:]) - part.logp_BR, 0.0)
+    value_BR = state_values(networks.scorer, params["critic"], part.tokens_BT, part.mask_BT, response_length=length)
+
+    def mean(x_BR: Array) -> Array:
+        return masked_mean(x_BR, mask_BR, count=count)
+
+    policy_loss = mean(clipped_surrogate(log_ratio_BR, part.advantage_BR, clip=config.clip))
+    value_loss = mean(clipped_value_loss(value_BR, part.value_BR, part.target_BR, clip=config.value_clip))
+    error_BR = jnp.abs(jnp.expm1(jax.lax.stop_gradient(log_ratio_BR)))
+    metrics = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "clipped": mean(error_BR > config.clip),
+        "ratio_error": mean(error_BR),
+    }
+    return policy_loss + config.value_coef * value_loss, metrics
+
+
+def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
+    """One optimizer for the policy and one for the critic, over all optimizer steps of the run."""
+    return {
+        "policy": make_optimizer(config.policy, config.optimizer_steps),
+        "critic": make_optimizer(config.critic, config.optimizer_steps),
+    }
+
+
+def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
+    """The state before the first iteration: the policy from SFT, the critic from the reward model."""
+    params = {"policy": policy, "critic": critic}
+    optimizers = make_optimizers(config)
+    opt_state = {name: optimizers[name].init(params[name]) for name in optimizers}
+    extras: dict[str, Any] = {"kl_coef": jnp.asarray(config.kl_coef, jnp.float32)}
+    if config.ema_decay:
+        extras["ema"] = jax.tree.map(jnp.copy, policy)
+    return new_state(params, opt_state, config.seed, **extras)
+
+
+def make_update(
+    networks: Networks, config: Config, *, eos_id: int, pad_id: int, axis_name: str | None = None
+) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
+    """One iteration as a pure function: collect → score → returns → epochs × minibatches of optimizer steps."""
+    optimizers = make_optimizers(config)
+
+    def optimizer_step(
+        carry: tuple[dict[str, Params], dict[str, Any]],
+        inputs: tuple[Rollout, TokenBatch | None, Array],
+    ) -> tuple[tuple[dict[str, Params], dict[str, Any]], dict[str, Array]]:
+        params, opt_state = carry
+        part, text, key = inputs
+        count = global_count(part.response_mask_BR, axis_name)
+        gradient, metrics = summed_gradients(
+            lambda p, rows, _: objective(networks, p, rows, count, config),
+            params,
+            part,
+            key,
+            microbatches=config.microbatches,
+            axis_name=axis_name,
+        )
+        if text is not None:
+            targets = global_count(text.shifted()[3], axis_name)
+
+            def language_objective(policy: Params, rows: TokenBatch, _: Array) -> tuple[Array, dict[str, Array]]:
+                loss, mask = target_losses(networks.policy, policy, rows)
+                return masked_mean(loss, mask, count=targets), {}
+
+            text_gradient, text_metrics = summed_gradients(
+                language_objective,
+                params["policy"],
+                text,
+                key,
+                microbatches=config.microbatches,
+                axis_name=axis_name,
+            )
+            text_gradient = jax.tree.map(lambda g: config.pretraining_coef * g, text_gradient)
+            metrics["pretraining_loss"] = text_metrics["loss"]
+            metrics["ppo_norm"] = optax.global_norm(gradient["policy"])
+            metrics["pretraining_norm"] = optax.global_norm(text_gradient)
+            gradient["policy"] = jax.tree.map(jnp.add, gradient["policy"], text_gradient)
+        for name in ("policy", "critic"):
+            params[name], opt_state[name], facts = apply_gradient(
+                optimizers[name], gradient[name], opt_state[name], params[name]
+            )
+            metrics |= {f"{name}_{fact}": value for fact, value in facts.items()}
+        return (params, opt_state), metrics
+
+    def update(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        sample_key, order_key, step_key = jax.random.split(key, 3)
+        rollout, metrics = collect(
+            networks,
+            state.params,
+            frozen,
+            batch.prompts,
+            sample_key,
+            state.extras["kl_coef"],
+            config.episode,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            axis_name=axis_name,
+        )
+        if axis_name is not None:
+            metrics = jax.lax.psum(metrics, axis_name)
+        rows = batch.prompts.tokens_BP.shape[0]
+
+        def minibatched(tree: Any, order: Array) -> Any:
+            shuffled = jax.tree.map(lambda x: x[order], tree)
+            return jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), shuffled)
+
+        def epoch(carry: Any, key: Array) -> Any:
+            episodes_key, text_key, steps_key = jax.random.split(key, 3)
+            parts = minibatched(rollout, jax.random.permutation(episodes_key, rows))
+            text = batch.pretraining
+            if text is not None:
+                text = minibatched(text, jax.random.permutation(text_key, text.tokens_BT.shape[0]))
+            return jax.lax.scan(optimizer_step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
+
+        del step_key
+        carry, history = jax.lax.scan(
+            epoch, (state.params, state.opt_state), jax.random.split(order_key, config.epochs)
+        )
+        params, opt_state = carry
+        metrics |= {name: jnp.mean(values) for name, values in history.items()}
+        metrics["first_ratio_error"] = history["ratio_error"][0, 0]
+        if batch.pretraining is not None:
+            metrics["ppo_over_pretraining"] = metrics["ppo_norm"] / metrics["pretraining_norm"]
+        extras = dict(state.extras)
+        metrics["kl_coef"] = extras["kl_coef"]
+        episodes = global_count(jnp.ones(rows, bool), axis_name)
+        if config.kl_target is not None:
+            extras["kl_coef"] = adapt_kl_coef(
+                extras["kl_coef"],
+                metrics["kl"],
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                episodes=config.batch,
+            )
+        if config.ema_decay:
+            extras["ema"] = optax.incremental_update(params["policy"], extras["ema"], 1.0 - config.ema_decay)
+        metrics["tokens"] = metrics["response_tokens"] * episodes
+        return TrainState(state.step + 1, params, opt_state, state.key, extras), metrics
+
+    return update
