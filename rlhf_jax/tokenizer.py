@@ -113,8 +113,8 @@ class Tokenizer:
         cache = os.environ.get("TIKTOKEN_CACHE_DIR", "unset")
         raise UserError(
             f"tokenizer {name!r}: tiktoken could not load its rank file ({problems[0]}). Offline, set"
-            f" TIKTOKEN_CACHE_DIR (now {cache}) to a folder that holds it, copied from a machine with network; or use 'bytes', a tokenizer"
-            " trained on your corpus, or the tokenizer.json of another run"
+            f" TIKTOKEN_CACHE_DIR (now {cache}) to a folder that holds it, copied from a machine with network; or use"
+            " 'bytes', a tokenizer trained on your corpus, or the tokenizer.json of another run"
         )
 
     @classmethod

@@ -1,0 +1,129 @@
+"""JSONL files, plain or gzipped, as a stream of JSON objects: strict, and in bounded memory whatever the file holds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from rlhf_jax.errors import UserError
+
+MAX_LINE_BYTES = 8 * 2**20  # the longest document of a file of ours; read before it is known to be too long
+MAX_BRACKETS = 500_000  # lists and objects in a line, each some 60 bytes once read
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of each line that is not blank; only a line feed ends a line.
+
+    Raises: UserError with file and line for anything that is not one JSON object in UTF-8: bad bytes, NaN, a number too
+      large, a lone surrogate, a key given twice, too deep nesting, a line of more than MAX_LINE_BYTES, a damaged gzip.
+    """
+    number = 0
+    try:
+        # Bytes, since text may be split at U+2028 and its like, and a whole line is read before its length is known.
+        with _open(Path(path)) as file:
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                where = f"{path}:{number}"
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(
+                        f"{where}: a line of more than {MAX_LINE_BYTES:,} bytes; split the document it holds"
+                    )
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
+                if line.strip():
+                    yield where, parse_row(line, where)
+    except (OSError, EOFError, zlib.error) as error:
+        place = f"{path}:{number + 1}" if number else str(path)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{place}: cannot be read: {reason}") from None
+
+
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line. Raises: UserError starting with `where`, see `read_rows`."""
+    if line.count(b"[") + line.count(b"{") > MAX_BRACKETS:
+        raise UserError(f"{where}: more than {MAX_BRACKETS:,} brackets in a line; split the document it holds")
+    try:
+        row = _DECODER.decode(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        found = f"byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
+        raise UserError(f"{where}: bad UTF-8: found {found}; wanted a file in UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: not JSON: {error.msg} at character {error.colno}; wanted one JSON object on each line"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{where}: not usable JSON: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not usable JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: found {describe(row)}, wanted an object such as {{"prompt": …}}')
+    if _SURROGATE_ESCAPE.search(line):
+        _refuse_surrogates(row, where)
+    return row
+
+
+def describe(value: object) -> str:
+    """A JSON value in an error message: its kind and its beginning, in printable ASCII."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return f"the truth value {str(value).lower()}"
+        case str():
+            return f"the text {_begin(value)}"
+        case int() | float():
+            return f"the number {_begin(value)}"
+        case list():
+            return f"a list of {len(value)}"
+        case _:
+            return "an object"
+
+
+def _begin(value: str | float) -> str:
+    shown = json.dumps(value[:40] if isinstance(value, str) else value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
+    for name, value in row.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            lone = f"U+{ord(error.object[error.start]):04X}"
+            raise UserError(
+                f"{where}: field {_begin(name)}: found the lone surrogate {lone}, wanted whole characters"
+            ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {_begin(twice)} is given twice")
+    return row
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"found {name}, which is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {digits[:40]} is too large")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
