@@ -13,22 +13,23 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOOR = {
     **dict.fromkeys(["errors", "arrays", "masked", "config"], 0),
     **dict.fromkeys(["losses", "returns", "kl"], 1),
-    **dict.fromkeys(["model", "generate", "optim", "tokenizer"], 2),
-    **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics"], 3),
-    "fit": 4,
+    **dict.fromkeys(["model", "generate", "optim", "tokenizer", "durable"], 2),
+    **dict.fromkeys(["scoring", "episodes", "data", "parallel", "checkpoint", "run_folder", "metrics"], 3),
+    **dict.fromkeys(["fit", "runs"], 4),
     **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo"], 5),
     # These two hold the public names and nothing else, and nothing below may import through them.
     "stages": 6,
     "rlhf_jax": 6,
 }
-# (importer, imported) on one floor: the exception and the array names are for all, the KL in the reward is the one
-# of kl.py, sampling calls the model, a run folder holds checkpoints. The files of data/ may import each other.
+# (importer, imported) on one floor. The files of data/ may import each other, stages never.
 NEIGHBOURS = {
-    ("masked", "arrays"),
-    ("config", "errors"),
-    ("returns", "kl"),
+    ("masked", "arrays"),  # the array names are for all,
+    ("config", "errors"),  # and so is the exception
+    ("returns", "kl"),  # the KL in the reward is the one of kl.py
     ("generate", "model"),
+    ("episodes", "scoring"),
     ("run_folder", "checkpoint"),
+    ("runs", "fit"),
 }
 
 ONLY_IN = {"flax": "model.py", "orbax": "checkpoint.py"}
