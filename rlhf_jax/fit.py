@@ -169,7 +169,7 @@ def _sound(state: TrainState) -> tuple[jax.Array, jax.Array]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. The handlers from before come back at the end."""
+    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. At the end the handlers from before are back."""
     received: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -195,9 +195,9 @@ def _compile_clock() -> list[float]:
     """[seconds spent in the compiler so far], counted from the first call on."""
     total = [0.0]
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            total[0] += seconds
+            total[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return total

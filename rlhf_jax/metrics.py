@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import rich.console
 import rich.progress
 
+from rlhf_jax.durable import UNFINISHED
 from rlhf_jax.errors import UserError
 
 
@@ -78,7 +79,7 @@ class JsonLines:
             return
         # A killed run has rows after its last checkpoint, the last of them perhaps torn; the same steps come again.
         kept = [line for line, row in _lines(self.path) if row["step"] <= step]
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
+        unfinished = self.path.with_name(self.path.name + UNFINISHED)
         unfinished.write_text("".join(kept), encoding="utf-8")
         unfinished.replace(self.path)
 
@@ -260,7 +261,7 @@ class Throughput:
 
     Args:
       flops_per_token: floating point operations a token costs in training; None leaves the share out.
-      peak: floating point operations a second to compare with, e.g. `matmul_peak() `; None leaves the share out.
+      peak: floating point operations a second to compare with, e.g. `matmul_peak()`; None leaves the share out.
     """
 
     def __init__(self, flops_per_token: float | None = None, peak: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A run is a folder: config.json, tokenizer.json, metrics.jsonl, ledger.json, checkpoints/, and summary.json at its end.
+"""A run is a folder: config.json, tokenizer.json, metrics.jsonl, ledger.json, checkpoints/, at its end summary.json.
 
 A later stage takes the folder of an earlier one by path, and the folder says what it is: its stage, its settings, and
 the fingerprints of all that went in.
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.config import MAY_CHANGE
+from rlhf_jax.durable import UNFINISHED, read_json, write_json
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 _ABSENT = "nothing"
 # What a start that was killed may have left in a folder.
-_BEFORE_CONFIG = {"run.lock", "tokenizer.json", "tokenizer.json.unfinished", "config.json.unfinished"}
+_BEFORE_CONFIG = {"run.lock", "tokenizer.json", "tokenizer.json" + UNFINISHED, "config.json" + UNFINISHED}
 
 
 class RunFolder:
@@ -82,7 +83,7 @@ class RunFolder:
                     )
             elif others := sorted({child.name for child in path.iterdir()} - _BEFORE_CONFIG):
                 raise UserError(
-                    f"{path}: found {others[0]} and no config.json, wanted an empty folder; give another --name or --out"
+                    f"{path}: found {others[0]} but no config.json, wanted an empty folder; give another --name"
                 )
             # The tokenizer first: a folder with a config.json is whole.
             tokenizer.save(path / "tokenizer.json")
@@ -196,31 +197,13 @@ class RunFolder:
     @property
     def summary(self) -> dict[str, Any]:
         """What `finish` wrote."""
-        summary: dict[str, Any] = _read_json(self.path / "summary.json")
+        summary: dict[str, Any] = read_json(self.path / "summary.json")
         return summary
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all: under another name, synced, renamed."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: unreadable: {error}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
     """config.json, its version and fields checked."""
-    about = _read_json(path / "config.json")
+    about = read_json(path / "config.json")
     if not isinstance(about, dict) or "format_version" not in about:
         raise UserError(f"{path}: config.json is not that of a run: it has no field 'format_version'")
     if about["format_version"] != FORMAT_VERSION:

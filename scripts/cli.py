@@ -1,0 +1,177 @@
+"""Command lines from config dataclasses, and how a script ends.
+
+Every field is a flag, explained by the text under it. `--config FILE` (YAML or JSON) gives defaults that flags override.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+import yaml
+
+from rlhf_jax.config import Partial, coerce_fields
+from rlhf_jax.errors import UserError
+from rlhf_jax.fit import Stopped
+
+C = TypeVar("C")
+
+
+def main(
+    run: Callable[[C], object], config_class: type[C], description: str = "", argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Parses the command line, runs, and exits: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM.
+
+    Args:
+      run: the script's work on a config.
+      argv: the arguments, without the program's name; None for those of this process.
+    """
+    try:
+        run(parse(config_class, description, argv))
+    except UserError as error:
+        _exit(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _exit(130, "interrupted; the same command goes on from the last checkpoint")
+    except Stopped as stop:
+        saved = f"saved after step {stop.step}; to go on:" if stop.saved else "nothing was saved; to start again:"
+        arguments = sys.argv[1:] if argv is None else argv
+        _exit(128 + stop.signal, f"stopped, {saved} {shlex.join(['python', sys.argv[0], *arguments])}")
+    sys.exit(0)
+
+
+def parse(config_class: type[C], description: str = "", argv: Sequence[str] | None = None) -> C:
+    """A config from flags, over the defaults of `--config FILE`, over the class's own.
+
+    A list may be given as `--data a b` or as `--data a --data b`; it replaces the default.
+
+    Raises: UserError for a file that does not fit or an unknown flag; SystemExit for other wrong flags and --help.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = _flags(config_class)
+    _refuse_unknown(arguments, {*flags, "--config", "--help"})
+    arguments = _join_repeated(arguments, [flag for flag, is_list in flags.items() if is_list])
+    file = _config_file(arguments)
+    values: dict[str, Any] = {}
+    if file:
+        values = coerce_fields(config_class, _read(Path(file)), where=file, partial=True)
+    with_file = dataclasses.make_dataclass(
+        config_class.__name__,
+        [("config", Annotated[str, tyro.conf.arg(help="YAML or JSON file of defaults; flags override them.")], "")],
+        bases=(config_class,),
+        frozen=True,
+        kw_only=True,
+    )
+    default = _unchecked(with_file, values)
+    given = tyro.cli(with_file, args=arguments, default=default, description=description or config_class.__doc__)
+    fields = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
+    return config_class(**{name: getattr(given, name) for name in fields})
+
+
+def _exit(status: int, line: str) -> NoReturn:
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def _unchecked(cls: type, values: Mapping[str, Any]) -> Any:
+    """An instance with the given values and the class's defaults, its own checks left to the finished config."""
+    instance: Any = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        value: Any = tyro.MISSING
+        if field.name in values:
+            value = values[field.name]
+            value = _unchecked(value.cls, value.values) if isinstance(value, Partial) else value
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        object.__setattr__(instance, field.name, value)
+    return instance
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; hyphens in names are underscores."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--config {path}: unreadable: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: found {type(values).__name__}, wanted fields and their values")
+    return _underscored(values)
+
+
+def _underscored(values: Mapping[Any, Any]) -> dict[str, Any]:
+    return {
+        str(name).replace("-", "_"): _underscored(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+
+
+def _config_file(arguments: Sequence[str]) -> str:
+    for i, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+        if argument == "--config" and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return ""
+
+
+def _flags(cls: type, prefix: str = "--") -> dict[str, bool]:
+    """Every flag of a config -> whether it takes a list of any length."""
+    flags: dict[str, bool] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            flags |= _flags(kind, flag + ".")
+        else:
+            origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+            flags[flag] = origin is list or (origin is tuple and arguments[-1] is ...)
+            if kind is bool:
+                flags[prefix + "no-" + name.replace("_", "-")] = False
+    return flags
+
+
+def _refuse_unknown(arguments: Sequence[str], known: Collection[str]) -> None:
+    # Before tyro does, which names what is missing first and then has no suggestion.
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if argument.startswith("--") and flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
+            near += [name for name in known if name.endswith("." + flag.removeprefix("--"))]
+            hint = f"did you mean {near[0]}?" if near else "--help explains every flag"
+            raise UserError(f"unknown flag {argument.partition('=')[0]}; {hint}")
+
+
+def _join_repeated(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """`--data a --data b` as `--data a b`, where the first of them stood."""
+    joined: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    order: list[list[str]] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        name = flag.replace("_", "-")
+        if argument.startswith("--") and name in flags:
+            if name not in joined:
+                joined[name] = [name]
+                order.append(joined[name])
+            current = joined[name]
+            if equals:
+                current.append(value)
+        elif argument.startswith("--") or current is None:
+            current = None
+            order.append([argument])
+        else:
+            current.append(argument)
+    return [argument for group in order for argument in group]
