@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from rlhf_jax.durable import UNFINISHED, Damaged, read_manifest, seal, sync_fold
 from rlhf_jax.errors import UserError
 
 FORMAT_VERSION = 1
-_DELETED, _DAMAGED = ".deleted", ".damaged"
+_DELETED, _REPLACED, _DAMAGED = ".deleted", ".replaced", ".damaged"
 _PARTS = ("params", "training")
 _log = logging.getLogger("rlhf_jax")
 
@@ -95,7 +95,7 @@ class Checkpoints:
             }
             seal(unfinished, about)
             if final.exists():
-                final.rename(final.with_name(final.name + _DELETED))
+                final.rename(final.with_name(final.name + _REPLACED))
             unfinished.rename(final)
             sync_folder(self.folder)
         except OSError as error:
@@ -155,6 +155,10 @@ class Checkpoints:
         self._sweep()
 
     def _sweep(self) -> None:
+        for path in self.folder.glob("*" + _REPLACED):
+            # Killed between the two renames, the new one did not get its name: the old one is the checkpoint again.
+            whole = path.with_suffix("")
+            path.rename(path.with_suffix(_DELETED) if whole.exists() else whole)
         for path in self.folder.iterdir():
             if path.name.endswith((UNFINISHED, _DELETED)):
                 shutil.rmtree(path, ignore_errors=True)
@@ -267,7 +271,7 @@ def _part(leaves: Mapping[str, Any], part: str) -> dict[str, Any]:
     return {name: leaf for name, leaf in leaves.items() if name.startswith("params.") == (part == "params")}
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: Any) -> TypeGuard[jax.Array]:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 

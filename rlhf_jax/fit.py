@@ -88,6 +88,7 @@ def fit(
                 if step == first:
                     _refuse_drift(kind, _kind(state))
                 elif compiled > 0:
+                    throughput.exclude(compiled)
                     writers.event(step, f"recompiled in {compiled:.1f} s for a batch of {_shapes(batch)}")
                 pending.append(metrics)
                 stopping = bool(received)

@@ -273,6 +273,10 @@ class Throughput:
         """The time until now was spent on something else."""
         self._since = time.perf_counter()
 
+    def exclude(self, seconds: float) -> None:
+        """So many seconds of this lap went elsewhere, e.g. into the compiler."""
+        self._since += seconds
+
     def lap(self, tokens: float) -> dict[str, float]:
         """tokens_per_second and peak_share for `tokens` since the last lap."""
         seconds = time.perf_counter() - self._since

@@ -1,6 +1,6 @@
 """Command lines from config dataclasses, and how a script ends.
 
-Every field is a flag, explained by the text under it. `--config FILE` (YAML or JSON) gives defaults that flags override.
+Every field is a flag with the text under it as help. `--config FILE` (YAML or JSON) gives defaults that flags override.
 """
 
 from __future__ import annotations
