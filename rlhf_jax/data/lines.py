@@ -50,13 +50,13 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     if line.count(b"[") + line.count(b"{") > MAX_BRACKETS:
         raise UserError(f"{where}: more than {MAX_BRACKETS:,} brackets in a line; split the document it holds")
     try:
-        row = _DECODER.decode(line.decode("utf-8"))
+        row = _DECODER.decode(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         found = f"byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
         raise UserError(f"{where}: bad UTF-8: found {found}; wanted a file in UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}: not JSON: {error.msg} at character {error.colno}; wanted one JSON object on each line"
+            f"{where}: not JSON: {error.msg} at character {error.pos + 1}; wanted one JSON object on each line"
         ) from None
     except RecursionError:
         raise UserError(f"{where}: not usable JSON: nested too deeply") from None

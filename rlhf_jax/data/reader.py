@@ -27,26 +27,24 @@ from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, R
 from rlhf_jax.errors import UserError
 
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
-Path_ = str | Path
+Paths = str | Path | Iterable[str | Path]
 MAX_RESPONSES = 9
 _Exchange = tuple[str, tuple[Message, ...], list[str]]  # prompt, its turns if it is made of messages, responses
 
 
 @overload
-def read_records(paths: Iterable[Path_], kind: Literal["text"], ledger: Ledger) -> list[Text]: ...
+def read_records(paths: Paths, kind: Literal["text"], ledger: Ledger) -> list[Text]: ...
+@overload
+def read_records(paths: Paths, kind: Literal["demonstrations"], ledger: Ledger) -> list[Demonstration | Dialogue]: ...
+@overload
+def read_records(paths: Paths, kind: Literal["dialogues"], ledger: Ledger) -> list[Dialogue]: ...
 @overload
 def read_records(
-    paths: Iterable[Path_], kind: Literal["demonstrations"], ledger: Ledger
-) -> list[Demonstration | Dialogue]: ...
-@overload
-def read_records(paths: Iterable[Path_], kind: Literal["dialogues"], ledger: Ledger) -> list[Dialogue]: ...
-@overload
-def read_records(
-    paths: Iterable[Path_], kind: Literal["comparisons", "rankings"], ledger: Ledger
+    paths: Paths, kind: Literal["comparisons", "rankings"], ledger: Ledger
 ) -> list[Comparison | Ranking]: ...
 @overload
-def read_records(paths: Iterable[Path_], kind: Literal["prompts"], ledger: Ledger) -> list[Prompt]: ...
-def read_records(paths: Iterable[Path_], kind: Kind, ledger: Ledger) -> Any:
+def read_records(paths: Paths, kind: Literal["prompts"], ledger: Ledger) -> list[Prompt]: ...
+def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
     """All rows of the files as records of a kind, in order. A row that stands twice is kept twice, with a remark.
 
     Raises: UserError `file:line: field 'x': found …, wanted …` for a malformed row, and for a file without rows.

@@ -1,0 +1,114 @@
+"""Which tokens a row holds and which carry loss, by hand."""
+
+import time
+
+from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.encode import (
+    chat_ids,
+    dialogue_row,
+    encode_demonstrations,
+    encode_prompts,
+    encode_rankings,
+    encode_text,
+    prompt_ids,
+    ranking_rows,
+    response_ids,
+    response_row,
+)
+from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.data.packing import pack_text
+from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Ranking, Text
+from rlhf_jax.tokenizer import Tokenizer
+
+BYTES = Tokenizer.bytes()
+BOS, EOS, PAD = BYTES.bos_id, BYTES.eos_id, BYTES.pad_id
+CHAT = (Message("system", "S"), Message("user", "u"), Message("assistant", "a"), Message("user", "v"))
+
+
+def ids(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def test_a_demonstration_has_loss_on_its_completion_and_the_end() -> None:
+    rows = encode_demonstrations([Demonstration("ab", " c", "f:1")], BYTES, max_tokens=9, ledger=Ledger())
+    assert rows.rows[0] == ([BOS, *ids("ab c"), EOS], [False, False, False, True, True, True])
+    assert rows.pad_id == PAD
+
+
+def test_prompt_and_completion_are_tokenised_apart() -> None:
+    tokenizer = Tokenizer.train(["ab ab ab ab"], 259 + 2)
+    assert len(tokenizer.encode("ab")) == 1
+    rows = encode_demonstrations([Demonstration("a", "b")], tokenizer, max_tokens=9, ledger=Ledger())
+    assert rows.rows[0][0] == [tokenizer.bos_id, ord("a"), ord("b"), tokenizer.eos_id]
+
+
+def test_a_response_that_did_not_end_has_no_end() -> None:
+    prompt = prompt_ids(Prompt("p"), BYTES)
+    assert response_ids("r", BYTES) == [ord("r"), EOS]
+    assert response_ids("r", BYTES, ended=False) == [ord("r")]
+    assert response_row(prompt, [7]) == ([BOS, ord("p"), 7], [False, False, True])
+    assert ranking_rows(prompt, [[7, EOS], [8]]) == [[BOS, ord("p"), 7, EOS], [BOS, ord("p"), 8]]
+
+
+def test_only_the_assistants_turns_of_a_dialogue_carry_loss() -> None:
+    row, mask = dialogue_row((*CHAT, Message("assistant", "bc")), BYTES)
+    first, second = ids("S\n\nHuman: u\n\nAssistant:"), ids("\n\nHuman: v\n\nAssistant:")
+    assert row == [BOS, *first, *ids(" a"), EOS, *second, *ids(" bc"), EOS]
+    assert mask == [False] * (1 + len(first)) + [True] * 3 + [False] * len(second) + [True] * 4
+
+
+def test_a_turn_that_nobody_answers_carries_no_loss() -> None:
+    row, mask = dialogue_row(CHAT, BYTES)
+    assert row[-9:] == ids("Human: v\n\nHuman: v")[-9:]
+    assert sum(mask) == len(" a") + 1 and not mask[-1]
+
+
+def test_a_prompt_of_messages_is_what_a_dialogue_trains() -> None:
+    row, _ = dialogue_row((*CHAT, Message("assistant", "bc")), BYTES)
+    prompt = chat_ids(CHAT, BYTES)
+    assert prompt == row[: len(prompt)] and row[len(prompt) :] == [*ids(" bc"), EOS]
+    assert prompt_ids(Prompt("any", turns=CHAT), BYTES) == prompt
+
+
+def test_a_row_too_long_is_dropped_and_named() -> None:
+    ledger = Ledger()
+    records = [Demonstration("ab", "c", "f:1"), Demonstration("ab", "cd", "f:2")]
+    assert len(encode_demonstrations(records, BYTES, max_tokens=5, ledger=ledger)) == 1
+    prompts = encode_prompts([Prompt("abcd", "f:3"), Prompt("abcde", "f:4")], BYTES, max_tokens=5, ledger=ledger)
+    assert prompts.rows == [[BOS, *ids("abcd")]] and prompts.sources == [Prompt("abcd")]
+    rankings = [Comparison("a", "bc", "b", "f:5"), Comparison("a", "b", "bcd", "f:6")]
+    assert len(encode_rankings(rankings, BYTES, max_tokens=5, ledger=ledger)) == 1
+    assert [(d.where, d.reason) for d in ledger.decisions] == [(f"f:{n}", "longer than 5 tokens") for n in (2, 4, 6)]
+    assert (ledger.accepted, ledger.rejected, ledger.total, ledger.tokens) == (3, 3, 6, 5 + 5 + 5 + 4)
+
+
+def test_comparisons_and_rankings_share_their_rows() -> None:
+    records: list[Comparison | Ranking] = [Comparison("p", "c", "r"), Ranking("p", ("x", "y", "z"), (2, 1, 2))]
+    rows = encode_rankings(records, BYTES, max_tokens=9, ledger=Ledger())
+    assert rows.rows[0] == ([[BOS, *ids("pc"), EOS], [BOS, *ids("pr"), EOS]], (1, 2))
+    assert rows.rows[1][1] == (2, 1, 2) and rows.responses == 3
+
+
+def test_responses_equal_once_encoded_are_dropped() -> None:
+    ledger = Ledger()
+    records: list[Comparison | Ranking] = [Comparison("p", "c", "c", "f:1"), Ranking("p", ("x", "x"), (2, 1), "f:2")]
+    assert len(encode_rankings(records, BYTES, max_tokens=9, ledger=ledger)) == 0
+    assert [d.reason for d in ledger.decisions] == [
+        "chosen equals rejected, once encoded",
+        "all responses are equal, once encoded",
+    ]
+
+
+def test_special_text_in_a_prompt_is_plain_text() -> None:
+    row = prompt_ids(Prompt("<|endoftext|>"), BYTES)
+    assert row == [BOS, *ids("<|endoftext|>")]
+
+
+def test_two_megabytes_in_about_a_second() -> None:
+    tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog, and so on. " * 50], 400)
+    records = [Text(f"{n} jumps over the dog, and so on. " * 30, f"f:{n}") for n in range(2000)]
+    start = time.perf_counter()
+    docs = encode_text(records, tokenizer, ledger=Ledger())
+    rows = pack_text(docs, length=64, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    assert time.perf_counter() - start < 5  # takes 0.4 s; the rest is for a busy machine
+    assert rows.targets == sum(len(doc) + 1 for doc in docs)

@@ -1,0 +1,48 @@
+"""The books balance, and every row cut or dropped is in the file."""
+
+import json
+from pathlib import Path
+
+from rlhf_jax.data.ledger import Ledger
+
+
+def filled() -> Ledger:
+    ledger = Ledger()
+    for line in range(1, 6):
+        ledger.read(f"a.jsonl:{line}")
+    ledger.keep("a.jsonl:1", tokens=67_000)
+    ledger.remark("a.jsonl:1", "odd")
+    ledger.cut("a.jsonl:2", "half of it", tokens=33_500)
+    ledger.drop("a.jsonl:3", "empty")
+    ledger.drop("a.jsonl:4", "empty")
+    ledger.keep("embedded:len", tokens=500)
+    return ledger
+
+
+def test_accepted_and_rejected_are_all() -> None:
+    ledger = filled()
+    assert (ledger.accepted, ledger.rejected, ledger.total, ledger.undecided) == (3, 2, 6, 1)
+    ledger.drop("a.jsonl:5", "too long")
+    assert (ledger.accepted + ledger.rejected, ledger.undecided) == (ledger.total, 0)
+
+
+def test_saved_file(tmp_path: Path) -> None:
+    filled().save(tmp_path / "ledger.json")
+    saved = json.loads((tmp_path / "ledger.json").read_text())
+    assert saved == filled().to_dict()
+    assert saved["files"]["a.jsonl"] == {"read": 5, "kept": 1, "cut": 1, "dropped": 2, "remarked": 1, "tokens": 100_500}
+    assert saved["rows"][1] == {"where": "a.jsonl:2", "what": "cut", "reason": "half of it"}
+    assert saved["reasons"]["dropped"] == {"empty": 2}
+    empty = tmp_path / "empty.json"
+    Ledger().save(empty)
+    assert json.loads(empty.read_text())["rows"] == []
+
+
+def test_summary() -> None:
+    assert filled().summary(parameters=1000).splitlines() == [
+        "6 rows: 2 kept, 1 cut, 2 dropped, 1 undecided",
+        "101,000 tokens, as many as in 1.5 books, 101.00 for each of 1,000 parameters",
+        "  remarked 1: odd",
+        "  cut 1: half of it",
+        "  dropped 2: empty",
+    ]

@@ -1,0 +1,279 @@
+"""Rows of every form are read as their record, and hostile files give one clear line or a row in the ledger."""
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.data.lines import MAX_LINE_BYTES
+from rlhf_jax.data.reader import Kind, read_records
+from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
+from rlhf_jax.errors import UserError
+
+HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why\n\nAssistant:"
+USER = {"role": "user", "content": "q"}
+CHAT_PROMPT = "\n\nHuman: q\n\nAssistant:"
+
+
+DIALOGUE = Dialogue((Message("user", "q"), Message("assistant", "x")))
+
+
+def says(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Any:
+    """read(kind, rows or bytes) -> (records, ledger), from a file data.jsonl."""
+
+    def read_file(kind: Kind, content: list[Any] | bytes) -> tuple[list[Record], Ledger]:
+        path, ledger = tmp_path / "data.jsonl", Ledger()
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content).encode()
+        path.write_bytes(content)
+        return list(read_records([path], kind, ledger)), ledger
+
+    return read_file
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "record"),
+    [
+        ("text", {"text": "a\u2028b\n"}, Text("a\u2028b\n")),
+        ("text", {"messages": [USER, says("x")]}, Text("\n\nHuman: q\n\nAssistant: x")),
+        ("demonstrations", {"prompt": "p", "completion": "c", "more": [None]}, Demonstration("p", "c")),
+        ("demonstrations", {"prompt": "", "response": "c"}, Demonstration("", "c")),
+        ("demonstrations", {"prompt": [USER], "completion": [says("c")]}, Demonstration(CHAT_PROMPT, " c")),
+        ("demonstrations", {"messages": [USER, says("x")]}, DIALOGUE),
+        ("demonstrations", {"prompt": "q", "messages": [USER, says("x")]}, DIALOGUE),
+        ("dialogues", {"messages": [USER, says("x")]}, DIALOGUE),
+        ("comparisons", {"prompt": "p", "chosen": "c", "rejected": "r"}, Comparison("p", "c", "r")),
+        ("comparisons", {"prompt": [USER], "chosen": [says("c")], "rejected": [says("r")]},
+         Comparison(CHAT_PROMPT, " c", " r")),
+        ("comparisons", {"chosen": [USER, says("c")], "rejected": [USER, says("r")]},
+         Comparison(CHAT_PROMPT, " c", " r")),
+        (
+            "comparisons",
+            {"prompt": "q", "chosen": [USER, says("c")], "rejected": [USER, says("r")]},
+            Comparison(CHAT_PROMPT, " c", " r"),
+        ),
+        ("comparisons", {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+         Comparison("The sky is", " blue.", " black.")),
+        ("comparisons", {"chosen": HH + " a", "rejected": HH + " b"}, Comparison(HH, " a", " b")),
+        ("comparisons", {"prompt": HH, "chosen": HH + " a", "rejected": HH + " b"}, Comparison(HH, " a", " b")),
+        ("comparisons", {"prompt": HH, "chosen": " a", "rejected": " b"}, Comparison(HH, " a", " b")),
+        ("rankings", {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [5, 1, 5]},
+         Ranking("p", ("a", "b", "c"), (2, 1, 2))),
+        ("comparisons", {"prompt": "p", "responses": ["a", "b"], "ranks": [2, 1]}, Ranking("p", ("a", "b"), (2, 1))),
+        ("rankings", {"prompt": [USER], "responses": ["a", [says("b")]], "ranks": [2, 1]},
+         Ranking(CHAT_PROMPT, (" a", " b"), (2, 1))),
+        ("rankings", {"prompt": "p", "chosen": "c", "rejected": "r"}, Comparison("p", "c", "r")),
+        ("prompts", {"prompt": "p"}, Prompt("p")),
+        ("prompts", {"prompt": [USER]}, Prompt(CHAT_PROMPT)),
+        ("prompts", {"chosen": HH + " a", "rejected": HH}, Prompt(HH)),
+        ("prompts", {"messages": [USER, says("x")]}, Prompt(CHAT_PROMPT)),
+    ],
+)  # fmt: skip
+def test_every_form_of_row(read: Any, kind: Kind, row: dict[str, Any], record: Record) -> None:
+    (found,), ledger = read(kind, [row])
+    if not isinstance(found, Text | Dialogue):
+        # Whatever came as messages or as a transcript keeps its turns; plain text has none.
+        plain = isinstance(row.get("prompt"), str) and found.prompt == row["prompt"]
+        assert bool(found.turns) == (not plain and "The sky" not in found.prompt)
+        record = type(record)(**{**vars(record), "turns": found.turns})
+    assert found == record
+    assert found.where.endswith("data.jsonl:1") and ledger.total == ledger.undecided == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "reason"),
+    [
+        ("text", {"text": " \n"}, "empty text"),
+        ("demonstrations", {"prompt": "p", "completion": ""}, "empty completion"),
+        ("demonstrations", {"prompt": "p", "response": " "}, "empty response"),
+        ("dialogues", {"messages": [USER]}, "no turn of the assistant's"),
+        ("dialogues", {"messages": [USER, says(" ")]}, "an empty turn of the assistant's"),
+        ("comparisons", {"prompt": "p", "chosen": "c", "rejected": "c"}, "chosen equals rejected"),
+        ("comparisons", {"chosen": "c", "rejected": "c"}, "chosen equals rejected"),
+        ("comparisons", {"chosen": HH + " c", "rejected": HH + " c"}, "chosen equals rejected"),
+        ("comparisons", {"chosen": [USER, says("c")], "rejected": [USER, says("c")]}, "chosen equals rejected"),
+        ("comparisons", {"chosen": HH + " c", "rejected": HH}, "empty rejected response"),
+        (
+            "comparisons",
+            {"chosen": "\n\nHuman: x" + HH, "rejected": HH},
+            "chosen and rejected do not part at a turn of the assistant's",
+        ),
+        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, "all ranks are tied"),
+        ("rankings", {"prompt": "p", "responses": ["a", "a"], "ranks": [1, 2]}, "all responses are equal"),
+        ("rankings", {"prompt": "p", "responses": ["a", " "], "ranks": [1, 2]}, "an empty response"),
+        ("rankings", {"prompt": "p", "responses": ["a"], "ranks": [1]}, "1 responses, wanted 2 to 9"),
+        ("rankings", {"prompt": "p", "responses": ["a"] * 10, "ranks": [1] * 10}, "10 responses, wanted 2 to 9"),
+        ("prompts", {"prompt": ""}, "empty prompt"),
+        ("prompts", {"messages": [says("x")]}, "empty prompt"),
+    ],
+)
+def test_rows_that_teach_nothing_are_in_the_ledger(read: Any, kind: Kind, row: dict[str, Any], reason: str) -> None:
+    records, ledger = read(kind, [row])
+    assert records == [] and (ledger.rejected, ledger.total, ledger.undecided) == (1, 1, 0)
+    assert ledger.decisions[0].where.endswith("data.jsonl:1") and ledger.decisions[0].reason == reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("text", {"body": "x"}, "field 'text': missing; the row's fields are 'body'"),
+        ("text", {"text": 3}, "field 'text': found the number 3, wanted text"),
+        ("text", [1, 2], "found a list of 2, wanted an object"),
+        ("demonstrations", {"prompt": "p"}, "field 'completion': missing; the row's fields are 'prompt'"),
+        ("demonstrations", {"completion": "c"}, "field 'prompt': missing"),
+        ("demonstrations", {"prompt": "p", "completion": None}, "field 'completion': found null, wanted text"),
+        ("demonstrations", {"prompt": 1.5, "completion": "c"},
+         "field 'prompt': found the number 1.5, wanted text or a list"),
+        ("demonstrations", {"prompt": "p", "completion": "c", "response": "c"},
+         "found 'response' beside it, wanted one of"),
+        ("demonstrations", {"prompt": [USER], "completion": [USER]},
+         "'completion': found the prompt alone, wanted one message"),
+        ("dialogues", {"messages": "hi"}, 'field \'messages\': found the text "hi", wanted a list of one message'),
+        ("dialogues", {"messages": []}, "field 'messages': found a list of 0, wanted"),
+        ("dialogues", {"messages": [{"role": "bot", "content": ""}]},
+         "'messages[0].role': found the text \"bot\", wanted one of"),
+        ("dialogues", {"messages": [USER, {"role": "user"}]}, "'messages[1].content': missing"),
+        ("dialogues", {"messages": [USER, {"role": "system", "content": ""}]},
+         "'messages[1].role': found a system message in"),
+        ("dialogues", {"messages": [["user", "x"]]}, "'messages[0]': found a list of 2, wanted a message"),
+        ("comparisons", {"prompt": "p", "chosen": "c"}, "field 'rejected': missing"),
+        ("comparisons", {"prompt": "p", "chosen": "c", "rejected": True},
+         "'rejected': found the truth value true, wanted"),
+        ("comparisons", {"chosen": [USER, says("x")], "rejected": "x"}, "'chosen': found a list of 2, wanted text"),
+        ("rankings", {"prompt": "p"}, "field 'responses': missing"),
+        ("rankings", {"prompt": "p", "responses": "ab", "ranks": [1, 2]},
+         "'responses': found the text \"ab\", wanted a list"),
+        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1]},
+         "'ranks': found a list of 1, wanted a list of 2"),
+        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 0]},
+         "'ranks[1]': found the number 0, wanted a whole"),
+        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1.5]}, "'ranks[1]': found the number 1.5"),
+        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, True]},
+         "'ranks[1]': found the truth value true"),
+        ("rankings", {"prompt": "p", "responses": ["a", None], "ranks": [1, 2]},
+         "'responses[1]': found null, wanted text"),
+        ("prompts", {"text": "x"}, "field 'prompt': missing"),
+    ],
+)  # fmt: skip
+def test_malformed_rows_name_file_line_and_field(read: Any, kind: Kind, row: Any, message: str) -> None:
+    good: dict[str, Any] = (
+        {"text": "x"} if kind == "text" else {"prompt": "p", "completion": "c", "chosen": "c", "rejected": "r"}
+    )
+    good = {"messages": [USER, says("x")]} if kind == "dialogues" else good
+    with pytest.raises(UserError) as error:
+        read(kind, [good, row])
+    assert "data.jsonl:2: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a\xff"}', "bad UTF-8: found byte 0xff at byte 12 of the line"),
+        (b'{"text": "\xed\xa0\x80"}', "bad UTF-8: found byte 0xed at byte 11"),
+        (b'{"text": "a"', "not JSON: Expecting ',' delimiter at character 13"),
+        (b"{'text': 'a'}", "not JSON: "),
+        (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
+        (b'{"text": "a\x01"}', "not JSON: Invalid control character"),
+        (b'{"text": "a", "n": NaN}', "found NaN, which is no JSON number"),
+        (b'{"text": "a", "n": -Infinity}', "found -Infinity, which is no JSON number"),
+        (b'{"text": "a", "n": 1e999}', "the number 1e999 is too large"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not usable JSON: Exceeds the limit"),
+        (b'{"text": "a", "text": "b"}', 'the key "text" is given twice'),
+        (b'{"text": "a", "n": {"k": 1, "k": 1}}', 'the key "k" is given twice'),
+        (b'{"text": "a\\ud800"}', 'field "text": found the lone surrogate U+D800, wanted whole characters'),
+        (b'{"text": "a", "n": ["\\uDFFF"]}', 'field "n": found the lone surrogate U+DFFF'),
+        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+        (b'{"text": [' + b"[]," * 600_000 + b"[]]}", "more than 500,000 brackets in a line"),
+        (b'"text"', 'found the text "text", wanted an object'),
+        (b"null", "found null, wanted an object"),
+    ],
+)
+def test_hostile_lines(read: Any, line: bytes, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read("text", b'\n{"text": "x"}\r\n\n' + line + b'\n{"text": "y"}')
+    assert "data.jsonl:4: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+def test_only_a_line_feed_ends_a_line(read: Any) -> None:
+    content = '\ufeff{"text": "a\u2028b\u0085c\u2029"}\r\n{"text": "\\ud83d\\ude00"}\n \n{"text": "last"}'.encode()
+    records, ledger = read("text", content)
+    assert [record.text for record in records] == ["a\u2028b\u0085c\u2029", "😀", "last"]
+    assert records[2].where.endswith(":4") and ledger.total == 3
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_huge_line_takes_little_memory(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"huge{suffix}"
+    if suffix == ".jsonl":
+        with path.open("wb") as file:
+            file.write(b'{"text": "x"}\n')
+            file.truncate(2**30)  # a sparse file: a line of a gigabyte of zeros
+    else:
+        path.write_bytes(gzip.compress(b'{"text": "x"}\n' + bytes(64 * 2**20), compresslevel=1))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"huge{suffix}:2: a line of more than {MAX_LINE_BYTES:,} bytes"):
+        read_records([path], "text", Ledger())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * MAX_LINE_BYTES
+
+
+def test_gzip_and_its_damage(tmp_path: Path) -> None:
+    rows = b"".join(b'{"text": "%d"}\n' % n for n in range(1000))
+    good, cut, fake = (tmp_path / f"{name}.jsonl.gz" for name in ("good", "cut", "fake"))
+    good.write_bytes(gzip.compress(rows))
+    cut.write_bytes(gzip.compress(rows)[:-100])
+    fake.write_bytes(rows)
+    assert len(read_records([good, str(good)], "text", Ledger())) == 2000
+    for path, message in (
+        (cut, r"cut\.jsonl\.gz:\d+: cannot be read"),
+        (fake, r"fake\.jsonl\.gz: cannot be read: Not a g"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_records([path], "text", Ledger())
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.jsonl: cannot be read: No such file"):
+        read_records([tmp_path / "none.jsonl"], "text", Ledger())
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_records(tmp_path, "text", Ledger())
+    (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
+    with pytest.raises(UserError, match=r"empty\.jsonl: the file has no rows"):
+        read_records([tmp_path / "empty.jsonl"], "text", Ledger())
+
+
+def test_a_row_that_stands_twice_is_kept_with_a_remark(read: Any) -> None:
+    records, ledger = read("text", [{"text": "a"}, {"text": "b"}, {"text": "a"}])
+    assert len(records) == 3
+    assert [(d.what, d.where[-2:]) for d in ledger.decisions] == [("remarked", ":3")]
+
+
+def test_a_thousand_transcripts_come_back(read: Any) -> None:
+    """No character of a transcript is lost between prompt and response, wherever the two part."""
+    rows = []
+    for n in range(1000):
+        shared = (
+            "".join(f"\n\nHuman: q{k}\nline {n}\n\nAssistant: a{k}" for k in range(n % 4))
+            + "\n\nHuman: last\n\nAssistant:"
+        )
+        rows.append(
+            {
+                "chosen": f"{shared} good\n\n{n}",
+                "rejected": f"{shared} bad {n}" + "\n\nHuman: x\n\nAssistant: y" * (n % 3),
+            }
+        )
+    records, _ = read("comparisons", rows)
+    assert [r.prompt + r.chosen for r in records] == [row["chosen"] for row in rows]
+    assert [r.prompt + r.rejected for r in records] == [row["rejected"] for row in rows]

@@ -1,0 +1,177 @@
+"""Text comes back from its ids, no special id comes from text, and a tokenizer is read back as it was saved."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import requests
+import tiktoken
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizer import Tokenizer
+
+CORPUS = ["The cat sat on the mat. ", "the other cat, the better cat\n", "naïve café — 你好 0123"] * 20
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return Tokenizer.train(CORPUS, 300)
+
+
+def test_bytes_are_their_own_ids() -> None:
+    tokenizer = Tokenizer.bytes()
+    assert tokenizer.encode("Aé\n") == [65, 0xC3, 0xA9, 10]
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size) == (256, 257, 258, 259)
+    assert tokenizer.token_bytes(0xC3) == b"\xc3"
+    assert tokenizer.decode([257, 65, 0xC3, 256, 258]) == "A�"
+
+
+def test_training_counts_every_id(trained: Tokenizer) -> None:
+    assert trained.vocab_size == 300
+    assert sorted(trained.special_ids) == [297, 298, 299]
+    assert len(trained.encode("The cat sat on the mat. ")) < 12
+    # A corpus of one repeated letter has no 41 merges to give, and says so by its size.
+    assert Tokenizer.train(["aaaa"], 300).vocab_size == 256 + 2 + 3
+
+
+def test_training_is_repeatable(trained: Tokenizer) -> None:
+    again = Tokenizer.train(iter(CORPUS), 300)
+    assert again == trained and again.fingerprint == trained.fingerprint
+    assert Tokenizer.train(CORPUS, 299) != trained
+
+
+def test_too_small_a_vocabulary_is_named() -> None:
+    with pytest.raises(UserError, match="vocab_size 258: wanted at least 259"):
+        Tokenizer.train(["x"], 258)
+
+
+def hostile_strings(count: int) -> list[str]:
+    """Random strings of all that has broken tokenizers: special texts, controls, astral and combining characters."""
+    rng = random.Random(0)
+    parts = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|fim_prefix|>",
+        "[PAD]",
+        "</s>",
+        "<s>",
+        "<unk>",
+        "\n\nHuman:",
+        "'LL",
+        "'ſ",
+    ]
+    parts += [
+        "\0",
+        "\r\n",
+        "\u2028",
+        "\u0085",
+        "\ufeff",
+        "\u202e",
+        "\u200d",
+        "e\u0301" * 9,
+        "👩‍👩‍👧",
+        "\U0010ffff",
+        "\ud7ff",
+    ]
+    parts += [" " * 40, "\t\n ", "1234567", "ﷺ", "İ", "ǅ", "\x7f", "\x1b[2J", "word", " word", "Ωმ你"]
+    strings = []
+    for _ in range(count):
+        pieces = [rng.choice(parts) for _ in range(rng.randrange(6))]
+        pieces += [chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in range(3)]
+        rng.shuffle(pieces)
+        strings.append("".join(pieces))
+    return strings
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained"])
+def test_hostile_strings_come_back_without_special_ids(kind: str, trained: Tokenizer) -> None:
+    tokenizer = Tokenizer.bytes() if kind == "bytes" else trained
+    strings = hostile_strings(10_000)
+    rows = tokenizer.encode_batch(strings)
+    assert tokenizer.decode_batch(rows) == strings
+    assert max(max(row) for row in rows) < min(tokenizer.special_ids)
+
+
+@pytest.mark.parametrize("character", [" ", "\n", "a", "\u2028", "^", "7"])
+def test_long_runs_do_not_overflow_the_regex_engine(character: str, trained: Tokenizer) -> None:
+    text = "x" + character * 1_000_000 + "y"
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_training_survives_long_white_space() -> None:
+    assert Tokenizer.train([" " * 1_000_000], 265).vocab_size == 265
+
+
+def test_lone_surrogates_and_unknown_ids_are_errors(trained: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"lone surrogate U\+DC80 at character 2"):
+        trained.encode("ab\udc80")
+    with pytest.raises(UserError, match="token id 300 is outside the vocabulary of 300 ids"):
+        trained.decode([65, 300])
+    with pytest.raises(UserError, match="token id -1"):
+        trained.decode([-1])
+
+
+def test_save_and_load(trained: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    trained.save(path)
+    loaded = Tokenizer.load(path)
+    assert loaded == trained and loaded.name == "bpe"
+    assert loaded.encode("the café") == trained.encode("the café")
+    assert (loaded.eos_id, loaded.bos_id, loaded.pad_id) == (trained.eos_id, trained.bos_id, trained.pad_id)
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "not a tokenizer file"),
+        ({"format_version": 9}, "format_version 9, wanted 1"),
+        ({"tokens": {"0": "AA=="}}, "255 of 256 bytes have no token"),
+        ({"tokens": {"0": "?"}}, "damaged"),
+        ({"tokens": None}, "damaged"),
+        ({"pattern": "(?s)."}, "does not match its fingerprint"),
+    ],
+)
+def test_a_damaged_file_is_named(change: dict[str, object], message: str, trained: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    trained.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=rf"tokenizer\.json: .*{message}"):
+        Tokenizer.load(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000])
+def test_no_tokenizer_file(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match="not a readable tokenizer file"):
+        Tokenizer.load(path)
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a "):
+        Tokenizer.load(path)
+
+
+def test_named_encoding_needs_no_cache_once_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 300}  # with a gap, as p50k_base has one
+    encoding = tiktoken.Encoding("r50k_base", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={"<|end|>": 301})
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "r50k_base", encoding)
+    tokenizer = Tokenizer.named("r50k_base")
+    assert tokenizer.encode("ab<|end|>")[:2] == [300, ord("<")]
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (301, 304)
+    assert tokenizer.token_bytes(299) == b""
+    tokenizer.save(tmp_path / "tokenizer.json")
+    monkeypatch.undo()
+    assert Tokenizer.load(tmp_path / "tokenizer.json") == tokenizer
+
+
+def test_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise requests.exceptions.ConnectionError("no network")
+
+    monkeypatch.setattr(requests, "get", offline)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"'gpt2'.*no network.*TIKTOKEN_CACHE_DIR.*'bytes'"):
+        Tokenizer.named("gpt2")
+    with pytest.raises(UserError, match=r"'gpt5': tiktoken knows .*cl100k_base"):
+        Tokenizer.named("gpt5")
