@@ -227,7 +227,8 @@ def _restore(path: Path, manifest: dict[str, Any], template: TrainState) -> Trai
     _check_version(path, manifest)
     wanted = _leaves(template)
     saved, described = manifest["arrays"], _describe(wanted)
-    for name in sorted({*saved, *described}):
+    # The parameters first: what differs in them differs in the optimizer too.
+    for name in sorted({*saved, *described}, key=lambda name: (not name.startswith("params."), name)):
         if saved.get(name) != described.get(name):
             found, want = _show(saved.get(name)), _show(described.get(name))
             raise UserError(f"{path}: {name}: found {found}, wanted {want}; it was saved with other settings")

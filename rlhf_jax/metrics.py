@@ -18,7 +18,9 @@ from typing import Any, Protocol, TextIO
 import jax
 import jax.numpy as jnp
 import rich.console
+import rich.live
 import rich.progress
+import rich.text
 
 from rlhf_jax.durable import UNFINISHED
 from rlhf_jax.errors import UserError
@@ -138,6 +140,7 @@ class TensorBoard:
         self._make = tensorboardX.SummaryWriter
         self._writer: Any = None
         self._after = 0
+        self._opened = 0
 
     def start(self, step: int, steps: int) -> None:
         self.close()
@@ -157,13 +160,19 @@ class TensorBoard:
 
     def _open(self) -> Any:
         if self._writer is None:
-            # TensorBoard itself hides what an earlier start wrote for later steps.
-            self._writer = self._make(str(self.folder), purge_step=self._after + 1 if self._after else None)
+            self._opened += 1
+            self._writer = self._make(
+                str(self.folder),
+                # TensorBoard itself hides what an earlier start wrote for later steps.
+                purge_step=self._after + 1 if self._after else None,
+                # The names hold the time in whole seconds; within one, a second file would replace the first.
+                filename_suffix=f".{os.getpid()}.{self._opened}",
+            )
         return self._writer
 
 
 class Console:
-    """Progress with time left: a bar on a terminal, in a log a line every `interval` seconds.
+    """Progress with time left: a bar and the figures on a terminal, in a log a line every `interval` seconds.
 
     Args:
       title: what the line begins with, e.g. the stage's name.
@@ -179,7 +188,15 @@ class Console:
         self.show = tuple(show)
         self.interval = interval
         self._console = rich.console.Console(file=file, stderr=file is None, highlight=False, soft_wrap=True)
-        self._bar: rich.progress.Progress | None = None
+        self._bar = rich.progress.Progress(
+            "[bold]{task.description}",
+            rich.progress.BarColumn(bar_width=None),
+            "{task.completed:.0f}/{task.total:.0f}",
+            "[cyan]{task.fields[left]}",
+            console=self._console,
+            expand=True,
+        )
+        self._live: rich.live.Live | None = None
         self._latest: dict[str, float] = {}
         self._steps = 0
         self._clock = _Clock()
@@ -189,42 +206,38 @@ class Console:
         self.close()
         self._latest, self._steps, self._clock, self._printed = {}, steps, _Clock(), -math.inf
         if self._console.is_terminal:
-            self._bar = rich.progress.Progress(
-                "[bold]{task.description}",
-                rich.progress.BarColumn(bar_width=None),
-                "{task.completed:.0f}/{task.total:.0f}",
-                "{task.fields[figures]}",
-                "[cyan]{task.fields[left]}",
-                console=self._console,
-                refresh_per_second=4,
-                expand=True,
-            )
-            self._bar.add_task(self.title, total=steps, completed=step, figures="", left="starting")
-            self._bar.start()
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task(self.title, total=steps, completed=step, left="compiling")
+            self._live = rich.live.Live(get_renderable=self._lines, console=self._console, refresh_per_second=4)
+            self._live.start()
         elif step:
             self._console.print(f"{self.title} goes on after step {step}", markup=False)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self._latest.update(values)
         left = self._clock.left(step, self._steps)
-        figures = "  ".join(_figure(name, self._latest[name]) for name in self._shown())
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, figures=figures, left=left)
+        if self._live is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, left=left)
         elif time.monotonic() - self._printed >= self.interval or step >= self._steps:
             self._printed = time.monotonic()
-            self._console.print(f"{self.title} {step}/{self._steps}  {figures}  {left}".rstrip(), markup=False)
+            self._console.print(f"{self.title} {step}/{self._steps}  {self._figures()}  {left}".rstrip(), markup=False)
 
     def event(self, step: int, message: str) -> None:
         self._console.print(f"{self.title} {step}: {message}", markup=False)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
-    def _shown(self) -> list[str]:
+    def _lines(self) -> rich.console.RenderableType:
+        figures = rich.text.Text("  " + self._figures(), no_wrap=True, overflow="ellipsis")
+        return rich.console.Group(self._bar.get_renderable(), figures)
+
+    def _figures(self) -> str:
         names = (*self.show, *(f"eval/{name}" for name in self.show), "tokens_per_second", "peak_share")
-        return [name for name in names if name in self._latest]
+        return "  ".join(_figure(name, self._latest[name]) for name in names if name in self._latest)
 
 
 class _Clock:
@@ -253,7 +266,7 @@ def _figure(name: str, value: float) -> str:
         return f"{value:,.0f} tokens/s"
     if name == "peak_share":
         return f"{value:.0%} of peak"
-    return f"{name.replace('_', ' ')} {value:.4g}"
+    return f"{name.replace('_', ' ').replace('/', ' ')} {value:.4g}"
 
 
 class Throughput:

@@ -1,0 +1,183 @@
+"""What is saved comes back bit for bit, onto the devices asked for, or not at all."""
+
+import errno
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf_jax import checkpoint
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.checkpoint import Checkpoints, fingerprint, load_params
+from rlhf_jax.errors import UserError
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def make_state(seed: int = 0, width: int = 8, **extras: Any) -> TrainState:
+    key = jax.random.key(seed)
+    init, run = jax.random.split(key)
+    params = {
+        "layer_0": {"kernel": jax.random.normal(init, (width, 4)), "bias": jnp.zeros(4, jnp.bfloat16)},
+        "scale": jnp.float32(0.5),
+    }
+    return TrainState(jnp.int32(seed), params, OPTIMIZER.init(params), run, {"kl_coef": jnp.float32(0.1), **extras})
+
+
+def same(a: Any, b: Any) -> bool:
+    def data(x: Any) -> Any:
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    pairs = zip(jax.tree.leaves(jax.tree.map(data, a)), jax.tree.leaves(jax.tree.map(data, b)), strict=True)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs
+    )
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    state = make_state(1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(7, state, {})
+    restored = checkpoints.restore(make_state(2))
+    assert same(restored, state)
+    assert not same(restored, make_state(2))
+    assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
+
+
+def test_nothing_saved_gives_the_template(tmp_path: Path) -> None:
+    template = make_state()
+    assert Checkpoints(tmp_path / "none").restore(template) is template
+
+
+def test_the_template_says_where_arrays_go(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+    template = jax.tree.map(lambda x: jax.device_put(x, rows if x.shape == (8, 4) else whole), make_state(2))
+    restored = checkpoints.restore(template)
+    assert same(restored, make_state(1))
+    assert restored.params["layer_0"]["kernel"].sharding == rows
+    checkpoints.save(2, restored, {})
+    assert same(checkpoints.restore(make_state(2)), make_state(1))
+
+
+def test_params_are_handed_on_without_a_template(tmp_path: Path) -> None:
+    state = make_state(1)
+    Checkpoints(tmp_path).save(1, state, {})
+    params = load_params(tmp_path)
+    assert same(params, jax.tree.map(np.asarray, state.params))
+    assert isinstance(params["layer_0"]["kernel"], np.ndarray)
+    assert fingerprint(params) == fingerprint(state.params) != fingerprint(make_state(2).params)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"width": 9}, r"params.layer_0.kernel: found float32\[8, 4\], wanted float32\[9, 4\]"),
+        ({"kl_coef": np.float16(0)}, r"extras.kl_coef: found float32\[\], wanted float16\[\]"),
+        ({"ema": np.float32(0)}, r"extras.ema: found nothing, wanted float32\[\]"),
+    ],
+)
+def test_another_state_is_refused_by_its_leaf(tmp_path: Path, other: dict[str, Any], message: str) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(), {})
+    with pytest.raises(UserError, match=message):
+        checkpoints.restore(make_state(**other))
+
+
+def test_what_would_come_back_changed_is_not_saved(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for leaf, message in [(jnp.asarray(0.1), "weakly typed"), (np.float64(0.1), "float64"), (0.1, "arrays only")]:
+        with pytest.raises(TypeError, match=f"extras.kl_coef.*{message}"):
+            checkpoints.save(1, make_state(kl_coef=leaf), {})
+    assert checkpoints.latest() is None
+
+
+def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep_last=2, best_metric="eval/loss")
+    for step, loss in enumerate([3.0, 1.0, 2.0, float("nan"), 4.0], start=1):
+        checkpoints.save(step, make_state(step), {"eval/loss": loss})
+    assert checkpoints.steps() == [2, 4, 5]
+    assert (checkpoints.latest(), checkpoints.best()) == (5, 2)
+    assert same(load_params(tmp_path, "best"), make_state(2).params)
+    assert same(checkpoints.restore(make_state(), step=2), make_state(2))
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; there are \[2, 4, 5\]"):
+        checkpoints.restore(make_state(), step=3)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_no_flipped_bit_is_restored(tmp_path: Path) -> None:
+    Checkpoints(tmp_path / "good").save(1, make_state(1), {})
+    files = [path for path in (tmp_path / "good" / "00000001").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for file in files:
+        shutil.copytree(tmp_path / "good", tmp_path / "bad", dirs_exist_ok=True)
+        damage(tmp_path / "bad" / file.relative_to(tmp_path / "good"))
+        with pytest.raises(UserError, match="damaged"):
+            Checkpoints(tmp_path / "bad").restore(make_state(), step=1)
+
+
+def test_a_damaged_newest_step_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step), {})
+    damage(next((tmp_path / "00000002" / "params" / "d").iterdir()))
+    with caplog.at_level(logging.WARNING):
+        assert same(load_params(tmp_path), make_state(1).params)
+        assert same(checkpoints.restore(make_state()), make_state(1))
+    assert all("00000002 is damaged" in record.getMessage() for record in caplog.records)
+    # Set aside: the next start does not meet it again, and its step can be saved anew.
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, make_state(2), {})
+    assert same(checkpoints.restore(make_state()), make_state(2))
+    (tmp_path / "00000001" / "manifest.json").unlink()
+    (tmp_path / "00000002" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"none of the checkpoints \[1, 2\] is intact"):
+        checkpoints.restore(make_state())
+
+
+def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    (tmp_path / "00000002.unfinished" / "params").mkdir(parents=True)
+    (tmp_path / "00000001").rename(tmp_path / "00000001.replaced")  # killed between the two renames of a replacement
+    assert checkpoints.steps() == []
+    checkpoints.close()
+    assert same(checkpoints.restore(make_state()), make_state(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+
+
+def test_a_full_disk_leaves_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "seal", full)
+    with pytest.raises(UserError, match=r"step 2 could not be saved: No space left on device.*step 1"):
+        checkpoints.save(2, make_state(2), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+    assert same(checkpoints.restore(make_state()), make_state(1))
+
+
+def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1), {})
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+    for read in (lambda: checkpoints.restore(make_state()), lambda: load_params(tmp_path)):
+        with pytest.raises(UserError, match="format_version: found 1, wanted 2"):
+            read()

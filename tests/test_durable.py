@@ -1,0 +1,70 @@
+"""A sealed folder gives no changed byte away as whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.durable import Damaged, read_json, read_manifest, seal, verify, write_json
+from rlhf_jax.errors import UserError
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    (tmp_path / "params" / "deep").mkdir(parents=True)
+    (tmp_path / "params" / "deep" / "array").write_bytes(bytes(range(64)))
+    (tmp_path / "training").write_bytes(b"x")
+    seal(tmp_path, {"step": 3})
+    return tmp_path
+
+
+def test_about_comes_back_with_the_files(sealed: Path) -> None:
+    manifest = verify(sealed)
+    assert manifest["step"] == 3
+    assert set(manifest["files"]) == {"params/deep/array", "training"}
+
+
+@pytest.mark.parametrize("name", ["params/deep/array", "training", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_every_mutation_is_seen(sealed: Path, name: str, how: str) -> None:
+    path = sealed / name
+    content = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(content[:-1] if name != "manifest.json" else content[:-3])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(Damaged, match=name):
+        verify(sealed)
+
+
+def test_a_part_is_checked_alone(sealed: Path) -> None:
+    (sealed / "training").write_bytes(b"y")
+    assert verify(sealed, "params")["step"] == 3
+    with pytest.raises(Damaged):
+        verify(sealed)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "null", "[" * 100_000, '{"sha256": 1}', '{"sha256": "", "files": {}}'])
+def test_a_manifest_of_anything_else_is_damage(sealed: Path, text: str) -> None:
+    (sealed / "manifest.json").write_text(text)
+    with pytest.raises(Damaged):
+        read_manifest(sealed)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_json(path, {"β": 0.05})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"β": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"β": 0.05}
+    assert [child.name for child in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_reading_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "torn.json").write_text('{"a": ')
+    for name in ("torn.json", "missing.json"):
+        with pytest.raises(UserError, match=name):
+            read_json(tmp_path / name)

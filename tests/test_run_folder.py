@@ -1,0 +1,146 @@
+"""A folder says what it is; another stage, other settings or a second writer are refused in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.checkpoint import Checkpoints, fingerprint
+from rlhf_jax.errors import UserError
+from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.bytes()
+
+
+def create(path: Path, stage: str = "sft", **changes: Any) -> RunFolder:
+    config = {"steps": 10, "log_every": 5, "optim": {"learning_rate": 1e-3, "betas": (0.9, 0.95)}}
+    return RunFolder.create(
+        path,
+        stage=stage,
+        config=config | changes,
+        model={"width": 8},
+        tokenizer=TOKENIZER,
+        inputs={"data/a.jsonl": "1f3c"},
+    )
+
+
+def test_what_a_folder_says(tmp_path: Path) -> None:
+    create(tmp_path / "run")
+    run = RunFolder.open(tmp_path / "run", stages=("pretrain", "sft"))
+    assert (run.stage, run.model, run.inputs) == ("sft", {"width": 8}, {"data/a.jsonl": "1f3c"})
+    assert run.config["optim"] == {"learning_rate": 1e-3, "betas": [0.9, 0.95]}
+    assert run.tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert not run.finished
+    run.finish({"heldout_response_nll": 2.7})
+    assert run.finished
+    assert RunFolder.open(tmp_path / "run", stages=("sft",)).summary == {"heldout_response_nll": 2.7}
+
+
+def test_parameters_and_their_fingerprint(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    with pytest.raises(UserError, match="no intact checkpoint"):
+        run.load_params()
+    params = {"w": jnp.arange(3.0)}
+    Checkpoints(run.checkpoints).save(1, TrainState(jnp.int32(1), params, (), jax.random.key(0), {}), {})
+    assert run.load_params()["w"].tolist() == [0, 1, 2]
+    assert run.fingerprint == fingerprint(params)
+
+
+def test_the_same_run_goes_on_with_another_log(tmp_path: Path) -> None:
+    create(tmp_path)
+    assert create(tmp_path, log_every=1).config["log_every"] == 1
+    # A start killed before config.json was there begins again.
+    (tmp_path / "config.json").unlink()
+    create(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 20}, "steps: found 10 from an earlier run, wanted 20"),
+        ({"optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}}, "optim.learning_rate: found 0.001 .* wanted 0.002"),
+        ({"clip": 0.2}, "clip: found nothing .* wanted 0.2"),
+        ({"stage": "reward"}, "found the folder of a sft run, wanted one of reward"),
+    ],
+)
+def test_another_run_is_refused_by_the_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    create(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=message) as error:
+        create(tmp_path, **change)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_other_inputs_are_refused(tmp_path: Path) -> None:
+    create(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | {"inputs": {"data/a.jsonl": "0000"}}))
+    with pytest.raises(UserError, match=r"inputs.data/a.jsonl: found 0000 .* wanted 1f3c"):
+        create(tmp_path)
+
+
+def test_no_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("…")
+    (tmp_path / "file").write_text("…")
+    create(tmp_path / "sft")
+    (tmp_path / "sft" / "tokenizer.json").unlink()
+    create(tmp_path / "old")
+    about = json.loads((tmp_path / "old" / "config.json").read_text())
+    (tmp_path / "old" / "config.json").write_text(json.dumps(about | {"format_version": 0}))
+    for path, message in [
+        ("none", "no such folder; wanted the folder of a sft or ppo run"),
+        ("notes", "no config.json in it"),
+        ("sft", "tokenizer.json is missing"),
+        ("old", "format_version: found 0, wanted 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            RunFolder.open(tmp_path / path, stages=("sft", "ppo"))
+    for path, message in [("notes", "found todo.txt but no config.json"), ("file", "found a file")]:
+        with pytest.raises(UserError, match=message):
+            create(tmp_path / path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format_version": 1, "stage": 3}'])
+def test_a_spoiled_config_is_one_line(tmp_path: Path, text: str) -> None:
+    create(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    for use in (create, lambda path: RunFolder.open(path, stages=("sft",))):
+        with pytest.raises(UserError, match=r"config\.json") as error:
+            use(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
+    create(tmp_path)
+    Tokenizer.train(["to be or not to be"] * 9, 262).save(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json: found fingerprint"):
+        RunFolder.open(tmp_path, stages=("sft",))
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        if process.stdout is None:
+            raise RuntimeError("no pipe")
+        process.stdout.readline()
+        with pytest.raises(UserError, match="is writing in this folder"), run.lock():
+            pass
+        process.kill()
+    with run.lock():
+        # The message names who holds it, here this very process through another file.
+        with pytest.raises(UserError, match=f"process {os.getpid()} is writing"), run.lock():
+            pass
+    with run.lock():
+        pass
