@@ -25,7 +25,9 @@ def kl_penalized_reward(logp: Array, ref_logp: Array, score: Array, mask: Array,
     same_shape(logp=logp, ref_logp=ref_logp, mask=mask)
     if score.shape != mask.shape[:1]:
         raise ValueError(f"shapes differ: score {score.shape}, rows of mask {mask.shape[:1]}")
-    penalty = kl_coef * kl_estimate(jnp.where(mask, logp, 0.0), jnp.where(mask, ref_logp, 0.0), estimator="k1")
+    logp = jnp.where(mask, at_least_float32(logp), 0.0)
+    ref_logp = jnp.where(mask, at_least_float32(ref_logp), 0.0)
+    penalty = kl_coef * kl_estimate(logp, ref_logp, estimator="k1")
     seen = jnp.cumsum(mask, axis=1)
     last = mask & (seen == seen[:, -1:])
     return jnp.where(mask, jnp.where(last, at_least_float32(score)[:, None], 0.0) - penalty, 0.0)
