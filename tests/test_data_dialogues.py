@@ -83,6 +83,7 @@ def test_a_dialogue_is_found(first: str, second: str, speakers: tuple[str, str],
         talk("Q:", "Q:", 8),  # one prefix
         talk("Q", "A", 8),  # no separator
         talk("12:30", "13:45", 8),  # no name
+        talk("1.", "2.", 8),
         "\n\n".join(f"{name}: x" for name in "ABCABCABC"),  # three people
         talk("Q:", "A:", 5) + "\n\nA word from us.\n\n" + talk("Q:", "A:", 5),  # broken off
         "\n\n".join(["A sentence. Another."] * 8),
@@ -105,6 +106,14 @@ def test_two_dialogues_and_where_each_ends() -> None:
 def test_wrapped_paragraphs_stay_whole() -> None:
     text = "\n\n".join(["Q: is this\nwrapped: or not?", "A: it\nis"] * 3)
     assert extract_dialogues(text)[0][:2] == [("Q", "is this\nwrapped: or not?"), ("A", "it\nis")]
+
+
+def test_the_longer_reading_counts() -> None:
+    # Read by lines, the dialogue ends where a turn is wrapped; read by blank lines, it goes on.
+    text = talk("Q:", "A:", 10).replace("turn 6", "turn\n6")
+    assert [len(found) for found in extract_dialogues(text)] == [10]
+    # One to a line in a block of its own, and blank lines around: only the lines are turns.
+    assert [len(found) for found in extract_dialogues("Q: x\n\n" + talk("A:", "Q:", 8, "\n") + "\n\nA: y")] == [10]
 
 
 def test_its_messages() -> None:

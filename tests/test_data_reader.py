@@ -65,6 +65,7 @@ def read(tmp_path: Path) -> Any:
         ("comparisons", {"chosen": "The sky is blue.", "rejected": "The sky is black."},
          Comparison("The sky is", " blue.", " black.")),
         ("comparisons", {"chosen": HH + " a", "rejected": HH + " b"}, Comparison(HH, " a", " b")),
+        ("comparisons", {"prompt": "", "chosen": HH + " a", "rejected": HH + " b"}, Comparison(HH, " a", " b")),
         ("comparisons", {"prompt": HH, "chosen": HH + " a", "rejected": HH + " b"}, Comparison(HH, " a", " b")),
         ("comparisons", {"prompt": HH, "chosen": " a", "rejected": " b"}, Comparison(HH, " a", " b")),
         ("rankings", {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [5, 1, 5]},
