@@ -40,8 +40,9 @@ def test_what_a_folder_says(tmp_path: Path) -> None:
     assert run.tokenizer.fingerprint == TOKENIZER.fingerprint
     assert not run.finished
     run.finish({"heldout_response_nll": 2.7})
-    assert run.finished
-    assert RunFolder.open(tmp_path / "run", stages=("sft",)).summary == {"heldout_response_nll": 2.7}
+    finished = RunFolder.open(tmp_path / "run", stages=("sft",))
+    assert finished.finished
+    assert finished.summary == {"heldout_response_nll": 2.7}
 
 
 def test_parameters_and_their_fingerprint(tmp_path: Path) -> None:

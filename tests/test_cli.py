@@ -1,0 +1,153 @@
+"""Flags, files of defaults and exit codes, on a script's config."""
+
+import dataclasses
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import pytest
+
+from rlhf_jax.config import RunConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.fit import Stopped
+from scripts import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    width: int = 128
+    """Width of the residual stream."""
+    kind: Literal["gpt2", "llama"] = "llama"
+    """Family."""
+
+    def __post_init__(self) -> None:
+        if self.width % 8:
+            raise UserError(f"model.width: found {self.width}, wanted a multiple of 8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Trains."""
+
+    data: tuple[str, ...]
+    """Files of records; may be given more than once."""
+    batch: int = 8
+    """Rows in a batch."""
+    steps: int = 100
+    """Updates."""
+    learning_rate: float = 1e-3
+    """Step size."""
+    model: Model = Model()
+    """The network."""
+
+
+def parse(*arguments: str) -> Config:
+    return cli.parse(Config, "Trains.", arguments)
+
+
+def test_flags() -> None:
+    config = parse("--data", "a", "b", "--seed=4", "--data=c", "--model.width", "64", "--log_every", "3", "--pmap")
+    assert config == Config(data=("a", "b", "c"), seed=4, model=Model(width=64), log_every=3, pmap=True)
+    assert type(config) is Config
+
+
+def test_flags_override_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("learning-rate: 1e-2\ndata: [a, b]\nseed: 3\nmodel: {width: 12, kind: gpt2}\n")
+    (tmp_path / "x.json").write_text('{"data": ["a"], "model": {"width": 16}}')
+    # Width 12 is none, but the flag replaces it before anyone looks.
+    config = parse("--config", str(tmp_path / "x.yaml"), "--data", "c", "--model.width", "64")
+    assert config == Config(data=("c",), seed=3, learning_rate=0.01, model=Model(width=64, kind="gpt2"))
+    assert parse(f"--config={tmp_path / 'x.json'}") == Config(data=("a",), model=Model(width=16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dta", "x"], "unknown flag --dta; did you mean --data?"),
+        (["--learning-rat=3"], "unknown flag --learning-rat; did you mean --learning-rate?"),
+        (["--width", "8"], r"unknown flag --width; did you mean --model\.width?"),
+        (["--zzz"], "unknown flag --zzz; --help explains every flag"),
+        (["--config", "none.yaml"], "--config none.yaml: .*No such file"),
+    ],
+)
+def test_a_wrong_flag_suggests_the_right_one(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.yaml", "learning_rat: 1", r"x\.yaml: unknown field 'learning_rat'; did you mean 'learning_rate'"),
+        ("x.yaml", "model: {width: wide}", r"x\.yaml: field 'model.width': found 'wide', wanted a whole number"),
+        ("x.yaml", "- a", "found list, wanted fields"),
+        ("x.yaml", "a: [", "unreadable"),
+        ("x.yaml", "!!python/object/apply:os.system ['true']", "unreadable"),
+        ("x.json", "{", "unreadable"),
+    ],
+)
+def test_a_wrong_file_names_itself(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        parse("--config", str(tmp_path / name), "--data", "a")
+    assert "\n" not in str(error.value)
+
+
+def test_other_wrong_values_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--data", "a", "--steps", "x"], ["--data", "a", "--model.kind", "bert"], []):
+        with pytest.raises(SystemExit) as end:
+            parse(*arguments)
+        assert end.value.code == 2
+    assert "--steps" in (errors := capsys.readouterr().err) and "gpt2" in errors and "--data" in errors
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for cls, prefix in ((Config, "--"), (Model, "--model.")):
+        for field in dataclasses.fields(cls):
+            if field.name != "model":
+                assert prefix + field.name.replace("_", "-") in text
+    for explained in (
+        "the order of the data and everything sampled",
+        "Width of the residual stream",
+        "flags override them",
+    ):
+        assert explained in text
+
+
+def raising(error: BaseException) -> Callable[[Any], NoReturn]:
+    def run(config: Any) -> NoReturn:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "code", "line"),
+    [
+        (lambda config: None, 0, ""),
+        (
+            raising(UserError("a.jsonl:3: field 'prompt' is missing")),
+            2,
+            "error: a.jsonl:3: field 'prompt' is missing\n",
+        ),
+        (raising(Stopped(signal.SIGTERM, 7, saved=True)), 143, "stopped, saved after step 7; to go on: python"),
+        (raising(Stopped(signal.SIGINT, 7, saved=False)), 130, "stopped, nothing was saved; to start again: python"),
+        (raising(KeyboardInterrupt()), 130, "interrupted"),
+    ],
+)
+def test_how_a_script_ends(capsys: pytest.CaptureFixture[str], run: Any, code: int, line: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(run, Config, argv=["--data", "it's here.jsonl"])
+    assert end.value.code == code
+    errors = capsys.readouterr().err
+    assert errors.startswith(line) and errors.count("\n") <= 1
+    if "python" in line:
+        assert """--data 'it'"'"'s here.jsonl'""" in errors

@@ -1,0 +1,94 @@
+"""Settings are checked where they are made, and plain JSON becomes settings or one clear line."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from rlhf_jax.config import RunConfig, from_plain, to_plain
+from rlhf_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    batch: int = 8
+    steps: int = 100
+    data: tuple[str, ...] = ()
+    clip: float | None = None
+    optim: Optim = Optim()
+
+
+def test_there_and_back() -> None:
+    config = Config(data=("a", "b"), clip=0.2, optim=Optim(betas=(0.8, 0.9)))
+    assert from_plain(Config, to_plain(config), where="config.json") == config
+
+
+def test_the_folder() -> None:
+    assert Config(name="first").folder == Path("runs/first")
+    assert Config(name="first", out="/tmp/x").folder == Path("/tmp/x")
+    with pytest.raises(UserError, match="--name NAME"):
+        _ = Config().folder
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch": 10, "devices": 2, "microbatches": 2}, "batch 10 is not divisible by .*; use --batch 8"),
+        ({"batch": 3, "devices": 4}, "use --batch 4"),
+        ({"batch": 0}, "batch: found 0, wanted 1 or more"),
+        ({"steps": -1}, "steps: found -1, wanted 0 or more"),
+        ({"name": "../../etc"}, "name: found '../../etc'"),
+        ({"name": "/etc"}, "name: found '/etc'"),
+    ],
+)
+def test_settings_that_cannot_be(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Config(**fields)
+
+
+def test_text_becomes_the_number_that_the_field_wants() -> None:
+    # PyYAML reads 1e-3 as text.
+    given = {"optim": {"learning_rate": "1e-3"}, "steps": "1e3", "seed": 7.0, "clip": "0.2", "data": "one.jsonl"}
+    config = from_plain(Config, given, where="x.yaml")
+    assert (config.optim.learning_rate, config.steps, config.seed, config.clip) == (1e-3, 1000, 7, 0.2)
+    assert type(config.steps) is type(config.seed) is int
+    assert config.data == ("one.jsonl",)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"optim": {"learning_rat": 1}},
+            "x.yaml: unknown field 'optim.learning_rat'; did you mean 'optim.learning_rate'",
+        ),
+        ({"zzz": 1}, "x.yaml: unknown field 'zzz'; known fields: batch, clip"),
+        ({"steps": "many"}, "x.yaml: field 'steps': found 'many', wanted a whole number"),
+        ({"steps": 1.5}, "field 'steps': found 1.5, wanted a whole number"),
+        ({"steps": float("inf")}, "field 'steps': found inf"),
+        ({"steps": True}, "field 'steps': found True"),
+        ({"pmap": 1}, "field 'pmap': found 1, wanted true or false"),
+        ({"name": 3}, "field 'name': found 3, wanted text"),
+        ({"optim": 3}, "field 'optim': found 3, wanted Optim"),
+        ({"optim": {"schedule": "cosin"}}, "wanted one of 'cosine', 'linear'; did you mean 'cosine'"),
+        ({"optim": {"betas": [0.9]}}, "field 'optim.betas'"),
+        ({"data": ["a", 3]}, r"field 'data\[1\]': found 3, wanted text"),
+        ({"clip": "x"}, "field 'clip': found 'x'"),
+    ],
+)
+def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_plain(Config, given, where="x.yaml")
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(UserError, match=r"x\.yaml: field 'batch' is missing"):
+        from_plain(RunConfig, {"steps": 3}, where="x.yaml")

@@ -1,0 +1,236 @@
+"""The loop: exact resumption after any stop, rows by hand, and an end before nonsense is saved."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import fit as fit_module
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.checkpoint import Checkpoints, fingerprint
+from rlhf_jax.errors import UserError
+from rlhf_jax.fit import Stopped, fit
+from rlhf_jax.metrics import JsonLines, read_rows
+
+OPTIMIZER = optax.adam(0.1)
+
+
+class Recorder:
+    """A writer that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.events: list[tuple[int, str]] = []
+        self.open = False
+
+    def start(self, step: int, steps: int) -> None:
+        self.open = True
+
+    def row(self, step: int, values: Any) -> None:
+        self.rows.append((step, dict(values)))
+
+    def event(self, step: int, message: str) -> None:
+        self.events.append((step, message))
+
+    def close(self) -> None:
+        self.open = False
+
+
+def initial() -> TrainState:
+    params = {"w": jnp.zeros((3, 2))}
+    return TrainState(jnp.int32(0), params, OPTIMIZER.init(params), jax.random.key(0), {"kl_coef": jnp.float32(0.1)})
+
+
+@jax.jit
+def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (2,))
+
+    def loss_of(params: Any) -> jax.Array:
+        return jnp.mean((batch @ params["w"] - noise[None]) ** 2)
+
+    loss, grads = jax.value_and_grad(loss_of)(state.params)
+    updates, opt_state = OPTIMIZER.update(grads, state.opt_state, state.params)
+    extras = {"kl_coef": state.extras["kl_coef"] * jnp.float32(1.01)}
+    state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, state.key, extras)
+    return state, {"loss": loss, "tokens": jnp.float32(8)}
+
+
+def batch_at(step: int) -> np.ndarray:
+    return np.random.default_rng(step).normal(size=(4, 3)).astype(np.float32)
+
+
+def run(folder: Path, kind: type[Checkpoints] = Checkpoints, batches: Callable[[int], Any] = batch_at) -> TrainState:
+    """The run whose stops are tested: 10 steps, rows at 1, 5 and 10, checkpoints at 3, 6, 9 and 10, the last 1 kept."""
+    checkpoints = kind(folder / "checkpoints", keep_last=1)
+    state = checkpoints.restore(initial())
+    writer = JsonLines(folder / "metrics.jsonl")
+    return fit(state, update, batches, steps=10, writers=writer, checkpoints=checkpoints, save_every=3, log_every=5)
+
+
+def figures(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_rows(folder / "metrics.jsonl")]
+
+
+def hash_of(state: TrainState) -> str:
+    return fingerprint((state.step, state.params, state.opt_state, jax.random.key_data(state.key), state.extras))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[int, float]]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return hash_of(run(folder)), figures(folder)
+
+
+def test_rows_are_means_since_the_row_before(undisturbed: Any) -> None:
+    state, losses = initial(), []
+    for step in range(10):
+        state, metrics = update(state, batch_at(step))
+        losses.append(float(metrics["loss"]))
+    rows, last = [], 0
+    for step in (1, 3, 5, 6, 9, 10):
+        rows.append((step, sum(losses[last:step]) / (step - last)))
+        last = step
+    assert undisturbed == (hash_of(state), rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_saved_and_goes_on_with_the_same_bits(tmp_path: Path, undisturbed: Any, number: int) -> None:
+    handler = signal.getsignal(number)
+
+    def stopping(step: int) -> np.ndarray:
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return batch_at(step)
+
+    with pytest.raises(Stopped) as stop:
+        run(tmp_path, batches=stopping)
+    assert (stop.value.signal, stop.value.step, stop.value.saved) == (number, 7, True)
+    assert signal.getsignal(number) is handler
+    assert hash_of(run(tmp_path)) == undisturbed[0]
+    # The stop made one more row, at 7; the others are there once, with the same figures up to it.
+    rows = figures(tmp_path)
+    assert [step for step, _ in rows] == [1, 3, 5, 6, 7, 9, 10]
+    assert rows[:4] == undisturbed[1][:4] and rows[-1] == undisturbed[1][-1]
+    # A run that is complete has nothing left to do.
+    assert hash_of(run(tmp_path, batches=lambda step: pytest.fail("a batch after the end"))) == undisturbed[0]
+
+
+def test_sigkill_in_a_save_and_in_a_deletion(tmp_path: Path, undisturbed: Any) -> None:
+    for where, left in [("save", "00000003"), ("delete", "00000006")]:
+        command = [sys.executable, "-m", "tests.kill_me", str(tmp_path), where]
+        process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert left in names and len(names) == 2  # it died amid the work: something unfinished lies beside
+    assert hash_of(run(tmp_path)) == undisturbed[0]
+    assert figures(tmp_path) == undisturbed[1]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000010"]
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    def stubborn(step: int) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("not interrupted")
+
+    recorder = Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        fit(initial(), update, stubborn, steps=3, writers=recorder)
+    assert not recorder.open
+
+
+def test_the_host_reads_back_at_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    real = jax.device_get
+
+    def counted(tree: Any) -> Any:
+        reads.append(1)
+        return real(tree)
+
+    monkeypatch.setattr(fit_module.jax, "device_get", counted)
+    fit(initial(), update, batch_at, steps=40, writers=Recorder(), log_every=20)
+    assert len(reads) == 3  # after steps 1, 20 and 40
+
+
+def test_evaluation_and_the_best(tmp_path: Path) -> None:
+    recorder, checkpoints = Recorder(), Checkpoints(tmp_path, keep_last=1, best_metric="eval/distance")
+
+    def evaluate(state: TrainState) -> dict[str, jax.Array]:
+        return {"distance": jnp.abs(state.step - 4)}
+
+    options: dict[str, Any] = {"save_every": 2, "log_every": 100, "evaluate": evaluate, "eval_every": 4}
+    fit(initial(), update, batch_at, steps=10, writers=recorder, checkpoints=checkpoints, **options)
+    distances = {step: row["eval/distance"] for step, row in recorder.rows if "eval/distance" in row}
+    assert distances == {4: 0, 8: 4, 10: 6}
+    assert checkpoints.steps() == [4, 10]
+
+
+def test_throughput_leaves_compiling_and_saving_out() -> None:
+    recorder = Recorder()
+    fit(initial(), update, batch_at, steps=9, writers=recorder, log_every=3, flops_per_token=1e6)
+    assert ["tokens_per_second" in row for _, row in recorder.rows] == [False, True, True, True]
+    assert recorder.rows[-1][1]["peak_share"] > 0
+
+
+def lossy(at: set[int], poison: bool = False) -> Any:
+    """An update whose loss, and with `poison` whose parameters, are lost at certain steps."""
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = update(state, batch)
+        if int(state.step) in at:
+            metrics = metrics | {"loss": jnp.float32(jnp.nan)}
+            params = {"w": state.params["w"] * jnp.nan} if poison else state.params
+            state = TrainState(state.step, params, state.opt_state, state.key, state.extras)
+        return state, metrics
+
+    return step
+
+
+def test_three_lost_losses_end_the_run(tmp_path: Path) -> None:
+    recorder, checkpoints = Recorder(), Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"loss was not finite for 3 steps in a row, last at step 8; .* of step 4"):
+        options: dict[str, Any] = {"checkpoints": checkpoints, "save_every": 4, "log_every": 5}
+        fit(initial(), lossy({2, 3, 6, 7, 8}), batch_at, steps=12, writers=recorder, **options)
+    assert [event for event in recorder.events if "recompiled" not in event[1]] == [
+        (step, "loss is nan") for step in (2, 3, 6, 7, 8)
+    ]
+    assert checkpoints.steps() == [4]
+    assert not recorder.open
+
+
+def test_a_lost_state_is_never_saved(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"a parameter is not finite after step 4; .* of step 2"):
+        options: dict[str, Any] = {"checkpoints": checkpoints, "save_every": 2}
+        fit(initial(), lossy({4}, poison=True), batch_at, steps=6, writers=Recorder(), **options)
+    assert checkpoints.steps() == [2]
+
+
+def test_a_recompilation_is_an_event() -> None:
+    recorder, fresh = Recorder(), jax.jit(lambda state, batch: update(state, batch))
+
+    def batches(step: int) -> np.ndarray:
+        return batch_at(step)[: 2 if step == 4 else 4]
+
+    fit(initial(), fresh, batches, steps=8, writers=recorder)
+    assert [step for step, _ in recorder.events] == [5]
+    assert "recompiled in" in recorder.events[0][1] and "[2, 3]" in recorder.events[0][1]
+
+
+def test_a_state_that_changes_its_types_is_refused() -> None:
+    def drifting(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = update(state, batch)
+        extras = {"kl_coef": state.extras["kl_coef"].astype(jnp.bfloat16)}
+        return TrainState(state.step, state.params, state.opt_state, state.key, extras), metrics
+
+    with pytest.raises(TypeError, match=r"extras\['kl_coef'\]: found bfloat16\[\], wanted float32\[\]"):
+        fit(initial(), drifting, batch_at, steps=8, writers=Recorder())
