@@ -10,7 +10,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar, Union
 
@@ -104,9 +104,14 @@ def from_plain(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
       where: what messages call the source, e.g. a file's name.
     Raises: UserError for an unknown or missing field and for a value of another type, naming `where` and the field.
     """
-    return cls(
-        **{name: _finish(value) for name, value in coerce_fields(cls, values, where=where, partial=False).items()}
-    )
+
+    def build(nested: type, fields: Mapping[str, Any], prefix: str) -> Any:
+        for name, value in fields.items():
+            if value is dataclasses.MISSING:
+                raise UserError(f"{where}: field {prefix + name!r} is missing")
+        return nested(**fields)
+
+    return typing.cast(T, over_defaults(cls, coerce_fields(cls, values, where=where), build))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,17 +122,40 @@ class Partial:
     values: dict[str, Any]
 
 
-def _finish(value: Any) -> Any:
-    return value.cls(**{k: _finish(v) for k, v in value.values.items()}) if isinstance(value, Partial) else value
-
-
-def coerce_fields(
-    cls: type, values: Mapping[str, Any], *, where: str, partial: bool, prefix: str = ""
-) -> dict[str, Any]:
-    """The given fields with values of their declared types; nested configs come as `Partial`.
+def over_defaults(
+    cls: type,
+    values: Mapping[str, Any],
+    build: Callable[[type, dict[str, Any], str], Any],
+    *,
+    base: Any = dataclasses.MISSING,
+    prefix: str = "",
+) -> Any:
+    """A config of `values` where given and of the defaults elsewhere.
 
     Args:
-      partial: True allows fields without a default to be missing.
+      values: what `coerce_fields` gives.
+      build: makes a config from its class, the values of all its fields (dataclasses.MISSING where there is neither
+        value nor default) and the dotted prefix of their names.
+      base: the config that is the default here; a stage's default may differ from that of the class.
+    """
+    complete = {}
+    for field in dataclasses.fields(cls):
+        if field.init:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if base is not dataclasses.MISSING:
+                default = getattr(base, field.name)
+            value = values.get(field.name, default)
+            if isinstance(value, Partial):
+                inner = default if isinstance(default, value.cls) else dataclasses.MISSING
+                value = over_defaults(value.cls, value.values, build, base=inner, prefix=f"{prefix}{field.name}.")
+            complete[field.name] = value
+    return build(cls, complete, prefix)
+
+
+def coerce_fields(cls: type, values: Mapping[str, Any], *, where: str, prefix: str = "") -> dict[str, Any]:
+    """The given fields with values of their declared types; nested configs come as `Partial`.
+
+    Raises: UserError as `from_plain`.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     types_of = typing.get_type_hints(cls)
@@ -136,23 +164,15 @@ def coerce_fields(
             near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0.5)
             hint = f"did you mean {prefix + near[0]!r}?" if near else f"known fields: {', '.join(sorted(fields))}"
             raise UserError(f"{where}: unknown field {prefix + str(name)!r}; {hint}")
-    if not partial:
-        for field in fields.values():
-            optional = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-            if not optional and field.name not in values:
-                raise UserError(f"{where}: field {prefix + field.name!r} is missing")
-    return {
-        name: _coerce(types_of[name], value, where=where, name=prefix + name, partial=partial)
-        for name, value in values.items()
-    }
+    return {name: _coerce(types_of[name], value, where=where, name=prefix + name) for name, value in values.items()}
 
 
-def _coerce(kind: Any, value: Any, *, where: str, name: str, partial: bool) -> Any:
+def _coerce(kind: Any, value: Any, *, where: str, name: str) -> Any:
     """`value` as the type `kind`, or UserError. YAML reads 1e-3 as a string, so numbers may come as text."""
     wrong = UserError(f"{where}: field {name!r}: found {value!r}, wanted {_type_name(kind)}")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
-        return _coerce(arguments[0], value, where=where, name=name, partial=partial)
+        return _coerce(arguments[0], value, where=where, name=name)
     if kind is Any:
         return value
     if origin is Literal:
@@ -165,14 +185,14 @@ def _coerce(kind: Any, value: Any, *, where: str, name: str, partial: bool) -> A
             return None
         for argument in arguments:
             try:
-                return _coerce(argument, value, where=where, name=name, partial=partial)
+                return _coerce(argument, value, where=where, name=name)
             except UserError:
                 continue
         raise wrong
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, Mapping):
             raise wrong
-        return Partial(kind, coerce_fields(kind, value, where=where, partial=partial, prefix=name + "."))
+        return Partial(kind, coerce_fields(kind, value, where=where, prefix=name + "."))
     if origin in (tuple, list):
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
             # One file where several may stand is meant as a list of one.
@@ -184,8 +204,7 @@ def _coerce(kind: Any, value: Any, *, where: str, name: str, partial: bool) -> A
         if len(kinds) != len(value):
             raise wrong
         items = [
-            _coerce(k, v, where=where, name=f"{name}[{i}]", partial=partial)
-            for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+            _coerce(k, v, where=where, name=f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
         ]
         return tuple(items) if origin is tuple else items
     if kind is bool:

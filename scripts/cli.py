@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 import yaml
 
-from rlhf_jax.config import Partial, coerce_fields
+from rlhf_jax.config import coerce_fields, over_defaults
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit import Stopped
 
@@ -61,7 +61,7 @@ def parse(config_class: type[C], description: str = "", argv: Sequence[str] | No
     file = _config_file(arguments)
     values: dict[str, Any] = {}
     if file:
-        values = coerce_fields(config_class, _read(Path(file)), where=file, partial=True)
+        values = coerce_fields(config_class, _read(Path(file)), where=file)
     with_file = dataclasses.make_dataclass(
         config_class.__name__,
         [("config", Annotated[str, tyro.conf.arg(help="YAML or JSON file of defaults; flags override them.")], "")],
@@ -69,7 +69,7 @@ def parse(config_class: type[C], description: str = "", argv: Sequence[str] | No
         frozen=True,
         kw_only=True,
     )
-    default = _unchecked(with_file, values)
+    default = over_defaults(with_file, values, _unchecked)
     given = tyro.cli(with_file, args=arguments, default=default, description=description or config_class.__doc__)
     fields = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     return config_class(**{name: getattr(given, name) for name in fields})
@@ -80,19 +80,11 @@ def _exit(status: int, line: str) -> NoReturn:
     sys.exit(status)
 
 
-def _unchecked(cls: type, values: Mapping[str, Any]) -> Any:
-    """An instance with the given values and the class's defaults, its own checks left to the finished config."""
+def _unchecked(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
+    """An instance whose own checks are left to the finished config: flags may still change it."""
     instance: Any = object.__new__(cls)
-    for field in dataclasses.fields(cls):
-        value: Any = tyro.MISSING
-        if field.name in values:
-            value = values[field.name]
-            value = _unchecked(value.cls, value.values) if isinstance(value, Partial) else value
-        elif field.default is not dataclasses.MISSING:
-            value = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
-        object.__setattr__(instance, field.name, value)
+    for name, value in fields.items():
+        object.__setattr__(instance, name, tyro.MISSING if value is dataclasses.MISSING else value)
     return instance
 
 

@@ -1,4 +1,7 @@
-"""A small run that kills itself in a save or a deletion, for test_fit.py: python -m tests.kill_me FOLDER save|delete."""
+"""A small run that kills itself amid a save or a deletion, for test_fit.py.
+
+python -m tests.kill_me FOLDER save|delete
+"""
 
 import os
 import signal

@@ -40,7 +40,7 @@ class Config(RunConfig):
     """Updates."""
     learning_rate: float = 1e-3
     """Step size."""
-    model: Model = Model()
+    model: Model = dataclasses.field(default_factory=lambda: Model(width=64))
     """The network."""
 
 
@@ -49,8 +49,8 @@ def parse(*arguments: str) -> Config:
 
 
 def test_flags() -> None:
-    config = parse("--data", "a", "b", "--seed=4", "--data=c", "--model.width", "64", "--log_every", "3", "--pmap")
-    assert config == Config(data=("a", "b", "c"), seed=4, model=Model(width=64), log_every=3, pmap=True)
+    config = parse("--data", "a", "b", "--seed=4", "--data=c", "--model.width", "32", "--log_every", "3", "--pmap")
+    assert config == Config(data=("a", "b", "c"), seed=4, model=Model(width=32), log_every=3, pmap=True)
     assert type(config) is Config
 
 
@@ -61,6 +61,8 @@ def test_flags_override_a_file(tmp_path: Path) -> None:
     config = parse("--config", str(tmp_path / "x.yaml"), "--data", "c", "--model.width", "64")
     assert config == Config(data=("c",), seed=3, learning_rate=0.01, model=Model(width=64, kind="gpt2"))
     assert parse(f"--config={tmp_path / 'x.json'}") == Config(data=("a",), model=Model(width=16))
+    (tmp_path / "y.yaml").write_text("model: {kind: gpt2}")
+    assert parse("--config", str(tmp_path / "y.yaml"), "--data", "a").model == Model(width=64, kind="gpt2")
 
 
 @pytest.mark.parametrize(

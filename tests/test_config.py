@@ -23,7 +23,7 @@ class Config(RunConfig):
     steps: int = 100
     data: tuple[str, ...] = ()
     clip: float | None = None
-    optim: Optim = Optim()
+    optim: Optim = Optim(learning_rate=3e-3)
 
 
 def test_there_and_back() -> None:
@@ -36,6 +36,11 @@ def test_the_folder() -> None:
     assert Config(name="first", out="/tmp/x").folder == Path("/tmp/x")
     with pytest.raises(UserError, match="--name NAME"):
         _ = Config().folder
+
+
+def test_what_is_not_given_is_the_default_of_the_stage() -> None:
+    config = from_plain(Config, {"optim": {"schedule": "linear"}}, where="x.yaml")
+    assert config.optim == Optim(learning_rate=3e-3, schedule="linear")
 
 
 @pytest.mark.parametrize(
