@@ -20,10 +20,10 @@ setup: ## make .venv with everything that development needs (nothing is done whe
 recipe: setup ## the whole recipe on the embedded default: pretrain, SFT, reward model, PPO
 	@$(BIN)/python scripts/recipe.py $(ARGS)
 
-# Two workers: the time goes into compiling, which one process does on one core. A file stays with one worker,
-# so that its tests share what they compiled.
+# One process: compiling already uses more than one core, two workers (ARGS="-n 2 --dist loadfile") cost a quarter more
+# CPU time and crowd the tests that kill, wait and measure. They pay on an idle machine with four cores or more.
 test: setup ## the tests
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -q $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -14,7 +14,8 @@ FLOOR = {
     **dict.fromkeys(["errors", "arrays", "masked", "config"], 0),
     **dict.fromkeys(["losses", "returns", "kl"], 1),
     **dict.fromkeys(["model", "generate", "optim", "tokenizer", "durable"], 2),
-    **dict.fromkeys(["scoring", "episodes", "data", "parallel", "checkpoint", "run_folder", "metrics"], 3),
+    **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
+    **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics"], 3),
     **dict.fromkeys(["fit", "runs"], 4),
     **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo"], 5),
     # These two hold the public names and nothing else, and nothing below may import through them.
@@ -28,6 +29,8 @@ NEIGHBOURS = {
     ("returns", "kl"),  # the KL in the reward is the one of kl.py
     ("generate", "model"),
     ("episodes", "scoring"),
+    ("evaluation", "scoring"),
+    ("evaluation", "data"),
     ("run_folder", "checkpoint"),
     ("runs", "fit"),
 }
