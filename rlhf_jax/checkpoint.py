@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,10 +99,13 @@ class Checkpoints:
                 final.rename(final.with_name(final.name + _REPLACED))
             unfinished.rename(final)
             sync_folder(self.folder)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            reason = _refusal(error)
+            if reason is None:
+                raise
             raise UserError(
-                f"{self.folder}: step {step} could not be saved: {error.strerror or error}; the last checkpoint is "
-                f"that of step {self.latest()}"
+                f"{self.folder}: step {step} could not be saved: {reason}; the last checkpoint is that of step "
+                f"{self.latest()}"
             ) from error
         finally:
             self._sweep()
@@ -315,6 +319,15 @@ def _check_version(path: Path, manifest: Mapping[str, Any]) -> None:
             f"{path}: format_version: found {manifest.get('format_version')}, wanted {FORMAT_VERSION}; use the "
             f"release of rlhf_jax that wrote it"
         )
+
+
+def _refusal(error: OSError | ValueError) -> str | None:
+    """What the system said when it refused to write; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # The array library raises ValueError with the system's number in its text.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return None if code is None else os.strerror(int(code[1]))
 
 
 def _name(step: int) -> str:

@@ -1,8 +1,13 @@
 """What is saved comes back bit for bit, onto the devices asked for, or not at all."""
 
+import contextlib
 import errno
 import logging
+import os
+import resource
 import shutil
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +170,45 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
 
 
-def test_a_full_disk_leaves_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def no_room_to_sync(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(checkpoint, "seal", full)
+    yield
+
+
+@contextlib.contextmanager
+def no_room_for_arrays(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_room_at_all(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    patch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+    yield
+
+
+@pytest.mark.parametrize(
+    ("refusal", "message"),
+    [
+        (no_room_to_sync, r"step 2 could not be saved: No space left on device; the last .* step 1"),
+        (no_room_for_arrays, r"step 2 could not be saved: File too large; the last .* step 1"),
+        (no_room_at_all, r"step 2 needs \d+ bytes, the disk has 100"),
+    ],
+)
+def test_a_full_disk_leaves_the_step_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Any, message: str
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), {})
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "seal", full)
-    with pytest.raises(UserError, match=r"step 2 could not be saved: No space left on device.*step 1"):
+    with refusal(monkeypatch), pytest.raises(UserError, match=message):
         checkpoints.save(2, make_state(2), {})
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
     assert same(checkpoints.restore(make_state()), make_state(1))
