@@ -26,9 +26,7 @@ test: setup ## the tests
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 lint: setup ## ruff and mypy
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1; exit $$failed
 
 format: setup ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
