@@ -38,6 +38,11 @@ def main(
         run(parse(config_class, description, argv))
     except UserError as error:
         _exit(2, f"error: {error}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A file that the user named, or a disk that is full: the system's words say it.
+        _exit(2, f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         _exit(130, "interrupted; the same command goes on from the last checkpoint")
     except Stopped as stop:

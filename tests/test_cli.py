@@ -142,6 +142,7 @@ def raising(error: BaseException) -> Callable[[Any], NoReturn]:
         ),
         (raising(Stopped(signal.SIGTERM, 7, saved=True)), 143, "stopped, saved after step 7; to go on: python"),
         (raising(Stopped(signal.SIGINT, 7, saved=False)), 130, "stopped, nothing was saved; to start again: python"),
+        (raising(PermissionError(13, "Permission denied", "a.jsonl")), 2, "error: a.jsonl: Permission denied\n"),
         (raising(KeyboardInterrupt()), 130, "interrupted"),
     ],
 )
