@@ -71,6 +71,8 @@ def parse(config_class: type[C], description: str = "", argv: Sequence[str] | No
         config_class.__name__,
         [("config", Annotated[str, tyro.conf.arg(help="YAML or JSON file of defaults; flags override them.")], "")],
         bases=(config_class,),
+        # tyro would put a refused config into its own words; the checks run below, and `main` prints their line.
+        namespace={"__post_init__": lambda self: None},
         frozen=True,
         kw_only=True,
     )

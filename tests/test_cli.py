@@ -72,10 +72,11 @@ def test_flags_override_a_file(tmp_path: Path) -> None:
         (["--learning-rat=3"], "unknown flag --learning-rat; did you mean --learning-rate?"),
         (["--width", "8"], r"unknown flag --width; did you mean --model\.width?"),
         (["--zzz"], "unknown flag --zzz; --help explains every flag"),
+        (["--data", "a", "--batch", "9", "--devices", "2"], "^batch 9 is not divisible by .*; use --batch 8$"),
         (["--config", "none.yaml"], "--config none.yaml: .*No such file"),
     ],
 )
-def test_a_wrong_flag_suggests_the_right_one(arguments: list[str], message: str) -> None:
+def test_a_wrong_flag_is_one_line_with_the_right_one(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(*arguments)
 
