@@ -112,6 +112,8 @@ def test_coefficient_by_hand(way: Callable) -> None:
 
 
 def test_coefficient_of_narrow_inputs_is_float32() -> None:
-    kl_coef = adapt_kl_coef(jnp.array(0.5, jnp.bfloat16), jnp.array(7), target=7.0, horizon=10_000, episodes=512)
+    # n = horizon, so β times KL/target. bfloat16 holds 0.5 and 6.625, not their quotients.
+    kl_coef, kl = jnp.array(0.5, jnp.bfloat16), jnp.array(6.625, jnp.bfloat16)
+    kl_coef = adapt_kl_coef(kl_coef, kl, target=6.0, horizon=512, episodes=512)
     assert kl_coef.dtype == jnp.float32
-    np.testing.assert_allclose(kl_coef, 0.5)
+    np.testing.assert_allclose(kl_coef, 0.5 * 6.625 / 6.0, rtol=1e-6)

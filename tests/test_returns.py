@@ -19,22 +19,25 @@ GARBAGE = [nan, np.inf, -np.inf, 1e30]
 
 def test_reward_by_hand(way: Callable) -> None:
     # β = 0.5. log π - log π_ref is (0.2, -0.4, 0.6) where kept, the score 3 is on the last kept token:
-    # (-0.5 · 0.2, -0.5 · -0.4, -0.5 · 0.6 + 3) = (-0.1, 0.2, 2.7). Slope of the sum: ∓0.5 a token, 1 for the score.
+    # (-0.5 · 0.2, -0.5 · -0.4, -0.5 · 0.6 + 3) = (-0.1, 0.2, 2.7). Slope of the sum: ∓0.5 a token, 1 for the score,
+    # -(0.2 - 0.4 + 0.6) = -0.4 for β.
     # The second row ends at its second token, the third has no token for its score.
     logp = np.array([[-1.0, -2.0, -1.4, nan], [-1.0, -2.0, nan, nan], [nan, nan, nan, nan]])
     ref_logp = np.array([[-1.2, -1.6, -2.0, nan], [-1.2, -1.6, nan, nan], [nan, nan, nan, nan]])
     mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
-    score = np.array([3.0, -1.0, 7.0])
+    score, kl_coef = np.array([3.0, -1.0, 7.0]), np.array([0.5, 0.5, 0.5])
 
-    def sum_and_all(logp, ref_logp, score, mask):
-        reward = kl_penalized_reward(logp[None], ref_logp[None], score[None], mask[None], kl_coef=0.5)[0]
+    def sum_and_all(logp, ref_logp, score, kl_coef, mask):
+        reward = kl_penalized_reward(logp[None], ref_logp[None], score[None], mask[None], kl_coef=kl_coef)[0]
         return jnp.sum(reward), reward
 
-    (_, reward), slopes = way(jax.value_and_grad(sum_and_all, (0, 1, 2), has_aux=True))(logp, ref_logp, score, mask)
+    graded = way(jax.value_and_grad(sum_and_all, (0, 1, 2, 3), has_aux=True))
+    (_, reward), slopes = graded(logp, ref_logp, score, kl_coef, mask)
     np.testing.assert_allclose(reward, np.array([[-0.1, 0.2, 2.7, 0], [-0.1, -0.8, 0, 0], [0, 0, 0, 0]]), atol=1e-6)
     np.testing.assert_allclose(slopes[0], -0.5 * mask)
     np.testing.assert_allclose(slopes[1], 0.5 * mask)
     np.testing.assert_allclose(slopes[2], [1, 1, 0])
+    np.testing.assert_allclose(slopes[3], [-0.4, 0.2, 0], atol=1e-6)
 
 
 def test_advantages_by_hand(way: Callable) -> None:
