@@ -78,7 +78,13 @@ class ModelConfig:
     @classmethod
     def gpt2(cls, **changes: Any) -> ModelConfig:
         """GPT-2's block: learned positions, LayerNorm, GELU, biases, tied."""
-        kind: dict[str, Any] = {"positions": "learned", "norm": "layer", "activation": "gelu", "bias": True, "tied": True}
+        kind: dict[str, Any] = {
+            "positions": "learned",
+            "norm": "layer",
+            "activation": "gelu",
+            "bias": True,
+            "tied": True,
+        }
         return cls(**(kind | changes))
 
     @property
@@ -341,7 +347,7 @@ class Transformer(nn.Module):
         slot_T = jnp.arange(length)
         if cache is None:
             allowed_BTS = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real_BT[:, None, :]
-            allowed_BTS &= (slot_T[None, :, None] >= slot_T[None, None, :])
+            allowed_BTS &= slot_T[None, :, None] >= slot_T[None, None, :]
         else:
             keys_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.mask_BS, real_BT, cache.filled, axis=1)
             slot_S = jnp.arange(keys_mask_BS.shape[1])

@@ -112,7 +112,9 @@ def summed_gradients(
         keys = jax.random.split(key, microbatches)
         shapes = jax.eval_shape(shares, jax.tree.map(lambda x: x[0], sliced), keys[0])
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(lambda sum, part: (jax.tree.map(jnp.add, sum, shares(*part)), None), zero, (sliced, keys))
+        total, _ = jax.lax.scan(
+            lambda sum, part: (jax.tree.map(jnp.add, sum, shares(*part)), None), zero, (sliced, keys)
+        )
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 

@@ -24,7 +24,9 @@ def make_mesh(devices: int = 1) -> Mesh:
     """
     found = jax.devices()
     if devices > len(found):
-        hint = " (on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=N)" if found[0].platform == "cpu" else ""
+        hint = (
+            " (on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=N)" if found[0].platform == "cpu" else ""
+        )
         raise UserError(f"devices: wanted {devices}, found {len(found)} of kind {found[0].device_kind}{hint}")
     # Auto: the compiler places what the shardings of the inputs leave open. The default since jax 0.9 is Explicit.
     return Mesh(np.array(found[:devices]).reshape(devices, 1, 1), (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
@@ -42,7 +44,9 @@ def shard_rows(batch: Any, mesh: Mesh) -> Any:
     """
     rows, devices = jax.tree.leaves(batch)[0].shape[0], mesh.shape[DATA]
     if rows % devices:
-        raise UserError(f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}")
+        raise UserError(
+            f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
+        )
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(DATA)))
 
 
@@ -80,7 +84,9 @@ def pmap_update(update: Update, devices: int) -> Update:
             )
         rows = jax.tree.leaves(batch)[0].shape[0]
         if rows % devices:
-            raise UserError(f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}")
+            raise UserError(
+                f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
+            )
         split = jax.tree.map(lambda x: np.asarray(x).reshape(devices, -1, *x.shape[1:]), batch)
         return compiled[len(frozen)](state, split, *frozen)
 

@@ -20,9 +20,7 @@ def target_losses(
     """
     tokens, segments, targets, mask = batch.shifted()
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    logits = model.apply(
-        {"params": params}, tokens, segment_ids=segments, deterministic=dropout_key is None, rngs=rngs
-    )
+    logits = model.apply({"params": params}, tokens, segment_ids=segments, deterministic=dropout_key is None, rngs=rngs)
     return next_token_loss(logits, targets), mask
 
 

@@ -25,7 +25,16 @@ from rlhf_jax.errors import UserError
 _C_MODULES = ("builtins", "math", "itertools", "time", "_collections", "_functools", "_operator", "array", "zlib",
               "_struct", "select", "unicodedata", "binascii", "_bisect", "_heapq", "_random", "cmath", "_socket",
               "_datetime", "_io", "_json", "_csv", "posix", "gc", "signal", "faulthandler", "mmap")  # fmt: skip
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "turtledemo"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3",
+    "turtledemo",
+}
 _LEAST_DEMONSTRATIONS = 1000
 
 
@@ -61,14 +70,19 @@ def words_of(name: str) -> list[str]:
     return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
 
 
-def prompt_of(name: str, arguments: list[str]) -> str:
-    """A function's name and signature as words: ` use posix spawn (args) ->`.
+def signature_of(name: str, arguments: list[str]) -> str:
+    """A function's name and up to four arguments as words: ` use posix spawn (args)`.
 
     The leading space makes the words the same tokens as in the middle of a sentence, so that a model can copy them.
     """
     inner = [" ".join(words_of(argument)) for argument in arguments if argument not in ("self", "cls")]
     signature = f" ({', '.join(a for a in inner[:4] if a)})" if any(inner) else ""
-    return f" {' '.join(words_of(name))}{signature} ->"
+    return f" {' '.join(words_of(name))}{signature}"
+
+
+def prompt_of(name: str, arguments: list[str]) -> str:
+    """The question about a function: ` use posix spawn (args) ->`."""
+    return f"{signature_of(name, arguments)} ->"
 
 
 def first_sentence(docstring: str) -> str | None:
@@ -131,7 +145,7 @@ def load_corpus() -> Corpus:
     for topic, text in sorted(topics.items()):
         documents.setdefault(text.strip(), f"pydoc_data.topics:{topic}")
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    found: list[tuple[str, str | None, str, list[str]]] = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if not _SKIPPED_FOLDERS.intersection(relative.parts) and relative.parts[0] != "pydoc_data":
@@ -139,9 +153,12 @@ def load_corpus() -> Corpus:
     for module in _C_MODULES:
         found.extend(_functions_of_c_module(module))
     for where, docstring, name, arguments in found:
+        named = bool(name) and not name.startswith("__") and bool(words_of(name))
         if docstring:
-            documents.setdefault(inspect.cleandoc(docstring).strip(), where)
-        if not name or name.startswith("__") or not words_of(name):
+            text = inspect.cleandoc(docstring).strip()
+            # Under its signature, as help() shows it: what a text is about is how a model learns to speak of it.
+            documents.setdefault(f"{signature_of(name, arguments)}\n\n {text}" if named else text, where)
+        if not named:
             continue
         prompt = prompt_of(name, arguments)
         sentence = first_sentence(docstring) if docstring else None
@@ -159,7 +176,8 @@ def load_corpus() -> Corpus:
     heldout_sentences = {f.sentence for f in functions.values() if f.sentence and _share(f.prompt) < 0.1}
 
     def held_out_text(text: Text) -> bool:
-        return _share(text.text) < 0.04 or first_sentence(text.text) in heldout_sentences
+        body = text.text.split("\n\n", 1)[-1] if text.text.startswith(" ") else text.text
+        return _share(text.text) < 0.04 or first_sentence(body) in heldout_sentences
 
     return Corpus(
         texts=[t for t in texts if not held_out_text(t)],

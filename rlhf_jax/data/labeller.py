@@ -71,7 +71,9 @@ def topic_words(prompt: str) -> list[str]:
     """The words of the function asked about: its name's, or, where that has none of three letters, its arguments' too."""
     name, _, rest = prompt.removesuffix("->").partition("(")
     for part in (name, name + " " + rest):
-        words = [word for word in re.findall(r"[a-z][a-z0-9]*", part.lower()) if len(word) > 2 and word not in STOP_WORDS]
+        words = [
+            word for word in re.findall(r"[a-z][a-z0-9]*", part.lower()) if len(word) > 2 and word not in STOP_WORDS
+        ]
         if words:
             return list(dict.fromkeys(words))
     return []

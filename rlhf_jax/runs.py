@@ -1,0 +1,132 @@
+"""From a stage's state and update to a finished run folder: devices, resume, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.config import RunConfig, from_plain, to_plain
+from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.errors import UserError
+from rlhf_jax.fit import fit
+from rlhf_jax.metrics import Console, JsonLines, TensorBoard, Writer, Writers
+from rlhf_jax.model import ModelConfig
+from rlhf_jax.parallel import DATA, Update, jit_update, make_mesh, pmap_update, replicate
+from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run that is complete: its folder, and the figures of summary.json."""
+
+    run: RunFolder
+    summary: dict[str, Any]
+
+
+def create_run(
+    config: RunConfig, *, stage: str, model: ModelConfig, tokenizer: Tokenizer, inputs: Mapping[str, str]
+) -> RunFolder:
+    """The folder of a stage's run, new or to be gone on with."""
+    return RunFolder.create(
+        config.folder, stage=stage, config=to_plain(config), model=to_plain(model), tokenizer=tokenizer, inputs=inputs
+    )
+
+
+def model_of(run: RunFolder) -> ModelConfig:
+    """The model's configuration in a run's folder."""
+    return from_plain(ModelConfig, run.model, where=f"{run.path}/config.json: model")
+
+
+def train(
+    run: RunFolder,
+    config: RunConfig,
+    state: TrainState,
+    make_update: Callable[[str | None], Update],
+    batch_at: Callable[[int], Any],
+    *,
+    frozen: Sequence[Any] = (),
+    evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    flops_per_token: float | None = None,
+    show: Sequence[str] = ("loss",),
+    best_metric: str | None = None,
+    best_mode: Literal["min", "max"] = "min",
+    writers: Sequence[Writer] = (),
+) -> TrainState:
+    """Takes the state from wherever the run's folder left it to config.steps.
+
+    Args:
+      make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
+      frozen: networks that the update reads; they lie on every device and are not saved.
+      writers: further writers beside the console and metrics.jsonl.
+    Raises: UserError for a setting that does not fit the devices; Stopped after SIGTERM, with the state saved.
+    """
+    mesh = make_mesh(config.devices)
+    if config.pmap:
+        update = pmap_update(make_update(DATA), config.devices)
+    else:
+        update = jit_update(make_update(None), mesh)
+    held = tuple(replicate(network, mesh) for network in frozen)
+    checkpoints = Checkpoints(run.checkpoints, config.keep_last, best_metric, best_mode)
+    outputs: list[Writer] = [Console(run.stage, show), JsonLines(run.metrics), *writers]
+    if config.tensorboard:
+        outputs.append(TensorBoard(run.path / "tensorboard"))
+    with run.lock():
+        state = checkpoints.restore(replicate(state, mesh))
+        state = fit(
+            state,
+            lambda state, batch: update(state, batch, *held),
+            batch_at,
+            steps=config.steps,
+            writers=Writers(outputs),
+            checkpoints=checkpoints,
+            save_every=config.save_every,
+            log_every=config.log_every,
+            evaluate=evaluate,
+            eval_every=config.eval_every,
+            flops_per_token=flops_per_token,
+        )
+        checkpoints.close()
+    # One copy on the first device is what evaluation and the next stage want.
+    return jax.device_put(state, mesh.devices.flat[0])
+
+
+def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger) -> Finished:
+    """Marks a run as finished, with its figures and its ledger."""
+    ledger.save(run.path / "ledger.json")
+    run.finish(summary)
+    return Finished(run, dict(summary))
+
+
+def fingerprint_of(records: Iterable[Any]) -> str:
+    """SHA-256 of records by content, wherever they came from."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(_content(record))
+    return digest.hexdigest()
+
+
+def hold_out(records: Sequence[Any], fraction: float) -> tuple[list[Any], list[Any]]:
+    """(kept, held out): about a fraction of the records, chosen by a hash of their content alone."""
+    out = [int.from_bytes(hashlib.sha256(_content(record)).digest()[:6]) < fraction * 2**48 for record in records]
+    return [r for r, o in zip(records, out, strict=True) if not o], [r for r, o in zip(records, out, strict=True) if o]
+
+
+def _content(record: Any) -> bytes:
+    values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.compare}
+    return f"{type(record).__name__} {values}\n".encode("utf-8", "surrogatepass")
+
+
+def same_tokenizer(first: RunFolder, second: RunFolder) -> None:
+    """Raises UserError unless both runs read the same token ids."""
+    if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
+        raise UserError(
+            f"{second.path}: its vocabulary of {second.tokenizer.vocab_size} tokens is not that of {first.path} "
+            f"({first.tokenizer.vocab_size} tokens); train both from the same pretrained run"
+        )

@@ -1,0 +1,167 @@
+"""Stage 1, pretraining: minimise -log p(next token) over raw text, every token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import optax
+
+from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import Ledger, Text, TokenRows, batch_at, encode_text, pack_text, read_records
+from rlhf_jax.data.embedded import load_corpus
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import mean_loss
+from rlhf_jax.masked import masked_mean
+from rlhf_jax.model import ModelConfig, Transformer, count_parameters, init_params
+from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
+from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, train
+from rlhf_jax.scoring import target_losses
+from rlhf_jax.tokenizer import Tokenizer
+
+STAGE = "pretrain"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of stage 1."""
+
+    data: tuple[str, ...] = ()
+    """Files of text records, .jsonl or .jsonl.gz; none means the embedded corpus, Python's documentation."""
+    heldout: tuple[str, ...] = ()
+    """Files of text records to evaluate on; none means heldout_fraction of data."""
+    heldout_fraction: float = 0.02
+    """Share of the documents that is held out where heldout is not given."""
+    tokenizer: str = "bpe"
+    """bpe (trained on data, of model.vocab_size), bytes, or the name of a tiktoken encoding such as gpt2."""
+    batch: int = 16
+    """Rows of an update, over all devices."""
+    row_length: int = 128
+    """Tokens of a row that predict the next one."""
+    steps: int = 2000
+    """Updates."""
+    optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=3e-3))
+    """AdamW and its schedule."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """Shape of the transformer; vocab_size is the tokenizer's for bytes and named encodings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.row_length > self.model.context:
+            raise UserError(f"row_length {self.row_length} is longer than the model's context {self.model.context}")
+
+
+def objective(
+    model: Transformer, params: Params, batch: TokenBatch, count: Array, dropout_key: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """Mean of -log p(token | tokens before it in its document), as this batch's share.
+
+    Args:
+      count: target tokens of the whole batch, of which `batch` may be a part.
+      dropout_key: turns dropout on.
+    """
+    loss_BT, mask_BT = target_losses(model, params, batch, dropout_key)
+    return masked_mean(loss_BT, mask_BT, count=count), {}
+
+
+def make_update(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Array]]]:
+    """update(state, batch) -> (state, metrics), pure."""
+
+    def update(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, Array]]:
+        count = global_count(batch.shifted()[3], axis_name)
+        state, metrics = gradient_step(
+            state,
+            lambda params, part, key: objective(model, params, part, count, key if model.config.dropout else None),
+            batch,
+            optimizer,
+            microbatches=microbatches,
+            axis_name=axis_name,
+        )
+        return state, metrics | {"tokens": count}
+
+    return update
+
+
+def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequence[Text] | None = None) -> Finished:
+    """Pretrains from text to a run folder; goes on where an earlier start of the same run stopped.
+
+    Args:
+      texts, heldout: records in place of the files (or the embedded corpus) that the config names.
+    """
+    ledger = Ledger()
+    if texts is None:
+        texts, heldout = _records(config, ledger)
+    elif heldout is None:
+        texts, heldout = hold_out(texts, config.heldout_fraction)
+    tokenizer = _tokenizer(config, texts)
+    model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    inputs = {"texts": fingerprint_of(texts), "heldout": fingerprint_of(heldout)}
+    folder = create_run(config, stage=STAGE, model=model_config, tokenizer=tokenizer, inputs=inputs)
+    if folder.finished:
+        return Finished(folder, folder.summary)
+    rows = pack(texts, tokenizer, config.row_length, ledger)
+    heldout_rows = pack(heldout, tokenizer, config.row_length, Ledger())
+    model = Transformer(model_config)
+    state = new_state({}, None, config.seed)
+    params = init_params(model, state.key)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = new_state(params, optimizer.init(params), config.seed)
+    print(ledger.summary(count_parameters(params)))
+    heldout_bytes = sum(len(text.text.encode()) for text in heldout)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        loss, targets = mean_loss(model, state.params, heldout_rows, batch_size=config.batch)
+        return {"loss": loss, "bits_per_byte": loss * targets / math.log(2) / max(heldout_bytes, 1)}
+
+    state = train(
+        folder,
+        config,
+        state,
+        lambda axis: make_update(model, optimizer, microbatches=config.microbatches, axis_name=axis),
+        lambda step: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step),
+        evaluate=evaluate if len(heldout_rows) else None,
+        flops_per_token=3 * model_config.flops_per_token(config.row_length),
+        best_metric="eval/loss" if len(heldout_rows) else None,
+    )
+    figures = evaluate(state) if len(heldout_rows) else {}
+    summary = {
+        "parameters": count_parameters(params),
+        "training_tokens": rows.targets,
+        "heldout_loss": figures.get("loss"),
+        "heldout_bits_per_byte": figures.get("bits_per_byte"),
+    }
+    return complete(folder, summary, ledger)
+
+
+def pack(texts: Sequence[Text], tokenizer: Tokenizer, row_length: int, ledger: Ledger) -> TokenRows:
+    """Rows of `row_length` inputs each; a document attends to itself only."""
+    return pack_text(
+        encode_text(texts, tokenizer, ledger=ledger),
+        length=row_length + 1,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def _records(config: Config, ledger: Ledger) -> tuple[Sequence[Text], Sequence[Text]]:
+    if not config.data:
+        corpus = load_corpus()
+        return corpus.texts, corpus.heldout_texts
+    texts = read_records(config.data, "text", ledger)
+    if config.heldout:
+        return texts, read_records(config.heldout, "text", Ledger())
+    return hold_out(texts, config.heldout_fraction)
+
+
+def _tokenizer(config: Config, texts: Sequence[Text]) -> Tokenizer:
+    if config.tokenizer == "bpe":
+        return Tokenizer.train((text.text for text in texts), config.model.vocab_size)
+    return Tokenizer.bytes() if config.tokenizer == "bytes" else Tokenizer.named(config.tokenizer)

@@ -1,0 +1,164 @@
+"""Stage 2, supervised fine-tuning: minimise -log p(next token) over demonstrations, response tokens only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import Demonstration, Dialogue, Ledger, batch_at, encode_demonstrations, read_records
+from rlhf_jax.data.embedded import load_corpus
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import mean_loss
+from rlhf_jax.masked import masked_mean
+from rlhf_jax.model import Transformer, count_parameters
+from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
+from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, model_of, train
+from rlhf_jax.scoring import target_losses
+
+STAGE = "sft"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of stage 2."""
+
+    init: str = ""
+    """Run folder of the pretrained (or fine-tuned) model to start from."""
+    data: tuple[str, ...] = ()
+    """Files of demonstrations or dialogues; none means the embedded corpus, Python's documentation."""
+    heldout: tuple[str, ...] = ()
+    """Files to evaluate on; none means heldout_fraction of data."""
+    heldout_fraction: float = 0.05
+    """Share of the records that is held out where heldout is not given."""
+    kind: str = "demonstrations"
+    """What the files hold: demonstrations (dialogues among them are taken too) or dialogues."""
+    max_tokens: int | None = None
+    """Longer rows are dropped, with a line in the ledger; the model's context if not given."""
+    buckets: tuple[int, ...] = ()
+    """Row lengths that batches are padded to; each is compiled once. None means a few up to max_tokens."""
+    batch: int = 32
+    """Rows of an update, over all devices."""
+    steps: int = 1000
+    """Updates."""
+    dropout: float = 0.0
+    """Residual dropout, a fraction; 0.2 in InstructGPT."""
+    optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=1e-3))
+    """AdamW and its schedule; 9.65e-6 for GPT-3 in InstructGPT, small models want far more."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in ("demonstrations", "dialogues"):
+            raise UserError(f"kind: found {self.kind!r}, wanted 'demonstrations' or 'dialogues'")
+
+
+def objective(
+    model: Transformer, params: Params, batch: TokenBatch, count: Array, dropout_key: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """Mean of -log p(response token | prompt, response so far), the end included, as this batch's share.
+
+    Args:
+      count: response tokens of the whole batch, of which `batch` may be a part.
+      dropout_key: turns dropout on.
+    """
+    loss_BT, mask_BT = target_losses(model, params, batch, dropout_key)
+    return masked_mean(loss_BT, mask_BT, count=count), {}
+
+
+def make_update(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Array]]]:
+    """update(state, batch) -> (state, metrics), pure."""
+
+    def update(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, Array]]:
+        count = global_count(batch.shifted()[3], axis_name)
+        state, metrics = gradient_step(
+            state,
+            lambda params, part, key: objective(model, params, part, count, key if model.config.dropout else None),
+            batch,
+            optimizer,
+            microbatches=microbatches,
+            axis_name=axis_name,
+        )
+        return state, metrics | {"tokens": global_count(batch.segment_ids_BT > 0, axis_name)}
+
+    return update
+
+
+def run(
+    config: Config,
+    *,
+    records: Sequence[Demonstration | Dialogue] | None = None,
+    heldout: Sequence[Demonstration | Dialogue] | None = None,
+) -> Finished:
+    """Fine-tunes the model of config.init to a run folder; goes on where an earlier start of the same run stopped.
+
+    Args:
+      records, heldout: demonstrations in place of the files (or the embedded corpus) that the config names.
+    """
+    if not config.init:
+        raise UserError("init: found nothing, wanted the run folder of a pretrained model; give --init FOLDER")
+    source = RunFolder.open(config.init, stages=("pretrain", "sft", "ppo"))
+    ledger = Ledger()
+    if records is None:
+        records, heldout = _records(config, ledger)
+    elif heldout is None:
+        records, heldout = hold_out(records, config.heldout_fraction)
+    tokenizer = source.tokenizer
+    trained = Transformer(dataclasses.replace(model_of(source), dropout=config.dropout))
+    model = Transformer(dataclasses.replace(model_of(source), dropout=0.0))
+    inputs = {"init": source.fingerprint, "records": fingerprint_of(records), "heldout": fingerprint_of(heldout)}
+    folder = create_run(config, stage=STAGE, model=model.config, tokenizer=tokenizer, inputs=inputs)
+    if folder.finished:
+        return Finished(folder, folder.summary)
+    limit = min(config.max_tokens or model.config.context, model.config.context)
+    rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
+    heldout_rows = encode_demonstrations(heldout, tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
+    params = jax.tree.map(jnp.asarray, policy_params(source))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = new_state(params, optimizer.init(params), config.seed)
+    print(ledger.summary(count_parameters(params)))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        return {"loss": mean_loss(model, state.params, heldout_rows, batch_size=config.batch)[0]}
+
+    before = mean_loss(model, params, heldout_rows, batch_size=config.batch)[0] if len(heldout_rows) else None
+    state = train(
+        folder,
+        config,
+        state,
+        lambda axis: make_update(trained, optimizer, microbatches=config.microbatches, axis_name=axis),
+        lambda step: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step),
+        evaluate=evaluate if len(heldout_rows) else None,
+        flops_per_token=3 * model.config.flops_per_token(limit),
+        best_metric="eval/loss" if len(heldout_rows) else None,
+    )
+    summary = {
+        "demonstrations": len(rows),
+        "response_tokens": rows.targets,
+        "heldout_response_nll": evaluate(state)["loss"] if len(heldout_rows) else None,
+        "heldout_response_nll_before": before,
+    }
+    return complete(folder, summary, ledger)
+
+
+def _records(
+    config: Config, ledger: Ledger
+) -> tuple[Sequence[Demonstration | Dialogue], Sequence[Demonstration | Dialogue]]:
+    if not config.data:
+        corpus = load_corpus()
+        return corpus.demonstrations, corpus.heldout_demonstrations
+    records = read_records(config.data, config.kind, ledger)
+    if config.heldout:
+        return records, read_records(config.heldout, config.kind, Ledger())
+    return hold_out(records, config.heldout_fraction)
