@@ -13,7 +13,7 @@ from rlhf_jax.arrays import Array, Params, RankingBatch, TokenBatch
 from rlhf_jax.data.batches import RaggedRows, RankingRows, TokenRows
 from rlhf_jax.losses import ordered_pairs
 from rlhf_jax.model import Transformer
-from rlhf_jax.scoring import ranking_scores, target_losses
+from rlhf_jax.scoring import last_token_scores, ranking_scores, target_losses
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -26,6 +26,11 @@ def _loss_sum(model: Transformer, params: Params, batch: TokenBatch, counted_B: 
 @functools.partial(jax.jit, static_argnames="model")
 def _scores(model: Transformer, params: Params, batch: RankingBatch) -> Array:
     return ranking_scores(model, params, batch)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _row_scores(model: Transformer, params: Params, batch: TokenBatch) -> Array:
+    return last_token_scores(model, params, batch.tokens_BT, batch.segment_ids_BT > 0)
 
 
 def _in_batches(rows: Any, batch_size: int) -> Any:
@@ -53,6 +58,14 @@ def scores_of(model: Transformer, params: Params, rows: RankingRows, *, batch_si
     out = np.zeros((len(rows), rows.responses), np.float32)
     for batch, indices, counted_B in _in_batches(rows, batch_size):
         out[indices[counted_B]] = np.asarray(_scores(model, params, batch))[counted_B]
+    return out
+
+
+def row_scores(model: Transformer, params: Params, rows: RaggedRows, *, batch_size: int = 32) -> np.ndarray:
+    """Reward-model scores [N] of all rows, each a prompt with a response."""
+    out = np.zeros(len(rows), np.float32)
+    for batch, indices, counted_B in _in_batches(rows, batch_size):
+        out[indices[counted_B]] = np.asarray(_row_scores(model, params, batch))[counted_B]
     return out
 
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import rich.console
 
-from rlhf_jax.arrays import TrainState
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.arrays import Params, TrainState
+from rlhf_jax.checkpoint import Checkpoints, load_params
 from rlhf_jax.config import RunConfig, from_plain, to_plain
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
@@ -20,6 +22,8 @@ from rlhf_jax.model import ModelConfig
 from rlhf_jax.parallel import DATA, Update, jit_update, make_mesh, pmap_update, replicate
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.tokenizer import Tokenizer
+
+_RELEASED = "released"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +125,29 @@ def hold_out(records: Sequence[Any], fraction: float) -> tuple[list[Any], list[A
 def _content(record: Any) -> bytes:
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.compare}
     return f"{type(record).__name__} {values}\n".encode("utf-8", "surrogatepass")
+
+
+def say(text: str) -> None:
+    """A line for the person at the console, on standard error like the progress."""
+    rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def release(run: RunFolder, params: Params, step: int) -> None:
+    """Stores the parameters that later stages take, where they are not those of the last checkpoint."""
+    state = TrainState(jnp.asarray(step, jnp.int32), params, {}, jax.random.key(0), {})
+    released = Checkpoints(run.path / _RELEASED, keep_last=1)
+    if step not in released.steps():
+        released.save(step, state, {})
+
+
+def released_params(run: RunFolder) -> Params:
+    """The parameters a run hands on: the released ones, else the last checkpoint's; of a PPO run the policy's."""
+    if (run.path / _RELEASED).exists():
+        params = load_params(run.path / _RELEASED)
+    else:
+        params = run.load_params()
+        params = params.get("policy", params)
+    return jax.tree.map(jnp.asarray, params)
 
 
 def same_tokenizer(first: RunFolder, second: RunFolder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,12 +12,32 @@ import optax
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, TokenBatch, TrainState, pytree
 from rlhf_jax.config import RunConfig
+from rlhf_jax.data import Ledger, Prompt, Text, batch_at, encode_prompts, encode_text, pack_text, read_records
+from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
+from rlhf_jax.errors import UserError
 from rlhf_jax.kl import adapt_kl_coef
 from rlhf_jax.losses import clipped_surrogate, clipped_value_loss, next_token_loss
 from rlhf_jax.masked import masked_mean
+from rlhf_jax.metrics import read_rows
+from rlhf_jax.model import Transformer
 from rlhf_jax.optim import OptimConfig, apply_gradient, global_count, make_optimizer, new_state, summed_gradients
+from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.runs import (
+    Finished,
+    complete,
+    create_run,
+    fingerprint_of,
+    model_of,
+    release,
+    released_params,
+    same_tokenizer,
+    say,
+    train,
+)
 from rlhf_jax.scoring import response_logits, state_values, target_losses
+
+STAGE = "ppo"
 
 
 @pytree
@@ -36,6 +56,18 @@ class Config(RunConfig):
     """Episodes of an iteration, over all devices."""
     steps: int = 50
     """Iterations: collect, then epochs x minibatches optimizer steps."""
+    init: str = ""
+    """Run folder of the model to start from and to stay near: the SFT run, or a pretrained one."""
+    reward: str = ""
+    """Run folder of the reward model."""
+    data: tuple[str, ...] = ()
+    """Files of prompts; none means the embedded corpus, Python's documentation."""
+    pretraining_data: tuple[str, ...] = ()
+    """Files of text for the pretraining mix; none means the embedded corpus."""
+    pretraining_row_length: int = 64
+    """Tokens of a row of the pretraining mix that predict the next one."""
+    prompt_length: int = 32
+    """Longest prompt in tokens, bos included; longer ones are dropped, with a line in the ledger."""
     epochs: int = 1
     """Passes over the episodes of an iteration, each in a fresh order."""
     minibatches: int = 4
@@ -68,6 +100,22 @@ class Config(RunConfig):
     """Optimizer of the value network."""
     episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
     """Sampling and rewards."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = self.minibatches * self.microbatches * self.devices
+        if self.batch % parts:
+            raise UserError(
+                f"batch {self.batch} is not divisible by minibatches {self.minibatches} x microbatches "
+                f"{self.microbatches} x devices {self.devices}; use --batch {max(parts, self.batch - self.batch % parts)}"
+            )
+        if bool(self.pretraining_coef) != bool(self.pretraining_batch) or self.pretraining_batch % parts:
+            raise UserError(
+                f"pretraining_batch: found {self.pretraining_batch} with pretraining_coef {self.pretraining_coef}, wanted "
+                f"both or neither, and a multiple of {parts} (minibatches x microbatches x devices)"
+            )
+        if self.kl_coef < 0:
+            raise UserError(f"kl_coef: found {self.kl_coef}, wanted 0 or more")
 
     @property
     def optimizer_steps(self) -> int:
@@ -183,7 +231,7 @@ def make_update(
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        sample_key, order_key, step_key = jax.random.split(key, 3)
+        sample_key, order_key = jax.random.split(key)
         rollout, metrics = collect(
             networks,
             state.params,
@@ -212,7 +260,6 @@ def make_update(
                 text = minibatched(text, jax.random.permutation(text_key, text.tokens_BT.shape[0]))
             return jax.lax.scan(optimizer_step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
 
-        del step_key
         carry, history = jax.lax.scan(
             epoch, (state.params, state.opt_state), jax.random.split(order_key, config.epochs)
         )
@@ -223,7 +270,6 @@ def make_update(
             metrics["ppo_over_pretraining"] = metrics["ppo_norm"] / metrics["pretraining_norm"]
         extras = dict(state.extras)
         metrics["kl_coef"] = extras["kl_coef"]
-        episodes = global_count(jnp.ones(rows, bool), axis_name)
         if config.kl_target is not None:
             extras["kl_coef"] = adapt_kl_coef(
                 extras["kl_coef"],
@@ -234,7 +280,106 @@ def make_update(
             )
         if config.ema_decay:
             extras["ema"] = optax.incremental_update(params["policy"], extras["ema"], 1.0 - config.ema_decay)
-        metrics["tokens"] = metrics["response_tokens"] * episodes
+        metrics["tokens"] = global_count(rollout.mask_BT, axis_name)
         return TrainState(state.step + 1, params, opt_state, state.key, extras), metrics
 
     return update
+
+
+def run(
+    config: Config,
+    *,
+    prompts: Sequence[Prompt] | None = None,
+    texts: Sequence[Text] | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+) -> Finished:
+    """Optimises the model of config.init against that of config.reward; goes on where an earlier start stopped.
+
+    Args:
+      prompts, texts: records in place of the files (or the embedded corpus) that the config names.
+      evaluate: figures of a state, written as "eval/…".
+    """
+    for field, wanted in (("init", "a fine-tuned model"), ("reward", "a reward model")):
+        if not dataclasses.asdict(config)[field]:
+            raise UserError(f"{field}: found nothing, wanted the run folder of {wanted}; give --{field} FOLDER")
+    source = RunFolder.open(config.init, stages=("sft", "pretrain"))
+    judge = RunFolder.open(config.reward, stages=("reward",))
+    same_tokenizer(source, judge)
+    if not judge.finished:
+        raise UserError(f"{judge.path}: the reward model is not finished; start its command again to go on with it")
+    tokenizer = source.tokenizer
+    networks = Networks(Transformer(model_of(source)), Transformer(model_of(judge), scalar=True))
+    length = config.prompt_length + config.episode.response_length
+    for network in networks:
+        if length > network.config.context:
+            raise UserError(
+                f"prompt_length {config.prompt_length} + response_length {config.episode.response_length} exceeds the "
+                f"context of {network.config.context} tokens; use --prompt-length "
+                f"{max(network.config.context - config.episode.response_length, 1)} or less"
+            )
+    ledger = Ledger()
+    if prompts is None:
+        prompts = read_records(config.data, "prompts", ledger) if config.data else load_corpus().prompts
+    mixing = config.pretraining_batch > 0
+    if texts is None and mixing:
+        paths = config.pretraining_data
+        texts = read_records(paths, "text", Ledger()) if paths else load_corpus().texts
+    inputs = {
+        "init": source.fingerprint,
+        "reward": judge.fingerprint,
+        "prompts": fingerprint_of(prompts),
+        "texts": fingerprint_of(texts or () if mixing else ()),
+    }
+    folder = create_run(config, stage=STAGE, model=networks.policy.config, tokenizer=tokenizer, inputs=inputs)
+    if folder.finished:
+        return Finished(folder, folder.summary)
+    rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
+    say(ledger.summary())
+    text_rows = None
+    if mixing and texts is not None:
+        text_rows = pack_text(
+            encode_text(texts, tokenizer, ledger=Ledger()),
+            length=config.pretraining_row_length + 1,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+        )
+
+    def batch(step: int) -> Batch:
+        text = None
+        if text_rows is not None:
+            text = batch_at(text_rows, batch_size=config.pretraining_batch, seed=config.seed, step=step)
+        return Batch(batch_at(rows, batch_size=config.batch, seed=config.seed, step=step), text)
+
+    policy, reward_params = released_params(source), released_params(judge)
+    mean, scale = judge.summary["score_mean"], judge.summary["score_scale"]
+    frozen = Frozen(policy, reward_params, jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32))
+    forward = networks.policy.config.flops_per_token(length, language_head=False)
+    state = train(
+        folder,
+        config,
+        initial_state(config, jax.tree.map(jnp.copy, policy), rescaled(reward_params, mean, scale)),
+        lambda axis: make_update(networks, config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, axis_name=axis),
+        batch,
+        frozen=(frozen,),
+        evaluate=evaluate,
+        # Sampling, four scorings, and forward and backward of policy and critic in each epoch.
+        flops_per_token=forward * (5 + 6 * config.epochs),
+        show=("score", "kl", "response_tokens", "missing_end"),
+    )
+    release(folder, state.extras["ema"] if config.ema_decay else state.params["policy"], config.steps)
+    metrics = read_rows(folder.metrics)
+    summary = {
+        "first_ratio_error": metrics[0]["first_ratio_error"],
+        "first_kl": metrics[0]["kl"],
+        "first_score": metrics[0]["score"],
+        "last_score": metrics[-1]["score"],
+        "last_kl": metrics[-1]["kl"],
+        "kl_coef": float(state.extras["kl_coef"]),
+    }
+    return complete(folder, summary, ledger)
+
+
+def rescaled(params: Params, mean: float, scale: float) -> Params:
+    """The critic's first parameters: the reward model's, its head in units of the score that PPO uses."""
+    score = {"kernel": params["score"]["kernel"] / scale, "bias": (params["score"]["bias"] - mean) / scale}
+    return jax.tree.map(jnp.asarray, {**params, "score": score})

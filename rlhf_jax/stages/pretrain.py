@@ -17,7 +17,7 @@ from rlhf_jax.evaluation import mean_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import ModelConfig, Transformer, count_parameters, init_params
 from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, train
+from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, say, train
 from rlhf_jax.scoring import target_losses
 from rlhf_jax.tokenizer import Tokenizer
 
@@ -114,7 +114,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     params = init_params(model, state.key)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = new_state(params, optimizer.init(params), config.seed)
-    print(ledger.summary(count_parameters(params)))
+    say(ledger.summary(count_parameters(params)))
     heldout_bytes = sum(len(text.text.encode()) for text in heldout)
 
     def evaluate(state: TrainState) -> dict[str, float]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
@@ -19,7 +17,17 @@ from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer, count_parameters
 from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
 from rlhf_jax.run_folder import RunFolder
-from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, model_of, train
+from rlhf_jax.runs import (
+    Finished,
+    complete,
+    create_run,
+    fingerprint_of,
+    hold_out,
+    model_of,
+    released_params,
+    say,
+    train,
+)
 from rlhf_jax.scoring import target_losses
 
 STAGE = "sft"
@@ -124,10 +132,10 @@ def run(
     limit = min(config.max_tokens or model.config.context, model.config.context)
     rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     heldout_rows = encode_demonstrations(heldout, tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
-    params = jax.tree.map(jnp.asarray, policy_params(source))
+    params = released_params(source)
     optimizer = make_optimizer(config.optimizer, config.steps)
     state = new_state(params, optimizer.init(params), config.seed)
-    print(ledger.summary(count_parameters(params)))
+    say(ledger.summary(count_parameters(params)))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         return {"loss": mean_loss(model, state.params, heldout_rows, batch_size=config.batch)[0]}

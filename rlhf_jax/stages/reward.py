@@ -1,0 +1,230 @@
+"""Stage 3.1, the reward model: minimise -log σ(r_w - r_l) over rankings and comparisons, mean over the pairs of a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rlhf_jax.arrays import Array, Params, RankingBatch, TrainState
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import (
+    Demonstration,
+    Ledger,
+    RaggedRows,
+    RankingRows,
+    batch_at,
+    encode_demonstrations,
+    encode_rankings,
+    read_records,
+)
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation import pair_accuracy, row_scores, scores_of
+from rlhf_jax.losses import ordered_pairs, ranking_loss
+from rlhf_jax.masked import masked_mean
+from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
+from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
+from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.runs import (
+    Finished,
+    complete,
+    create_run,
+    fingerprint_of,
+    hold_out,
+    model_of,
+    release,
+    released_params,
+    say,
+    train,
+)
+from rlhf_jax.scoring import ranking_scores
+
+STAGE = "reward"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    """Settings of stage 3.1."""
+
+    init: str = ""
+    """Run folder of the model to start from: fine-tuned (best in the literature) or pretrained."""
+    backbone: Literal["init", "scratch"] = "init"
+    """Start from init's weights, or from fresh ones of its shape, with its tokenizer."""
+    data: tuple[str, ...] = ()
+    """Files of comparisons or rankings."""
+    heldout: tuple[str, ...] = ()
+    """Files to evaluate on; none means heldout_fraction of data."""
+    heldout_fraction: float = 0.05
+    """Share of the records that is held out where heldout is not given."""
+    demonstrations: tuple[str, ...] = ()
+    """Files of demonstrations; after training, scores are shifted so that these average 0."""
+    max_tokens: int | None = None
+    """Prompts with a longer row are dropped, with a line in the ledger; the model's context if not given."""
+    buckets: tuple[int, ...] = ()
+    """Row lengths that batches are padded to; each is compiled once. None means a few up to max_tokens."""
+    batch: int = 32
+    """Prompts of an update, each with all its responses, over all devices."""
+    steps: int = 0
+    """Updates; 0 means one epoch, past which InstructGPT over-fitted."""
+    optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=5e-4))
+    """AdamW and its schedule; 9e-6 for 6B parameters in InstructGPT."""
+
+
+def objective(model: Transformer, params: Params, batch: RankingBatch, count: Array) -> tuple[Array, dict[str, Array]]:
+    """Mean over prompts of the mean over a prompt's ordered pairs of -log σ(r_w - r_l), as this batch's share.
+
+    Args:
+      model: with the scalar head.
+      count: prompts of the whole batch that have an ordered pair.
+    """
+    scores_BK = ranking_scores(model, params, batch)
+    wins_BKK = ordered_pairs(batch.ranks_BK, batch.mask_BK)
+    counts_B = jnp.any(wins_BKK, axis=(1, 2))
+    loss_B = ranking_loss(scores_BK, batch.ranks_BK, batch.mask_BK)
+    right_BKK = wins_BKK & (scores_BK[:, :, None] > scores_BK[:, None, :])
+    share_B = jnp.sum(right_BKK, axis=(1, 2)) / jnp.maximum(jnp.sum(wins_BKK, axis=(1, 2)), 1)
+    return masked_mean(loss_B, counts_B, count=count), {"accuracy": masked_mean(share_B, counts_B, count=count)}
+
+
+def make_update(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, RankingBatch], tuple[TrainState, dict[str, Array]]]:
+    """update(state, batch) -> (state, metrics), pure."""
+
+    def update(state: TrainState, batch: RankingBatch) -> tuple[TrainState, dict[str, Array]]:
+        useful_B = jnp.any(ordered_pairs(batch.ranks_BK, batch.mask_BK), axis=(1, 2))
+        count = global_count(useful_B, axis_name)
+        state, metrics = gradient_step(
+            state,
+            lambda params, part, _: objective(model, params, part, count),
+            batch,
+            optimizer,
+            microbatches=microbatches,
+            axis_name=axis_name,
+        )
+        return state, metrics | {"tokens": global_count(batch.mask_BKT, axis_name)}
+
+    return update
+
+
+def run(
+    config: Config,
+    *,
+    rankings: RankingRows | None = None,
+    heldout: RankingRows | None = None,
+    demonstrations: Sequence[Demonstration] | None = None,
+) -> Finished:
+    """Trains a reward model on the model of config.init; goes on where an earlier start of the same run stopped.
+
+    Args:
+      rankings, heldout: ranked token rows in place of the files that the config names, such as sampled responses,
+        which are never decoded and encoded again.
+      demonstrations: in place of config.demonstrations.
+    """
+    if not config.init:
+        raise UserError("init: found nothing, wanted the run folder of a fine-tuned model; give --init FOLDER")
+    source = RunFolder.open(config.init, stages=("pretrain", "sft"))
+    tokenizer = source.tokenizer
+    model = Transformer(model_of(source), scalar=True)
+    limit = min(config.max_tokens or model.config.context, model.config.context)
+    ledger = Ledger()
+    if rankings is None:
+        rankings, heldout = _rows(config, source, limit, ledger)
+    if not len(rankings):
+        raise UserError(f"no ranking is left to train on; the ledger says why:\n{ledger.summary()}")
+    if demonstrations is None:
+        read = read_records(config.demonstrations, "demonstrations", Ledger()) if config.demonstrations else []
+        demonstrations = [record for record in read if isinstance(record, Demonstration)]
+    config = dataclasses.replace(config, steps=config.steps or max(len(rankings) // config.batch, 1))
+    inputs = {
+        "init": source.fingerprint,
+        "rankings": fingerprint_of([rankings]),
+        "heldout": fingerprint_of([heldout] if heldout is not None else []),
+        "demonstrations": fingerprint_of(demonstrations),
+    }
+    folder = create_run(config, stage=STAGE, model=model.config, tokenizer=tokenizer, inputs=inputs)
+    if folder.finished:
+        return Finished(folder, folder.summary)
+    start_key, head_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+    if config.backbone == "scratch":
+        params = init_params(model, start_key)
+    else:
+        params = to_scalar_head(released_params(source), model, head_key)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    if ledger.total:
+        say(ledger.summary(count_parameters(params)))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if heldout is None or not len(heldout):
+            return {}
+        return {"accuracy": accuracy(model, state.params, heldout, config.batch)[0]}
+
+    state = train(
+        folder,
+        config,
+        new_state(params, optimizer.init(params), config.seed),
+        lambda axis: make_update(model, optimizer, microbatches=config.microbatches, axis_name=axis),
+        lambda step: batch_at(rankings, batch_size=config.batch, seed=config.seed, step=step),
+        evaluate=evaluate,
+        flops_per_token=3 * model.config.flops_per_token(limit, language_head=False),
+        show=("loss", "accuracy"),
+        best_metric="eval/accuracy" if heldout is not None and len(heldout) else None,
+        best_mode="max",
+    )
+    demonstration_rows = encode_demonstrations(demonstrations, tokenizer, max_tokens=limit, ledger=Ledger())
+    params, shift = centred(model, state.params, demonstration_rows, config.batch)
+    reference = scores_of(model, params, rankings, batch_size=config.batch)
+    exists = np.array([[k < len(ranks) for k in range(rankings.responses)] for _, ranks in rankings.rows])
+    release(folder, params, config.steps)
+    right, pairs = accuracy(model, params, heldout, config.batch) if heldout is not None else (None, 0)
+    summary = {
+        "prompts": len(rankings),
+        "heldout_accuracy": right,
+        "heldout_pairs": pairs,
+        "shift": shift,
+        "score_mean": float(reference[exists].mean()),
+        "score_scale": float(reference[exists].std()),
+    }
+    return complete(folder, summary, ledger)
+
+
+def accuracy(model: Transformer, params: Params, rows: RankingRows, batch_size: int) -> tuple[float, int]:
+    """(share of ordered pairs that the scores order alike, pairs)."""
+    ranks = np.zeros((len(rows), rows.responses), np.int32)
+    mask = np.zeros(ranks.shape, bool)
+    for place, (_, row_ranks) in enumerate(rows.rows):
+        ranks[place, : len(row_ranks)] = row_ranks
+        mask[place, : len(row_ranks)] = True
+    return pair_accuracy(scores_of(model, params, rows, batch_size=batch_size), ranks, mask)
+
+
+def centred(model: Transformer, params: Params, demonstrations: RaggedRows, batch_size: int) -> tuple[Params, float]:
+    """(parameters whose scores of the demonstrations average 0, what was added to the bias)."""
+    if not len(demonstrations):
+        return params, 0.0
+    shift = -float(row_scores(model, params, demonstrations, batch_size=batch_size).mean())
+    score = {**params["score"], "bias": params["score"]["bias"] + shift}
+    return {**params, "score": score}, shift
+
+
+def _rows(config: Config, source: RunFolder, limit: int, ledger: Ledger) -> tuple[RankingRows, RankingRows | None]:
+    if not config.data:
+        raise UserError("data: found nothing, wanted comparisons or rankings; give --data FILE.jsonl")
+    records = read_records(config.data, "rankings", ledger)
+    if config.heldout:
+        held = read_records(config.heldout, "rankings", Ledger())
+    else:
+        records, held = hold_out(records, config.heldout_fraction)
+    rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
+    if not held:
+        return rows, None
+    return rows, encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
