@@ -29,7 +29,14 @@ class GoldWeights:
     length: float = 0.25
 
 
-def gold_score(prompt: str, response: str, vocabulary: frozenset[str], weights: GoldWeights | None = None) -> float:
+def gold_score(
+    prompt: str,
+    response: str,
+    vocabulary: frozenset[str],
+    weights: GoldWeights | None = None,
+    *,
+    ended: bool = True,
+) -> float:
     """How good a response about a function is, by the labelling instructions of the default recipe.
 
     score = topic · (share of the function's words that the response mentions)
@@ -40,8 +47,9 @@ def gold_score(prompt: str, response: str, vocabulary: frozenset[str], weights: 
 
     Args:
       prompt: as `prompt_of` writes it, ` use posix spawn (args) ->`.
-      response: the decoded response; one that never ended should be given without its full stop, as it is.
+      response: the decoded response.
       vocabulary: words of the corpus, lower case.
+      ended: the response has its end-of-text token; one without is not finished, whatever it looks like.
     """
     weights = weights or GoldWeights()
     text = response.strip()
@@ -50,7 +58,7 @@ def gold_score(prompt: str, response: str, vocabulary: frozenset[str], weights: 
         return -weights.length * SHORTEST_SENTENCE
     asked = topic_words(prompt)
     mentioned = sum(any(same_word(a, w) for w in words) for a in asked) / len(asked) if asked else 0.0
-    finished = bool(re.fullmatch(r"[A-Z][^.!?]*\.", text))
+    finished = ended and bool(re.fullmatch(r"[A-Z][^.!?]*\.", text))
     known = sum(word in vocabulary for word in words) / len(words)
     content = [word for word in words if word not in STOP_WORDS]
     repeated = 1.0 - len(set(content)) / len(content) if content else 0.0

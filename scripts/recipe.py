@@ -1,0 +1,515 @@
+"""The whole recipe with one command: pretrain → SFT → reward model → PPO on the embedded corpus, and what it gained.
+
+Each stage is a run of its own under runs/NAME, as the stage scripts make it; stopped at any point, the same command
+goes on. People are simulated by a written-down gold score with noise (rlhf_jax/data/labeller.py); the held-out figures
+are by the gold score itself.
+"""
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.monotonic()  # before the imports, which are part of what a user waits for
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import cli
+import jax
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.bigram import bigram_nats
+from rlhf_jax.config import RunConfig
+from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_demonstrations, encode_prompts, ranking_rows
+from rlhf_jax.data.embedded import Corpus, load_corpus
+from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank
+from rlhf_jax.durable import write_json
+from rlhf_jax.episodes import EpisodeConfig
+from rlhf_jax.evaluation import mean_loss
+from rlhf_jax.model import ModelConfig, Transformer
+from rlhf_jax.optim import OptimConfig
+from rlhf_jax.report import write_report
+from rlhf_jax.runs import Finished, model_of, released_params
+from rlhf_jax.sampling import distinct_share, sample_responses, sequence_kl, win_rate
+from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a size sets; small is tuned for two CPU cores, the larger ones are for a GPU."""
+
+    model: ModelConfig
+    pretrain_steps: int
+    pretrain_batch: int
+    row_length: int
+    pretrain_rate: float
+    sft_steps: int
+    sft_batch: int
+    sft_rate: float
+    ranked_prompts: int
+    reward_batch: int
+    reward_rate: float
+    iterations: int
+    episodes: int
+    minibatches: int
+    epochs: int
+    policy_rate: float
+    critic_rate: float
+    kl_coef: float
+    pretraining_coef: float
+
+
+SIZES = {
+    "tiny": Size(
+        ModelConfig(vocab_size=512, context=128, width=64, layers=2, heads=2),
+        *(150, 8, 64, 3e-3),
+        *(100, 16, 2e-3),
+        *(128, 16, 1e-3),
+        *(6, 32, 2, 1, 3e-4, 1e-3, 0.05, 0.1),
+    ),
+    "small": Size(
+        ModelConfig(vocab_size=1024, context=128, width=128, layers=4, heads=4),
+        *(2400, 8, 64, 3e-3),
+        *(800, 16, 1e-3),
+        *(3000, 32, 5e-4),
+        *(60, 64, 4, 1, 3e-4, 1e-3, 0.05, 0.1),
+    ),
+    "base": Size(
+        ModelConfig(vocab_size=4096, context=256, width=512, layers=8, heads=8, dtype="bfloat16"),
+        *(6000, 32, 128, 1e-3),
+        *(1500, 64, 3e-4),
+        *(8000, 64, 1e-4),
+        *(150, 256, 8, 1, 5e-5, 1e-4, 0.05, 0.1),
+    ),
+    "large": Size(
+        ModelConfig(vocab_size=8192, context=512, width=1024, layers=16, heads=16, dtype="bfloat16"),
+        *(8000, 64, 256, 5e-4),
+        *(2000, 64, 1e-4),
+        *(9000, 64, 3e-5),
+        *(200, 512, 8, 1, 1e-5, 3e-5, 0.05, 0.1),
+    ),
+}
+PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 24, 32, 4
+HELDOUT_PROMPTS = 512
+SHOWN_PROMPTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of the whole recipe."""
+
+    name: str = "recipe"
+    """Name of the run; its folder is runs/NAME."""
+    out: str = ""
+    """Folder of the run, instead of runs/NAME."""
+    seed: int = 0
+    """Seed of everything: parameters, order of the data, samples, the labeller's noise."""
+    size: Literal["tiny", "small", "base", "large"] = "small"
+    """tiny tries the wiring in a minute, small is for two CPU cores, base and large are for a GPU."""
+    devices: int = 1
+    """How many devices share a batch."""
+    pmap: bool = False
+    """Replicate by pmap instead of sharding by jit."""
+
+    @property
+    def folder(self) -> Path:
+        """The recipe's folder; the stages' are below it."""
+        return Path(self.out) if self.out else Path("runs") / self.name
+
+
+class Judge:
+    """The simulated labeller: gold scores of sampled token ids."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary = frozenset(
+            word for text in corpus.texts for word in re.findall(r"[a-z][a-z0-9]*", text.text.lower())
+        )
+
+    def scores(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
+        """Gold scores [prompts, K]; a response without an end never finished, whatever it looks like."""
+        return np.array(
+            [
+                [
+                    gold_score(p.prompt, self.tokenizer.decode(ids), self.vocabulary, ended=self.ended(ids))
+                    for ids in row
+                ]
+                for p, row in zip(prompts, responses, strict=True)
+            ]
+        )
+
+    def ended(self, ids: list[int]) -> bool:
+        """Whether a response has its end-of-text token."""
+        return bool(ids) and ids[-1] == self.tokenizer.eos_id
+
+
+class Sampler:
+    """Responses of a run's model, by the pure distribution at temperature 1."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.options: dict[str, Any] = {
+            "max_new_tokens": RESPONSE_TOKENS,
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+        }
+
+    def __call__(self, params: Any, prompts: PromptRows, seed: int, samples: int = 1) -> list[list[list[int]]]:
+        return sample_responses(self.model, params, prompts, jax.random.key(seed), samples=samples, **self.options)
+
+
+def stage_settings(config: Config, name: str, *, save_every: int) -> dict[str, Any]:
+    """What every stage's config takes from the recipe's."""
+    return {
+        "out": str(config.folder / name),
+        "seed": config.seed,
+        "devices": config.devices,
+        "pmap": config.pmap,
+        "save_every": save_every,
+    }
+
+
+def cosine(rate: float, **changes: Any) -> OptimConfig:
+    """AdamW from a learning rate down to a tenth."""
+    return OptimConfig(**({"learning_rate": rate} | changes))
+
+
+def run(config: Config) -> None:
+    """Runs what is not done yet, then tells what came out."""
+    size, console = SIZES[config.size], rich.console.Console()
+    config.folder.mkdir(parents=True, exist_ok=True)
+    clock = Clock(config.folder / "seconds.json")
+
+    def announce(text: str) -> None:
+        console.rule(f"[bold]{text}", align="left")
+
+    announce("corpus: the documentation of this Python")
+    corpus = load_corpus()
+    clock.lap("start")
+
+    announce("1  pretrain: every token of raw text")
+    pretrained = pretrain.run(
+        pretrain.Config(
+            **stage_settings(config, "pretrain", save_every=400),
+            batch=size.pretrain_batch,
+            steps=size.pretrain_steps,
+            row_length=size.row_length,
+            optimizer=cosine(size.pretrain_rate),
+            model=size.model,
+        ),
+        texts=corpus.texts,
+        heldout=corpus.heldout_texts,
+    )
+    clock.lap("pretrain")
+
+    announce("2  SFT: demonstrations, response tokens only")
+    limit = PROMPT_TOKENS + RESPONSE_TOKENS
+    tuned = sft.run(
+        sft.Config(
+            **stage_settings(config, "sft", save_every=400),
+            init=str(pretrained.run.path),
+            batch=size.sft_batch,
+            steps=size.sft_steps,
+            max_tokens=limit,
+            buckets=(limit,),
+            optimizer=cosine(size.sft_rate),
+        ),
+        records=corpus.demonstrations,
+        heldout=corpus.heldout_demonstrations,
+    )
+    clock.lap("sft")
+
+    announce("3.1  reward model: four responses to a prompt, ranked")
+    tokenizer = tuned.run.tokenizer
+    model = Transformer(model_of(tuned.run))
+    sampler, judge = Sampler(model, tokenizer), Judge(corpus, tokenizer)
+    sft_params = released_params(tuned.run)
+    train_prompts = prompt_rows(corpus.prompts, tokenizer)
+    heldout_prompts = prompt_rows(corpus.heldout_prompts, tokenizer, HELDOUT_PROMPTS)
+    rankings, agreement = label(config, size, sampler, judge, sft_params, train_prompts, config.folder)
+    heldout_rankings = gold_rankings(sampler, judge, sft_params, heldout_prompts, config.seed)
+    console.print(
+        f"{len(rankings):,} prompts ranked; two labellers agree on {agreement:.1%} of pairs (InstructGPT's: 73%)"
+    )
+    clock.lap("labels")
+    judged = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward", "init")
+    clock.lap("reward")
+    announce("3.1  the same from scratch, to see what the SFT model gave")
+    scratch = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward_scratch", "scratch")
+    clock.lap("reward_scratch")
+
+    announce("3.2  PPO: maximise the reward, stay near the SFT model")
+    watched = PromptRows(heldout_prompts.rows[:128], PROMPT_TOKENS, tokenizer.pad_id, heldout_prompts.sources[:128])
+
+    def watch(state: TrainState) -> dict[str, float]:
+        responses = sampler(state.params["policy"], watched, config.seed + 3)
+        return {"gold": float(judge.scores(list(watched.sources), responses).mean())}
+
+    optimised = ppo.run(
+        ppo.Config(
+            **stage_settings(config, "ppo", save_every=20),
+            init=str(tuned.run.path),
+            reward=str(judged.run.path),
+            batch=size.episodes,
+            steps=size.iterations,
+            minibatches=size.minibatches,
+            epochs=size.epochs,
+            log_every=1,
+            eval_every=10,
+            prompt_length=PROMPT_TOKENS,
+            kl_coef=size.kl_coef,
+            pretraining_coef=size.pretraining_coef,
+            pretraining_batch=size.minibatches * 2 if size.pretraining_coef else 0,
+            pretraining_row_length=size.row_length,
+            policy=OptimConfig(learning_rate=size.policy_rate, schedule="linear", epsilon=1e-5),
+            critic=OptimConfig(learning_rate=size.critic_rate, schedule="linear", epsilon=1e-5),
+            episode=EpisodeConfig(response_length=RESPONSE_TOKENS, missing_end="subtract"),
+        ),
+        prompts=list(train_prompts.sources),
+        texts=corpus.texts,
+        evaluate=watch,
+    )
+    clock.lap("ppo")
+
+    announce("what came out")
+    summary = measure(
+        config, corpus, sampler, judge, heldout_prompts, pretrained, tuned, judged, scratch, optimised
+    ) | {"reward.labeller_agreement": agreement, "seed": config.seed}
+    clock.lap("measure")
+    summary |= {"wall_seconds": clock.total, "stage_seconds": clock.seconds}
+    write_json(config.folder / "summary.json", summary | nested(summary))
+    print_summary(console, config.folder, summary)
+    report = write_report(config.folder)
+    console.print(f"report: {report}   figures: {config.folder / 'summary.json'}")
+    console.print(f"try it: python scripts/generate.py {optimised.run.path} --prompt ' find longest match (a, b) ->'")
+
+
+class Clock:
+    """Seconds spent in each part, kept over restarts: a part that an earlier start finished keeps its time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self._last = STARTED
+
+    def lap(self, part: str) -> None:
+        """The part ends now."""
+        now = time.monotonic()
+        self.seconds[part] = max(self.seconds.get(part, 0.0), now - self._last)
+        self._last = now
+        write_json(self.path, self.seconds)
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return sum(self.seconds.values())
+
+
+def prompt_rows(prompts: list[Prompt], tokenizer: Tokenizer, most: int | None = None) -> PromptRows:
+    """The prompts that fit, in the order of a fixed shuffle, at most so many."""
+    order = np.random.default_rng(0).permutation(len(prompts))
+    shuffled = [prompts[i] for i in order]
+    rows = encode_prompts(shuffled, tokenizer, max_tokens=PROMPT_TOKENS, ledger=Ledger())
+    return PromptRows(rows.rows[:most], PROMPT_TOKENS, tokenizer.pad_id, rows.sources[:most])
+
+
+def label(
+    config: Config, size: Size, sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, folder: Path
+) -> tuple[RankingRows, float]:
+    """(rankings of sampled responses by a noisy labeller, how often two of them agree on a pair).
+
+    The labeller's rankings also stand in rankings.jsonl, as a person's would; training reads the sampled ids.
+    """
+    chosen = PromptRows(
+        prompts.rows[: size.ranked_prompts], prompts.width, prompts.pad_id, prompts.sources[: size.ranked_prompts]
+    )
+    responses = sampler(params, chosen, config.seed + 1, RESPONSES)
+    gold = judge.scores(list(chosen.sources), responses)
+    noise = noise_for_agreement(gold)
+    random = np.random.default_rng([config.seed, 1])
+    ranks, second = rank(gold, noise, random), rank(gold, noise, random)
+    first, other = np.triu_indices(RESPONSES, 1)
+    differ = gold[:, first] != gold[:, other]
+    same = (ranks[:, first] < ranks[:, other]) == (second[:, first] < second[:, other])
+    rows = [
+        (ranking_rows(ids, row), row_ranks.tolist())
+        for ids, row, row_ranks in zip(chosen.rows, responses, ranks, strict=True)
+    ]
+    lines = [
+        json.dumps({"prompt": p.prompt, "responses": [judge.tokenizer.decode(ids) for ids in row], "ranks": r.tolist()})
+        for p, row, r in zip(chosen.sources, responses, ranks, strict=True)
+    ]
+    (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    limit = PROMPT_TOKENS + RESPONSE_TOKENS
+    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,)), float(same[differ].mean())
+
+
+def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, seed: int) -> RankingRows:
+    """Held-out rankings by the noise-free gold score; equal scores are ties."""
+    responses = sampler(params, prompts, seed + 2, RESPONSES)
+    gold = judge.scores(list(prompts.sources), responses)
+    ranks = 1 + (gold[:, None, :] > gold[:, :, None]).sum(axis=2)
+    rows = [
+        (ranking_rows(ids, row), row_ranks.tolist())
+        for ids, row, row_ranks in zip(prompts.rows, responses, ranks, strict=True)
+    ]
+    limit = PROMPT_TOKENS + RESPONSE_TOKENS
+    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,))
+
+
+def train_reward(
+    config: Config,
+    size: Size,
+    tuned: Finished,
+    rankings: RankingRows,
+    heldout: RankingRows,
+    corpus: Corpus,
+    name: str,
+    backbone: Literal["init", "scratch"],
+) -> Finished:
+    """A reward model on the SFT model's backbone or on a fresh one."""
+    return reward.run(
+        reward.Config(
+            **stage_settings(config, name, save_every=0),
+            init=str(tuned.run.path),
+            backbone=backbone,
+            batch=size.reward_batch,
+            optimizer=cosine(size.reward_rate),
+            max_tokens=PROMPT_TOKENS + RESPONSE_TOKENS,
+            buckets=(PROMPT_TOKENS + RESPONSE_TOKENS,),
+        ),
+        rankings=rankings,
+        heldout=heldout,
+        demonstrations=corpus.demonstrations[:512],
+    )
+
+
+def measure(
+    config: Config,
+    corpus: Corpus,
+    sampler: Sampler,
+    judge: Judge,
+    prompts: PromptRows,
+    pretrained: Finished,
+    tuned: Finished,
+    judged: Finished,
+    scratch: Finished,
+    optimised: Finished,
+) -> dict[str, Any]:
+    """The figures that the recipe stands by, all on held-out text and prompts; samples.json beside them."""
+    tokenizer = tuned.run.tokenizer
+    params = {
+        "pretrain": released_params(pretrained.run),
+        "sft": released_params(tuned.run),
+        "ppo": released_params(optimised.run),
+    }
+    answers = {name: sampler(params[name], prompts, config.seed + 4) for name in params}
+    gold = {name: judge.scores(list(prompts.sources), answers[name])[:, 0] for name in params}
+    texts = {name: [tokenizer.decode(row[0]).strip() for row in answers[name]] for name in params}
+    distinct = {name: distinct_share(texts[name]) for name in ("sft", "ppo")}
+    against_sft, sft_interval = win_rate(gold["ppo"], gold["sft"])
+    against_pretrained, pretrained_interval = win_rate(gold["sft"], gold["pretrain"])
+    kl = sequence_kl(
+        sampler.model,
+        params["ppo"],
+        params["sft"],
+        prompts,
+        [row[0] for row in answers["ppo"]],
+        max_new_tokens=RESPONSE_TOKENS,
+    )
+    row_length = SIZES[config.size].row_length
+    packed = [pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)]
+    heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
+    sentences = {d.prompt: d.completion.strip() for d in corpus.heldout_demonstrations}
+    samples = [
+        {
+            "prompt": prompt.prompt.strip(),
+            **{name: texts[name][i] for name in params},
+            "docstring": sentences.get(prompt.prompt),
+            "gold": {name: round(float(gold[name][i]), 3) for name in params},
+        }
+        for i, prompt in enumerate(prompts.sources)
+    ]
+    (config.folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
+    return {
+        "pretrain.heldout_bits_per_byte": pretrained.summary["heldout_bits_per_byte"],
+        "pretrain.bigram_bits_per_byte": bigram_nats(*packed, tokenizer.vocab_size) / math.log(2) / heldout_bytes,
+        "pretrain.heldout_response_nll": tuned.summary["heldout_response_nll_before"],
+        "sft.heldout_response_nll": tuned.summary["heldout_response_nll"],
+        "sft.win_rate_vs_pretrained": against_pretrained,
+        "sft.win_rate_vs_pretrained_interval": pretrained_interval,
+        "sft.distinct_share": distinct["sft"],
+        "sft.gold_mean": float(gold["sft"].mean()),
+        "reward.heldout_accuracy": judged.summary["heldout_accuracy"],
+        "reward.heldout_pairs": judged.summary["heldout_pairs"],
+        "reward.scratch_heldout_accuracy": scratch.summary["heldout_accuracy"],
+        "ppo.win_rate_vs_sft": against_sft,
+        "ppo.win_rate_vs_sft_interval": sft_interval,
+        "ppo.heldout_prompts": len(prompts),
+        "ppo.kl_nats": float(kl.mean()),
+        "ppo.distinct_share": distinct["ppo"],
+        "ppo.distinct_share_of_sft": distinct["ppo"] / max(distinct["sft"], 1e-9),
+        "ppo.gold_mean": float(gold["ppo"].mean()),
+        "ppo.first_ratio_error": optimised.summary["first_ratio_error"],
+        "ppo.first_kl": optimised.summary["first_kl"],
+    }
+
+
+def nested(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The dotted keys once more as a dict for each stage."""
+    stages: dict[str, dict[str, Any]] = {}
+    for key, value in summary.items():
+        stage, dot, name = key.partition(".")
+        if dot:
+            stages.setdefault(stage, {})[name] = value
+    return stages
+
+
+def print_summary(console: rich.console.Console, folder: Path, summary: dict[str, Any]) -> None:
+    """Answers side by side, then the figures beside what was asked of them."""
+    samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:SHOWN_PROMPTS]
+    table = rich.table.Table(title="the same held-out prompts, answered after each stage", show_lines=True)
+    for title in ("prompt", "pretrained", "SFT", "PPO"):
+        table.add_column(title, ratio=2, overflow="fold")
+    for sample in samples:
+        answers = [f"{sample[name][:160]}\n[{sample['gold'][name]:+.1f}]" for name in ("pretrain", "sft", "ppo")]
+        table.add_row(*(rich.text.Text(cell) for cell in (sample["prompt"], *answers)))
+    console.print(table)
+    s = summary
+    low, high = s["ppo.win_rate_vs_sft_interval"]
+    rows = [
+        ("held-out bits per byte", f"{s['pretrain.heldout_bits_per_byte']:.3f}",
+         f"below the bigram model's {s['pretrain.bigram_bits_per_byte']:.3f}"),
+        ("SFT: nats per response token", f"{s['sft.heldout_response_nll']:.3f}",
+         f"below the pretrained model's {s['pretrain.heldout_response_nll']:.3f}"),
+        ("SFT against pretrained, win rate", f"{s['sft.win_rate_vs_pretrained']:.3f}", ""),
+        ("reward model: accuracy on gold order", f"{s['reward.heldout_accuracy']:.3f}", "0.75, aim 0.85"),
+        ("the same from scratch", f"{s['reward.scratch_heldout_accuracy']:.3f}", "lower than from SFT"),
+        ("PPO against SFT, win rate", f"{s['ppo.win_rate_vs_sft']:.3f} [{low:.3f}, {high:.3f}]", "0.70, aim 0.80"),
+        ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
+        ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
+        ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",
+         "at least 0.8 of SFT's"),
+        ("|ratio - 1| and KL before the first update", f"{s['ppo.first_ratio_error']:.1e} and {s['ppo.first_kl']:.1e}",
+         "at most 1e-4"),
+        ("minutes", f"{s['wall_seconds'] / 60:.1f}", "at most 8 on two CPU cores"),
+    ]  # fmt: skip
+    figures = rich.table.Table(title="what came out, on held-out prompts and text")
+    for title in ("figure", "measured", "wanted"):
+        figures.add_column(title)
+    for row in rows:
+        figures.add_row(*(rich.text.Text(cell) for cell in row))
+    console.print(figures)
+
+
+if __name__ == "__main__":
+    cli.main(run, Config, __doc__ or "")
