@@ -8,21 +8,29 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import shlex
+import signal
 import sys
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
+import jax
 import tyro
 import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from rlhf_jax.config import coerce_fields, over_defaults
+from rlhf_jax.config import RunConfig, coerce_fields, over_defaults
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit import Stopped
+from rlhf_jax.runs import Finished
 
 C = TypeVar("C")
+S = TypeVar("S", bound=RunConfig)
 
 
 def main(
@@ -38,6 +46,10 @@ def main(
         run(parse(config_class, description, argv))
     except UserError as error:
         _exit(2, f"error: {error}")
+    except BrokenPipeError:
+        # Whoever read the output has gone, such as `head`; nothing is left to be said to them at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.filename is None:
             raise
@@ -50,6 +62,42 @@ def main(
         arguments = sys.argv[1:] if argv is None else argv
         _exit(128 + stop.signal, f"stopped, {saved} {shlex.join(['python', sys.argv[0], *arguments])}")
     sys.exit(0)
+
+
+def reported(run: Callable[[S], Finished]) -> Callable[[S], None]:
+    """A stage's run that prints the figures of its summary when it is done."""
+
+    def work(config: S) -> None:
+        again = (config.folder / "summary.json").exists()
+        use_cpu_devices(config.devices)
+        finished = run(config)
+        state = "was finished before; nothing was trained" if again else "finished"
+        table = Table("figure", box=box.SIMPLE)
+        table.add_column("value", justify="right")
+        for name, value in finished.summary.items():
+            shown = "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
+            table.add_row(name.replace("_", " "), shown)
+        print(f"{finished.run.path}: {finished.run.stage} {state}")
+        Console(highlight=False).print(table)
+
+    return work
+
+
+def use_cpu_devices(count: int) -> None:
+    """Lets a CPU count as `count` devices, which --devices asks for; other machines have the devices they have."""
+    if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the next start of a script need not compile them again.
+
+    They lie in JAX_COMPILATION_CACHE_DIR if that is set, else below the user's cache folder.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "rlhf_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def parse(config_class: type[C], description: str = "", argv: Sequence[str] | None = None) -> C:

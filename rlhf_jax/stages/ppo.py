@@ -380,6 +380,9 @@ def run(
 
 
 def rescaled(params: Params, mean: float, scale: float) -> Params:
-    """The critic's first parameters: the reward model's, its head in units of the score that PPO uses."""
+    """The critic's first parameters: the reward model's, its head in units of the score that PPO uses.
+
+    They are copies: the state's arrays are given to the compiled update, which reads the reward model's own as well.
+    """
     score = {"kernel": params["score"]["kernel"] / scale, "bias": (params["score"]["bias"] - mean) / scale}
-    return jax.tree.map(jnp.asarray, {**params, "score": score})
+    return jax.tree.map(jnp.copy, {**params, "score": score})

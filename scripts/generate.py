@@ -1,0 +1,207 @@
+"""Complete prompts, or chat, with the model of a run's folder.
+
+python scripts/generate.py runs/aligned --prompt "The sun" --samples 3
+python scripts/generate.py runs/aligned --chat
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+import numpy as np
+import tyro
+
+# The root, which holds the package `scripts`: a script finds its own folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rlhf_jax.config import at_least
+from rlhf_jax.data import chat_ids
+from rlhf_jax.data.batches import PromptRows, bucket_length, default_buckets
+from rlhf_jax.data.dialogues import HEADERS, Message
+from rlhf_jax.errors import UserError
+from rlhf_jax.generate import generate
+from rlhf_jax.model import Transformer
+from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.runs import model_of, released_params, say
+from scripts import cli
+
+# Responses sampled side by side; more prompts are taken in parts.
+ROWS = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of sampling."""
+
+    run: tyro.conf.Positional[str]
+    """Folder of a pretrain, sft or ppo run."""
+    prompt: tuple[str, ...] = ()
+    """What to complete; may be given more than once. None means the lines of standard input."""
+    chat: bool = False
+    """Hold a dialogue: a line is a message; /quit or the end of the input ends it."""
+    max_new_tokens: int = 64
+    """Most tokens of a response."""
+    temperature: float = 0.7
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that have this probability together; 1 among all."""
+    samples: int = 1
+    """Responses to each prompt."""
+    seed: int = 0
+    """Of what is sampled."""
+
+    def __post_init__(self) -> None:
+        for field, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("samples", 1), ("seed", 0)):
+            at_least(self, field, low)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: found {self.top_p}, wanted more than 0 and at most 1")
+        if self.chat and (self.prompt or self.samples > 1):
+            raise UserError("chat: found --prompt or --samples beside it, wanted messages from standard input alone")
+
+
+class Speaker:
+    """A run's model and how to sample from it."""
+
+    def __init__(self, config: Config) -> None:
+        run = RunFolder.open(config.run, stages=("pretrain", "sft", "ppo"))
+        self.config = config
+        self.tokenizer = run.tokenizer
+        self.model = Transformer(model_of(run))
+        self.context = self.model.config.context
+        self.room = self.context - config.max_new_tokens
+        if self.room < 1:
+            raise UserError(
+                f"max_new_tokens: found {config.max_new_tokens}, which leaves no room for a prompt in the model's "
+                f"context of {self.context} tokens; use --max-new-tokens {max(self.context // 2, 1)}"
+            )
+        self.params = released_params(run)
+        self.key = jax.random.key(config.seed)
+
+    def refuse_too_long(self, ids: Sequence[int], where: str) -> None:
+        """Raises UserError if a prompt leaves no room for the response."""
+        if len(ids) > self.room:
+            raise UserError(
+                f"{where}: found {len(ids)} tokens, wanted {self.room} or less: the context of {self.context} less "
+                f"max_new_tokens {self.config.max_new_tokens}"
+            )
+
+    def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """One response to each prompt, which starts with bos."""
+        # Few shapes, each compiled once: widths are buckets, and so are numbers of rows.
+        width = bucket_length(max(map(len, prompts)), default_buckets(self.room))
+        rows = 1 << (len(prompts) - 1).bit_length()
+        batch = PromptRows(list(prompts), width, self.tokenizer.pad_id).batch(np.arange(rows) % len(prompts))
+        self.key, key = jax.random.split(self.key)
+        config, eos = self.config, self.tokenizer.eos_id
+        out = generate(
+            self.model,
+            self.params,
+            batch.tokens_BP,
+            batch.mask_BP,
+            key,
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=(eos,),
+            pad_id=self.tokenizer.pad_id,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+        tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
+        kept = zip(tokens_BR[: len(prompts)], mask_BR[: len(prompts)])
+        return [self.tokenizer.decode([int(i) for i in row[mask]]) for row, mask in kept]
+
+
+def run(config: Config) -> None:
+    """Prints completions of the prompts, or holds a dialogue."""
+    speaker = Speaker(config)
+    if config.chat:
+        chat(speaker)
+    elif config.prompt:
+        places = [(f"--prompt {number}", text) for number, text in enumerate(config.prompt, start=1)]
+        complete(speaker, places)
+    elif sys.stdin.isatty():
+        for place in lines("prompt> "):
+            complete(speaker, [place])
+    else:
+        complete(speaker, list(lines("")))
+
+
+def complete(speaker: Speaker, prompts: Sequence[tuple[str, str]]) -> None:
+    """Prints each prompt with its completions. prompts: (where it came from, text)."""
+    rows = []
+    for where, text in prompts:
+        ids = [speaker.tokenizer.bos_id, *speaker.tokenizer.encode(checked(text, where))]
+        speaker.refuse_too_long(ids, where)
+        rows += [(text, ids)] * speaker.config.samples
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        for number, ((text, _), answer) in enumerate(zip(part, speaker.answers([ids for _, ids in part]))):
+            if start + number:
+                print()
+            print(text + answer, flush=True)
+
+
+def chat(speaker: Speaker) -> None:
+    """Answers line by line; what no longer fits the context is forgotten, the oldest exchange first."""
+    said: list[Message] = []
+    for where, text in lines("you> "):
+        if text.strip() == "/quit":
+            break
+        if not text.strip():
+            continue
+        said.append(Message("user", checked(text, where)))
+        while len(said) > 2 and len(chat_ids(said, speaker.tokenizer)) > speaker.room:
+            del said[:2]
+            say("(the oldest message and its answer no longer fit the context and are forgotten)")
+        ids = chat_ids(said, speaker.tokenizer)
+        speaker.refuse_too_long(ids, where)
+        # A model that never saw the end of a turn goes on with the other side's.
+        answer = speaker.answers([ids])[0].split(HEADERS["user"])[0].strip()
+        said.append(Message("assistant", answer))
+        print(answer, flush=True)
+
+
+def lines(invitation: str) -> Iterator[tuple[str, str]]:
+    """(where, text) of each line of standard input. invitation: shown to a person at a terminal."""
+    if sys.stdin.isatty():
+        number = 0
+        while True:
+            number += 1
+            try:
+                yield f"line {number}", input(invitation)
+            except EOFError:
+                print()
+                return
+    for number, raw in enumerate(sys.stdin.buffer, start=1):
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input:{number}: byte {error.start + 1}: {error.reason}, wanted UTF-8") from None
+        if text := text.rstrip("\r\n"):
+            yield f"standard input:{number}", text
+
+
+def checked(text: str, where: str) -> str:
+    """The text, unless its bytes were not UTF-8: Python hides those in characters of no meaning."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: character {error.start + 1}: found bytes that are not UTF-8") from None
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Samples and exits. argv: arguments without the program's name; None for those of this process."""
+    cli.main(run, Config, __doc__, argv)
+
+
+if __name__ == "__main__":
+    cli.use_compilation_cache()
+    main()
