@@ -82,7 +82,8 @@ def train(
     if config.tensorboard:
         outputs.append(TensorBoard(run.path / "tensorboard"))
     with run.lock():
-        state = checkpoints.restore(replicate(state, mesh))
+        # A copy, since the update is given the state's buffers and the frozen networks may share them.
+        state = checkpoints.restore(jax.tree.map(lambda x: x.copy(), replicate(state, mesh)))
         state = fit(
             state,
             lambda state, batch: update(state, batch, *held),

@@ -36,7 +36,6 @@ from rlhf_jax.episodes import EpisodeConfig
 from rlhf_jax.evaluation import mean_loss
 from rlhf_jax.model import ModelConfig, Transformer
 from rlhf_jax.optim import OptimConfig
-from rlhf_jax.report import write_report
 from rlhf_jax.runs import Finished, model_of, released_params
 from rlhf_jax.sampling import distinct_share, sample_responses, sequence_kl, win_rate
 from rlhf_jax.stages import ppo, pretrain, reward, sft
@@ -78,9 +77,9 @@ SIZES = {
     ),
     "small": Size(
         ModelConfig(vocab_size=1024, context=128, width=128, layers=4, heads=4),
-        *(2400, 8, 64, 3e-3),
-        *(800, 16, 1e-3),
-        *(3000, 32, 5e-4),
+        *(3600, 8, 64, 3e-3),
+        *(1200, 16, 1e-3),
+        *(2500, 32, 5e-4),
         *(60, 64, 4, 1, 3e-4, 1e-3, 0.05, 0.1),
     ),
     "base": Size(
@@ -98,7 +97,7 @@ SIZES = {
         *(200, 512, 8, 1, 1e-5, 3e-5, 0.05, 0.1),
     ),
 }
-PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 24, 32, 4
+PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 20, 24, 4
 HELDOUT_PROMPTS = 512
 SHOWN_PROMPTS = 8
 
@@ -288,6 +287,8 @@ def run(config: Config) -> None:
     summary |= {"wall_seconds": clock.total, "stage_seconds": clock.seconds}
     write_json(config.folder / "summary.json", summary | nested(summary))
     print_summary(console, config.folder, summary)
+    from rlhf_jax.report import write_report  # brings matplotlib, which the stages do without
+
     report = write_report(config.folder)
     console.print(f"report: {report}   figures: {config.folder / 'summary.json'}")
     console.print(f"try it: python scripts/generate.py {optimised.run.path} --prompt ' find longest match (a, b) ->'")

@@ -357,7 +357,7 @@ def run(
     state = train(
         folder,
         config,
-        initial_state(config, jax.tree.map(jnp.copy, policy), rescaled(reward_params, mean, scale)),
+        initial_state(config, policy, rescaled(reward_params, mean, scale)),
         lambda axis: make_update(networks, config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, axis_name=axis),
         batch,
         frozen=(frozen,),
