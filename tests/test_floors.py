@@ -16,7 +16,7 @@ FLOOR = {
     **dict.fromkeys(["model", "generate", "optim", "tokenizer", "durable"], 2),
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
     **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics"], 3),
-    **dict.fromkeys(["fit", "runs"], 4),
+    **dict.fromkeys(["fit", "runs", "report"], 4),
     **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo"], 5),
     # These two hold the public names and nothing else, and nothing below may import through them.
     "stages": 6,
@@ -35,6 +35,9 @@ NEIGHBOURS = {
     ("runs", "fit"),
 }
 
+# Folders whose files may import each other.
+ONE_ROOM = {"data", "report"}
+
 ONLY_IN = {"flax": "model.py", "orbax": "checkpoint.py"}
 # The arrays and the maths on them know these, the standard library's plainest and each other.
 MATHS = ["arrays", "masked", "losses", "returns", "kl"]
@@ -44,10 +47,10 @@ UNSAFE_YAML = {"load", "load_all", "unsafe_load", "unsafe_load_all", "full_load"
 
 
 def room(file: Path) -> str:
-    """The name in FLOOR of a file: the whole of data/ is one room, each stage is its own."""
+    """The name in FLOOR of a file: data/ as a whole is one room, so is report/; each stage is its own."""
     parts = file.relative_to(PACKAGE).with_suffix("").parts
-    if parts[0] == "data":
-        return "data"
+    if parts[0] in ONE_ROOM:
+        return parts[0]
     return ".".join(part for part in parts if part != "__init__") or "rlhf_jax"
 
 
@@ -85,7 +88,7 @@ def test_imports_come_from_lower_floors(file: Path) -> None:
         if module.split(".")[0] != "rlhf_jax":
             continue
         there = own_room(module)
-        allowed = FLOOR[there] < FLOOR[here] or (here, there) in NEIGHBOURS or here == there == "data"
+        allowed = FLOOR[there] < FLOOR[here] or (here, there) in NEIGHBOURS or here == there in ONE_ROOM
         assert allowed, f"{here} (floor {FLOOR[here]}) imports {module} (floor {FLOOR[there]})"
 
 

@@ -1,0 +1,122 @@
+"""The small pieces of the page: escaped text, numbers for people, tables, and a run's figures by dotted key."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+STAGES = {
+    "pretrain": "Pretrain",
+    "sft": "SFT",
+    "reward": "Reward",
+    "reward_scratch": "Reward, from scratch",
+    "ppo": "PPO",
+}
+
+
+def text(value: object) -> str:
+    """Any value as text that is safe in the page: markup is escaped, what no page may hold is shown as �."""
+    whole = str(value).encode("utf-8", "replace").decode("utf-8")
+    return html.escape("".join(c if c.isprintable() or c in "\n " else "\N{REPLACEMENT CHARACTER}" for c in whole))
+
+
+def number(value: object) -> float | None:
+    """The value if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def percent(share: float) -> str:
+    """A share with one decimal: 81.6%."""
+    return f"{100 * share:.1f}%"
+
+
+def short(value: float) -> str:
+    """A number in at most four characters or so: 1,234 or 0.05 or 3.2e-7."""
+    if value == 0 or (value.is_integer() and abs(value) < 1e9):
+        return f"{value:,.0f}"
+    if abs(value) < 1e-3 or abs(value) >= 1e9:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """7 min 32 s, or 2 h 5 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class Figures:
+    """summary.json read by dotted key, whether the key is flat or nested. What is missing or no number is None."""
+
+    def __init__(self, summary: Mapping[str, Any]) -> None:
+        self._summary = summary
+
+    def value(self, key: str) -> Any:
+        if key in self._summary:
+            return self._summary[key]
+        found: Any = self._summary
+        for part in key.split("."):
+            if not isinstance(found, Mapping) or part not in found:
+                return None
+            found = found[part]
+        return found
+
+    def number(self, key: str) -> float | None:
+        return number(self.value(key))
+
+    def interval(self, key: str) -> tuple[float, float] | None:
+        pair = self.value(key)
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            return None
+        low, high = number(pair[0]), number(pair[1])
+        return None if low is None or high is None else (low, high)
+
+    def shown(self, key: str, form: str = "{:.2f}") -> str | None:
+        """The number as text, or None: `percent` for a form of "%"."""
+        found = self.number(key)
+        if found is None:
+            return None
+        return percent(found) if form == "%" else form.format(found)
+
+
+def table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True, hidden: bool = False
+) -> str:
+    """A table of ready HTML cells; the first of each row is its header.
+
+    Args:
+      numbers: all columns but the first hold numbers and stand to the right.
+      hidden: the caption is for screen readers only.
+    """
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
+    )
+    if not body:
+        return ""
+    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
+    css = "numbers" if numbers else "words"
+    mark = ' class="hidden"' if hidden else ""
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table class="{css}">'
+        f"<caption{mark}>{caption}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def section(name: str, title: str, *parts: str, lead: str = "") -> str:
+    """A headed section of the page; nothing if none of its parts has content."""
+    content = "".join(parts)
+    if not content:
+        return ""
+    lead = f'<p class="lead">{lead}</p>' if lead else ""
+    return f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{lead}{content}</section>'
+
+
+def details(summary: str, content: str) -> str:
+    """Content that is folded until asked for."""
+    return f"<details><summary>{summary}</summary>{content}</details>" if content else ""

@@ -1,0 +1,328 @@
+"""The report holds in one file what the run's folder holds, escaped, and leaves out what is not there."""
+
+import html
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_jax.data import Ledger
+from rlhf_jax.errors import UserError
+from rlhf_jax.report import write_report
+from rlhf_jax.report.charts import Line, line_chart, smoothed, thinned, ticks
+from rlhf_jax.report.html import Figures, duration, short, text
+
+SUMMARY: dict[str, Any] = {
+    "pretrain.heldout_bits_per_byte": 1.874,
+    "pretrain.bigram_bits_per_byte": 2.613,
+    "pretrain.heldout_response_nll": 3.541,
+    "pretrain.gold_mean": 1.132,
+    "pretrain.distinct_share": 0.988,
+    "sft.heldout_response_nll": 2.706,
+    "sft.win_rate_vs_pretrained": 0.871,
+    "sft.win_rate_vs_pretrained_interval": [0.833, 0.904],
+    "sft.distinct_share": 0.957,
+    "sft.gold_mean": 3.424,
+    "reward.heldout_accuracy": 0.861,
+    "reward.scratch_heldout_accuracy": 0.702,
+    "reward.labeller_agreement": 0.731,
+    "ppo.win_rate_vs_sft": 0.816,
+    "ppo.win_rate_vs_sft_interval": [0.771, 0.857],
+    "ppo.kl_nats": 4.27,
+    "ppo.distinct_share": 0.892,
+    "ppo.distinct_share_of_sft": 0.932,
+    "ppo.gold_mean": 5.032,
+    "ppo.first_ratio_error": 2.4e-7,
+    "ppo.first_kl": 0.0,
+    "wall_seconds": 452.3,
+    "seed": 0,
+    "stage_seconds": {
+        "pretrain": 118.4,
+        "sft": 81.2,
+        "comparisons": 44.9,
+        "reward": 66.0,
+        "reward_scratch": 38.5,
+        "ppo": 91.7,
+        "evaluation": 11.6,
+    },
+}
+# prompt | pretrained | SFT | PPO | docstring | their gold scores
+_SAMPLES = """
+use posix spawn (args)|the file is a string,|Use the posix of the code.|True if the posix spawn is used.||.9 3.8 5.9
+bold (text)|~~  >>> re.sub(r'a',|Return the string.|Return the text in bold.|Format in bold.|-.5 2.9 6
+is loopback|if the address|Return if loopback.|Test if it is a loopback.|Test if it is one.|3.1 6 6
+<script>alert('x')</script>||Return <b>bold</b> & "quoted" code.|Run\u202e and \x00 alert.||-.75 3 5.2
+get content maintype|. The default is None, and the value|Return the.|Return the content maintype of it.||1.1 4.5 6
+set debuglevel (level)|0, 1, 2, 3, 4, 5, 6, 7, 8, 9,|Set the debugging.|Set the debuglevel to level.||-1.2 4 5.8
+remove duplicates (items)|a list of the items in the|Remove the items.|Remove duplicates from the items.||1.6 4.5 6
+total seconds|The time in seconds since the Epoch. The|Total seconds in it.|Return the total seconds.|Total.|2.4 6 6
+http error 302 (req, fp, code)|302 error code. If|Return the error of the code and of the code.|Return it.||1.8 3.1 5.5
+make archive (base name, format)|zip, tar, or the|Create a new archive.|Make an archive.|Create an archive.|1 4.5 6
+normalize (self)|x.normalize() returns the|Return the normal form.|Normalize the number.|Strip trailing zeros.|3 5.5 6
+"""
+
+
+def samples() -> list[dict[str, Any]]:
+    """What the recipe writes to samples.json."""
+    out = []
+    for line in _SAMPLES.strip().split("\n"):
+        prompt, *answers, docstring, gold = line.replace("~", "\n").split("|")
+        answered = dict(zip(("pretrain", "sft", "ppo"), answers, strict=True))
+        scores = dict(zip(answered, map(float, gold.split()), strict=True))
+        out.append({"prompt": f" {prompt} ->", **answered, "docstring": docstring or None, "gold": scores})
+    return out
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested objects."""
+    out: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        place = out
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return out
+
+
+def make_folder(folder: Path) -> Path:
+    """What a run of the default recipe leaves, in miniature but of its true size in rows."""
+    rng = random.Random(0)
+
+    def noisy(start: float, end: float, at: float, noise: float) -> float:
+        return end + (start - end) * math.exp(-5 * at) + rng.gauss(0, noise)
+
+    def rows(steps: int, every: int, eval_every: int, /, **curves: tuple[float, float, float]) -> list[dict[str, Any]]:
+        out = []
+        for step in range(every, steps + 1, every):
+            row: dict[str, Any] = {"step": step, "time": 1e9 + step}
+            for name, curve in curves.items():
+                name = name.replace("eval_", "eval/")
+                if not name.startswith("eval/") or step % eval_every == 0:
+                    row[name] = noisy(curve[0], curve[1], step / steps, curve[2])
+            out.append(row)
+        return out
+
+    speed = {"tokens_per_second": (8700.0, 8700.0, 250.0), "peak_share": (0.41, 0.41, 0.01)}
+    runs = {
+        "pretrain": rows(
+            *(1600, 10, 200),
+            loss=(6.9, 2.75, 0.09),
+            eval_loss=(5.2, 2.91, 0.01),
+            eval_bits_per_byte=(3.4, 1.87, 0),
+            **speed,
+        ),
+        "sft": rows(550, 10, 50, loss=(3.6, 2.52, 0.08), eval_loss=(3.5, 2.70, 0.005), **speed),
+        "reward": rows(300, 5, 50, accuracy=(0.5, 0.78, 0.03), eval_accuracy=(0.55, 0.86, 0.006), **speed),
+        "reward_scratch": rows(300, 5, 50, accuracy=(0.5, 0.69, 0.03), eval_accuracy=(0.5, 0.70, 0.006), **speed),
+        "ppo": rows(
+            *(60, 1, 5),
+            score=(-0.1, 1.35, 0.09),
+            kl=(0.0, 4.3, 0.2),
+            kl_coef=(0.05, 0.05, 0.0),
+            entropy=(2.4, 1.7, 0.04),
+            response_tokens=(11, 8.5, 0.3),
+            missing_end=(0.06, 0.005, 0.004),
+            policy_loss=(-0.01, -0.03, 0.006),
+            value_loss=(0.6, 0.12, 0.02),
+            clipped=(0.02, 0.09, 0.01),
+            ppo_over_pretraining=(1.8, 1.1, 0.1),
+            eval_gold=(3.4, 5.0, 0.05),
+            eval_score_gap=(0.0, 0.2, 0.03),
+            **speed,
+        ),
+    }
+    runs["ppo"][3]["score"] = None
+    for stage, lines in runs.items():
+        run = folder / stage
+        run.mkdir(parents=True)
+        content = [json.dumps(row) for row in lines] + [json.dumps({"step": 7, "time": 1.0, "event": "recompiled"})]
+        (run / "metrics.jsonl").write_text("\n".join(content) + "\n")
+        ledger = Ledger()
+        for i in range(400):
+            ledger.keep(f"{('json/decoder.py', 'pydoc_data.topics', 'os.py')[i % 3]}:{i}", tokens=rng.randint(30, 3000))
+        for i in range(9):
+            ledger.drop(f"os.py:{9000 + i}", "longer than the context <of 128 tokens>" if i % 3 else "empty response")
+        ledger.cut("os.py:9100", "cut to the first sentence", tokens=12)
+        ledger.save(run / "ledger.json")
+        config = {
+            "format_version": 1,
+            "stage": stage,
+            "config": {"steps": 10, "seed": 0, "out": "", "kl_target": None, "optimizer": {"learning_rate": 3e-3}},
+            "model": {"width": 128, "layers": 4, "heads": 4},
+            "tokenizer": "ab12" * 16,
+            "inputs": {"init": "cd34" * 16},
+        }
+        (run / "config.json").write_text(json.dumps(config))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | nested(SUMMARY)))
+    (folder / "samples.json").write_text(json.dumps(samples()))
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text, and whether every tag that opens closes in order."""
+
+    VOID = frozenset({"meta", "link", "br"})
+    SVG = frozenset({"path", "rect", "circle"})
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in self.SVG
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data + "\n"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_report(make_folder(tmp_path_factory.mktemp("runs") / "recipe")).read_text(encoding="utf-8")
+
+
+def test_one_file_that_needs_nothing_else(page: str) -> None:
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", page, re.IGNORECASE)
+    for tag, attributes in Page(page).tags:
+        assert tag not in {"script", "iframe", "object", "embed", "base", "img"}
+        assert not {name for name in attributes if name.startswith("on") or name in {"src", "srcset", "action"}}
+        assert attributes.get("href", "data:,") == "data:,"
+
+
+def test_text_from_models_is_text(page: str) -> None:
+    assert html.escape("<script>alert('x')</script>") in page
+    assert "Return &lt;b&gt;bold&lt;/b&gt; &amp; &quot;quoted&quot; code." in page
+    assert "&lt;of 128 tokens&gt;" in page
+    assert "\x00" not in page and "\u202e" not in page
+    assert text("a\ud800b") == "a?b"
+
+
+def test_the_figures_are_those_of_the_summary(page: str) -> None:
+    shown = Page(page).text
+    for figure in ("81.6%", "77.1% to 85.7%", "87.1%", "86.1%", "70.2%", "4.27", "89.2%", "1.87", "2.61", "5.03"):
+        assert figure in shown, figure
+    assert "After RLHF, answers beat those of SFT on 82% of held-out prompts" in shown
+    assert shown.count("✓ holds") == 9 and "✗" not in shown
+    assert "7 min 32 s" in shown and "2.4e-7" in shown
+
+
+def test_pictures_and_tables_speak(page: str) -> None:
+    tags = Page(page).tags
+    pictures = [attributes["aria-label"] or "" for tag, attributes in tags if tag == "svg"]
+    assert len(pictures) == 4 + 1 + 2 + 9 and all(pictures)
+    assert any("PPO against SFT: 81.6% (77.1% to 85.7%)" in words for words in pictures)
+    assert all("nan" not in words for words in pictures)
+    tables = sum(tag == "table" for tag, _ in tags)
+    assert tables == sum(tag == "caption" for tag, _ in tags) > 8
+    assert all("scope" in attributes for tag, attributes in tags if tag == "th")
+
+
+def test_the_ledger_adds_up(page: str) -> None:
+    shown = re.sub(r"\s+", " ", Page(page).text)
+    assert "SFT 410 400 1 9 " in shown
+    assert "SFT dropped longer than the context <of 128 tokens> 6" in shown
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "samples.json", "ppo", "sft/metrics.jsonl", "sft/ledger.json"])
+def test_what_is_missing_is_left_out(tmp_path: Path, missing: str) -> None:
+    folder = make_folder(tmp_path / "recipe")
+    gone = folder / missing
+    gone.rename(tmp_path / "elsewhere")
+    Page(write_report(folder).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("key", SUMMARY)
+def test_any_key_may_be_missing(tmp_path: Path, key: str) -> None:
+    for value in ({}, {key: None}, {key: "what"}):
+        (tmp_path / "summary.json").write_text(json.dumps({k: v for k, v in SUMMARY.items() if k != key} | value))
+        shown = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+        assert "None" not in shown and "what" not in shown.replace("what is preferred", "")
+
+
+def test_an_empty_folder_and_a_damaged_file(tmp_path: Path) -> None:
+    assert write_report(tmp_path) == tmp_path / "report.html"
+    Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json: unreadable"):
+        write_report(tmp_path)
+
+
+def bar_verdicts(folder: Path, **changes: float) -> str:
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    (folder / "summary.json").write_text(json.dumps(nested(SUMMARY | dotted)))
+    return Page(write_report(folder).read_text(encoding="utf-8")).text
+
+
+def test_a_bar_that_is_missed_says_so(tmp_path: Path) -> None:
+    assert bar_verdicts(tmp_path).count("✗ missed") == 0
+    for key, value in {
+        "pretrain__heldout_bits_per_byte": 2.7,
+        "sft__heldout_response_nll": 3.6,
+        "reward__scratch_heldout_accuracy": 0.861,
+        "ppo__win_rate_vs_sft": 0.6999,
+        "ppo__distinct_share_of_sft": 0.79,
+        "ppo__first_ratio_error": 1.1e-4,
+        "ppo__first_kl": 1.1e-4,
+        "wall_seconds": 480.1,
+    }.items():
+        assert bar_verdicts(tmp_path, **{key: value}).count("✗ missed") == 1, key
+    assert bar_verdicts(tmp_path, reward__heldout_accuracy=0.74, reward__scratch_heldout_accuracy=0.6).count("✗") == 1
+
+
+@pytest.mark.parametrize(
+    ("rate", "interval", "words"),
+    [(0.6, [0.55, 0.65], "answers beat"), (0.52, [0.47, 0.57], "changed little"), (0.4, [0.36, 0.44], "worse")],
+)
+def test_the_headline_follows_the_interval(tmp_path: Path, rate: float, interval: list[float], words: str) -> None:
+    summary = {"ppo.win_rate_vs_sft": rate, "ppo.win_rate_vs_sft_interval": interval}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    shown = Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    assert words in shown and "repeats itself" not in shown
+    (tmp_path / "summary.json").write_text(json.dumps(summary | {"ppo.distinct_share": 0.2, "sft.distinct_share": 0.9}))
+    assert "repeats itself" in Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 1.0]
+    assert ticks(-3.0, 41.0, 5) == [0.0, 10.0, 20.0, 30.0, 40.0]
+    assert ticks(1.9e-4, 4.2e-4, 5) == pytest.approx([2e-4, 2.5e-4, 3e-4, 3.5e-4, 4e-4])
+
+
+def test_curves_are_thinned_and_smoothed_to_means() -> None:
+    line = [(float(i), 2.0 * i) for i in range(1000)]
+    assert thinned(line, 300)[:2] == [(1.5, 3.0), (5.5, 11.0)] and len(thinned(line, 300)) == 250
+    assert [y for _, y in smoothed(line)] == pytest.approx([y for _, y in line])
+    assert smoothed([(0.0, 0.0), (1.0, 3.0), (2.0, 0.0)]) == [(0.0, 0.0), (1.0, 1.0), (2.0, 0.0)]
+
+
+def test_a_curve_of_one_point_or_level_is_drawn() -> None:
+    assert line_chart([Line("a", "sft", [])], title="none") == ""
+    for points in ([(5.0, 0.0)], [(1.0, 3.0), (2.0, 3.0)], [(1.0, -2e-8), (2.0, 4e7)]):
+        assert 'aria-label="t: a from' in line_chart([Line("a", "sft", points)], title="t")
+
+
+def test_numbers_for_people() -> None:
+    assert [short(v) for v in (0.0, 12.0, 1234.5, 0.0512, -1.5)] == ["0", "12", "1,234", "0.0512", "-1.5"]
+    assert [short(v) for v in (3.2e-7, 4e12)] == ["3.2e-7", "4.0e12"]
+    assert [duration(v) for v in (9.6, 452.3, 7500)] == ["10 s", "7 min 32 s", "2 h 5 min"]
+    assert Figures({"a": {"b": True}}).number("a.b") is None
