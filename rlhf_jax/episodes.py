@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, pytree
+from rlhf_jax.errors import UserError
 from rlhf_jax.generate import generate
 from rlhf_jax.kl import kl_estimate
 from rlhf_jax.losses import next_token_loss
@@ -50,7 +51,7 @@ class EpisodeConfig:
     temperature: float = 1.0
     """Divides the logits in sampling and in every log-probability alike."""
     missing_end: Literal["replace", "subtract", "keep"] = "replace"
-    """A response without an end gets missing_end_score in place of its score, has its size subtracted, or keeps its own."""
+    """A response without an end gets missing_end_score as its score, has its size subtracted, or keeps its own."""
     missing_end_score: float = -1.0
     """In units of the score (after its scale); negative."""
     gamma: float = 1.0
@@ -62,11 +63,11 @@ class EpisodeConfig:
 
     def __post_init__(self) -> None:
         if self.response_length < 1:
-            raise ValueError(f"response_length {self.response_length}: wanted at least 1")
+            raise UserError(f"response_length: found {self.response_length}, wanted 1 or more")
         if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature}: wanted above 0; PPO samples from a distribution")
+            raise UserError(f"temperature: found {self.temperature}, wanted more than 0: PPO samples a distribution")
         if self.missing_end_score > 0:
-            raise ValueError(f"missing_end_score {self.missing_end_score}: wanted 0 or less, it is a penalty")
+            raise UserError(f"missing_end_score: found {self.missing_end_score}, wanted 0 or less: it is a penalty")
 
 
 def collect(

@@ -16,7 +16,8 @@ from rlhf_jax.model import MASKED, Cache, Transformer, empty_cache
 class Generation(NamedTuple):
     """Sampled responses of B rows.
 
-    tokens: [B, R] int32, padded behind a row's end. mask: [B, R] bool, True for sampled tokens, the ending one included.
+    tokens: [B, R] int32, padded behind a row's end.
+    mask: [B, R] bool, True for sampled tokens, the ending one included.
     logp: [B, R] float32, nats of each sampled token under the distribution it was drawn from, 0 where masked.
     """
 
@@ -49,14 +50,19 @@ def filter_logits(logits_BV: Array, *, temperature: float, top_k: int, top_p: fl
 
 
 def draw(logp_BV: Array, key: Array) -> Array:
-    """One id a row, [B] int32, from log-probabilities [B, V]: one uniform number through the inverse distribution function.
+    """One id a row, [B] int32, from log-probabilities [B, V], by the inverse of the distribution function.
 
-    A Gumbel number for every entry of the vocabulary would cost a third of the sampling time.
+    It takes one uniform number a row; a Gumbel number for every entry of the vocabulary would cost a third of the
+    sampling time.
     """
-    cumulative_BV = jnp.cumsum(jnp.exp(logp_BV), axis=-1)
-    # In (0, 1], so that an id of probability 0 is never drawn at either end.
+    probability_BV = jnp.exp(logp_BV)
+    # The parallel sum of float32 moves by its last bit also where nothing is added: such ids must not catch a draw.
+    cumulative_BV = jnp.where(probability_BV > 0.0, jnp.cumsum(probability_BV, axis=-1), 0.0)
+    # In (0, 1], so that the target is above 0 and is reached.
     uniform_B1 = 1.0 - jax.random.uniform(key, (logp_BV.shape[0], 1), logp_BV.dtype)
-    return jnp.sum(cumulative_BV < uniform_B1 * cumulative_BV[:, -1:], axis=-1, dtype=jnp.int32)
+    reached_BV = cumulative_BV >= uniform_B1 * jnp.max(cumulative_BV, axis=-1, keepdims=True)
+    ids_1V = jnp.arange(logp_BV.shape[-1], dtype=jnp.int32)[None]
+    return jnp.min(jnp.where(reached_BV, ids_1V, logp_BV.shape[-1] - 1), axis=-1)
 
 
 @functools.partial(
@@ -91,13 +97,20 @@ def generate(
       temperature: 0 is greedy. top_k, top_p: see `filter_logits`. PPO leaves all three at their defaults or the
         probability ratio and the KL would be of another distribution than the one that was sampled.
     Returns: Generation of R columns.
-    Raises: ValueError where P + R exceeds the context.
+    Raises: ValueError where P + R exceeds the context, or for a temperature, top_k or top_p out of range.
     """
     rows, prompt_length = tokens_BP.shape
     if prompt_length + max_new_tokens > model.config.context:
         raise ValueError(
             f"prompt of {prompt_length} + {max_new_tokens} new tokens exceeds the context {model.config.context}"
         )
+
+    if temperature < 0.0:
+        raise ValueError(f"temperature {temperature}: wanted 0 or more")
+    if top_k < 0:
+        raise ValueError(f"top_k {top_k}: wanted 0 or more")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p {top_p}: wanted above 0, at most 1")
 
     def next_tokens(logits_BV: Array, index: Array, ended_B: Array) -> tuple[Array, Array, Array]:
         if temperature == 0.0:

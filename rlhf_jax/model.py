@@ -1,6 +1,7 @@
 """One decoder-only transformer: the configuration spans GPT-2 and Llama. The only file that imports flax.
 
-Parameters are plain nested dicts of float32 arrays; `Transformer(config).apply({"params": params}, …)` is a pure function.
+Parameters are plain nested dicts of float32 arrays; `Transformer(config).apply({"params": params}, …)` is a pure
+function.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, pytree
+from rlhf_jax.errors import UserError
 
 # Finite, so that a row whose every key is masked gives a uniform softmax and no NaN.
 MASKED = -1e30
@@ -65,15 +67,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "width", "layers", "heads", "vocab_multiple"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: wanted at least 1")
+                raise UserError(f"{name} {getattr(self, name)}: wanted at least 1")
         if self.head_width is None and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; set head_width or change one")
-        if self.heads % self.key_heads:
-            raise ValueError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
+            raise UserError(f"width {self.width} is not divisible by heads {self.heads}; set head_width or change one")
+        if self.key_heads < 1 or self.heads % self.key_heads:
+            raise UserError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.head_size % 2:
-            raise ValueError(f"head width {self.head_size}: rotary positions want an even one")
+            raise UserError(f"head width {self.head_size}: rotary positions want an even one")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout {self.dropout}: wanted 0 <= dropout < 1")
+            raise UserError(f"dropout {self.dropout}: wanted 0 <= dropout < 1")
 
     @classmethod
     def gpt2(cls, **changes: Any) -> ModelConfig:
@@ -116,9 +118,10 @@ class ModelConfig:
         return self.layers * (attention + feed_forward) + (self.width * self.vocab_rows if language_head else 0)
 
     def flops_per_token(self, length: int, *, language_head: bool = True) -> float:
-        """FLOPs of one token's forward pass in a sequence of `length`: 2 a weight, 2 · 2 · heads · head · length/2 a layer.
+        """FLOPs of one token's forward pass in a sequence of `length`.
 
-        A training step is three times that. Source: Kaplan et al. 2020, table 1 (arXiv:2001.08361).
+        They are 2 a weight and 2 · 2 · heads · head · length/2 a layer; a training step takes three times that.
+        Source: Kaplan et al. 2020, table 1 (arXiv:2001.08361).
         """
         attention = 2.0 * self.layers * self.heads * self.head_size * length
         return 2.0 * self.matmul_parameters(language_head=language_head) + attention
@@ -128,7 +131,9 @@ class ModelConfig:
 class Cache:
     """Keys and values of the tokens already seen, one buffer a layer.
 
-    keys, values: tuples of [B, key heads, S, head]. mask_BS: slots that hold a real token. filled: scalar, slots written.
+    keys, values: tuples of [B, key heads, S, head].
+    mask_BS: slots that hold a real token.
+    filled: scalar, slots written.
     """
 
     keys: tuple[Array, ...]
@@ -155,7 +160,8 @@ def positions_of(segment_ids_BT: Array) -> Array:
     Left padding therefore changes no position: the real tokens of a row are numbered from 0.
     """
     real = segment_ids_BT > 0
-    before = jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0)))
+    # The largest so far, not the neighbour: a gap of padding within a segment starts no count anew.
+    before = jax.lax.cummax(jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0))), axis=1)
     seen = jnp.cumsum(real, axis=1) - real
     first = jax.lax.cummax(jnp.where(real & (segment_ids_BT != before), seen, 0), axis=1)
     return (seen - first).astype(jnp.int32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.arrays import Array, Params, TrainState
+from rlhf_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.learning_rate < 0:
-            raise ValueError(f"learning_rate {self.learning_rate}: wanted at least 0")
+            raise UserError(f"learning_rate: found {self.learning_rate}, wanted 0 or more")
         if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps {self.warmup_steps}: wanted at least 0")
+            raise UserError(f"warmup_steps: found {self.warmup_steps}, wanted 0 or more")
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -106,7 +107,7 @@ def summed_gradients(
     else:
         rows = jax.tree.leaves(batch)[0].shape[0]
         if rows % microbatches:
-            raise ValueError(f"{rows} rows are not divisible by {microbatches} microbatches")
+            raise UserError(f"{rows} rows are not divisible by {microbatches} microbatches")
         # Every m-th row, so that a batch sharded by rows stays spread over the devices in each microbatch.
         sliced = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, microbatches)

@@ -1,4 +1,4 @@
-"""Responses of a model to many prompts, and what they are worth: win rates, distinct answers, distance to a reference."""
+"""Responses of a model to many prompts and what they are worth: win rates, distinct answers, distance to another."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def sequence_kl(
         batch = prompts.batch(indices)
         tokens = np.full((batch_size, max_new_tokens), prompts.pad_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
-        for place, index in enumerate(indices):
+        for place, index in enumerate(indices.tolist()):
             tokens[place, : len(responses[index])] = responses[index]
             mask[place, : len(responses[index])] = True
         whole = (np.concatenate([batch.tokens_BP, tokens], axis=1), np.concatenate([batch.mask_BP, mask], axis=1))

@@ -40,7 +40,7 @@ _LEAST_DEMONSTRATIONS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A named function or class of the standard library: its words and, where it has one, its docstring's first sentence."""
+    """A named function or class of the standard library: its words, and the first sentence of its docstring, if any."""
 
     where: str
     prompt: str
@@ -86,7 +86,7 @@ def prompt_of(name: str, arguments: list[str]) -> str:
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence of a docstring if it reads as one: a capital to a full stop, 15 to 120 characters, no markup."""
+    """A docstring's first sentence if it reads as one: a capital to a full stop, 15 to 120 characters, no markup."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     match = re.match(r"[A-Z][a-z].*?[a-z\])]\.(?=\s|$)", paragraph)
     if match is None or not 15 <= len(match[0]) <= 120 or re.search(r"[`*<>|{}=\\_]|->|\.\.|::", match[0]):
@@ -167,8 +167,9 @@ def load_corpus() -> Corpus:
     demonstrations = [Demonstration(f.prompt, " " + f.sentence, f.where) for f in functions.values() if f.sentence]
     if len(demonstrations) < _LEAST_DEMONSTRATIONS:
         raise UserError(
-            f"the embedded corpus: {len(demonstrations)} docstrings found in {root} ({sys.version.split()[0]}), wanted at "
-            f"least {_LEAST_DEMONSTRATIONS}; this Python was installed without its documentation, pass files with --data"
+            f"the embedded corpus: {len(demonstrations)} docstrings found in {root} ({sys.version.split()[0]}), wanted "
+            f"at least {_LEAST_DEMONSTRATIONS}; this Python was installed without its documentation, "
+            f"pass files with --data"
         )
     prompts = [Prompt(f.prompt, f.where) for f in functions.values()]
     texts = [Text(text, where) for text, where in documents.items() if len(text) >= 40]

@@ -76,7 +76,7 @@ STOP_WORDS = frozenset("a an and are as at be by for from if in is it its not of
 
 
 def topic_words(prompt: str) -> list[str]:
-    """The words of the function asked about: its name's, or, where that has none of three letters, its arguments' too."""
+    """The words of the function asked about: its name's, and its arguments' if that has none of three letters."""
     name, _, rest = prompt.removesuffix("->").partition("(")
     for part in (name, name + " " + rest):
         words = [
@@ -88,7 +88,7 @@ def topic_words(prompt: str) -> list[str]:
 
 
 def same_word(asked: str, word: str) -> bool:
-    """Whether two words share a stem: equal, or one continues the other after three letters (`use`, `uses`, `using`)."""
+    """Whether two words share a stem: equal, or one continues the other after three letters (`use`, `uses`)."""
     stem = asked[:-1] if len(asked) > 4 and asked[-1] in "es" else asked
     return word.startswith(stem) or (len(word) > 3 and asked.startswith(word))
 
@@ -113,6 +113,9 @@ def noise_for_agreement(scores: NDArray[np.float64], agreement: float = AGREEMEN
 
 
 def rank(scores: NDArray[np.float64], noise: float, random: np.random.Generator) -> NDArray[np.int64]:
-    """A labeller's ranks [prompts, K], 1 is best: the order of gold / τ plus Gumbel noise (Plackett-Luce), whose pairs are Bradley-Terry's."""
+    """A labeller's ranks [prompts, K], 1 is best: the order of gold / τ plus Gumbel noise.
+
+    That is Plackett-Luce, whose pairs are Bradley-Terry's.
+    """
     utility = scores / noise + random.gumbel(size=scores.shape)
     return np.argsort(np.argsort(-utility, axis=1), axis=1) + 1

@@ -105,14 +105,15 @@ class Config(RunConfig):
         super().__post_init__()
         parts = self.minibatches * self.microbatches * self.devices
         if self.batch % parts:
+            nearest = max(parts, self.batch - self.batch % parts)
             raise UserError(
                 f"batch {self.batch} is not divisible by minibatches {self.minibatches} x microbatches "
-                f"{self.microbatches} x devices {self.devices}; use --batch {max(parts, self.batch - self.batch % parts)}"
+                f"{self.microbatches} x devices {self.devices}; use --batch {nearest}"
             )
         if bool(self.pretraining_coef) != bool(self.pretraining_batch) or self.pretraining_batch % parts:
             raise UserError(
-                f"pretraining_batch: found {self.pretraining_batch} with pretraining_coef {self.pretraining_coef}, wanted "
-                f"both or neither, and a multiple of {parts} (minibatches x microbatches x devices)"
+                f"pretraining_batch: found {self.pretraining_batch} with pretraining_coef {self.pretraining_coef}, "
+                f"wanted both or neither, and a multiple of {parts} (minibatches x microbatches x devices)"
             )
         if self.kl_coef < 0:
             raise UserError(f"kl_coef: found {self.kl_coef}, wanted 0 or more")

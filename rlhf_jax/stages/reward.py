@@ -1,4 +1,4 @@
-"""Stage 3.1, the reward model: minimise -log σ(r_w - r_l) over rankings and comparisons, mean over the pairs of a prompt."""
+"""Stage 3.1, the reward model: minimise -log σ(r_w - r_l) over comparisons and rankings, mean over a prompt's pairs."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import optax
 
@@ -45,7 +46,7 @@ class Config(RunConfig):
     """Files to evaluate on; none means heldout_fraction of data."""
     heldout_fraction: float = 0.05
     """Share of the records that is held out where heldout is not given."""
-    kind: str = "demonstrations"
+    kind: Literal["demonstrations", "dialogues"] = "demonstrations"
     """What the files hold: demonstrations (dialogues among them are taken too) or dialogues."""
     max_tokens: int | None = None
     """Longer rows are dropped, with a line in the ledger; the model's context if not given."""
@@ -62,8 +63,8 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in ("demonstrations", "dialogues"):
-            raise UserError(f"kind: found {self.kind!r}, wanted 'demonstrations' or 'dialogues'")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout: found {self.dropout}, wanted 0 or more and less than 1")
 
 
 def objective(
@@ -166,7 +167,15 @@ def _records(
     if not config.data:
         corpus = load_corpus()
         return corpus.demonstrations, corpus.heldout_demonstrations
-    records = read_records(config.data, config.kind, ledger)
+    records = _read(config.data, config.kind, ledger)
     if config.heldout:
-        return records, read_records(config.heldout, config.kind, Ledger())
+        return records, _read(config.heldout, config.kind, Ledger())
     return hold_out(records, config.heldout_fraction)
+
+
+def _read(
+    paths: Sequence[str], kind: Literal["demonstrations", "dialogues"], ledger: Ledger
+) -> Sequence[Demonstration | Dialogue]:
+    if kind == "dialogues":
+        return read_records(paths, "dialogues", ledger)
+    return read_records(paths, "demonstrations", ledger)
