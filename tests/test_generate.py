@@ -1,0 +1,165 @@
+"""Sampling: the distribution it draws from, what it says of each token, and when it stops."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.generate import draw, filter_logits, generate
+from rlhf_jax.model import ModelConfig, Transformer, init_params
+
+MODEL = Transformer(ModelConfig(vocab_size=7, context=16, width=16, layers=2, heads=2, kv_heads=1, ffn_width=16))
+EOS, PAD = 5, 6
+PROMPTS = np.array([[0, 0, 0, 1, 2], [0, 3, 4, 1, 2], [1, 2, 3, 4, 4], [2, 2, 2, 2, 2]] * 8, np.int32)
+MASK = np.array([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]] * 8, bool)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict:
+    # Large weights: a flat distribution would hide errors.
+    return jax.tree.map(lambda x: 3 * x, init_params(MODEL, jax.random.key(0)))
+
+
+def sample(params: dict, seed: int = 0, *, model=MODEL, prompts=PROMPTS, mask=MASK, **changes) -> Any:
+    settings: dict[str, Any] = {"max_new_tokens": 8, "stop_ids": (EOS,), "pad_id": PAD} | changes
+    out = generate(model, params, jnp.asarray(prompts), jnp.asarray(mask), jax.random.key(seed), **settings)
+    return jax.tree.map(np.asarray, out)
+
+
+@jax.jit
+def following(params: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Full-forward logits [B, R, V] of what follows the prompt."""
+    return MODEL.apply({"params": params}, tokens, mask)[:, PROMPTS.shape[1] - 1 : -1]
+
+
+def logits_after(params: dict, out: Any) -> np.ndarray:
+    rows = (np.concatenate(pair, axis=1) for pair in ((PROMPTS, out.tokens), (MASK, out.mask)))
+    return np.asarray(following(params, *map(jnp.asarray, rows)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logp_is_that_of_the_full_forward(params: dict, temperature: float) -> None:
+    out = sample(params, temperature=temperature)
+    logp = np.asarray(jax.nn.log_softmax(logits_after(params, out) / temperature))
+    expected = np.take_along_axis(logp, out.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(out.logp[out.mask], expected[out.mask], atol=1e-4)
+    assert np.all(out.logp[~out.mask] == 0.0)
+
+
+def test_a_row_stops_at_its_end_and_is_padded_behind(params: dict) -> None:
+    out = sample(params)
+    ends = out.tokens == EOS
+    lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, 8)
+    assert len(set(lengths.tolist())) > 3  # rows of all kinds, also without an end
+    np.testing.assert_array_equal(out.mask, np.arange(8) < lengths[:, None])
+    assert np.all(out.tokens[~out.mask] == PAD)
+    # Each row is what it would be in a batch where no row stops, up to its end: keys do not depend on the others.
+    free = sample(params, stop_ids=())
+    assert free.mask.all()
+    np.testing.assert_array_equal(out.tokens[out.mask], free.tokens[out.mask])
+
+
+def test_any_of_the_stop_ids_ends_a_row(params: dict) -> None:
+    out = sample(params, stop_ids=(EOS, 2))
+    free = sample(params, stop_ids=())
+    ends = np.isin(free.tokens, (EOS, 2))
+    assert (free.tokens[np.arange(32), ends.argmax(axis=1)][ends.any(axis=1)] == 2).any()
+    np.testing.assert_array_equal(out.mask, np.cumsum(ends, axis=1) - ends == 0)
+
+
+def test_the_loop_ends_with_the_last_row(params: dict) -> None:
+    # Forward passes, counted as they run: one for the prompt, one for each further column.
+    seen: list[int] = []
+
+    class Counted(Transformer):
+        def head(self, hidden_BTD: jax.Array) -> jax.Array:
+            jax.debug.callback(lambda: seen.append(1))
+            return super().head(hidden_BTD)
+
+    out = sample(params, model=Counted(MODEL.config), max_new_tokens=11, stop_ids=(EOS, 0, 1, 2))
+    longest = int(out.mask.sum(axis=1).max())
+    jax.effects_barrier()
+    assert 1 < longest < 11
+    assert len(seen) == longest
+
+
+def test_greedy_takes_the_most_likely(params: dict) -> None:
+    out = sample(params, temperature=0.0)
+    np.testing.assert_array_equal(out.tokens[out.mask], logits_after(params, out).argmax(axis=-1)[out.mask])
+    np.testing.assert_array_equal(out.tokens, sample(params, 1, temperature=0.0).tokens)
+
+
+def test_left_padding_changes_no_answer(params: dict) -> None:
+    wider = np.concatenate([np.full((32, 3), 4, np.int32), np.where(MASK, PROMPTS, 3)], axis=1)
+    mask = np.concatenate([np.zeros((32, 3), bool), MASK], axis=1)
+    plain, padded = sample(params), sample(params, prompts=wider, mask=mask)
+    np.testing.assert_array_equal(padded.tokens, plain.tokens)
+    np.testing.assert_allclose(padded.logp, plain.logp, atol=1e-4)
+
+
+def test_draws_follow_the_distribution() -> None:
+    probability = np.array([0.4, 0.0, 0.3, 0.15, 0.0, 0.1, 0.045, 0.005, 0.0])
+    logp = jnp.log(jnp.asarray(probability, jnp.float32))
+    draws = np.asarray(draw(jnp.broadcast_to(logp, (100_000, 9)), jax.random.key(3)))
+    counts = np.bincount(draws, minlength=9)
+    assert counts.sum() == 100_000 and np.all(counts[probability == 0] == 0)
+    expected = 100_000 * probability[probability > 0]
+    # Chi-square with 5 degrees of freedom: above 20.5 once in 1,000 seeds.
+    assert np.sum((counts[probability > 0] - expected) ** 2 / expected) < 20.5
+    # Rows are drawn one by one, each from its own distribution.
+    own = np.asarray(draw(jnp.where(jnp.eye(9, dtype=bool), 0.0, -jnp.inf), jax.random.key(4)))
+    np.testing.assert_array_equal(own, np.arange(9))
+
+
+def test_an_impossible_id_is_never_drawn() -> None:
+    # Among 20,000 ids the running sum of float32 goes up and down by its last bit where the probability is 0.
+    random = np.random.default_rng(0)
+    logits = np.where(np.arange(20_000) % 7 == 3, random.normal(size=(8, 20_000)), -1e30).astype(np.float32)
+    logp = jax.nn.log_softmax(jnp.asarray(logits))
+    draws = np.asarray(jax.jit(jax.vmap(draw, (None, 0)))(logp, jax.random.split(jax.random.key(0), 2_000)))
+    assert np.all(draws % 7 == 3)
+
+
+def test_filters_by_hand() -> None:
+    logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.4, 0.1]]))
+
+    def kept(**changes) -> np.ndarray:
+        settings: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | changes
+        return np.exp(np.asarray(filter_logits(logits, **settings)))
+
+    np.testing.assert_allclose(kept(), np.exp(logits), rtol=1e-6)
+    # p² over the sum of squares, 0.3 and 0.295.
+    np.testing.assert_allclose(kept(temperature=0.5)[0], np.array([0.01, 0.16, 0.04, 0.09]) / 0.3, rtol=1e-5)
+    # Two of four; ids that tie with the second stay.
+    np.testing.assert_allclose(kept(top_k=2), [[0, 4 / 7, 0, 3 / 7], [0.25 / 0.9, 0.25 / 0.9, 0.4 / 0.9, 0]], rtol=1e-5)
+    np.testing.assert_allclose(kept(top_k=9), np.exp(logits), rtol=1e-6)
+    # 0.4 + 0.3 reaches 0.65 and 0.4 + 0.25 + 0.25 does; 0.4 alone reaches 0.39; one id always stays.
+    np.testing.assert_allclose(kept(top_p=0.65)[0], [0, 4 / 7, 0, 3 / 7], rtol=1e-5)
+    np.testing.assert_allclose(kept(top_p=0.66)[1], [0.25 / 0.9, 0.25 / 0.9, 0.4 / 0.9, 0], rtol=1e-5)
+    np.testing.assert_allclose(kept(top_p=0.39), [[0, 1, 0, 0], [0, 0, 1, 0]], atol=1e-6)
+    # First the temperature, then the filters: 0.16/0.3 alone is past a half.
+    np.testing.assert_allclose(kept(temperature=0.5, top_p=0.5)[0], [0, 1, 0, 0], atol=1e-6)
+
+
+def test_filters_reach_the_sampler(params: dict) -> None:
+    np.testing.assert_array_equal(sample(params, top_k=1).tokens, sample(params, temperature=0.0).tokens)
+    out = sample(params, top_k=2)
+    second = np.sort(logits_after(params, out), axis=-1)[..., -2]
+    chosen = np.take_along_axis(logits_after(params, out), out.tokens[..., None], axis=-1)[..., 0]
+    assert np.all(chosen[out.mask] >= second[out.mask] - 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 12}, r"prompt of 5 \+ 12 new tokens exceeds the context 16"),
+        ({"temperature": -1.0}, "temperature -1.0: wanted 0 or more"),
+        ({"top_p": 0.0}, "top_p 0.0: wanted above 0, at most 1"),
+        ({"top_k": -1}, "top_k -1: wanted 0 or more"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(params: dict, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(params, **change)

@@ -1,0 +1,212 @@
+"""The transformer: its size by hand, and all that padding, segments, cache and future must not change."""
+
+import dataclasses
+import functools
+from math import cos, sin
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.model import (
+    ModelConfig,
+    Transformer,
+    count_parameters,
+    empty_cache,
+    init_params,
+    positions_of,
+    rotate,
+    to_scalar_head,
+)
+
+SMALL: dict[str, Any] = {"vocab_size": 37, "context": 24, "width": 16, "layers": 2, "heads": 4}
+KINDS = {
+    "gpt2": ModelConfig.gpt2(**SMALL),
+    "llama": ModelConfig(**SMALL, kv_heads=2, tied=False),
+    "tied": ModelConfig(**SMALL, kv_heads=1, head_width=6),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple:
+    """(model, parameters of size that shows, rows of tokens) of each kind."""
+    model = Transformer(KINDS[request.param])
+    random = np.random.default_rng(1)
+    # Fresh biases are 0 and scales 1: shaken, so that each of them counts.
+    params = jax.tree.map(
+        lambda x: x + random.normal(scale=0.1, size=x.shape).astype(np.float32),
+        init_params(model, jax.random.key(1)),
+    )
+    return model, params, random.integers(0, model.config.vocab_size, (3, 10), np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model: Transformer, params: dict, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, tokens, segment_ids=segments)
+
+
+def logits_of(model: Transformer, params: dict, tokens: np.ndarray, segments: np.ndarray | None = None) -> np.ndarray:
+    """Logits of tokens [B, 10], all of one segment if none are given."""
+    segments = np.ones_like(tokens) if segments is None else np.asarray(segments)
+    return np.asarray(forward(model, params, jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)))
+
+
+def shapes_of(model: Transformer) -> dict:
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
+def test_parameters_by_hand() -> None:
+    # GPT-2, width 8, 2 layers, feed-forward 32: a block is 4 (8·8 + 8) of attention, 8·32 + 32 + 32·8 + 8 of
+    # feed-forward, 2·16 of norms: 288 + 552 + 32 = 872. Tokens 11·8, positions 6·8, last norm 16.
+    gpt2 = ModelConfig.gpt2(vocab_size=11, context=6, width=8, layers=2, heads=2)
+    assert count_parameters(shapes_of(Transformer(gpt2))) == 2 * 872 + 88 + 48 + 16
+    # GPT-2 itself, 124M.
+    true = ModelConfig.gpt2(vocab_size=50257, context=1024, width=768, layers=12, heads=12)
+    assert count_parameters(shapes_of(Transformer(true))) == 124_439_808
+    # Llama, 4 heads over 1 key head, hidden 8/3·8 = 21.3 -> 32, untied, vocabulary 11 -> 12 rows: a block is
+    # 8·8 + 2·8·2 + 8·8 of attention, 3·8·32 of feed-forward, 2·8 of norms: 160 + 768 + 16 = 944.
+    llama = ModelConfig(vocab_size=11, context=6, width=8, layers=2, heads=4, kv_heads=1, tied=False, vocab_multiple=4)
+    assert count_parameters(shapes_of(Transformer(llama))) == 2 * 944 + 2 * 12 * 8 + 8
+
+
+def test_left_padding_changes_no_logit(kind: tuple) -> None:
+    model, params, tokens = kind
+    alone = logits_of(model, params, tokens)
+    mask = np.arange(10) >= np.array([[3], [5], [0]])
+    for garbage in (0, 36):
+        padded = np.full_like(tokens, garbage)
+        for row, pads in enumerate((3, 5, 0)):
+            padded[row, pads:] = tokens[row, : 10 - pads]
+        logits = logits_of(model, params, padded, mask)
+        for row, pads in enumerate((3, 5, 0)):
+            np.testing.assert_allclose(logits[row, pads:], alone[row, : 10 - pads], atol=2e-5)
+
+
+def test_a_later_token_changes_no_earlier_logit(kind: tuple) -> None:
+    model, params, tokens = kind
+    changed = tokens.copy()
+    changed[:, 6] = (changed[:, 6] + 1) % 37
+    before, after = logits_of(model, params, tokens), logits_of(model, params, changed)
+    np.testing.assert_array_equal(after[:, :6], before[:, :6])
+    assert np.all(np.abs(after[:, 6:] - before[:, 6:]).max(axis=-1) > 1e-3)
+
+
+def test_packed_documents_do_not_see_each_other(kind: tuple) -> None:
+    model, params, tokens = kind
+    segments = np.array([[1] * 4 + [2] * 3 + [3] * 2 + [0], [1] * 2 + [2] * 8, [1] + [2] * 4 + [3] * 5])
+    packed = logits_of(model, params, tokens, segments)
+    for row, first, last in ((0, 0, 4), (0, 4, 7), (0, 7, 9), (1, 2, 10), (2, 5, 10)):
+        # Alone at the start of a row; what follows it there cannot reach back.
+        alone = logits_of(model, params, np.roll(tokens, -first, axis=1))
+        np.testing.assert_allclose(packed[row, first:last], alone[row, : last - first], atol=2e-5)
+
+
+def test_cached_decoding_equals_the_full_forward(kind: tuple) -> None:
+    model, params, tokens = kind
+    mask = np.arange(10) >= np.array([[2], [1], [0]])
+    mask[2, 5] = False  # a prompt padded on its right
+    full = logits_of(model, params, tokens, mask)
+    step = jax.jit(lambda *inputs: model.apply({"params": params}, *inputs[:2], cache=inputs[2]))
+    cache, parts, start = empty_cache(model.config, 3, 14), [], 0
+    for size in (4, 4, 1, 1):  # prefill, more at once, token by token
+        at = slice(start, start + size)
+        logits, cache = step(jnp.asarray(tokens[:, at]), jnp.asarray(mask[:, at]), cache)
+        parts.append(logits)
+        start += size
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[mask], full[mask], atol=1e-4)
+    assert int(cache.filled) == 10
+
+
+def test_positions_count_real_tokens_of_a_document() -> None:
+    segments = [[0, 0, 1, 1, 1, 2, 2, 0], [1, 1, 2, 3, 3, 3, 0, 0], [1, 1, 0, 1, 1, 0, 2, 2]]
+    expected = [[0, 0, 0, 1, 2, 0, 1, 0], [0, 1, 0, 0, 1, 2, 0, 0], [0, 1, 0, 2, 3, 0, 0, 1]]
+    real = np.array(segments) > 0
+    np.testing.assert_array_equal(np.asarray(positions_of(jnp.asarray(segments)))[real], np.array(expected)[real])
+
+
+def test_rotate_against_a_loop() -> None:
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 6)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 3], [0, 0, 5, 40]])
+    expected = np.zeros_like(x)
+    for b, h, t, i in np.ndindex(2, 3, 4, 3):
+        angle = float(positions[b, t]) * 100.0 ** (-2 * i / 6)
+        first, second = x[b, h, t, i], x[b, h, t, i + 3]
+        expected[b, h, t, i] = first * cos(angle) - second * sin(angle)
+        expected[b, h, t, i + 3] = second * cos(angle) + first * sin(angle)
+    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), 100.0), expected, atol=1e-5)
+
+
+def test_padded_vocabulary_rows_have_no_logit() -> None:
+    for tied in (True, False):
+        wide = Transformer(ModelConfig(**(SMALL | {"vocab_size": 37}), tied=tied, vocab_multiple=32))
+        params, tokens = shapes_of(wide), jnp.zeros((1, 2), jnp.int32)
+        assert params["embedding"].shape == (64, 16)
+        assert jax.eval_shape(wide.apply, {"params": params}, tokens).shape == (1, 2, 37)
+
+
+def test_bfloat16_computes_float32_logits_near_the_float32_ones(kind: tuple) -> None:
+    model, params, tokens = kind
+    half = Transformer(dataclasses.replace(model.config, dtype="bfloat16"))
+    fine, coarse = logits_of(model, params, tokens), logits_of(half, params, tokens)
+    assert coarse.dtype == np.float32
+    assert {x.dtype.name for x in jax.tree.leaves(shapes_of(half))} == {"float32"}
+    # 8 bits of mantissa, a handful of products: a few hundredths; equal would mean that nothing ran in bfloat16.
+    assert 1e-4 < np.abs(coarse - fine).max() < 0.15 * np.abs(fine).max()
+
+
+def test_scalar_head_starts_small_on_the_given_backbone() -> None:
+    config = ModelConfig(vocab_size=8, context=8, width=1023, layers=1, heads=1, head_width=2, ffn_width=2, tied=False)
+    scalar, backbone = Transformer(config, scalar=True), init_params(Transformer(config), jax.random.key(0))
+    params = to_scalar_head(backbone, scalar, jax.random.key(1))
+    head = np.asarray(params["score"]["kernel"]).ravel()
+    # N(0, 1/1024) from 1023 draws: the deviation is known to 1/sqrt(2·1023) = 2.2%, the mean to 1/32 of it.
+    assert abs(head.std() * 32 - 1) < 0.08 and abs(head.mean() * 32) < 4 / 32
+    assert float(params["score"]["bias"][0]) == 0.0
+    assert params["block_0"] is backbone["block_0"] and params["embedding"] is backbone["embedding"]
+    assert "unembedding" not in params
+    assert jax.eval_shape(scalar.apply, {"params": params}, jnp.zeros((1, 3), jnp.int32)).shape == (1, 3)
+
+
+def test_dropout_is_off_unless_asked_for() -> None:
+    model = Transformer(ModelConfig(**SMALL, dropout=0.5))
+    params, tokens = init_params(model, jax.random.key(0)), np.arange(10)[None]
+    plain = logits_of(model, params, tokens)
+    np.testing.assert_array_equal(plain, logits_of(Transformer(ModelConfig(**SMALL)), params, tokens))
+    drop = jax.jit(lambda key: model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": key}))
+    assert np.abs(np.asarray(drop(jax.random.key(1))) - plain).max() > 0.01
+
+
+def test_flops_by_hand() -> None:
+    # Width 8: a layer multiplies by 8·8 + 2·8·4 + 8·8 + 3·8·16 = 576 weights, the head by 8·11 = 88; 2 FLOPs a weight.
+    # Attention: query times key and weights times value, 2 FLOPs · 8 numbers each, over 10/2 keys on average: 160.
+    config = ModelConfig(vocab_size=11, width=8, layers=3, heads=2, kv_heads=1, ffn_width=16)
+    assert config.flops_per_token(10) == 2 * (3 * 576 + 88) + 3 * 160
+    assert config.flops_per_token(10, language_head=False) == 2 * 3 * 576 + 3 * 160
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 0}, "layers.* 0"),
+        ({"width": 10, "heads": 4}, "width 10 is not divisible by heads 4"),
+        ({"heads": 4, "kv_heads": 3}, "heads 4 is not divisible by kv_heads 3"),
+        ({"kv_heads": 0}, "kv_heads"),
+        ({"head_width": 3}, "head width 3: rotary"),
+        ({"dropout": 1.0}, "dropout.* 1.0"),
+    ],
+)
+def test_impossible_shapes_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**change)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    model = Transformer(ModelConfig(**SMALL))
+    params = shapes_of(model)
+    with pytest.raises(ValueError, match="sequence of 25 tokens is longer than the context 24"):
+        jax.eval_shape(model.apply, {"params": params}, jnp.zeros((1, 25), jnp.int32))
+    cache, tokens = empty_cache(model.config, 1, 4), jnp.ones((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match="segment_ids with a cache"):
+        model.apply({"params": params}, tokens, segment_ids=tokens, cache=cache)
