@@ -5,8 +5,10 @@ Every field is a flag with the text under it as help. `--config FILE` (YAML or J
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import os
 import shlex
@@ -105,7 +107,7 @@ def parse(config_class: type[C], description: str = "", argv: Sequence[str] | No
 
     A list may be given as `--data a b` or as `--data a --data b`; it replaces the default.
 
-    Raises: UserError for a file that does not fit or an unknown flag; SystemExit for other wrong flags and --help.
+    Raises: UserError for a file that does not fit and for a wrong flag or value; SystemExit for --help.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = _flags(config_class)
@@ -125,7 +127,16 @@ def parse(config_class: type[C], description: str = "", argv: Sequence[str] | No
         kw_only=True,
     )
     default = over_defaults(with_file, values, _unchecked)
-    given = tyro.cli(with_file, args=arguments, default=default, description=description or config_class.__doc__)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            given = tyro.cli(
+                with_file, args=arguments, default=default, description=description or config_class.__doc__
+            )
+    except SystemExit as end:
+        if end.code:
+            raise UserError(_without_box(said.getvalue())) from None
+        raise
     fields = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     return config_class(**{name: getattr(given, name) for name in fields})
 
@@ -133,6 +144,17 @@ def parse(config_class: type[C], description: str = "", argv: Sequence[str] | No
 def _exit(status: int, line: str) -> NoReturn:
     print(line, file=sys.stderr)
     sys.exit(status)
+
+
+def _without_box(text: str) -> str:
+    """What tyro says in a box of several lines, as one line; a rule in the box ends what matters."""
+    words: list[str] = []
+    for line in text.splitlines()[text.startswith("╭") :]:
+        inside = line.strip("│╰╯ ")
+        if words and inside and not inside.strip("─"):
+            break
+        words += inside.split()
+    return " ".join(words).removeprefix("Error parsing ")
 
 
 def _unchecked(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:

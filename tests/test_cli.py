@@ -99,12 +99,20 @@ def test_a_wrong_file_names_itself(tmp_path: Path, name: str, text: str, message
     assert "\n" not in str(error.value)
 
 
-def test_other_wrong_values_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--data", "a", "--steps", "x"], ["--data", "a", "--model.kind", "bert"], []):
-        with pytest.raises(SystemExit) as end:
-            parse(*arguments)
-        assert end.value.code == 2
-    assert "--steps" in (errors := capsys.readouterr().err) and "gpt2" in errors and "--data" in errors
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "a", "--steps", "x"], "^--steps: .*'x'$"),
+        (["--data", "a", "--model.kind", "bert"], "'bert'.*--model.kind.*'gpt2', 'llama'"),
+        (["--data", "a", "--model.width", "12"], "^model: model.width: found 12, wanted a multiple of 8$"),
+        (["--data", "a", "--steps"], "Missing value for argument '--steps'"),
+        ([], "Missing .* --data"),
+    ],
+)
+def test_a_wrong_value_is_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        parse(*arguments)
+    assert not {"\n", "│", "─"} & set(str(error.value))
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
