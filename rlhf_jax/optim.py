@@ -111,7 +111,7 @@ def summed_gradients(
         # Every m-th row, so that a batch sharded by rows stays spread over the devices in each microbatch.
         sliced = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, microbatches)
-        shapes = jax.eval_shape(shares, jax.tree.map(lambda x: x[0], sliced), keys[0])
+        shapes = jax.eval_shape(shares, jax.tree.map(lambda x: x[0], sliced), key)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(
             lambda sum, part: (jax.tree.map(jnp.add, sum, shares(*part)), None), zero, (sliced, keys)
@@ -133,7 +133,7 @@ def apply_gradient(
     A gradient that is not finite changes nothing and counts as skipped (1.0); decided inside the compiled program, so
     that no bad value ever reaches a parameter.
     """
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
     updates, new_opt_state = optimizer.update(gradient, opt_state, params)
     new_params = optax.apply_updates(params, updates)

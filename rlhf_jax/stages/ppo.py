@@ -218,8 +218,8 @@ def make_update(
             )
             text_gradient = jax.tree.map(lambda g: config.pretraining_coef * g, text_gradient)
             metrics["pretraining_loss"] = text_metrics["loss"]
-            metrics["ppo_norm"] = optax.global_norm(gradient["policy"])
-            metrics["pretraining_norm"] = optax.global_norm(text_gradient)
+            metrics["ppo_norm"] = optax.tree.norm(gradient["policy"])
+            metrics["pretraining_norm"] = optax.tree.norm(text_gradient)
             gradient["policy"] = jax.tree.map(jnp.add, gradient["policy"], text_gradient)
         for name in ("policy", "critic"):
             params[name], opt_state[name], facts = apply_gradient(
