@@ -1,0 +1,127 @@
+"""Schedules by hand, an optimizer step that refuses what is not finite, and gradients that are sums of shares."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.masked import masked_mean
+from rlhf_jax.optim import (
+    OptimConfig,
+    apply_gradient,
+    global_count,
+    gradient_step,
+    make_optimizer,
+    make_schedule,
+    new_state,
+    summed_gradients,
+)
+
+
+def rates(steps: int = 8, **changes) -> list[float]:
+    schedule = make_schedule(OptimConfig(**({"learning_rate": 0.8, "warmup_steps": 4} | changes)), steps)
+    return [float(schedule(step)) for step in range(steps + 2)]
+
+
+def test_schedules_by_hand() -> None:
+    # Warm-up over 4 steps: 0.2, 0.4, 0.6, 0.8; no step is wasted on a rate of 0. Then 4 steps down to a tenth.
+    warmup = [0.2, 0.4, 0.6, 0.8]
+    np.testing.assert_allclose(rates(schedule="constant"), [*warmup, *[0.8] * 6], rtol=1e-6)
+    np.testing.assert_allclose(
+        rates(schedule="linear"), [*warmup, 0.8, 0.8 - 0.18, 0.8 - 0.36, 0.8 - 0.54, 0.08, 0.08], rtol=1e-6
+    )
+    # (1 + cos(π i/4))/2 of the way: 1, 0.853553, 0.5, 0.146447, 0, of 0.72 above 0.08.
+    cosine = [0.8, 0.08 + 0.72 * 0.853553, 0.44, 0.08 + 0.72 * 0.146447, 0.08, 0.08]
+    np.testing.assert_allclose(rates(schedule="cosine"), [*warmup, *cosine], rtol=1e-5)
+    np.testing.assert_allclose(rates(2, schedule="linear", warmup_steps=0), [0.8, 0.44, 0.08, 0.08], rtol=1e-6)
+    np.testing.assert_allclose(rates(2, schedule="linear", warmup_steps=1), [0.8, 0.8, 0.08, 0.08], rtol=1e-6)
+
+
+def test_first_steps_by_hand() -> None:
+    # Adam's first step is the rate times the sign, whatever the size; matrices also shrink by rate times decay.
+    config = OptimConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, clip_norm=0.0)
+    params = {"matrix": jnp.array([[1.0, -2.0]]), "vector": jnp.array([4.0])}
+    gradient = {"matrix": jnp.array([[0.3, 7.0]]), "vector": jnp.array([-9.0])}
+    optimizer = make_optimizer(config, 10)
+    params, _, facts = jax.jit(apply_gradient, static_argnums=0)(optimizer, gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(params["matrix"], [[1 - 0.1 - 0.05, -2 - 0.1 + 0.1]], rtol=1e-5)
+    np.testing.assert_allclose(params["vector"], [4 + 0.1], rtol=1e-5)
+    np.testing.assert_allclose(facts["grad_norm"], np.sqrt(0.09 + 49 + 81), rtol=1e-6)
+    assert float(facts["skipped"]) == 0.0
+
+
+def test_the_gradient_is_clipped_as_a_whole() -> None:
+    # (3, 4) of norm 5 clipped to 1 is (0.6, 0.8); Adam keeps a tenth of it as its first moment.
+    optimizer = make_optimizer(OptimConfig(clip_norm=1.0), 10)
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    gradient = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    _, opt_state, facts = apply_gradient(optimizer, gradient, optimizer.init(params), params)
+    moments = next(part.mu for part in opt_state if hasattr(part, "mu"))
+    np.testing.assert_allclose([moments["a"][0], moments["b"][0]], [0.06, 0.08], rtol=1e-5)
+    assert float(facts["grad_norm"]) == 5.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.1), 10)
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    good = jax.tree.map(jnp.ones_like, params)
+    params, opt_state, _ = apply_gradient(optimizer, good, optimizer.init(params), params)
+    poisoned = good | {"b": jnp.array([1.0, bad])}
+    new_params, new_opt_state, facts = jax.jit(apply_gradient, static_argnums=0)(optimizer, poisoned, opt_state, params)
+    jax.tree.map(np.testing.assert_array_equal, (new_params, new_opt_state), (params, opt_state))
+    assert float(facts["skipped"]) == 1.0
+    # The loop goes on: the step is counted, so the next batch is another one.
+    state = new_state(params, opt_state, 0)
+    after, metrics = gradient_step(state, lambda p, x, key: (jnp.sum(p["b"]) * bad, {}), jnp.ones((2, 1)), optimizer)
+    assert int(after.step) == 1 and float(metrics["skipped"]) == 1.0
+    jax.tree.map(np.testing.assert_array_equal, after.params, params)
+
+
+def test_microbatches_sum_shares() -> None:
+    # Loss (w x)² over the kept ones of x = 1 … 6, weight 2: mean of 4 x² over {1, 2, 3, 6} is 50, its slope 50.
+    x, mask = jnp.arange(1.0, 7.0), jnp.array([True, True, True, False, False, True])
+    count = global_count(mask)
+
+    def objective(w: jax.Array, part: tuple, key: jax.Array) -> tuple[jax.Array, dict]:
+        return masked_mean((w * part[0]) ** 2, part[1], count=count), {
+            "kept": masked_mean(part[0], part[1], count=count)
+        }
+
+    for microbatches in (1, 2, 3, 6):
+        slope, metrics = summed_gradients(
+            objective, jnp.float32(2), (x, mask), jax.random.key(0), microbatches=microbatches
+        )
+        np.testing.assert_allclose([slope, metrics["loss"], metrics["kept"]], [50, 50, 3], rtol=1e-6)
+    with pytest.raises(ValueError, match="6 rows are not divisible by 4 microbatches"):
+        summed_gradients(objective, jnp.float32(2), (x, mask), jax.random.key(0), microbatches=4)
+
+
+def test_each_share_has_a_key_of_its_own() -> None:
+    def objective(w: jax.Array, part: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
+        return w * jax.random.uniform(key), {}
+
+    def draws(way: Callable, microbatches: int, axis_name: str | None) -> float:
+        def gradient(w: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
+            return summed_gradients(objective, w, x, key, microbatches=microbatches, axis_name=axis_name)[0]
+
+        return float(np.ravel(jax.jit(way(gradient))(jnp.float32(1), jnp.ones((2, 2)), jax.random.key(0)))[0])
+
+    def both(first: jax.Array, second: jax.Array) -> Any:
+        assert first != second
+        return pytest.approx(float(first) + float(second), rel=1e-6)
+
+    split, folded = jax.random.split(jax.random.key(0)), [jax.random.fold_in(jax.random.key(0), i) for i in range(2)]
+    assert draws(lambda f: f, 2, None) == both(*jax.vmap(jax.random.uniform)(split))
+    assert draws(lambda f: jax.vmap(f, (None, 0, None), axis_name="data"), 1, "data") == both(
+        *map(jax.random.uniform, folded)
+    )
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": -1.0}, {"warmup_steps": -1}])
+def test_impossible_settings_are_refused(change: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        OptimConfig(**change)
