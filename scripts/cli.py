@@ -198,15 +198,19 @@ def _config_file(arguments: Sequence[str]) -> str:
 
 
 def _flags(cls: type, prefix: str = "--") -> dict[str, bool]:
-    """Every flag of a config -> whether it takes a list of any length."""
+    """Every flag of a config -> whether it takes a list of any length after it."""
     flags: dict[str, bool] = {}
-    for name, kind in typing.get_type_hints(cls).items():
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        marks: list[Any] = []
+        if typing.get_origin(kind) is Annotated:
+            kind, *marks = typing.get_args(kind)
         flag = prefix + name.replace("_", "-")
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             flags |= _flags(kind, flag + ".")
         else:
             origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-            flags[flag] = origin is list or (origin is tuple and arguments[-1] is ...)
+            many = origin is list or (origin is tuple and arguments[-1] is ...)
+            flags[flag] = many and tyro.conf.UseAppendAction not in marks
             if kind is bool:
                 flags[prefix + "no-" + name.replace("_", "-")] = False
     return flags

@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import jax
 import numpy as np
@@ -38,9 +38,9 @@ ROWS = 32
 class Config:
     """Settings of sampling."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
     """Folder of a pretrain, sft or ppo run."""
-    prompt: tuple[str, ...] = ()
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to complete; may be given more than once. None means the lines of standard input."""
     chat: bool = False
     """Hold a dialogue: a line is a message; /quit or the end of the input ends it."""
