@@ -29,7 +29,7 @@ class Line:
     @property
     def noisy(self) -> bool:
         """Drawn twice: as it is, faint, and smoothed."""
-        return len(self.points) >= SMOOTHED_FROM and not self.dashed and not self.dots
+        return len(self.points) >= SMOOTHED_FROM and not self.dots
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
@@ -42,11 +42,11 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def smoothed(points: Points) -> Points:
-    """Each point the mean over a window of about a tenth of the curve, narrower at its ends."""
+    """Each point the mean over a window of about a tenth of the curve, narrower at the start, one-sided at the end."""
     reach = max(1, len(points) // 20)
     out = []
     for i, (x, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)
+        near = min(reach, i)
         window = points[i - near : i + near + 1]
         out.append((x, sum(y for _, y in window) / len(window)))
     return out
@@ -107,15 +107,13 @@ def line_chart(
     parts.append(f'<text class="tick" x="4" y="{TOP}">{text(y)}</text>')
     if axes["right"]:
         parts.append(f'<text class="tick end" x="{width - 4}" y="{TOP}">{text(right)}</text>')
-    for name, level in references:
-        at = up["left"](level)
-        parts.append(f'<path class="reference" d="M{LEFT} {at:.1f}H{edge}"/>')
-        parts.append(f'<text class="note end" x="{edge}" y="{at - 5:.1f}">{text(name)} {short(round(level, 3))}</text>')
+    for _, level in references:
+        parts.append(f'<path class="reference" d="M{LEFT} {up["left"](level):.1f}H{edge}"/>')
     for line in lines:
         parts.append(_curve(line, across, up[line.axis]))
     told = "; ".join(f"{line.name} from {short(line.points[0][1])} to {short(line.points[-1][1])}" for line in lines)
     told += "".join(f"; {name} {short(round(level, 3))}" for name, level in references)
-    caption = f"<figcaption><b>{text(title)}</b>{_legend(lines) if legend else ''}</figcaption>"
+    caption = f"<figcaption><b>{text(title)}</b>{_legend(lines, references) if legend else ''}</figcaption>"
     return f"<figure>{caption}{_picture(width, height, f'{title}: {told}', parts)}</figure>"
 
 
@@ -128,17 +126,20 @@ def interval_chart(rows: Iterable[tuple[str, str, float, tuple[float, float] | N
     rows = list(rows)
     if not rows:
         return ""
-    pitch = 58
-    floor = 22 + pitch * len(rows)
+    pitch = 70
+    floor = pitch * len(rows) - 8
     across = _Scale(0.0, 1.0, 8, width - 8)
-    parts = [f'<path class="grid" d="M{across(at):.1f} 22V{floor}"/>' for at in (0, 0.25, 0.75, 1)]
-    parts.append(f'<path class="reference" d="M{across(0.5):.1f} 16V{floor}"/>')
-    parts.append(f'<text class="note middle" x="{across(0.5):.1f}" y="11">even</text>')
+    parts = []
     for at, css in ((0.0, ""), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1.0, "end")):
-        parts.append(f'<text class="tick {css}" x="{across(at):.1f}" y="{floor + 16}">{at:.0%}</text>')
+        name = "even" if at == 0.5 else f"{at:.0%}"
+        parts.append(f'<text class="tick {css}" x="{across(at):.1f}" y="{floor + 16}">{name}</text>')
     told = []
     for i, (name, colour, share, interval) in enumerate(rows):
-        y = 22 + pitch * i + 40
+        y = pitch * i + 44
+        for at in (0, 0.25, 0.75, 1):
+            parts.append(f'<path class="grid" d="M{across(at):.1f} {y - 16}v32"/>')
+        parts.append(f'<path class="axis" d="M{across(0):.1f} {y}H{across(1):.1f}"/>')
+        parts.append(f'<path class="reference" d="M{across(0.5):.1f} {y - 16}v32"/>')
         figure = percent(share)
         if interval:
             low, high = across(interval[0]), across(interval[1])
@@ -146,9 +147,8 @@ def interval_chart(rows: Iterable[tuple[str, str, float, tuple[float, float] | N
             drawn = f"M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 6}v12M{high:.1f} {y - 6}v12"
             parts.append(f'<path class="whisker c-{colour}" d="{drawn}"/>')
         parts.append(f'<circle class="dot c-{colour}" cx="{across(share):.1f}" cy="{y}" r="6"/>')
-        parts.append(f'<rect class="back" x="6" y="{y - 30}" width="{width - 12}" height="18"/>')
-        parts.append(f'<text class="name" x="8" y="{y - 16}">{text(name)}</text>')
-        parts.append(f'<text class="name end strong" x="{width - 8}" y="{y - 16}">{figure}</text>')
+        parts.append(f'<text class="name" x="8" y="{y - 26}">{text(name)}</text>')
+        parts.append(f'<text class="name end strong" x="{width - 8}" y="{y - 26}">{figure}</text>')
         told.append(f"{name}: {figure}")
     label = "Win rates with 95% intervals. " + "; ".join(told)
     return f"<figure>{_picture(width, floor + 22, label, parts)}</figure>"
@@ -197,10 +197,14 @@ def _curve(line: Line, across: _Scale, up: _Scale) -> str:
     return out
 
 
-def _legend(lines: Sequence[Line]) -> str:
+def _legend(lines: Sequence[Line], references: Sequence[tuple[str, float]]) -> str:
     items = []
     for line in lines:
-        css = f"swatch c-{line.colour}" + (" dashed" if line.dashed else "")
-        last = smoothed(line.points)[-1][1]
-        items.append(f'<li><i class="{css}"></i>{text(line.name)} <span class="last">{short(last)}</span></li>')
-    return f'<ul class="legend">{"".join(items)}</ul>'
+        css = f"c-{line.colour}" + (" dashed" if line.dashed else "")
+        items.append((css, line.name, (smoothed(line.points) if line.noisy else line.points)[-1][1]))
+    # Levels are named here and not beside their lines, where some curve is always in the way.
+    items += [("level", name, round(level, 3)) for name, level in references]
+    parts = []
+    for css, name, value in items:
+        parts.append(f'<li><i class="swatch {css}"></i>{text(name)} <span class="last">{short(value)}</span></li>')
+    return f'<ul class="legend">{"".join(parts)}</ul>'

@@ -82,7 +82,7 @@ def ppo(rows: Rows) -> str:
     lines = [
         Line("reward model’s score", "reward", points(rows, "score")),
         Line("gold score, held out", "ppo", points(rows, "eval/gold"), dots=True),
-        Line("KL to SFT", "muted", points(rows, "kl"), axis="right", dashed=True),
+        Line("KL to SFT, right axis", "muted", points(rows, "kl"), axis="right", dashed=True),
     ]
     title = "4 · PPO: score, gold and distance from SFT"
     main = ""

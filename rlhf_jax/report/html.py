@@ -86,24 +86,25 @@ class Figures:
 
 
 def table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = True, hidden: bool = False
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1, hidden: bool = False
 ) -> str:
     """A table of ready HTML cells; the first of each row is its header.
 
     Args:
-      numbers: all columns but the first hold numbers and stand to the right.
+      words: so many columns, from the first, hold words; the others hold numbers and stand to the right.
       hidden: the caption is for screen readers only.
     """
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
-    )
+    css = [""] * words + [' class="n"'] * (len(head) - words)
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td{css[i]}>{row[i]}</td>" for i in range(1, len(row)))
+        body += f'<tr><th scope="row">{row[0]}</th>{cells}</tr>'
     if not body:
         return ""
-    columns = "".join(f'<th scope="col">{name}</th>' for name in head)
-    css = "numbers" if numbers else "words"
+    columns = "".join(f'<th scope="col"{mark}>{name}</th>' for name, mark in zip(head, css, strict=True))
     mark = ' class="hidden"' if hidden else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table class="{css}">'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
         f"<caption{mark}>{caption}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

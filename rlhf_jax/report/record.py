@@ -33,7 +33,7 @@ def ledgers(found: Mapping[str, Mapping[str, Any]]) -> str:
         "ledger",
         "The data’s ledger",
         table("Rows and tokens", ("Stage", "Rows", "Kept", "Cut", "Dropped", "Tokens", "Books"), totals),
-        table("Why rows were cut, dropped or remarked on", ("Stage", "What", "Reason", "Rows"), why, numbers=False),
+        table("Why rows were cut, dropped or remarked on", ("Stage", "What", "Reason", "Rows"), why, words=3),
         details("Rows by source", "".join(sources)),
         lead="Every row of data is kept, cut or dropped, and none without a reason. A book is 67,000 tokens.",
     )
@@ -64,7 +64,7 @@ def time(figures: Figures, metrics: Mapping[str, Rows]) -> str:
         rows.append(
             (
                 text(STAGES.get(stage, stage.replace("_", " ").capitalize())),
-                f'<span class="track" aria-hidden="true">{bar}</span>{duration(value)}',
+                f'<span class="track" aria-hidden="true">{bar}</span><span class="time">{duration(value)}</span>',
                 f"{speed:,.0f}" if speed is not None else "–",
                 percent(peak) if peak is not None else "–",
             )
@@ -84,7 +84,7 @@ def settings(configs: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for stage, config in configs.items():
         rows = [(f"<code>{text(key)}</code>", f"<code>{text(value)}</code>") for key, value in _flat(config)]
-        listed = table(STAGES[stage], ("Setting", "Value"), rows, numbers=False, hidden=True)
+        listed = table(STAGES[stage], ("Setting", "Value"), rows, words=2, hidden=True)
         parts.append(details(STAGES[stage], listed))
     return section("settings", "Settings", *parts, lead="As written in each stage’s config.json.")
 
@@ -94,7 +94,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            shown = value if isinstance(value, str) else "–" if value in (None, [], {}) else repr(value)
+            shown = "–" if value in (None, "", [], {}) else str(value)
             # A fingerprint is 64 characters, of which 12 tell it from any other.
             yield f"{prefix}{key}", f"{shown[:12]}…" if len(shown) == 64 and shown.isalnum() else shown
 

@@ -63,11 +63,11 @@ def cards(figures: Figures) -> str:
     wanted = (
         ("PPO wins over SFT", "ppo.win_rate_vs_sft", "%", within("ppo.win_rate_vs_sft_interval")),
         ("SFT wins over pretrained", "sft.win_rate_vs_pretrained", "%", within("sft.win_rate_vs_pretrained_interval")),
-        ("Reward model is right", "reward.heldout_accuracy", "%",
+        ("Reward model’s accuracy", "reward.heldout_accuracy", "%",
          against("of held-out pairs; from scratch", "reward.scratch_heldout_accuracy", "%") or "of held-out pairs"),
         ("KL from SFT", "ppo.kl_nats", "{:.2f}", "nats a response"),
         ("Distinct answers, PPO", "ppo.distinct_share", "%",
-         f"{short(distinct)} of SFT’s share" if distinct is not None else ""),
+         f"{percent(distinct)} of SFT’s share" if distinct is not None else ""),
         ("Bits a byte, held out", "pretrain.heldout_bits_per_byte", "{:.2f}",
          against("token bigrams need", "pretrain.bigram_bits_per_byte", "{:.2f}")),
     )  # fmt: skip
@@ -146,9 +146,9 @@ def answers(samples: Sequence[Mapping[str, Any]]) -> str:
         "answers",
         "The same prompts, three models",
         _answers(rows[:SHOWN]),
-        details(f"{len(rows) - SHOWN} more prompts", _answers(rows[SHOWN:])),
-        lead="Each function is unknown to the models from training; the last column is its real documentation, where "
-        "it has any. The number is the gold score, ★ the highest of a row.",
+        details(f"More prompts ({len(rows) - SHOWN})", _answers(rows[SHOWN:])),
+        lead="Held-out prompts: a function’s name and arguments, in words. The last column is its real documentation, "
+        "where it has any. The number is the gold score, ★ the highest of its row.",
     )
 
 
@@ -178,11 +178,16 @@ def _answer(sample: Mapping[str, Any]) -> str:
             best = len(known) > 1 and score == max(known) > min(known)
             star = '<span title="highest of the row">★</span> ' if best else ""
             css = "gold best" if best else "gold"
-            mark = f'<span class="{css}">{star}<span class="hidden">gold score </span>{score:.2f}</span>'
+            mark = f'<span class="{css}">{star}<span class="hidden">gold score </span>{_signed(score)}</span>'
         cells.append(f'<td role="cell" class="c-{name}" data-label="{title}">{answer}{mark}</td>')
-    documented = text(sample.get("docstring") or "–")
-    cells.append(f'<td role="cell" class="doc" data-label="Documentation">{documented}</td>')
+    documented = sample.get("docstring")
+    css = "doc" if documented else "doc none"
+    cells.append(f'<td role="cell" class="{css}" data-label="Documentation">{text(documented or "–")}</td>')
     return f'<tr role="row">{"".join(cells)}</tr>'
+
+
+def _signed(score: float) -> str:
+    return f"{score:.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def bars(figures: Figures) -> str:
@@ -213,7 +218,7 @@ def bars(figures: Figures) -> str:
             continue
         verdict = '<span class="yes">✓ holds</span>' if holds(found, bar) else '<span class="no">✗ missed</span>'
         rows.append((title, f"{words} {_exact(bar)}", _exact(found), verdict))
-    one = "" if seed is None else f" of seed {seed:.0f}"
+    one = "" if seed is None else f", seed {seed:.0f}"
     return section(
         "bars",
         "Which bars hold",
@@ -226,7 +231,7 @@ def _exact(value: float) -> str:
     """Four digits, so that no rounding carries a figure over its bar."""
     if value and abs(value) < 1e-2:
         return f"{value:.1e}".replace("e-0", "e-")
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4f}".rstrip("0").rstrip(".")
+    return f"{value:.{1 if abs(value) >= 100 else 4}f}".rstrip("0").rstrip(".")
 
 
 def eyebrow(name: str, figures: Figures) -> str:
