@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ def points(rows: Rows, name: str) -> Points:
 def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
     """The section of curves; `metrics` holds the rows of each stage, maybe none."""
     pretrain, sft, reward = metrics["pretrain"], metrics["sft"], metrics["reward"]
+    bits = points(pretrain, "eval/bits_per_byte")
     small = [
         line_chart(
             [
@@ -41,12 +43,6 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
             ],
             title="1 · Pretraining loss",
             y="nats a token",
-        ),
-        line_chart(
-            [Line("held out", "pretrain", points(pretrain, "eval/bits_per_byte"), dots=True)],
-            title="1 · Held-out text",
-            y="bits a byte",
-            references=_levels(figures, ("token bigrams", "pretrain.bigram_bits_per_byte")),
         ),
         line_chart(
             [
@@ -68,6 +64,23 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
             references=[("chance", 0.5), *_levels(figures, ("two labellers agree", "reward.labeller_agreement"))],
         ),
     ]
+    if len(bits) > 1:
+        fourth = line_chart(
+            [Line("held out", "pretrain", bits, dots=True)],
+            title="1 · Held-out text",
+            y="bits a byte",
+            references=_levels(figures, ("token bigrams", "pretrain.bigram_bits_per_byte")),
+        )
+        small.insert(1, fourth)
+    else:
+        # One evaluation makes no curve, and its figure is on the page already.
+        fourth = line_chart(
+            [Line("training", "reward", points(reward, "loss"))],
+            title="3 · Reward model loss",
+            y="nats a pair",
+            references=[("chance", math.log(2))],
+        )
+        small.insert(2, fourth)
     return section(
         "curves",
         "How training went",

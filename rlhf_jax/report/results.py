@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.report.charts import interval_chart
-from rlhf_jax.report.html import Figures, details, duration, number, percent, section, short, table, text
+from rlhf_jax.report.html import Figures, details, duration, number, percent, section, table, text
 
 LEAST_DISTINCT = 0.8  # of SFT's share of distinct answers
-SHOWN = 10  # samples that are not folded away
+SHOWN, MOST = 10, 100  # samples that are not folded away, and in all
 
 
 def distinct_of_sft(figures: Figures) -> float | None:
@@ -41,9 +41,9 @@ def lead(figures: Figures) -> str:
         "A language model was trained on plain text, taught to answer by demonstrations (SFT), a reward model learned "
         "from rankings what is preferred, and PPO trained the answers against that reward model."
     ]
-    kl = figures.number("ppo.kl_nats")
+    kl = figures.shown("ppo.kl_nats")
     if kl is not None:
-        said.append(f"The policy ended {short(kl)} nats a response from SFT.")
+        said.append(f"The policy ended {kl} nats a response from SFT.")
     said.append("The judge is a written-down gold score that PPO never sees; ties count half.")
     return " ".join(said)
 
@@ -109,6 +109,8 @@ def recipe(figures: Figures, ledgers: Mapping[str, Mapping[str, Any]]) -> str:
 
 def gains(figures: Figures) -> str:
     """Win rates with their intervals, and each model's figures side by side."""
+    prompts = figures.number("ppo.heldout_prompts")
+    many = f"{prompts:,.0f} " if prompts else ""
     pairs = (
         ("SFT against pretrained", "sft", "sft.win_rate_vs_pretrained"),
         ("PPO against SFT", "ppo", "ppo.win_rate_vs_sft"),
@@ -134,21 +136,23 @@ def gains(figures: Figures) -> str:
         "gains",
         "What each stage gained",
         f'<div class="two">{interval_chart(rows)}{compared}</div>' if rows or lines else "",
-        lead="Share of held-out prompts where the later model’s answer has the higher gold score, ties half; bars are "
-        "95% intervals.",
+        lead=f"Share of {many}held-out prompts where the later model’s answer has the higher gold score, ties half; "
+        "bars are 95% intervals.",
     )
 
 
 def answers(samples: Sequence[Mapping[str, Any]]) -> str:
     """The three models' answers to the same prompts, with gold scores; the best of a row is marked."""
-    rows = [_answer(sample) for sample in samples]
+    documented_first = sorted(samples, key=lambda sample: not sample.get("docstring"))
+    rows = [_answer(sample) for sample in documented_first[:MOST]]
+    rest = len(rows) - SHOWN
     return section(
         "answers",
         "The same prompts, three models",
         _answers(rows[:SHOWN]),
-        details(f"More prompts ({len(rows) - SHOWN})", _answers(rows[SHOWN:])),
-        lead="Held-out prompts: a function’s name and arguments, in words. The last column is its real documentation, "
-        "where it has any. The number is the gold score, ★ the highest of its row.",
+        details(f"{rest} more of {len(samples):,} prompts", _answers(rows[SHOWN:])),
+        lead="Held-out prompts: a function’s name and arguments, in words. The last column is its real documentation; "
+        "prompts that have one come first. The number is the gold score, ★ the highest of its row.",
     )
 
 
@@ -170,7 +174,8 @@ def _answer(sample: Mapping[str, Any]) -> str:
     gold = sample.get("gold")
     scores = {name: number(gold.get(name)) for name in ("pretrain", "sft", "ppo")} if isinstance(gold, Mapping) else {}
     known = [score for score in scores.values() if score is not None]
-    cells = [f'<th scope="row" role="rowheader"><code>{text(sample.get("prompt", "")).strip()}</code></th>']
+    prompt = text(sample.get("prompt", "")).strip().replace("-&gt;", '<span class="whole">-&gt;</span>')
+    cells = [f'<th scope="row" role="rowheader"><code>{prompt}</code></th>']
     for name, title in (("pretrain", "Pretrained"), ("sft", "SFT"), ("ppo", "PPO")):
         answer = text(sample.get(name, "")).strip() or '<i class="none">nothing</i>'
         mark, score = "", scores.get(name)
