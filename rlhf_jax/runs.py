@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal
 
 import jax
@@ -117,10 +117,38 @@ def fingerprint_of(records: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def hold_out(records: Sequence[Any], fraction: float) -> tuple[list[Any], list[Any]]:
-    """(kept, held out): about a fraction of the records, chosen by a hash of their content alone."""
+def hold_out(records: Sequence[Any], fraction: float, ledger: Ledger | None = None) -> tuple[list[Any], list[Any]]:
+    """(kept, held out): about a fraction of the records, chosen by a hash of their content alone.
+
+    Args:
+      ledger: of the training data, in which the rows held out are dropped.
+    """
     out = [int.from_bytes(hashlib.sha256(_content(record)).digest()[:6]) < fraction * 2**48 for record in records]
+    if ledger is not None:
+        for record, held in zip(records, out, strict=True):
+            if held:
+                ledger.drop(record.where, "held out, to evaluate on")
     return [r for r, o in zip(records, out, strict=True) if not o], [r for r, o in zip(records, out, strict=True) if o]
+
+
+def longest_row(max_tokens: int | None, buckets: Sequence[int], context: int) -> int:
+    """Tokens of the longest row that can be trained on: what the user allows, the largest bucket, the context."""
+    allowed = context if max_tokens is None else max_tokens
+    return min(allowed, context, max(buckets, default=context))
+
+
+def refuse_empty(rows: Sized, what: str, ledger: Ledger) -> None:
+    """Raises UserError if no row is left to train on, with the commonest reason in the ledger."""
+    if len(rows):
+        return
+    dropped = ledger.reasons().get("dropped", {})
+    if not dropped:
+        raise UserError(f"data: found no {what}, wanted 1 or more")
+    reason, count = next(iter(dropped.items()))
+    first = next(decision.where for decision in ledger.decisions if decision.reason == reason)
+    raise UserError(
+        f"data: none of {ledger.total:,} {what} is left to train on; {count:,} dropped, the first at {first}: {reason}"
+    )
 
 
 def _content(record: Any) -> bytes:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, TokenBatch, TrainState, pytree
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RunConfig, at_least, within
 from rlhf_jax.data import Ledger, Prompt, Text, batch_at, encode_prompts, encode_text, pack_text, read_records
 from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
@@ -29,6 +29,7 @@ from rlhf_jax.runs import (
     create_run,
     fingerprint_of,
     model_of,
+    refuse_empty,
     release,
     released_params,
     same_tokenizer,
@@ -103,6 +104,15 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for field in ("steps", "prompt_length", "epochs", "minibatches", "pretraining_row_length"):
+            at_least(self, field, 1)
+        for field in ("clip", "value_clip", "value_coef", "kl_coef", "pretraining_coef", "pretraining_batch"):
+            at_least(self, field, 0)
+        within(self, "ema_decay", 0, 1)
+        for field in ("kl_target", "kl_horizon"):
+            value = dataclasses.asdict(self)[field]
+            if value is not None and value <= 0:
+                raise UserError(f"{field}: found {value}, wanted more than 0")
         parts = self.minibatches * self.microbatches * self.devices
         if self.batch % parts:
             nearest = max(parts, self.batch - self.batch % parts)
@@ -115,8 +125,6 @@ class Config(RunConfig):
                 f"pretraining_batch: found {self.pretraining_batch} with pretraining_coef {self.pretraining_coef}, "
                 f"wanted both or neither, and a multiple of {parts} (minibatches x microbatches x devices)"
             )
-        if self.kl_coef < 0:
-            raise UserError(f"kl_coef: found {self.kl_coef}, wanted 0 or more")
 
     @property
     def optimizer_steps(self) -> int:
@@ -192,6 +200,7 @@ def make_update(
     ) -> tuple[tuple[dict[str, Params], dict[str, Any]], dict[str, Array]]:
         params, opt_state = carry
         part, text, key = inputs
+        key, text_key = jax.random.split(key)
         count = global_count(part.response_mask_BR, axis_name)
         gradient, metrics = summed_gradients(
             lambda p, rows, _: objective(networks, p, rows, count, config),
@@ -212,7 +221,7 @@ def make_update(
                 language_objective,
                 params["policy"],
                 text,
-                key,
+                text_key,
                 microbatches=config.microbatches,
                 axis_name=axis_name,
             )
@@ -318,6 +327,11 @@ def run(
                 f"context of {network.config.context} tokens; use --prompt-length "
                 f"{max(network.config.context - config.episode.response_length, 1)} or less"
             )
+    if config.pretraining_batch and config.pretraining_row_length > networks.policy.config.context:
+        raise UserError(
+            f"pretraining_row_length: found {config.pretraining_row_length}, wanted at most the context of "
+            f"{networks.policy.config.context} tokens"
+        )
     ledger = Ledger()
     if prompts is None:
         prompts = read_records(config.data, "prompts", ledger) if config.data else load_corpus().prompts
@@ -331,10 +345,11 @@ def run(
         "prompts": fingerprint_of(prompts),
         "texts": fingerprint_of(texts or () if mixing else ()),
     }
+    rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
+    refuse_empty(rows, "prompts", ledger)
     folder = create_run(config, stage=STAGE, model=networks.policy.config, tokenizer=tokenizer, inputs=inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
-    rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
     say(ledger.summary())
     text_rows = None
     if mixing and texts is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RunConfig, at_least, within
 from rlhf_jax.data import Ledger, Text, TokenRows, batch_at, encode_text, pack_text, read_records
 from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.errors import UserError
@@ -17,7 +17,7 @@ from rlhf_jax.evaluation import mean_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import ModelConfig, Transformer, count_parameters, init_params
 from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, say, train
+from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, refuse_empty, say, train
 from rlhf_jax.scoring import target_losses
 from rlhf_jax.tokenizer import Tokenizer
 
@@ -49,6 +49,8 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, "row_length", 1)
+        within(self, "heldout_fraction", 0, 1)
         if self.row_length > self.model.context:
             raise UserError(f"row_length {self.row_length} is longer than the model's context {self.model.context}")
 
@@ -101,6 +103,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         texts, heldout = _records(config, ledger)
     elif heldout is None:
         texts, heldout = hold_out(texts, config.heldout_fraction)
+    refuse_empty(texts, "texts", ledger)
     tokenizer = _tokenizer(config, texts)
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     inputs = {"texts": fingerprint_of(texts), "heldout": fingerprint_of(heldout)}
@@ -158,7 +161,7 @@ def _records(config: Config, ledger: Ledger) -> tuple[Sequence[Text], Sequence[T
     texts = read_records(config.data, "text", ledger)
     if config.heldout:
         return texts, read_records(config.heldout, "text", Ledger())
-    return hold_out(texts, config.heldout_fraction)
+    return hold_out(texts, config.heldout_fraction, ledger)
 
 
 def _tokenizer(config: Config, texts: Sequence[Text]) -> Tokenizer:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.arrays import Array, Params, RankingBatch, TrainState
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RunConfig, row_settings
 from rlhf_jax.data import (
     Demonstration,
     Ledger,
@@ -36,7 +36,9 @@ from rlhf_jax.runs import (
     create_run,
     fingerprint_of,
     hold_out,
+    longest_row,
     model_of,
+    refuse_empty,
     release,
     released_params,
     say,
@@ -73,6 +75,10 @@ class Config(RunConfig):
     """Updates; 0 means one epoch, past which InstructGPT over-fitted."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=5e-4))
     """AdamW and its schedule; 9e-6 for 6B parameters in InstructGPT."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        row_settings(self)
 
 
 def objective(model: Transformer, params: Params, batch: RankingBatch, count: Array) -> tuple[Array, dict[str, Array]]:
@@ -135,12 +141,11 @@ def run(
     source = RunFolder.open(config.init, stages=("pretrain", "sft"))
     tokenizer = source.tokenizer
     model = Transformer(model_of(source), scalar=True)
-    limit = min(config.max_tokens or model.config.context, model.config.context)
+    limit = longest_row(config.max_tokens, config.buckets, model.config.context)
     ledger = Ledger()
     if rankings is None:
         rankings, heldout = _rows(config, source, limit, ledger)
-    if not len(rankings):
-        raise UserError(f"no ranking is left to train on; the ledger says why:\n{ledger.summary()}")
+    refuse_empty(rankings, "rankings", ledger)
     if demonstrations is None:
         read = read_records(config.demonstrations, "demonstrations", Ledger()) if config.demonstrations else []
         demonstrations = [record for record in read if isinstance(record, Demonstration)]
@@ -223,8 +228,8 @@ def _rows(config: Config, source: RunFolder, limit: int, ledger: Ledger) -> tupl
     if config.heldout:
         held = read_records(config.heldout, "rankings", Ledger())
     else:
-        records, held = hold_out(records, config.heldout_fraction)
+        records, held = hold_out(records, config.heldout_fraction, ledger)
     rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     if not held:
         return rows, None
-    return rows, encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
+    return rows, encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)

@@ -9,7 +9,7 @@ from typing import Literal
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
-from rlhf_jax.config import RunConfig
+from rlhf_jax.config import RunConfig, row_settings, within
 from rlhf_jax.data import Demonstration, Dialogue, Ledger, batch_at, encode_demonstrations, read_records
 from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.errors import UserError
@@ -24,7 +24,9 @@ from rlhf_jax.runs import (
     create_run,
     fingerprint_of,
     hold_out,
+    longest_row,
     model_of,
+    refuse_empty,
     released_params,
     say,
     train,
@@ -63,8 +65,8 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout: found {self.dropout}, wanted 0 or more and less than 1")
+        row_settings(self)
+        within(self, "dropout", 0, 1)
 
 
 def objective(
@@ -127,11 +129,12 @@ def run(
     trained = Transformer(dataclasses.replace(model_of(source), dropout=config.dropout))
     model = Transformer(dataclasses.replace(model_of(source), dropout=0.0))
     inputs = {"init": source.fingerprint, "records": fingerprint_of(records), "heldout": fingerprint_of(heldout)}
+    limit = longest_row(config.max_tokens, config.buckets, model.config.context)
+    rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
+    refuse_empty(rows, "demonstrations", ledger)
     folder = create_run(config, stage=STAGE, model=model.config, tokenizer=tokenizer, inputs=inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
-    limit = min(config.max_tokens or model.config.context, model.config.context)
-    rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     heldout_rows = encode_demonstrations(heldout, tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
     params = released_params(source)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -170,7 +173,7 @@ def _records(
     records = _read(config.data, config.kind, ledger)
     if config.heldout:
         return records, _read(config.heldout, config.kind, Ledger())
-    return hold_out(records, config.heldout_fraction)
+    return hold_out(records, config.heldout_fraction, ledger)
 
 
 def _read(
