@@ -57,6 +57,8 @@ class Config(RunConfig):
     """Episodes of an iteration, over all devices."""
     steps: int = 50
     """Iterations: collect, then epochs x minibatches optimizer steps."""
+    log_every: int = 1
+    """Iterations between two rows of metrics."""
     init: str = ""
     """Run folder of the model to start from and to stay near: the SFT run, or a pretrained one."""
     reward: str = ""

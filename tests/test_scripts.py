@@ -1,0 +1,400 @@
+"""The scripts on a user's own files: four stages and sampling, stops, and what a user may get wrong.
+
+One small run of each stage, made once, serves every test here.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from rlhf_jax.config import to_plain
+from rlhf_jax.model import ModelConfig
+from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.stages import ppo as ppo_stage
+from rlhf_jax.stages import pretrain as pretrain_stage
+from rlhf_jax.tokenizer import Tokenizer
+from scripts import cli, generate, ppo, pretrain, reward, sft
+
+CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+WORDS = ("red", "blue", "green", "cat")
+CONTEXT = 64
+LONG = "why " * 20
+
+SHAPE = ("--tokenizer", "bytes", "--model.width", "16", "--model.layers", "1", "--model.heads", "2")
+PRETRAIN = ("--data", "texts.jsonl.gz", *SHAPE, "--model.context", f"{CONTEXT}", "--row-length", "24")
+PRETRAIN += ("--batch", "4", "--steps", "3", "--save-every", "1")
+SFT = ("--init", "runs/base", "--data", "answers.jsonl", "--batch", "4", "--steps", "2", "--buckets", "32")
+REWARD = ("--init", "runs/answers", "--data", "pairs.jsonl", "--demonstrations", "answers.jsonl")
+REWARD += ("--batch", "4", "--steps", "2", "--buckets", "32")
+PPO = ("--init", "runs/answers", "--reward", "runs/judge", "--data", "prompts.jsonl", "--batch", "4")
+PPO += ("--minibatches", "2", "--steps", "3", "--prompt-length", "16", "--episode.response-length", "4")
+
+
+def call(main: Callable[..., Any], *arguments: str) -> int:
+    """The exit status of a script."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def write(path: Path, rows: list[Any]) -> None:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a user's files and a run of each stage in runs/."""
+    folder = tmp_path_factory.mktemp("user")
+    pairs = [(a, b) for a in WORDS for b in WORDS]
+    write(folder / "texts.jsonl.gz", [{"text": ""}, *({"text": f"{a} and {b}, {b} and {a}. " * 3} for a, b in pairs)])
+    answers: list[Any] = [{"prompt": f"{a} {b} ->", "completion": f" {b}."} for a, b in pairs]
+    answers += [{"prompt": "what?", "completion": " "}, {"prompt": LONG, "response": " Because."}]
+    answers += [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]
+    write(folder / "answers.jsonl", answers)
+    compared: list[Any] = [{"prompt": f"{a} {b} ->", "chosen": f" {b}.", "rejected": f" {a}"} for a, b in pairs]
+    compared += [{"prompt": "a", "chosen": " b", "rejected": " b"}]
+    compared += [{"prompt": "a", "responses": [" b", " c", " d"], "ranks": [2, 1, 2]}]
+    write(folder / "pairs.jsonl", compared)
+    write(folder / "prompts.jsonl", [{"prompt": f"{a} {b} ->"} for a, b in pairs] + [{"prompt": LONG}, {"prompt": ""}])
+    # Every start of a stage compiles its update anew; the cache of the scripts makes the second one quick.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+    cli.use_compilation_cache()
+    compilation_cache.reset_cache()
+    with contextlib.chdir(folder):
+        assert call(pretrain.main, "--name", "base", *PRETRAIN) == 0
+        assert call(sft.main, "--name", "answers", *SFT) == 0
+        assert call(reward.main, "--name", "judge", *REWARD) == 0
+        assert call(ppo.main, "--name", "aligned", *PPO) == 0
+    assert list(folder.glob("cache/rlhf_jax/compiled/jit_update-*"))
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    monkeypatch.undo()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def user(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder, with the user in it."""
+    monkeypatch.chdir(made)
+    return made
+
+
+def ledger(run: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path("runs", run, "ledger.json").read_text())
+    return content
+
+
+def dropped(run: str) -> set[tuple[str, str]]:
+    """(file:line, reason) of the rows that a run could not use."""
+    rows = ledger(run)["rows"]
+    return {(row["where"], row["reason"]) for row in rows if not row["reason"].startswith("held out")}
+
+
+@pytest.mark.usefixtures("user")
+def test_useless_rows_are_in_the_ledger() -> None:
+    assert dropped("base") == {("texts.jsonl.gz:1", "empty text")}
+    assert dropped("answers") == {
+        ("answers.jsonl:17", "empty completion"),
+        ("answers.jsonl:18", "longer than 32 tokens"),
+    }
+    assert dropped("judge") == {("pairs.jsonl:17", "chosen equals rejected")}
+    assert dropped("aligned") == {
+        ("prompts.jsonl:17", "longer than 16 tokens"),
+        ("prompts.jsonl:18", "empty prompt"),
+    }
+    for run, rows in (("base", 17), ("answers", 19), ("judge", 18), ("aligned", 18)):
+        assert (ledger(run)["total"], ledger(run)["undecided"]) == (rows, 0)
+
+
+@pytest.mark.usefixtures("user")
+def test_a_finished_run_is_not_trained_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {path: path.stat().st_mtime_ns for path in Path("runs/aligned").rglob("*.jsonl")}
+    monkeypatch.setattr(ppo_stage, "train", None)
+    assert call(ppo.main, "--name", "aligned", *PPO) == 0
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    out = capsys.readouterr().out
+    assert "runs/aligned: ppo was finished before; nothing was trained\n" in out
+    summary = RunFolder.open("runs/aligned", stages=("ppo",)).summary
+    assert summary["first_ratio_error"] <= 1e-4 and abs(summary["first_kl"]) <= 1e-4
+    assert all(name.replace("_", " ") in out for name in summary)
+
+
+@pytest.mark.parametrize(
+    ("script", "stage", "arguments", "undisturbed"),
+    [(pretrain.main, pretrain_stage, PRETRAIN, "base"), (ppo.main, ppo_stage, PPO, "aligned")],
+)
+@pytest.mark.usefixtures("user")
+def test_a_stopped_run_goes_on_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: Callable[..., Any],
+    stage: Any,
+    arguments: tuple[str, ...],
+    undisturbed: str,
+) -> None:
+    name = f"stopped_{undisturbed}"
+    asked: list[int] = []
+    batch_at = stage.batch_at
+
+    def and_stop(*rows: Any, step: int, **settings: Any) -> Any:
+        asked.append(step)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(*rows, step=step, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "batch_at", and_stop)
+        assert call(script, "--name", name, *arguments) == 143
+    assert asked == [0, 1]
+    assert f"stopped, saved after step 2; to go on: python {sys.argv[0]} --name {name}" in capsys.readouterr().err
+    assert not Path("runs", name, "summary.json").exists()
+    # Where checkpoints are written and how often may change on the way.
+    assert call(script, "--name", name, *arguments, "--keep-last", "1") == 0
+    runs = [RunFolder.open(Path("runs", which), stages=("pretrain", "ppo")) for which in (name, undisturbed)]
+    assert runs[0].fingerprint == runs[1].fingerprint
+    assert runs[0].summary == runs[1].summary
+    steps = [[json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] for run in runs]
+    assert steps[0] == sorted(set(steps[0])) and {1, 3} <= set(steps[0])
+
+
+@pytest.mark.usefixtures("user")
+def test_a_file_of_settings_and_a_flag_over_it(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("init: runs/base\ndata: answers.jsonl\nbatch: 4\nbuckets: [32]\nsteps: 7\n")
+    assert call(sft.main, "--name", "answers", "--config", "mine.yaml", "--steps", "2") == 0
+    assert "was finished before" in capsys.readouterr().out
+    assert call(sft.main, "--name", "answers", "--config", "mine.yaml") == 2
+    assert capsys.readouterr().err == (
+        "error: runs/answers: steps: found 2 from an earlier run, wanted 7; give the same settings to go on with it, "
+        "or another --name to start anew\n"
+    )
+
+
+def test_completions(user: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("--max-new-tokens", "4", "--samples", "2", "--temperature")
+    for run in ("base", "answers", "aligned"):
+        assert call(generate.main, f"runs/{run}", "--prompt", "red", "--prompt", "blue", *few, "0") == 0
+        out = capsys.readouterr().out
+        answers = [part.strip("\n") for part in re.split(r"\n\n(?=red|blue)", out)]
+        assert len(answers) == 4 and answers[0] == answers[1] != answers[2] == answers[3]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"red\nblue\n")))
+    assert call(generate.main, "runs/aligned", *few, "0") == 0
+    assert capsys.readouterr().out == out
+    seeds = []
+    for seed in ("1", "1", "2"):
+        assert (
+            call(generate.main, "--prompt", "red", "--prompt", "blue", "runs/aligned", *few, "1", "--seed", seed) == 0
+        )
+        seeds.append(capsys.readouterr().out)
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+@pytest.mark.usefixtures("user")
+def test_a_dialogue_goes_on_until_quit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[list[int]] = []
+
+    def answers(self: Any, prompts: list[list[int]]) -> list[str]:
+        heard.extend(prompts)
+        return [f" answer {len(heard)}\n\nHuman: and"]
+
+    monkeypatch.setattr(generate.Speaker, "answers", answers)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\nHo Ho Ho\n/quit\nnever\n")))
+    assert call(generate.main, "runs/answers", "--chat", "--max-new-tokens", "4") == 0
+    said = capsys.readouterr()
+    assert said.out == "answer 1\nanswer 2\n"
+    decode = Tokenizer.bytes().decode
+    # The context holds 60 tokens beside four new ones, which both exchanges exceed: the first exchange is forgotten.
+    assert [decode(ids) for ids in heard] == ["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Ho Ho Ho\n\nAssistant:"]
+    assert said.err.count("\n") == 1 and "forgotten" in said.err
+
+
+BAD_ROWS: dict[str, tuple[Callable[..., Any], tuple[str, ...], bytes, str]] = {
+    "missing key": (sft.main, SFT, b'{"prompt": "a"}', r"bad.jsonl:1: field 'completion': missing"),
+    "wrong type": (
+        pretrain.main,
+        PRETRAIN,
+        b'{"text": "a"}\n{"text": 3}',
+        r"bad.jsonl:2: field 'text': found the number 3",
+    ),
+    "bad UTF-8": (reward.main, REWARD, b'{"prompt": "\xff"}', r"bad.jsonl:1: bad UTF-8: found byte 0xff"),
+    "not JSON": (ppo.main, PPO, b"hello", r"bad.jsonl:1: not JSON: .* wanted one JSON object"),
+    "no rows": (sft.main, SFT, b"\n", r"bad.jsonl: the file has no rows"),
+    "only an empty response": (
+        sft.main,
+        SFT,
+        b'{"prompt": "a", "completion": ""}',
+        r"data: none of 1 demonstrations is left to train on; 1 dropped, the first at bad.jsonl:1: empty completion",
+    ),
+    "only chosen equal to rejected": (
+        reward.main,
+        REWARD,
+        b'{"prompt": "a", "chosen": "b", "rejected": "b"}',
+        r"data: none of 1 rankings is left .* bad.jsonl:1: chosen equals rejected",
+    ),
+    "only prompts that are too long": (
+        ppo.main,
+        PPO,
+        json.dumps({"prompt": LONG}).encode(),
+        r"data: none of 1 prompts is left .* bad.jsonl:1: longer than 16 tokens",
+    ),
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., Any], arguments: tuple[str, ...]) -> str:
+    """The one line with which a script refuses its arguments."""
+    before = set(Path("runs").iterdir())
+    capsys.readouterr()
+    assert call(main, *arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
+    # The user corrects the mistake and gives the same command again: no folder stands in the way.
+    assert set(Path("runs").iterdir()) == before
+    return said.err
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+@pytest.mark.usefixtures("user")
+def test_a_bad_file_is_one_line(capsys: pytest.CaptureFixture[str], case: str) -> None:
+    main, arguments, content, message = BAD_ROWS[case]
+    Path("bad.jsonl").write_bytes(content + b"\n")
+    place = arguments.index("--data") + 1
+    arguments = ("--name", "bad", *arguments[:place], "bad.jsonl", *arguments[place + 1 :])
+    assert re.search(message, refused(capsys, main, arguments))
+
+
+def changed(arguments: tuple[str, ...], **flags: str) -> tuple[str, ...]:
+    """The arguments with other values of some flags."""
+    return (*arguments, *(part for flag, value in flags.items() for part in (f"--{flag}", value)))
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (
+            sft.main,
+            changed(SFT, init="runs/judge"),
+            "runs/judge: found the folder of a reward run, wanted one of pretr",
+        ),
+        (
+            reward.main,
+            changed(REWARD, init="runs/judge"),
+            "runs/judge: found the folder of a reward run, wanted one of",
+        ),
+        (
+            ppo.main,
+            changed(PPO, reward="runs/answers"),
+            "runs/answers: found the folder of a sft run, wanted one of rew",
+        ),
+        (ppo.main, changed(PPO, init="nowhere"), "nowhere: no such folder; wanted the folder of a sft or pretrain run"),
+        (ppo.main, changed(PPO, reward="other"), "other: its vocabulary of 300 tokens is not that of runs/answers"),
+        (
+            pretrain.main,
+            changed(PRETRAIN, name="judge"),
+            "runs/judge: found the folder of a reward run, wanted one of p",
+        ),
+        (pretrain.main, changed(PRETRAIN, data="none.jsonl"), "none.jsonl: cannot be read: No such file"),
+        (pretrain.main, changed(PRETRAIN, devices="3"), "batch 4 is not divisible by devices 3 .* use --batch 3"),
+        (ppo.main, changed(PPO, minibatches="3"), "batch 4 is not divisible by minibatches 3 .* use --batch 3"),
+        (pretrain.main, changed(PRETRAIN, **{"model.width": "15"}), "model: width 15 is not divisible by heads 2"),
+        (
+            pretrain.main,
+            changed(PRETRAIN, **{"row-length": "99"}),
+            "row_length 99 is longer than the model's context 64",
+        ),
+        (pretrain.main, changed(PRETRAIN, **{"optimizer.learning-rate": "-1"}), "optimizer: learning_rate: found -1.0"),
+        (
+            pretrain.main,
+            changed(PRETRAIN, **{"model.vocab-size": "9", "tokenizer": "bpe"}),
+            "vocab_size 9: wanted at le",
+        ),
+        (ppo.main, changed(PPO, **{"episode.temperature": "0"}), "episode: temperature: found 0.0, wanted more than 0"),
+        (
+            ppo.main,
+            changed(PPO, **{"prompt-length": "63"}),
+            "prompt_length 63 .* exceeds .* use --prompt-length 60 or l",
+        ),
+        (sft.main, changed(SFT, dropuot="0.1"), "unknown flag --dropuot; did you mean --dropout"),
+        (
+            generate.main,
+            ("runs/judge",),
+            "runs/judge: found the folder of a reward run, wanted one of pretrain or sft or ppo",
+        ),
+        (generate.main, ("runs/base", "--max-new-tokens", "64"), "leaves no room .* use --max-new-tokens 32"),
+        (
+            generate.main,
+            ("runs/base", "--max-new-tokens", "4", "--prompt", "ok", "--prompt", LONG),
+            "--prompt 2: found 81 tokens, wanted 60 or less: the context of 64 less max_new_tokens 4",
+        ),
+        (
+            generate.main,
+            ("runs/base", "--max-new-tokens", "4", "--prompt", "a\udcff"),
+            "--prompt 1: character 2: found bytes that are not UTF-8",
+        ),
+        (generate.main, ("runs/base", "--top-p", "0"), "top_p: found 0.0, wanted more than 0 and at most 1"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    user: Path, capsys: pytest.CaptureFixture[str], main: Callable[..., Any], arguments: tuple[str, ...], message: str
+) -> None:
+    if "other" in arguments and not Path("other").exists():
+        words = Tokenizer.train([LONG * 9, *(chr(97 + i % 26) * i for i in range(90))], 300)
+        model = to_plain(ModelConfig(vocab_size=words.vocab_size))
+        RunFolder.create("other", stage="reward", config={}, model=model, tokenizer=words, inputs={})
+    if main is not generate.main and "judge" not in arguments[-1:]:
+        arguments = ("--name", "bad", *arguments)
+    assert re.search(message, refused(capsys, main, arguments))
+
+
+def test_messages_that_are_too_long_or_no_text(
+    user: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for said, message in (
+        (LONG.encode(), "standard input:1: found 102 tokens"),
+        (b"a\n\xff", "standard input:2: byte 1"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said)))
+        arguments = ("runs/base", "--max-new-tokens", "4", *(["--chat"] if said.endswith(b" ") else []))
+        assert message in refused(capsys, generate.main, arguments)
+
+
+def test_a_script_starts_from_anywhere(tmp_path: Path) -> None:
+    root = Path(cli.__file__).parents[1]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, root / "scripts" / "sft.py", "--nmae", "x"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "error: unknown flag --nmae; did you mean --name?\n")
+
+
+def test_every_stage_has_its_four_names() -> None:
+    for stage in (pretrain.pretrain, sft.sft, reward.reward, ppo.ppo):
+        assert dataclasses.is_dataclass(stage.Config)
+        assert all(callable(function) for function in (stage.objective, stage.make_update, stage.run))
