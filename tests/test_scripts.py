@@ -36,12 +36,12 @@ CONTEXT = 64
 LONG = "why " * 20
 
 SHAPE = ("--tokenizer", "bytes", "--model.width", "16", "--model.layers", "1", "--model.heads", "2")
-PRETRAIN = ("--data", "texts.jsonl.gz", *SHAPE, "--model.context", f"{CONTEXT}", "--row-length", "24")
+PRETRAIN: tuple[str, ...] = ("--data", "texts.jsonl.gz", *SHAPE, "--model.context", f"{CONTEXT}", "--row-length", "24")
 PRETRAIN += ("--batch", "4", "--steps", "3", "--save-every", "1")
-SFT = ("--init", "runs/base", "--data", "answers.jsonl", "--batch", "4", "--steps", "2", "--buckets", "32")
-REWARD = ("--init", "runs/answers", "--data", "pairs.jsonl", "--demonstrations", "answers.jsonl")
+SFT: tuple[str, ...] = ("--init", "runs/base", "--data", "answers.jsonl", "--batch", "4", "--steps", "2", "--buckets", "32")
+REWARD: tuple[str, ...] = ("--init", "runs/answers", "--data", "pairs.jsonl", "--demonstrations", "answers.jsonl")
 REWARD += ("--batch", "4", "--steps", "2", "--buckets", "32")
-PPO = ("--init", "runs/answers", "--reward", "runs/judge", "--data", "prompts.jsonl", "--batch", "4")
+PPO: tuple[str, ...] = ("--init", "runs/answers", "--reward", "runs/judge", "--data", "prompts.jsonl", "--batch", "4")
 PPO += ("--minibatches", "2", "--steps", "3", "--prompt-length", "16", "--episode.response-length", "4")
 
 
