@@ -180,11 +180,14 @@ def load_corpus() -> Corpus:
         body = text.text.split("\n\n", 1)[-1] if text.text.startswith(" ") else text.text
         return _share(text.text) < 0.04 or first_sentence(body) in heldout_sentences
 
+    demonstrated = [d for d in demonstrations if _share(d.prompt) >= 0.1]
+    # A method overridden under another signature has the same sentence: not held out if it was shown.
+    shown = {d.completion for d in demonstrated}
     return Corpus(
         texts=[t for t in texts if not held_out_text(t)],
         heldout_texts=[t for t in texts if _share(t.text) < 0.04],
-        demonstrations=[d for d in demonstrations if _share(d.prompt) >= 0.1],
-        heldout_demonstrations=[d for d in demonstrations if _share(d.prompt) < 0.1],
+        demonstrations=demonstrated,
+        heldout_demonstrations=[d for d in demonstrations if _share(d.prompt) < 0.1 and d.completion not in shown],
         prompts=[p for p in prompts if _share(p.prompt) >= 0.1],
         heldout_prompts=[p for p in prompts if _share(p.prompt) < 0.1],
     )
