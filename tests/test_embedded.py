@@ -1,0 +1,85 @@
+"""The embedded corpus: prompts and sentences by hand, and a split that keeps the held-out side unseen."""
+
+import pytest
+
+from rlhf_jax.data.embedded import Corpus, first_sentence, load_corpus, prompt_of, words_of
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return load_corpus()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("use_posixSpawn2", ["use", "posix", "spawn2"]),
+        ("HTTPServer", ["http", "server"]),
+        ("_get_URL", ["get", "url"]),
+        ("__init__", ["init"]),
+        ("parseHTMLPage", ["parse", "html", "page"]),
+        ("___", []),
+    ],
+)
+def test_words_of(name: str, words: list[str]) -> None:
+    assert words_of(name) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "prompt"),
+    [
+        ("use_posix_spawn", ["args"], " use posix spawn (args) ->"),
+        ("isLoopback", ["self"], " is loopback ->"),
+        ("f", [], " f ->"),
+        ("read", ["cls", "fileName", "max_size"], " read (file name, max size) ->"),
+        ("many", ["a", "b", "_", "c", "d", "e"], " many (a, b, c) ->"),
+    ],
+)
+def test_prompt_of(name: str, arguments: list[str], prompt: str) -> None:
+    assert prompt_of(name, arguments) == prompt
+
+
+@pytest.mark.parametrize(
+    ("docstring", "sentence"),
+    [
+        ("Return the path.", "Return the path."),
+        ("  Return the\n    size of it.  More follows.\n\nAnd more.", "Return the size of it."),
+        ("Return version 3.11 of it. More.", "Return version 3.11 of it."),
+        ("return the path.", None),  # no capital
+        ("Return the path", None),  # no full stop
+        ("Return it.", None),  # shorter than 15 characters
+        ("Return " + "a very " * 20 + "long path.", None),
+        ("Return `path` of the file.", None),
+        ("Return x -> y for the file.", None),
+        ("Same as a.b.c() ...", None),
+        ("", None),
+    ],
+)
+def test_first_sentence(docstring: str, sentence: str | None) -> None:
+    assert first_sentence(docstring) == sentence
+
+
+def test_the_corpus_is_large_and_shaped(corpus: Corpus) -> None:
+    assert len(corpus.texts) > 3000 and sum(len(text.text) for text in corpus.texts) > 1_000_000
+    assert len(corpus.demonstrations) > 1000 and len(corpus.heldout_prompts) >= 256
+    for record in corpus.demonstrations + corpus.heldout_demonstrations:
+        assert record.prompt.startswith(" ") and record.prompt.endswith(" ->")
+        assert first_sentence(record.completion) == record.completion[1:] and record.completion[0] == " "
+    assert 0.05 < len(corpus.heldout_prompts) / (len(corpus.prompts) + len(corpus.heldout_prompts)) < 0.15
+
+
+def test_nothing_held_out_is_trained_on(corpus: Corpus) -> None:
+    texts = {text.text for text in corpus.texts}
+    assert texts.isdisjoint(text.text for text in corpus.heldout_texts)
+    heldout_sentences = {record.completion for record in corpus.heldout_demonstrations}
+    # Most texts stand under their function's signature, a line that starts with a space.
+    bodies = [text.split("\n\n", 1)[-1] if text.startswith(" ") else text for text in texts]
+    trained_sentences = {f" {first_sentence(body)}" for body in bodies}
+    assert len(trained_sentences) > 2000 and heldout_sentences.isdisjoint(trained_sentences)
+    assert heldout_sentences.isdisjoint(record.completion for record in corpus.demonstrations)
+    prompts = [record.prompt for record in corpus.prompts]
+    heldout = [record.prompt for record in corpus.heldout_prompts]
+    assert set(prompts).isdisjoint(heldout)
+    assert len(set(prompts)) == len(prompts) and len(set(heldout)) == len(heldout)
+    assert {record.prompt for record in corpus.demonstrations} <= set(prompts)
+    assert {record.prompt for record in corpus.heldout_demonstrations} <= set(heldout)
