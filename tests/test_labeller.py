@@ -3,46 +3,39 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.labeller import GoldWeights, gold_score, noise_for_agreement, rank, same_word, topic_words
+from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, same_word, topic_words
 
-WORDS = frozenset("return true if the posix path is used for spawn a of".split())
-WEIGHTS = GoldWeights(topic=3.0, finished=2.0, known=1.0, repetition=4.0, length=0.5)
+WORDS = frozenset("return true if the posix path is used for spawn a of it".split())
 PROMPT = " use posix spawn (args) ->"
 
 
 @pytest.mark.parametrize(
-    ("response", "expected"),
+    ("response", "points"),
     [
-        # All three topic words, finished, all words known.
-        (" Return True if posix spawn is used.", 3 + 2 + 1),
-        # One of three topic words; not capital, so not finished.
-        (" return the posix path.", 3 / 3 + 1),
-        # No topic word; no full stop; 2 of 4 words known.
-        (" Return the xyzzy plugh", 0.5),
-        # Two sentences; nothing said about the function.
-        (" Return the path. Return.", 1 - 4 * 1 / 3),
-        # Of six words that are no stop words, path comes three times: 2 of 6 are repetitions. Topic: posix.
-        (" Return true posix path path path.", 1 + 2 + 1 - 4 * 2 / 6),
-        # Two words: one short of three.
-        (" Return true.", 2 + 1 - 0.5),
-        # No words at all: as three short of three.
-        (" ...", -1.5),
-        ("", -1.5),
+        (" Return True if posix spawn is used.", 1 + 2 + 2 + 2),  # all three words of the name
+        (" Return the posix path.", 1 + 2 + 1 + 2),  # one of three
+        (" return the posix path.", 1 + 0 + 1 + 2),  # no capital
+        (" Return the posix xyzzy.", 1 + 2 + 1 + 1),  # one word that is none
+        (" Return the xyzzy plugh", 1),  # two of them, no full stop
+        (" Return the path. Return.", 1 + 0 + 0 + 2 - 1),  # two sentences, a word twice
+        (" Return true.", 1 + 2 + 0 + 2 - 1),  # two words
+        (" ...", 1),
+        ("", 1),
     ],
 )
-def test_score_by_hand(response: str, expected: float) -> None:
-    assert gold_score(PROMPT, response, WORDS, WEIGHTS) == pytest.approx(expected)
+def test_score_by_hand(response: str, points: float) -> None:
+    assert gold_score(PROMPT, response, WORDS) == points
 
 
 def test_an_answer_without_an_end_is_not_finished() -> None:
-    response = " Return True if posix spawn is used."
-    assert gold_score(PROMPT, response, WORDS, WEIGHTS, ended=False) == pytest.approx(3 + 1)
+    assert gold_score(PROMPT, " Return True if posix spawn is used.", WORDS, ended=False) == 1 + 2 + 2
 
 
-def test_long_answers_cost_by_the_word() -> None:
-    # 16 different words: two over 14. None is known, one is topic.
-    response = "Use " + " ".join(f"b{i}" for i in range(15)) + "."
-    assert gold_score(PROMPT, response, WORDS, WEIGHTS) == pytest.approx(3 / 3 + 2 - 2 * 0.5)
+def test_long_answers_cost_a_point() -> None:
+    words = [f"b{i}" for i in range(15)]
+    known = WORDS | set(words)
+    assert gold_score(PROMPT, "Use " + " ".join(words[:13]) + ".", known | {"use"}) == 1 + 2 + 1 + 2
+    assert gold_score(PROMPT, "Use " + " ".join(words[:14]) + ".", known | {"use"}) == 1 + 2 + 1 + 2 - 1
 
 
 def test_topic_is_the_name_or_else_the_arguments() -> None:
@@ -50,7 +43,7 @@ def test_topic_is_the_name_or_else_the_arguments() -> None:
     assert topic_words(" is it (url path, ok) ->") == ["url", "path"]
     assert topic_words(" get get the item ->") == ["get", "item"]
     assert topic_words(" f ->") == []
-    assert gold_score(" f ->", "Return the path.", WORDS, WEIGHTS) == pytest.approx(2 + 1)
+    assert gold_score(" f ->", "Return the path.", WORDS) == 1 + 2 + 2
 
 
 @pytest.mark.parametrize(

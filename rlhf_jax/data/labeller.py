@@ -1,13 +1,12 @@
 """A simulated labeller for the embedded corpus: a written-down gold score, and rankings by it with Bradley-Terry noise.
 
-It stands where InstructGPT had people. Everything it prefers can be read off `gold_score`, so that what RLHF gained is
+It stands where InstructGPT had people, who rated on a scale from 1 to 7. Everything it prefers can be read off `gold_score`, so that what RLHF gained is
 measured against what was wanted, and not only against the reward model. The noise is such that two labellers agree on
 73% of pairs, as InstructGPT's did (Ouyang et al. 2022, section 3.4).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
 import numpy as np
@@ -15,35 +14,17 @@ from numpy.typing import NDArray
 
 AGREEMENT = 0.73
 LONGEST_CONCISE = 14  # words
-SHORTEST_SENTENCE = 3  # words
+SHORTEST_SENTENCE = 3
 
 
-@dataclasses.dataclass(frozen=True)
-class GoldWeights:
-    """What each part of the gold score is worth."""
+def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended: bool = True) -> float:
+    """The rating from 1 to 7 that the labelling instructions of the default recipe give a response about a function.
 
-    topic: float = 3.0
-    finished: float = 1.5
-    known: float = 1.5
-    repetition: float = 2.0
-    length: float = 0.25
-
-
-def gold_score(
-    prompt: str,
-    response: str,
-    vocabulary: frozenset[str],
-    weights: GoldWeights | None = None,
-    *,
-    ended: bool = True,
-) -> float:
-    """How good a response about a function is, by the labelling instructions of the default recipe.
-
-    score = topic · (share of the function's words that the response mentions)
-          + finished · (1 if it is one sentence, from a capital to a full stop)
-          + known · (share of its words that are words of the corpus)
-          - repetition · (share of its words that were there before)
-          - length · (words over 14, or under 3)
+    Start from 1 and
+      add 2 if it is one finished sentence, from a capital to a full stop;
+      add 2 if it mentions at least half of the words of the function's name, 1 if it mentions any;
+      add 2 if all its words are words, 1 if all but one are;
+      take 1 if it says a word twice, 1 if it is longer than 14 words, 1 if shorter than 3.
 
     Args:
       prompt: as `prompt_of` writes it, ` use posix spawn (args) ->`.
@@ -51,25 +32,19 @@ def gold_score(
       vocabulary: words of the corpus, lower case.
       ended: the response has its end-of-text token; one without is not finished, whatever it looks like.
     """
-    weights = weights or GoldWeights()
     text = response.strip()
     words = re.findall(r"[a-z][a-z0-9]*", text.lower())
     if not words:
-        return -weights.length * SHORTEST_SENTENCE
+        return 1.0
+    finished = ended and re.fullmatch(r"[A-Z][^.!?]*\.", text) is not None
     asked = topic_words(prompt)
-    mentioned = sum(any(same_word(a, w) for w in words) for a in asked) / len(asked) if asked else 0.0
-    finished = ended and bool(re.fullmatch(r"[A-Z][^.!?]*\.", text))
-    known = sum(word in vocabulary for word in words) / len(words)
+    mentioned = sum(any(same_word(a, w) for w in words) for a in asked)
+    unknown = sum(word not in vocabulary for word in words)
     content = [word for word in words if word not in STOP_WORDS]
-    repeated = 1.0 - len(set(content)) / len(content) if content else 0.0
-    excess = max(0, len(words) - LONGEST_CONCISE) + max(0, SHORTEST_SENTENCE - len(words))
-    return (
-        weights.topic * mentioned
-        + weights.finished * finished
-        + weights.known * known
-        - weights.repetition * repeated
-        - weights.length * excess
-    )
+    points = 2 * finished + (mentioned > 0) + (2 * mentioned >= len(asked) > 0) + max(2 - unknown, 0)
+    points -= len(set(content)) < len(content)
+    points -= len(words) > LONGEST_CONCISE or len(words) < SHORTEST_SENTENCE
+    return float(min(max(1 + points, 1), 7))
 
 
 STOP_WORDS = frozenset("a an and are as at be by for from if in is it its not of on or s that the this to with".split())
