@@ -30,7 +30,7 @@ from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.tokenizer import Tokenizer
 from scripts import cli, generate, ppo, pretrain, reward, sft
 
-CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+COMPILER = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_disable_most_optimizations")
 WORDS = ("red", "blue", "green", "cat")
 CONTEXT = 64
 LONG = "why " * 20
@@ -38,7 +38,18 @@ LONG = "why " * 20
 SHAPE = ("--tokenizer", "bytes", "--model.width", "16", "--model.layers", "1", "--model.heads", "2")
 PRETRAIN: tuple[str, ...] = ("--data", "texts.jsonl.gz", *SHAPE, "--model.context", f"{CONTEXT}", "--row-length", "24")
 PRETRAIN += ("--batch", "4", "--steps", "3", "--save-every", "1")
-SFT: tuple[str, ...] = ("--init", "runs/base", "--data", "answers.jsonl", "--batch", "4", "--steps", "2", "--buckets", "32")
+SFT: tuple[str, ...] = (
+    "--init",
+    "runs/base",
+    "--data",
+    "answers.jsonl",
+    "--batch",
+    "4",
+    "--steps",
+    "2",
+    "--buckets",
+    "32",
+)
 REWARD: tuple[str, ...] = ("--init", "runs/answers", "--data", "pairs.jsonl", "--demonstrations", "answers.jsonl")
 REWARD += ("--batch", "4", "--steps", "2", "--buckets", "32")
 PPO: tuple[str, ...] = ("--init", "runs/answers", "--reward", "runs/judge", "--data", "prompts.jsonl", "--batch", "4")
@@ -77,8 +88,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    before = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+    before = {name: jax.config.values[name] for name in COMPILER}
     cli.use_compilation_cache()
+    # Compiling is most of the time here, and half of it is spent on making programs fast.
+    jax.config.update("jax_disable_most_optimizations", True)
     compilation_cache.reset_cache()
     with contextlib.chdir(folder):
         assert call(pretrain.main, "--name", "base", *PRETRAIN) == 0
