@@ -149,11 +149,18 @@ def run(
     if demonstrations is None:
         read = read_records(config.demonstrations, "demonstrations", Ledger()) if config.demonstrations else []
         demonstrations = [record for record in read if isinstance(record, Demonstration)]
+    demonstration_rows = encode_demonstrations(demonstrations, tokenizer, max_tokens=limit, ledger=Ledger())
+    if config.demonstrations and not len(demonstration_rows):
+        raise UserError(
+            f"demonstrations: found none of at most {limit} tokens in {', '.join(config.demonstrations)}, wanted some "
+            "to centre the scores on, with prompt and completion"
+        )
     config = dataclasses.replace(config, steps=config.steps or max(len(rankings) // config.batch, 1))
     inputs = {
         "init": source.fingerprint,
-        "rankings": fingerprint_of([rankings]),
-        "heldout": fingerprint_of([heldout] if heldout is not None else []),
+        # Without their sources, which say in which file they stood: the content decides.
+        "rankings": fingerprint_of([dataclasses.replace(rankings, sources=())]),
+        "heldout": fingerprint_of([dataclasses.replace(heldout, sources=())] if heldout is not None else []),
         "demonstrations": fingerprint_of(demonstrations),
     }
     folder = create_run(config, stage=STAGE, model=model.config, tokenizer=tokenizer, inputs=inputs)
@@ -169,7 +176,7 @@ def run(
         say(ledger.summary(count_parameters(params)))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        if heldout is None or not len(heldout):
+        if heldout is None:
             return {}
         return {"accuracy": accuracy(model, state.params, heldout, config.batch)[0]}
 
@@ -182,10 +189,9 @@ def run(
         evaluate=evaluate,
         flops_per_token=3 * model.config.flops_per_token(limit, language_head=False),
         show=("loss", "accuracy"),
-        best_metric="eval/accuracy" if heldout is not None and len(heldout) else None,
+        best_metric="eval/accuracy" if heldout is not None else None,
         best_mode="max",
     )
-    demonstration_rows = encode_demonstrations(demonstrations, tokenizer, max_tokens=limit, ledger=Ledger())
     params, shift = centred(model, state.params, demonstration_rows, config.batch)
     reference = scores_of(model, params, rankings, batch_size=config.batch)
     exists = np.array([[k < len(ranks) for k in range(rankings.responses)] for _, ranks in rankings.rows])
@@ -232,4 +238,5 @@ def _rows(config: Config, source: RunFolder, limit: int, ledger: Ledger) -> tupl
     rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     if not held:
         return rows, None
-    return rows, encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
+    held_rows = encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
+    return rows, held_rows if len(held_rows) else None
