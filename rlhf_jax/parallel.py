@@ -88,6 +88,8 @@ def pmap_update(update: Update, devices: int) -> Update:
                 f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
             )
         split = jax.tree.map(lambda x: np.asarray(x).reshape(devices, -1, *x.shape[1:]), batch)
-        return compiled[len(frozen)](state, split, *frozen)
+        state, metrics = compiled[len(frozen)](state, split, *frozen)
+        # Laid out as the first state was: pmap compiles anew for another layout.
+        return replicate(state, mesh), metrics
 
     return step
