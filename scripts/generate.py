@@ -1,6 +1,7 @@
 """Complete prompts, or chat, with the model of a run's folder.
 
 python scripts/generate.py runs/aligned --prompt "The sun" --samples 3
+
 python scripts/generate.py runs/aligned --chat
 """
 
