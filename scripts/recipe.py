@@ -7,18 +7,17 @@ are by the gold score itself.
 
 from __future__ import annotations
 
-import time
-
-STARTED = time.monotonic()  # before the imports, which are part of what a user waits for
-
 import dataclasses
 import json
 import math
 import re
+import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
-import cli
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
+
 import jax
 import numpy as np
 import rich.console
@@ -27,19 +26,19 @@ import rich.text
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.bigram import bigram_nats
-from rlhf_jax.config import RunConfig
-from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_demonstrations, encode_prompts, ranking_rows
+from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_prompts, ranking_rows
 from rlhf_jax.data.embedded import Corpus, load_corpus
 from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank
 from rlhf_jax.durable import write_json
 from rlhf_jax.episodes import EpisodeConfig
-from rlhf_jax.evaluation import mean_loss
 from rlhf_jax.model import ModelConfig, Transformer
 from rlhf_jax.optim import OptimConfig
+from rlhf_jax.report import write_report
 from rlhf_jax.runs import Finished, model_of, released_params
 from rlhf_jax.sampling import distinct_share, sample_responses, sequence_kl, win_rate
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 from rlhf_jax.tokenizer import Tokenizer
+from scripts import cli
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,32 +68,88 @@ class Size:
 
 SIZES = {
     "tiny": Size(
-        ModelConfig(vocab_size=512, context=128, width=64, layers=2, heads=2),
-        *(150, 8, 64, 3e-3),
-        *(100, 16, 2e-3),
-        *(128, 16, 1e-3),
-        *(6, 32, 2, 1, 3e-4, 1e-3, 0.05, 0.1),
+        model=ModelConfig(vocab_size=512, context=128, width=64, layers=2, heads=2),
+        pretrain_steps=150,
+        pretrain_batch=8,
+        row_length=64,
+        pretrain_rate=3e-3,
+        sft_steps=100,
+        sft_batch=16,
+        sft_rate=2e-3,
+        ranked_prompts=128,
+        reward_batch=16,
+        reward_rate=1e-3,
+        iterations=6,
+        episodes=32,
+        minibatches=2,
+        epochs=1,
+        policy_rate=3e-4,
+        critic_rate=1e-3,
+        kl_coef=0.1,
+        pretraining_coef=0.1,
     ),
     "small": Size(
-        ModelConfig(vocab_size=1024, context=128, width=128, layers=4, heads=4),
-        *(3600, 8, 64, 3e-3),
-        *(1200, 16, 1e-3),
-        *(2500, 32, 5e-4),
-        *(60, 64, 4, 1, 3e-4, 1e-3, 0.05, 0.1),
+        model=ModelConfig(vocab_size=1024, context=128, width=128, layers=4, heads=4),
+        pretrain_steps=3600,
+        pretrain_batch=8,
+        row_length=64,
+        pretrain_rate=3e-3,
+        sft_steps=1200,
+        sft_batch=16,
+        sft_rate=1e-3,
+        ranked_prompts=4000,
+        reward_batch=32,
+        reward_rate=5e-4,
+        iterations=70,
+        episodes=64,
+        minibatches=4,
+        epochs=1,
+        policy_rate=5e-4,
+        critic_rate=1e-3,
+        kl_coef=0.08,
+        pretraining_coef=0.1,
     ),
     "base": Size(
-        ModelConfig(vocab_size=4096, context=256, width=512, layers=8, heads=8, dtype="bfloat16"),
-        *(6000, 32, 128, 1e-3),
-        *(1500, 64, 3e-4),
-        *(8000, 64, 1e-4),
-        *(150, 256, 8, 1, 5e-5, 1e-4, 0.05, 0.1),
+        model=ModelConfig(vocab_size=4096, context=256, width=512, layers=8, heads=8, dtype="bfloat16"),
+        pretrain_steps=6000,
+        pretrain_batch=32,
+        row_length=128,
+        pretrain_rate=1e-3,
+        sft_steps=1500,
+        sft_batch=64,
+        sft_rate=3e-4,
+        ranked_prompts=8000,
+        reward_batch=64,
+        reward_rate=1e-4,
+        iterations=150,
+        episodes=256,
+        minibatches=8,
+        epochs=1,
+        policy_rate=5e-5,
+        critic_rate=1e-4,
+        kl_coef=0.05,
+        pretraining_coef=0.1,
     ),
     "large": Size(
-        ModelConfig(vocab_size=8192, context=512, width=1024, layers=16, heads=16, dtype="bfloat16"),
-        *(8000, 64, 256, 5e-4),
-        *(2000, 64, 1e-4),
-        *(9000, 64, 3e-5),
-        *(200, 512, 8, 1, 1e-5, 3e-5, 0.05, 0.1),
+        model=ModelConfig(vocab_size=8192, context=512, width=1024, layers=16, heads=16, dtype="bfloat16"),
+        pretrain_steps=8000,
+        pretrain_batch=64,
+        row_length=256,
+        pretrain_rate=5e-4,
+        sft_steps=2000,
+        sft_batch=64,
+        sft_rate=1e-4,
+        ranked_prompts=9000,
+        reward_batch=64,
+        reward_rate=3e-5,
+        iterations=200,
+        episodes=512,
+        minibatches=8,
+        epochs=1,
+        policy_rate=1e-5,
+        critic_rate=3e-5,
+        kl_coef=0.05,
+        pretraining_coef=0.1,
     ),
 }
 PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 20, 24, 4
@@ -287,8 +342,6 @@ def run(config: Config) -> None:
     summary |= {"wall_seconds": clock.total, "stage_seconds": clock.seconds}
     write_json(config.folder / "summary.json", summary | nested(summary))
     print_summary(console, config.folder, summary)
-    from rlhf_jax.report import write_report  # brings matplotlib, which the stages do without
-
     report = write_report(config.folder)
     console.print(f"report: {report}   figures: {config.folder / 'summary.json'}")
     console.print(f"try it: python scripts/generate.py {optimised.run.path} --prompt ' find longest match (a, b) ->'")
@@ -300,7 +353,7 @@ class Clock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        self._last = STARTED
+        self._last = time.monotonic()
 
     def lap(self, part: str) -> None:
         """The part ends now."""
@@ -416,7 +469,7 @@ def measure(
     answers = {name: sampler(params[name], prompts, config.seed + 4) for name in params}
     gold = {name: judge.scores(list(prompts.sources), answers[name])[:, 0] for name in params}
     texts = {name: [tokenizer.decode(row[0]).strip() for row in answers[name]] for name in params}
-    distinct = {name: distinct_share(texts[name]) for name in ("sft", "ppo")}
+    distinct = {name: distinct_share(texts[name]) for name in texts}
     against_sft, sft_interval = win_rate(gold["ppo"], gold["sft"])
     against_pretrained, pretrained_interval = win_rate(gold["sft"], gold["pretrain"])
     kl = sequence_kl(
@@ -428,7 +481,9 @@ def measure(
         max_new_tokens=RESPONSE_TOKENS,
     )
     row_length = SIZES[config.size].row_length
-    packed = [pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)]
+    training, heldout = (
+        pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)
+    )
     heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
     sentences = {d.prompt: d.completion.strip() for d in corpus.heldout_demonstrations}
     samples = [
@@ -443,13 +498,17 @@ def measure(
     (config.folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
     return {
         "pretrain.heldout_bits_per_byte": pretrained.summary["heldout_bits_per_byte"],
-        "pretrain.bigram_bits_per_byte": bigram_nats(*packed, tokenizer.vocab_size) / math.log(2) / heldout_bytes,
+        "pretrain.bigram_bits_per_byte": bigram_nats(training, heldout, tokenizer.vocab_size)
+        / math.log(2)
+        / heldout_bytes,
         "pretrain.heldout_response_nll": tuned.summary["heldout_response_nll_before"],
         "sft.heldout_response_nll": tuned.summary["heldout_response_nll"],
         "sft.win_rate_vs_pretrained": against_pretrained,
         "sft.win_rate_vs_pretrained_interval": pretrained_interval,
         "sft.distinct_share": distinct["sft"],
         "sft.gold_mean": float(gold["sft"].mean()),
+        "pretrain.gold_mean": float(gold["pretrain"].mean()),
+        "pretrain.distinct_share": distinct["pretrain"],
         "reward.heldout_accuracy": judged.summary["heldout_accuracy"],
         "reward.heldout_pairs": judged.summary["heldout_pairs"],
         "reward.scratch_heldout_accuracy": scratch.summary["heldout_accuracy"],
@@ -513,4 +572,5 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
 
 
 if __name__ == "__main__":
+    cli.use_compilation_cache()
     cli.main(run, Config, __doc__ or "")

@@ -16,7 +16,7 @@ FLOOR = {
     **dict.fromkeys(["model", "generate", "optim", "tokenizer", "durable"], 2),
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
     **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics"], 3),
-    **dict.fromkeys(["fit", "runs", "report"], 4),
+    **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram"], 4),
     **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo"], 5),
     # These two hold the public names and nothing else, and nothing below may import through them.
     "stages": 6,

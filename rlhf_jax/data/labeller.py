@@ -1,8 +1,8 @@
 """A simulated labeller for the embedded corpus: a written-down gold score, and rankings by it with Bradley-Terry noise.
 
-It stands where InstructGPT had people, who rated on a scale from 1 to 7. Everything it prefers can be read off `gold_score`, so that what RLHF gained is
-measured against what was wanted, and not only against the reward model. The noise is such that two labellers agree on
-73% of pairs, as InstructGPT's did (Ouyang et al. 2022, section 3.4).
+It stands where InstructGPT had people, who rated on a scale from 1 to 7. Everything it prefers can be read off
+`gold_score`, so that what RLHF gained is measured against what was wanted, and not only against the reward model. The
+noise is such that two labellers agree on 73% of pairs, as InstructGPT's did (Ouyang et al. 2022, section 3.4).
 """
 
 from __future__ import annotations
