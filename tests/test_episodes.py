@@ -1,4 +1,4 @@
-"""An episode against a naive loop over its rows: no left padding, token by token, in plain arithmetic."""
+"""PPO's rollout and iteration: where the score is read, what it becomes, and what one iteration changes."""
 
 import functools
 from typing import Any
@@ -8,98 +8,219 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.arrays import PromptBatch, Rollout
+from rlhf_jax.arrays import PromptBatch, TokenBatch
 from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
 from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.optim import OptimConfig
+from rlhf_jax.parallel import jit_update, make_mesh, pmap_update
+from rlhf_jax.scoring import last_token_scores
+from rlhf_jax.stages import ppo
 
-EOS, PAD, R = 6, 5, 6
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-CONFIG = ModelConfig(vocab_size=7, context=16, width=16, layers=1, heads=2, tied=False)
+CONFIG = ModelConfig(vocab_size=11, context=12, width=12, layers=1, heads=2, ffn_width=16)
 NETWORKS = Networks(Transformer(CONFIG), Transformer(CONFIG, scalar=True))
-PROMPTS = [[1, 2, 3, 4], [3], [2, 2], [4, 1, 0], [1, 1], [0, 3, 1], [2], [1, 4, 4]]
-BETA, MEAN, SCALE = 0.3, 0.5, 2.0
+EOS, PAD, ROWS, LENGTH = 8, 10, 16, 6
+PROMPTS = PromptBatch(
+    jnp.asarray(np.random.default_rng(0).integers(0, 8, (ROWS, 5), np.int32)),
+    jnp.asarray(np.arange(5) >= (np.arange(ROWS) % 5)[:, None]),
+)
+SETTINGS = ppo.Config(
+    batch=ROWS,
+    minibatches=2,
+    epochs=3,
+    microbatches=2,
+    kl_coef=0.5,
+    kl_target=0.01,
+    kl_horizon=100.0,
+    ema_decay=0.9,
+    pretraining_coef=2.0,
+    pretraining_batch=8,
+    policy=OptimConfig(learning_rate=0.02, warmup_steps=0),
+    critic=OptimConfig(learning_rate=0.02, warmup_steps=0),
+    episode=EpisodeConfig(response_length=LENGTH, missing_end_score=-1.5),
+)
+TEXT = TokenBatch(jnp.arange(56).reshape(8, 7) % 11, jnp.ones((8, 7), jnp.int32), jnp.ones((8, 7), bool))
+BATCH = ppo.Batch(PROMPTS, TEXT)
 
 
-@functools.cache
-def parameters() -> dict[str, Any]:
-    """Four different networks."""
-    kinds = {
-        "policy": NETWORKS.policy,
-        "reference": NETWORKS.policy,
-        "critic": NETWORKS.scorer,
-        "reward": NETWORKS.scorer,
-    }
-    return {name: init_params(network, jax.random.key(n)) for n, (name, network) in enumerate(kinds.items())}
+def copied(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(np.asarray(x)), tree)
 
 
-def rollout(params: dict[str, Any], config: EpisodeConfig) -> tuple[Rollout, dict[str, jax.Array]]:
-    """Episodes of the prompts, and their metrics."""
-    tokens = np.full((8, 4), PAD, np.int32)
-    for row, ids in zip(tokens, PROMPTS, strict=True):
-        row[4 - len(ids) :] = ids
-    mask = np.arange(4)[None] >= 4 - np.array([len(ids) for ids in PROMPTS])[:, None]
-    frozen = Frozen(params["reference"], params["reward"], jnp.float32(MEAN), jnp.float32(SCALE))
-    program = jax.jit(functools.partial(collect, NETWORKS, config=config, eos_id=EOS, pad_id=PAD))
-    prompts = PromptBatch(jnp.asarray(tokens), jnp.asarray(mask))
-    return program(params, frozen, prompts, jax.random.key(9), jnp.float32(BETA))
+@pytest.fixture(scope="module")
+def networks_params() -> tuple[dict, Frozen]:
+    """(policy and critic, frozen reference and reward model); the policy is the reference, scaled up."""
+    language = jax.tree.map(lambda x: 2 * x, init_params(NETWORKS.policy, jax.random.key(0)))
+    reward = init_params(NETWORKS.scorer, jax.random.key(1))
+    frozen = Frozen(copied(language), copied(reward), jnp.float32(0.25), jnp.float32(0.5))
+    return {"policy": language, "critic": init_params(NETWORKS.scorer, jax.random.key(2))}, frozen
 
 
-APPLY = {
-    name: jax.jit(lambda params, ids, network=network: network.apply({"params": params}, ids))
-    for name, network in NETWORKS._asdict().items()
-}
+@functools.lru_cache
+def collector(missing_end: Any) -> Any:
+    config = EpisodeConfig(response_length=LENGTH, missing_end=missing_end, missing_end_score=-1.5)
+
+    def run(params: dict, frozen: Frozen, key: jax.Array, kl_coef: jax.Array) -> Any:
+        return collect(NETWORKS, params, frozen, PROMPTS, key, kl_coef, config, eos_id=EOS, pad_id=PAD)
+
+    return jax.jit(run)
 
 
-def forward(name: str, params: dict[str, Any], ids: list[int]) -> np.ndarray:
-    """What a network says of one row alone: logits [T, V] or scores [T]. What follows a token does not change them."""
-    row = jnp.asarray([ids + [0] * (4 + R - len(ids))])
-    apply = APPLY["policy" if name in ("policy", "reference") else "scorer"]
-    return np.asarray(apply(params[name], row), np.float64)[0, : len(ids)]
+def rolled(networks_params: tuple, missing_end: str = "keep") -> tuple:
+    out = collector(missing_end)(*networks_params, jax.random.key(5), jnp.float32(0.5))
+    return jax.tree.map(np.asarray, out)
 
 
-@pytest.mark.parametrize("missing_end", ["replace", "subtract", "keep"])
-def test_an_episode_is_what_a_naive_loop_makes_of_its_tokens(missing_end: Any) -> None:
-    config = EpisodeConfig(
-        response_length=R, temperature=0.7, missing_end=missing_end, missing_end_score=-1.5, gamma=0.9
+def test_the_score_is_read_at_the_last_real_token() -> None:
+    # A network by hand: nothing is mixed between tokens, token i is the i-th unit vector, which RMSNorm makes √12
+    # long, and the head gives i/√12 for it. So the score of a row is the id of the token that it is read at.
+    shapes = jax.eval_shape(lambda: init_params(NETWORKS.scorer, jax.random.key(0)))
+    params = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
+    params["embedding"] = jnp.eye(11, 12)
+    params["final_norm"]["scale"] = jnp.ones(12)
+    params["score"]["kernel"] = jnp.arange(12.0)[:, None] / np.sqrt(12)
+    tokens = jnp.array(
+        [[9, 1, 2, 3, 4, 5], [9, 9, 2, 7, 10, 10], [9, 9, 9, 8, 10, 10], [6, 10, 10, 10, 10, 10], [1] * 6]
     )
-    params = parameters()
-    out, metrics = rollout(params, config)
-    advantages, kls, ends = [], [], []
-    for b, prompt in enumerate(PROMPTS):
-        tail = np.asarray(out.tokens_BT)[b, 4:].tolist()
-        response = tail[: tail.index(EOS) + 1] if EOS in tail else tail
-        n, whole, ended = len(response), prompt + response, EOS in tail
-        assert np.asarray(out.response_mask_BR)[b].tolist() == [t < n for t in range(R)]
-        logp = {}
-        for name in ("policy", "reference"):
-            logits = forward(name, params, whole) / 0.7
-            rows = [logits[len(prompt) + t - 1] for t in range(n)]
-            logp[name] = [row[a] - np.log(np.exp(row).sum()) for row, a in zip(rows, response, strict=True)]
-        value = [forward("critic", params, whole)[len(prompt) + t - 1] for t in range(n)]
-        score = (forward("reward", params, whole)[-1] - MEAN) / SCALE
-        if not ended:
-            score = {"replace": -1.5, "subtract": score - 1.5, "keep": score}[missing_end]
-        reward = [-BETA * (logp["policy"][t] - logp["reference"][t]) + (score if t == n - 1 else 0) for t in range(n)]
-        after, advantage = 0.0, [0.0] * n
-        for t in reversed(range(n)):
-            delta = reward[t] + 0.9 * (value[t + 1] if t + 1 < n else 0.0) - value[t]
-            advantage[t] = after = delta + 0.9 * 0.95 * after
-        for found, wanted in (
-            (out.logp_BR, logp["policy"]), (out.ref_logp_BR, logp["reference"]), (out.value_BR, value),
-            (out.target_BR, [a + v for a, v in zip(advantage, value, strict=True)]),
-        ):  # fmt: skip
-            np.testing.assert_allclose(np.asarray(found)[b, :n], wanted, atol=2e-5)
-        np.testing.assert_allclose(float(out.score_B[b]), score, atol=2e-5)
-        advantages.append(advantage)
-        kls.append(sum(p - q for p, q in zip(logp["policy"], logp["reference"], strict=True)))
-        ends.append(ended)
-    assert 0 < sum(ends) < len(PROMPTS), "this key shows one kind of end only; take another"
-    flat = np.concatenate(advantages)
-    for b, advantage in enumerate(advantages):
-        found = np.asarray(out.advantage_BR)[b]
-        np.testing.assert_allclose(found[: len(advantage)], (np.array(advantage) - flat.mean()) / flat.std(), atol=1e-4)
-        assert not found[len(advantage) :].any()
-    np.testing.assert_allclose(float(metrics["kl"]), np.mean(kls), atol=2e-5)
-    np.testing.assert_allclose(float(metrics["missing_end"]), 1 - np.mean(ends))
-    np.testing.assert_allclose(float(metrics["sampler_logp_error"]), 0.0, atol=1e-5)
+    mask = jnp.array([[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0] * 6], bool)
+    score = jax.jit(lambda tokens: last_token_scores(NETWORKS.scorer, params, tokens, mask))
+    np.testing.assert_allclose(score(tokens), [5, 7, 8, 6, 0], rtol=1e-4)
+    np.testing.assert_allclose(score(jnp.where(mask, tokens, 3)), [5, 7, 8, 6, 0], rtol=1e-4)
+
+
+def test_a_score_is_that_of_prompt_and_response_alone(networks_params: tuple) -> None:
+    rollout, _ = rolled(networks_params)
+    _, frozen = networks_params
+    for row in (3, 6):  # left-padded by 3 and by 1
+        alone = rollout.tokens_BT[row][rollout.mask_BT[row]][None]
+        raw = jax.jit(NETWORKS.scorer.apply)({"params": frozen.reward}, jnp.asarray(alone))[0, -1]
+        np.testing.assert_allclose(rollout.score_B[row], (raw - 0.25) / 0.5, atol=1e-4)
+
+
+def test_a_missing_end_is_penalised_as_named(networks_params: tuple) -> None:
+    kept, metrics = rolled(networks_params)
+    ended = np.any((kept.tokens_BT[:, 5:] == EOS) & kept.response_mask_BR, axis=1)
+    assert 2 < ended.sum() < ROWS - 2 and metrics["missing_end"] == pytest.approx(1 - ended.mean())
+    replaced, _ = rolled(networks_params, "replace")
+    np.testing.assert_allclose(replaced.score_B, np.where(ended, kept.score_B, -1.5), atol=1e-6)
+    subtracted, _ = rolled(networks_params, "subtract")
+    np.testing.assert_allclose(subtracted.score_B, kept.score_B - 1.5 * ~ended, atol=1e-6)
+
+
+def test_a_rollout_of_the_reference_itself(networks_params: tuple) -> None:
+    rollout, metrics = rolled(networks_params)
+    mask = rollout.response_mask_BR
+    np.testing.assert_allclose(rollout.logp_BR, rollout.ref_logp_BR, atol=1e-5)
+    assert abs(metrics["kl"]) <= 1e-5 and metrics["sampler_logp_error"] <= 1e-5
+    assert metrics["reward"] == pytest.approx(rollout.score_B.mean(), abs=1e-5)
+    assert metrics["response_tokens"] == pytest.approx(mask.sum() / ROWS)
+    assert np.all(rollout.tokens_BT[:, 5:][~mask] == PAD)
+    np.testing.assert_array_equal(rollout.mask_BT, np.concatenate([np.asarray(PROMPTS.mask_BP), mask], axis=1))
+
+
+def test_the_advantage_is_whitened_and_the_target_is_not(networks_params: tuple) -> None:
+    rollout, _ = rolled(networks_params)
+    mask = rollout.response_mask_BR
+    kept = rollout.advantage_BR[mask]
+    assert abs(kept.mean()) < 1e-5 and kept.var() == pytest.approx(1, abs=1e-4)
+    assert np.all(rollout.advantage_BR[~mask] == 0)
+    # Without a KL the only reward is the score at the end, where A = score - value: the target is it.
+    last = mask.sum(axis=1) - 1
+    np.testing.assert_allclose(rollout.target_BR[np.arange(ROWS), last], rollout.score_B, atol=1e-4)
+    raw = (rollout.target_BR - rollout.value_BR)[mask]
+    np.testing.assert_allclose(kept, (raw - raw.mean()) / raw.std(), atol=1e-4)
+
+
+def test_a_policy_that_moved_pays_for_it(networks_params: tuple) -> None:
+    params, frozen = networks_params
+    moved = params | {"policy": jax.tree.map(lambda x: 1.3 * x, params["policy"])}
+    rollout, metrics = rolled((moved, frozen))
+    kl = (rollout.logp_BR - rollout.ref_logp_BR)[rollout.response_mask_BR].sum() / ROWS
+    assert kl > 0.05 and metrics["kl"] == pytest.approx(kl, rel=1e-4)
+    assert metrics["reward"] == pytest.approx(rollout.score_B.mean() - 0.5 * kl, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def iterations(networks_params: tuple) -> list:
+    """[(state before, state after, metrics)] of two iterations, and of the first once more."""
+    params, frozen = networks_params
+    step = jit_update(ppo.make_update(NETWORKS, SETTINGS, eos_id=EOS, pad_id=PAD), make_mesh(1))
+
+    def start() -> Any:
+        return ppo.initial_state(SETTINGS, copied(params["policy"]), copied(params["critic"]))
+
+    def kept(state: Any) -> dict:
+        return {
+            name: jax.tree.map(np.array, getattr(state, name)) for name in ("step", "params", "opt_state", "extras")
+        }
+
+    history, state = [], start()
+    for again in (False, False, True):
+        state = start() if again else state
+        before = kept(state)
+        state, metrics = step(state, BATCH, frozen)
+        history.append((before, kept(state), {name: float(value) for name, value in metrics.items()}))
+    return history
+
+
+def test_before_the_first_update_nothing_has_moved(iterations: list) -> None:
+    _, _, metrics = iterations[0]
+    assert metrics["first_ratio_error"] <= 1e-5 and abs(metrics["kl"]) <= 1e-5
+    _, _, later = iterations[1]
+    assert later["first_ratio_error"] <= 1e-5 and later["kl"] > 1e-3
+    assert metrics["ratio_error"] > 1e-3  # the mean over epochs, in which it moves
+
+
+def test_an_iteration_takes_epochs_times_minibatches_steps(iterations: list) -> None:
+    for number, (_, after, _) in enumerate(iterations[:2], 1):
+        assert int(after["step"]) == number
+        for name in ("policy", "critic"):
+            adam = next(part for part in after["opt_state"][name] if hasattr(part, "mu"))
+            assert int(adam.count) == number * SETTINGS.epochs * SETTINGS.minibatches
+
+
+def test_the_coefficient_adapts(iterations: list) -> None:
+    # 16 episodes of a horizon of 100. First KL 0 of 0.01: as far below as counts, -0.2. Then far above: 0.2.
+    assert iterations[0][2]["kl_coef"] == 0.5
+    first, second = (float(after["extras"]["kl_coef"]) for _, after, _ in iterations[:2])
+    assert first == pytest.approx(0.5 * (1 - 0.2 * 0.16), rel=1e-6)
+    assert iterations[1][2]["kl"] > 0.012 and second == pytest.approx(first * (1 + 0.2 * 0.16), rel=1e-6)
+
+
+def test_the_moving_average_follows_the_policy(iterations: list) -> None:
+    for before, after, _ in iterations[:2]:
+        expected = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, before["extras"]["ema"], after["params"]["policy"])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after["extras"]["ema"], expected)
+        moves = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["params"], after["params"])
+        assert min(jax.tree.leaves(moves)) > 1e-4
+
+
+def test_the_frozen_networks_stay(iterations: list, networks_params: tuple) -> None:
+    before, frozen = iterations[0][0], networks_params[1]
+    jax.tree.map(np.testing.assert_array_equal, frozen.reference, before["params"]["policy"])
+    jax.tree.map(np.testing.assert_array_equal, frozen.reward, init_params(NETWORKS.scorer, jax.random.key(1)))
+
+
+def test_the_mix_is_reported_beside_ppo(iterations: list) -> None:
+    for _, _, metrics in iterations:
+        assert metrics["ppo_norm"] > 0 and metrics["pretraining_norm"] > 0
+        assert metrics["ppo_over_pretraining"] == pytest.approx(
+            metrics["ppo_norm"] / metrics["pretraining_norm"], rel=1e-5
+        )
+        assert 0.5 < metrics["pretraining_loss"] < 20
+
+
+def test_the_same_state_gives_the_same_bits(iterations: list) -> None:
+    jax.tree.map(np.testing.assert_array_equal, iterations[0][1], iterations[2][1])
+    assert iterations[0][2] == iterations[2][2]
+    assert iterations[0][2]["score"] != iterations[1][2]["score"]  # another step samples with another key
+
+
+def test_an_iteration_by_pmap(networks_params: tuple) -> None:
+    params, frozen = networks_params
+    update = ppo.make_update(NETWORKS, SETTINGS, eos_id=EOS, pad_id=PAD, axis_name="data")
+    state, metrics = pmap_update(update, 2)(ppo.initial_state(SETTINGS, *copied(list(params.values()))), BATCH, frozen)
+    assert float(metrics["first_ratio_error"]) <= 1e-5 and abs(float(metrics["kl"])) <= 1e-5
+    tokens = float(metrics["response_tokens"]) * ROWS + float(jnp.sum(PROMPTS.mask_BP))
+    assert float(metrics["tokens"]) == pytest.approx(tokens, rel=1e-5)  # those of both devices
+    assert int(state.step) == 1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
