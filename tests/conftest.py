@@ -21,6 +21,14 @@ def strict_dtypes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Less optimisation, for modules that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def one_by_one(function: Callable) -> Callable:
     """What vmap and pmap do over the leading axis of all arrays, without either."""
 
