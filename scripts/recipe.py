@@ -167,6 +167,8 @@ class Config:
     """Folder of the run, instead of runs/NAME."""
     seed: int = 0
     """Seed of everything: parameters, order of the data, samples, the labeller's noise."""
+    seeds: int = 1
+    """How many seeds to run, from seed up, each in a folder seedN below this one; medians at the end."""
     size: Literal["tiny", "small", "base", "large"] = "small"
     """tiny tries the wiring in a minute, small is for two CPU cores, base and large are for a GPU."""
     devices: int = 1
@@ -238,6 +240,26 @@ def cosine(rate: float, **changes: Any) -> OptimConfig:
 
 
 def run(config: Config) -> None:
+    """The recipe with one seed, or with several and the medians of their figures."""
+    cli.use_cpu_devices(config.devices)
+    if config.seeds == 1:
+        run_seed(config)
+        return
+    summaries = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        folder = config.folder / f"seed{seed}"
+        run_seed(dataclasses.replace(config, seed=seed, seeds=1, out=str(folder)))
+        summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    medians = {
+        key: float(np.median([summary[key] for summary in summaries]))
+        for key, value in summaries[0].items()
+        if isinstance(value, int | float) and key != "seed"
+    }
+    write_json(config.folder / "summary.json", medians | nested(medians) | {"seeds": [s["seed"] for s in summaries]})
+    rich.console.Console().print(figures_table(medians, f"medians over {config.seeds} seeds"))
+
+
+def run_seed(config: Config) -> None:
     """Runs what is not done yet, then tells what came out."""
     size, console = SIZES[config.size], rich.console.Console()
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -535,7 +557,7 @@ def nested(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def print_summary(console: rich.console.Console, folder: Path, summary: dict[str, Any]) -> None:
-    """Answers side by side, then the figures beside what was asked of them."""
+    """Answers side by side, then the figures."""
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:SHOWN_PROMPTS]
     table = rich.table.Table(title="the same held-out prompts, answered after each stage", show_lines=True)
     for title in ("prompt", "pretrained", "SFT", "PPO"):
@@ -544,8 +566,13 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
         answers = [f"{sample[name][:160]}\n[{sample['gold'][name]:+.1f}]" for name in ("pretrain", "sft", "ppo")]
         table.add_row(*(rich.text.Text(cell) for cell in (sample["prompt"], *answers)))
     console.print(table)
-    s = summary
-    low, high = s["ppo.win_rate_vs_sft_interval"]
+    console.print(figures_table(summary, "what came out, on held-out prompts and text"))
+
+
+def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
+    """The figures of a summary beside what was asked of them."""
+    interval = s.get("ppo.win_rate_vs_sft_interval")
+    spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     rows = [
         ("held-out bits per byte", f"{s['pretrain.heldout_bits_per_byte']:.3f}",
          f"below the bigram model's {s['pretrain.bigram_bits_per_byte']:.3f}"),
@@ -554,7 +581,7 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
         ("SFT against pretrained, win rate", f"{s['sft.win_rate_vs_pretrained']:.3f}", ""),
         ("reward model: accuracy on gold order", f"{s['reward.heldout_accuracy']:.3f}", "0.75, aim 0.85"),
         ("the same from scratch", f"{s['reward.scratch_heldout_accuracy']:.3f}", "lower than from SFT"),
-        ("PPO against SFT, win rate", f"{s['ppo.win_rate_vs_sft']:.3f} [{low:.3f}, {high:.3f}]", "0.70, aim 0.80"),
+        ("PPO against SFT, win rate", f"{s['ppo.win_rate_vs_sft']:.3f}{spread}", "0.70, aim 0.80"),
         ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
         ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",
@@ -563,12 +590,12 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
          "at most 1e-4"),
         ("minutes", f"{s['wall_seconds'] / 60:.1f}", "at most 8 on two CPU cores"),
     ]  # fmt: skip
-    figures = rich.table.Table(title="what came out, on held-out prompts and text")
+    figures = rich.table.Table(title=title)
     for title in ("figure", "measured", "wanted"):
         figures.add_column(title)
     for row in rows:
         figures.add_row(*(rich.text.Text(cell) for cell in row))
-    console.print(figures)
+    return figures
 
 
 if __name__ == "__main__":
