@@ -234,4 +234,6 @@ def _refuse_drift(before: dict[str, str], after: dict[str, str]) -> None:
 
 def _shapes(batch: Any) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(batch)
-    return ", ".join(f"{jax.tree_util.keystr(path, simple=True, separator='.')}{list(jnp.shape(leaf))}" for path, leaf in leaves)
+    return ", ".join(
+        f"{jax.tree_util.keystr(path, simple=True, separator='.')}{list(jnp.shape(leaf))}" for path, leaf in leaves
+    )
