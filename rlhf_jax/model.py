@@ -61,6 +61,10 @@ class ModelConfig:
     """Residual dropout in training, a fraction; 0.2 in InstructGPT's SFT. Never active in rollouts or PPO."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; norms, softmax and logits are float32 always."""
+    qk_norm: bool = False
+    """Norm each head's queries and keys, before the rotation (Qwen3): attention stays calm at high learning rates."""
+    embedding_scale: float = 1.0
+    """Token embeddings are multiplied by this on their way in; sqrt(width) in Gemma, which suits tied embeddings."""
     vocab_multiple: int = 1
     """The embedding has vocab_size rounded up to a multiple of this; the extra rows have no logit."""
 
@@ -206,6 +210,9 @@ class Attention(nn.Module):
             return flat.reshape(rows, length, heads, head).transpose(0, 2, 1, 3)
 
         query, key, value = split("query", config.heads), split("key", groups), split("value", groups)
+        if config.qk_norm:
+            query = _norm(config, "query_norm")(query).astype(config.dtype)
+            key = _norm(config, "key_norm")(key).astype(config.dtype)
         if config.positions == "rotary":
             query = rotate(query, positions_BT, config.rope_base)
             key = rotate(key, positions_BT, config.rope_base)
@@ -358,7 +365,7 @@ class Transformer(nn.Module):
             keys_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.mask_BS, real_BT, cache.filled, axis=1)
             slot_S = jnp.arange(keys_mask_BS.shape[1])
             allowed_BTS = keys_mask_BS[:, None, :] & (cache.filled + slot_T[None, :, None] >= slot_S[None, None, :])
-        x_BTD = self.embedding[tokens_BT]
+        x_BTD = self.embedding[tokens_BT] * config.embedding_scale
         if config.positions == "learned":
             x_BTD += self.position_embedding[jnp.minimum(positions, config.context - 1)]
         x_BTD = self.dropout(x_BTD.astype(config.dtype), deterministic=deterministic)

@@ -46,6 +46,8 @@ class Size:
     """What a size sets; small is tuned for two CPU cores, the larger ones are for a GPU."""
 
     model: ModelConfig
+    prompt_tokens: int
+    response_tokens: int
     pretrain_steps: int
     pretrain_batch: int
     row_length: int
@@ -53,6 +55,7 @@ class Size:
     sft_steps: int
     sft_batch: int
     sft_rate: float
+    sft_dropout: float
     ranked_prompts: int
     reward_batch: int
     reward_rate: float
@@ -66,9 +69,29 @@ class Size:
     pretraining_coef: float
 
 
+def shape(vocab_size: int, context: int, width: int, layers: int, heads: int, **changes: Any) -> ModelConfig:
+    """Llama's block with Gemma's embedding scale and Qwen3's norm of queries and keys.
+
+    Both bring the moment forward at which a small model learns to copy from its prompt (docs/lab-notebook.md).
+    """
+    return ModelConfig(
+        vocab_size=vocab_size,
+        context=context,
+        width=width,
+        layers=layers,
+        heads=heads,
+        rope_base=1000.0,
+        qk_norm=True,
+        embedding_scale=math.sqrt(width),
+        **changes,
+    )
+
+
 SIZES = {
     "tiny": Size(
-        model=ModelConfig(vocab_size=512, context=128, width=64, layers=2, heads=2),
+        model=shape(512, 128, 64, 2, 2),
+        prompt_tokens=20,
+        response_tokens=24,
         pretrain_steps=150,
         pretrain_batch=8,
         row_length=64,
@@ -76,6 +99,7 @@ SIZES = {
         sft_steps=100,
         sft_batch=16,
         sft_rate=2e-3,
+        sft_dropout=0.0,
         ranked_prompts=128,
         reward_batch=16,
         reward_rate=1e-3,
@@ -89,14 +113,17 @@ SIZES = {
         pretraining_coef=0.1,
     ),
     "small": Size(
-        model=ModelConfig(vocab_size=1024, context=128, width=128, layers=4, heads=4),
-        pretrain_steps=3600,
+        model=shape(4096, 128, 128, 4, 8),
+        prompt_tokens=16,
+        response_tokens=20,
+        pretrain_steps=3000,
         pretrain_batch=8,
         row_length=64,
         pretrain_rate=3e-3,
-        sft_steps=1200,
+        sft_steps=900,
         sft_batch=16,
-        sft_rate=1e-3,
+        sft_rate=2e-3,
+        sft_dropout=0.1,
         ranked_prompts=4000,
         reward_batch=32,
         reward_rate=5e-4,
@@ -110,7 +137,9 @@ SIZES = {
         pretraining_coef=0.1,
     ),
     "base": Size(
-        model=ModelConfig(vocab_size=4096, context=256, width=512, layers=8, heads=8, dtype="bfloat16"),
+        model=shape(4096, 256, 512, 8, 8, dtype="bfloat16"),
+        prompt_tokens=16,
+        response_tokens=20,
         pretrain_steps=6000,
         pretrain_batch=32,
         row_length=128,
@@ -118,6 +147,7 @@ SIZES = {
         sft_steps=1500,
         sft_batch=64,
         sft_rate=3e-4,
+        sft_dropout=0.1,
         ranked_prompts=8000,
         reward_batch=64,
         reward_rate=1e-4,
@@ -131,7 +161,9 @@ SIZES = {
         pretraining_coef=0.1,
     ),
     "large": Size(
-        model=ModelConfig(vocab_size=8192, context=512, width=1024, layers=16, heads=16, dtype="bfloat16"),
+        model=shape(8192, 512, 1024, 16, 16, dtype="bfloat16"),
+        prompt_tokens=16,
+        response_tokens=20,
         pretrain_steps=8000,
         pretrain_batch=64,
         row_length=256,
@@ -139,6 +171,7 @@ SIZES = {
         sft_steps=2000,
         sft_batch=64,
         sft_rate=1e-4,
+        sft_dropout=0.2,
         ranked_prompts=9000,
         reward_batch=64,
         reward_rate=3e-5,
@@ -152,7 +185,7 @@ SIZES = {
         pretraining_coef=0.1,
     ),
 }
-PROMPT_TOKENS, RESPONSE_TOKENS, RESPONSES = 20, 24, 4
+RESPONSES = 4
 HELDOUT_PROMPTS = 512
 SHOWN_PROMPTS = 8
 
@@ -211,10 +244,10 @@ class Judge:
 class Sampler:
     """Responses of a run's model, by the pure distribution at temperature 1."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, response_tokens: int) -> None:
+        self.model, self.response_tokens = model, response_tokens
         self.options: dict[str, Any] = {
-            "max_new_tokens": RESPONSE_TOKENS,
+            "max_new_tokens": response_tokens,
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
         }
@@ -288,7 +321,7 @@ def run_seed(config: Config) -> None:
     clock.lap("pretrain")
 
     announce("2  SFT: demonstrations, response tokens only")
-    limit = PROMPT_TOKENS + RESPONSE_TOKENS
+    limit = size.prompt_tokens + size.response_tokens
     tuned = sft.run(
         sft.Config(
             **stage_settings(config, "sft", save_every=400),
@@ -297,6 +330,7 @@ def run_seed(config: Config) -> None:
             steps=size.sft_steps,
             max_tokens=limit,
             buckets=(limit,),
+            dropout=size.sft_dropout,
             optimizer=cosine(size.sft_rate),
         ),
         records=corpus.demonstrations,
@@ -307,10 +341,10 @@ def run_seed(config: Config) -> None:
     announce("3.1  reward model: four responses to a prompt, ranked")
     tokenizer = tuned.run.tokenizer
     model = Transformer(model_of(tuned.run))
-    sampler, judge = Sampler(model, tokenizer), Judge(corpus, tokenizer)
+    sampler, judge = Sampler(model, tokenizer, size.response_tokens), Judge(corpus, tokenizer)
     sft_params = released_params(tuned.run)
-    train_prompts = prompt_rows(corpus.prompts, tokenizer)
-    heldout_prompts = prompt_rows(corpus.heldout_prompts, tokenizer, HELDOUT_PROMPTS)
+    train_prompts = prompt_rows(corpus.prompts, tokenizer, size.prompt_tokens)
+    heldout_prompts = prompt_rows(corpus.heldout_prompts, tokenizer, size.prompt_tokens, HELDOUT_PROMPTS)
     rankings, agreement = label(config, size, sampler, judge, sft_params, train_prompts, config.folder)
     heldout_rankings = gold_rankings(sampler, judge, sft_params, heldout_prompts, config.seed)
     console.print(
@@ -324,7 +358,9 @@ def run_seed(config: Config) -> None:
     clock.lap("reward_scratch")
 
     announce("3.2  PPO: maximise the reward, stay near the SFT model")
-    watched = PromptRows(heldout_prompts.rows[:128], PROMPT_TOKENS, tokenizer.pad_id, heldout_prompts.sources[:128])
+    watched = PromptRows(
+        heldout_prompts.rows[:128], size.prompt_tokens, tokenizer.pad_id, heldout_prompts.sources[:128]
+    )
 
     def watch(state: TrainState) -> dict[str, float]:
         responses = sampler(state.params["policy"], watched, config.seed + 3)
@@ -341,14 +377,14 @@ def run_seed(config: Config) -> None:
             epochs=size.epochs,
             log_every=1,
             eval_every=10,
-            prompt_length=PROMPT_TOKENS,
+            prompt_length=size.prompt_tokens,
             kl_coef=size.kl_coef,
             pretraining_coef=size.pretraining_coef,
             pretraining_batch=size.minibatches * 2 if size.pretraining_coef else 0,
             pretraining_row_length=size.row_length,
             policy=OptimConfig(learning_rate=size.policy_rate, schedule="linear", epsilon=1e-5),
             critic=OptimConfig(learning_rate=size.critic_rate, schedule="linear", epsilon=1e-5),
-            episode=EpisodeConfig(response_length=RESPONSE_TOKENS, missing_end="subtract"),
+            episode=EpisodeConfig(response_length=size.response_tokens, missing_end="subtract"),
         ),
         prompts=list(train_prompts.sources),
         texts=corpus.texts,
@@ -390,12 +426,12 @@ class Clock:
         return sum(self.seconds.values())
 
 
-def prompt_rows(prompts: list[Prompt], tokenizer: Tokenizer, most: int | None = None) -> PromptRows:
-    """The prompts that fit, in the order of a fixed shuffle, at most so many."""
+def prompt_rows(prompts: list[Prompt], tokenizer: Tokenizer, width: int, most: int | None = None) -> PromptRows:
+    """The prompts that fit in `width` tokens, in the order of a fixed shuffle, at most so many."""
     order = np.random.default_rng(0).permutation(len(prompts))
     shuffled = [prompts[i] for i in order]
-    rows = encode_prompts(shuffled, tokenizer, max_tokens=PROMPT_TOKENS, ledger=Ledger())
-    return PromptRows(rows.rows[:most], PROMPT_TOKENS, tokenizer.pad_id, rows.sources[:most])
+    rows = encode_prompts(shuffled, tokenizer, max_tokens=width, ledger=Ledger())
+    return PromptRows(rows.rows[:most], width, tokenizer.pad_id, rows.sources[:most])
 
 
 def label(
@@ -425,7 +461,7 @@ def label(
         for p, row, r in zip(chosen.sources, responses, ranks, strict=True)
     ]
     (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    limit = PROMPT_TOKENS + RESPONSE_TOKENS
+    limit = prompts.width + sampler.response_tokens
     return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,)), float(same[differ].mean())
 
 
@@ -438,7 +474,7 @@ def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRo
         (ranking_rows(ids, row), row_ranks.tolist())
         for ids, row, row_ranks in zip(prompts.rows, responses, ranks, strict=True)
     ]
-    limit = PROMPT_TOKENS + RESPONSE_TOKENS
+    limit = prompts.width + sampler.response_tokens
     return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,))
 
 
@@ -460,8 +496,8 @@ def train_reward(
             backbone=backbone,
             batch=size.reward_batch,
             optimizer=cosine(size.reward_rate),
-            max_tokens=PROMPT_TOKENS + RESPONSE_TOKENS,
-            buckets=(PROMPT_TOKENS + RESPONSE_TOKENS,),
+            max_tokens=rankings.limit,
+            buckets=rankings.buckets,
         ),
         rankings=rankings,
         heldout=heldout,
@@ -500,7 +536,7 @@ def measure(
         params["sft"],
         prompts,
         [row[0] for row in answers["ppo"]],
-        max_new_tokens=RESPONSE_TOKENS,
+        max_new_tokens=sampler.response_tokens,
     )
     row_length = SIZES[config.size].row_length
     training, heldout = (

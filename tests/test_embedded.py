@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_jax.data.embedded import Corpus, first_sentence, load_corpus, prompt_of, words_of
+from rlhf_jax.data.embedded import Corpus, first_sentence, help_page, load_corpus, prompt_of, words_of
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,11 @@ def test_prompt_of(name: str, arguments: list[str], prompt: str) -> None:
     assert prompt_of(name, arguments) == prompt
 
 
+def test_help_page() -> None:
+    assert help_page("f", []) == " f: f"
+    assert help_page("isLoopback", ["self", "x"], "True.") == " is loopback: is loopback (x)\n\n True."
+
+
 @pytest.mark.parametrize(
     ("docstring", "sentence"),
     [
@@ -72,7 +77,7 @@ def test_nothing_held_out_is_trained_on(corpus: Corpus) -> None:
     texts = {text.text for text in corpus.texts}
     assert texts.isdisjoint(text.text for text in corpus.heldout_texts)
     heldout_sentences = {record.completion for record in corpus.heldout_demonstrations}
-    # Most texts stand under their function's signature, a line that starts with a space.
+    # Most texts stand under their function's name and signature, a line that starts with a space.
     bodies = [text.split("\n\n", 1)[-1] if text.startswith(" ") else text for text in texts]
     trained_sentences = {f" {first_sentence(body)}" for body in bodies}
     assert len(trained_sentences) > 2000 and heldout_sentences.isdisjoint(trained_sentences)
@@ -80,6 +85,8 @@ def test_nothing_held_out_is_trained_on(corpus: Corpus) -> None:
     prompts = [record.prompt for record in corpus.prompts]
     heldout = [record.prompt for record in corpus.heldout_prompts]
     assert set(prompts).isdisjoint(heldout)
+    pages = {f"{text.split(chr(10))[0].split(':')[-1]} ->" for text in texts if text.startswith(" ")}
+    assert len(pages & set(prompts)) > 3000 and pages.isdisjoint(heldout)
     assert len(set(prompts)) == len(prompts) and len(set(heldout)) == len(heldout)
     assert {record.prompt for record in corpus.demonstrations} <= set(prompts)
     assert {record.prompt for record in corpus.heldout_demonstrations} <= set(heldout)

@@ -28,6 +28,7 @@ KINDS = {
     "gpt2": ModelConfig.gpt2(**SMALL),
     "llama": ModelConfig(**SMALL, kv_heads=2, tied=False),
     "tied": ModelConfig(**SMALL, kv_heads=1, head_width=6),
+    "qwen3": ModelConfig(**SMALL, kv_heads=2, head_width=6, qk_norm=True, embedding_scale=4.0),
 }
 
 
@@ -169,6 +170,24 @@ def test_scalar_head_starts_small_on_the_given_backbone() -> None:
     assert params["block_0"] is backbone["block_0"] and params["embedding"] is backbone["embedding"]
     assert "unembedding" not in params
     assert jax.eval_shape(scalar.apply, {"params": params}, jnp.zeros((1, 3), jnp.int32)).shape == (1, 3)
+
+
+def test_embedding_scale_acts_on_the_way_in_only() -> None:
+    plain, scaled = (Transformer(ModelConfig(**SMALL, tied=False, embedding_scale=scale)) for scale in (1.0, 8.0))
+    params, tokens = init_params(plain, jax.random.key(0)), np.arange(10)[None]
+    eighth = params | {"embedding": params["embedding"] / 8}
+    np.testing.assert_array_equal(logits_of(plain, params, tokens), logits_of(scaled, eighth, tokens))
+
+
+@pytest.mark.parametrize(("qk_norm", "same"), [(True, True), (False, False)])
+def test_normed_queries_and_keys_have_no_length(qk_norm: bool, same: bool) -> None:
+    model = Transformer(ModelConfig(**SMALL, qk_norm=qk_norm, norm_epsilon=1e-12))
+    params, tokens = init_params(model, jax.random.key(0)), np.arange(10)[None]
+    attention = params["block_0"]["attention"]
+    longer = {name: attention[name] | {"kernel": 4 * attention[name]["kernel"]} for name in ("query", "key")}
+    changed = params | {"block_0": params["block_0"] | {"attention": attention | longer}}
+    close = np.allclose(logits_of(model, params, tokens), logits_of(model, changed, tokens), atol=1e-5)
+    assert close == same
 
 
 def test_dropout_is_off_unless_asked_for() -> None:

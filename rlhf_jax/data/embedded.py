@@ -1,6 +1,7 @@
 """The default corpus, carried by every Python: the language's own documentation.
 
-Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library. Demonstrations are pairs of a
+Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library, each under its function's name
+and signature as help() shows it. Demonstrations are pairs of a
 function's name and signature, written as words, and the first sentence of its docstring. Functions without a docstring
 give further prompts. Sources are parsed, never imported, so nothing of theirs runs.
 """
@@ -36,6 +37,9 @@ _SKIPPED_FOLDERS = {
     "turtledemo",
 }
 _LEAST_DEMONSTRATIONS = 1000
+# What help() says of a function without a docstring is its name and its signature, and the second repeats the first.
+# Seen twice, these pages make a small model learn within minutes to speak of what it was asked (docs/lab-notebook.md).
+_TIMES_UNDOCUMENTED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,12 @@ def signature_of(name: str, arguments: list[str]) -> str:
 def prompt_of(name: str, arguments: list[str]) -> str:
     """The question about a function: ` use posix spawn (args) ->`."""
     return f"{signature_of(name, arguments)} ->"
+
+
+def help_page(name: str, arguments: list[str], docstring: str = "") -> str:
+    """What help() shows of a function: ` use posix spawn: use posix spawn (args)`, and its docstring below."""
+    page = f" {' '.join(words_of(name))}:{signature_of(name, arguments)}"
+    return f"{page}\n\n {docstring}" if docstring else page
 
 
 def first_sentence(docstring: str) -> str | None:
@@ -136,14 +146,15 @@ def load_corpus() -> Corpus:
 
     Raises: UserError where this Python has been stripped of its documentation.
     """
-    documents: dict[str, str] = {}
+    documents: dict[str, tuple[str, str]] = {}  # text: where it stands, the prompt of its function
+    undocumented: dict[str, Text] = {}  # by prompt
     functions: dict[str, Function] = {}
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         topics = {}
     for topic, text in sorted(topics.items()):
-        documents.setdefault(text.strip(), f"pydoc_data.topics:{topic}")
+        documents.setdefault(text.strip(), (f"pydoc_data.topics:{topic}", ""))
     root = Path(sysconfig.get_paths()["stdlib"])
     found: list[tuple[str, str | None, str, list[str]]] = []
     for path in sorted(root.rglob("*.py")):
@@ -154,13 +165,14 @@ def load_corpus() -> Corpus:
         found.extend(_functions_of_c_module(module))
     for where, docstring, name, arguments in found:
         named = bool(name) and not name.startswith("__") and bool(words_of(name))
+        prompt = prompt_of(name, arguments) if named else ""
         if docstring:
             text = inspect.cleandoc(docstring).strip()
-            # Under its signature, as help() shows it: what a text is about is how a model learns to speak of it.
-            documents.setdefault(f"{signature_of(name, arguments)}\n\n {text}" if named else text, where)
+            documents.setdefault(help_page(name, arguments, text) if named else text, (where, prompt))
+        elif named:
+            undocumented.setdefault(prompt, Text(help_page(name, arguments), where))
         if not named:
             continue
-        prompt = prompt_of(name, arguments)
         sentence = first_sentence(docstring) if docstring else None
         if prompt not in functions or (functions[prompt].sentence is None and sentence is not None):
             functions[prompt] = Function(where, prompt, sentence)
@@ -172,22 +184,25 @@ def load_corpus() -> Corpus:
             f"pass files with --data"
         )
     prompts = [Prompt(f.prompt, f.where) for f in functions.values()]
-    texts = [Text(text, where) for text, where in documents.items() if len(text) >= 40]
-    # A held-out function's docstring must not be pretrained on either, so texts follow the functions' split.
-    heldout_sentences = {f.sentence for f in functions.values() if f.sentence and _share(f.prompt) < 0.1}
+    pages = {text: (Text(text, where), prompt) for text, (where, prompt) in documents.items() if len(text) >= 40}
+    # Nothing of a held-out function is pretrained on: no page of its own, and none that opens with the same sentence.
+    unseen = {prompt for prompt in functions if _share(prompt) < 0.1}
+    heldout_sentences = {f.sentence for f in functions.values() if f.sentence and f.prompt in unseen}
 
-    def held_out_text(text: Text) -> bool:
-        body = text.text.split("\n\n", 1)[-1] if text.text.startswith(" ") else text.text
-        return _share(text.text) < 0.04 or first_sentence(body) in heldout_sentences
+    def held_out(text: str, prompt: str) -> bool:
+        body = text.split("\n\n", 1)[-1] if prompt else text
+        return _share(text) < 0.04 or prompt in unseen or first_sentence(body) in heldout_sentences
 
-    demonstrated = [d for d in demonstrations if _share(d.prompt) >= 0.1]
+    demonstrated = [d for d in demonstrations if d.prompt not in unseen]
     # A method overridden under another signature has the same sentence: not held out if it was shown.
     shown = {d.completion for d in demonstrated}
     return Corpus(
-        texts=[t for t in texts if not held_out_text(t)],
-        heldout_texts=[t for t in texts if _share(t.text) < 0.04],
+        texts=[text for text, prompt in pages.values() if not held_out(text.text, prompt)]
+        + [t for p, t in undocumented.items() if functions[p].sentence is None and p not in unseen]
+        * _TIMES_UNDOCUMENTED,
+        heldout_texts=[text for text, _ in pages.values() if _share(text.text) < 0.04],
         demonstrations=demonstrated,
-        heldout_demonstrations=[d for d in demonstrations if _share(d.prompt) < 0.1 and d.completion not in shown],
-        prompts=[p for p in prompts if _share(p.prompt) >= 0.1],
-        heldout_prompts=[p for p in prompts if _share(p.prompt) < 0.1],
+        heldout_demonstrations=[d for d in demonstrations if d.prompt in unseen and d.completion not in shown],
+        prompts=[p for p in prompts if p.prompt not in unseen],
+        heldout_prompts=[p for p in prompts if p.prompt in unseen],
     )
