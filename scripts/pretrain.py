@@ -13,6 +13,11 @@ from typing import NoReturn
 # The root, which holds the package `scripts`: a script finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":
+    from scripts.huge_pages import use_huge_pages
+
+    use_huge_pages()
+
 from rlhf_jax.stages import pretrain
 from scripts import cli
 

@@ -18,6 +18,11 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
+if __name__ == "__main__":
+    from scripts.huge_pages import use_huge_pages
+
+    use_huge_pages()
+
 import jax
 import numpy as np
 import rich.console
@@ -124,9 +129,9 @@ SIZES = {
         sft_batch=16,
         sft_rate=2e-3,
         sft_dropout=0.1,
-        ranked_prompts=4000,
-        reward_batch=32,
-        reward_rate=5e-4,
+        ranked_prompts=7000,
+        reward_batch=8,
+        reward_rate=1e-3,
         iterations=70,
         episodes=64,
         minibatches=4,
