@@ -145,6 +145,9 @@ def run(
     ledger = Ledger()
     if rankings is None:
         rankings, heldout = _rows(config, source, limit, ledger)
+    else:
+        for number, (responses, _) in enumerate(rankings.rows):
+            ledger.keep(f"rankings:{number + 1}", tokens=sum(map(len, responses)))
     refuse_empty(rankings, "rankings", ledger)
     if demonstrations is None:
         read = read_records(config.demonstrations, "demonstrations", Ledger()) if config.demonstrations else []
