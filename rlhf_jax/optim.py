@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.arrays import Array, Params, TrainState
+from rlhf_jax.config import at_least, within
 from rlhf_jax.errors import UserError
 
 
@@ -38,10 +39,14 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 for none."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate < 0:
-            raise UserError(f"learning_rate: found {self.learning_rate}, wanted 0 or more")
-        if self.warmup_steps < 0:
-            raise UserError(f"warmup_steps: found {self.warmup_steps}, wanted 0 or more")
+        for field in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+            at_least(self, field, 0)
+        if not self.epsilon > 0:
+            raise UserError(f"epsilon: found {self.epsilon}, wanted more than 0")
+        within(self, "beta1", 0, 1)
+        within(self, "beta2", 0, 1)
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"final_fraction: found {self.final_fraction}, wanted 0 to 1")
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -121,7 +121,19 @@ def test_each_share_has_a_key_of_its_own() -> None:
     )
 
 
-@pytest.mark.parametrize("change", [{"learning_rate": -1.0}, {"warmup_steps": -1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": -1.0},
+        {"warmup_steps": -1},
+        {"final_fraction": 1.5},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"epsilon": 0.0},
+        {"weight_decay": -0.1},
+        {"clip_norm": float("nan")},
+    ],
+)
 def test_impossible_settings_are_refused(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         OptimConfig(**change)

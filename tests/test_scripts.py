@@ -23,8 +23,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax.config import to_plain
-from rlhf_jax.model import ModelConfig
+from rlhf_jax.data import Ledger, encode_demonstrations, read_records
+from rlhf_jax.evaluation import row_scores
+from rlhf_jax.model import ModelConfig, Transformer
 from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.runs import model_of, released_params
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.tokenizer import Tokenizer
@@ -123,6 +126,17 @@ def dropped(run: str) -> set[tuple[str, str]]:
     """(file:line, reason) of the rows that a run could not use."""
     rows = ledger(run)["rows"]
     return {(row["where"], row["reason"]) for row in rows if not row["reason"].startswith("held out")}
+
+
+@pytest.mark.usefixtures("user")
+def test_scores_are_centred_on_demonstrations_and_dialogues() -> None:
+    judge = RunFolder.open("runs/judge", stages=("reward",))
+    model = Transformer(model_of(judge), scalar=True)
+    records = read_records(["answers.jsonl"], "demonstrations", Ledger())
+    rows = encode_demonstrations(records, judge.tokenizer, max_tokens=CONTEXT, ledger=Ledger())
+    assert len(rows) == 17  # 16 pairs of words and the dialogue
+    scores = row_scores(model, released_params(judge), rows)
+    assert abs(scores.mean()) < 1e-5 < scores.std()
 
 
 @pytest.mark.usefixtures("user")

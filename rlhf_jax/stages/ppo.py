@@ -319,6 +319,9 @@ def run(
     same_tokenizer(source, judge)
     if not judge.finished:
         raise UserError(f"{judge.path}: the reward model is not finished; start its command again to go on with it")
+    mean, scale = judge.summary["score_mean"], judge.summary["score_scale"]
+    if not scale > 0:
+        raise UserError(f"{judge.path}: found score_scale {scale}, wanted scores that differ; train it on more data")
     tokenizer = source.tokenizer
     networks = Networks(Transformer(model_of(source)), Transformer(model_of(judge), scalar=True))
     length = config.prompt_length + config.episode.response_length
@@ -369,7 +372,6 @@ def run(
         return Batch(batch_at(rows, batch_size=config.batch, seed=config.seed, step=step), text)
 
     policy, reward_params = released_params(source), released_params(judge)
-    mean, scale = judge.summary["score_mean"], judge.summary["score_scale"]
     frozen = Frozen(policy, reward_params, jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32))
     forward = networks.policy.config.flops_per_token(length, language_head=False)
     state = train(

@@ -15,6 +15,7 @@ from rlhf_jax.arrays import Array, Params, RankingBatch, TrainState
 from rlhf_jax.config import RunConfig, row_settings
 from rlhf_jax.data import (
     Demonstration,
+    Dialogue,
     Ledger,
     RaggedRows,
     RankingRows,
@@ -64,7 +65,7 @@ class Config(RunConfig):
     heldout_fraction: float = 0.05
     """Share of the records that is held out where heldout is not given."""
     demonstrations: tuple[str, ...] = ()
-    """Files of demonstrations; after training, scores are shifted so that these average 0."""
+    """Files of demonstrations or dialogues; after training, scores are shifted so that these average 0."""
     max_tokens: int | None = None
     """Prompts with a longer row are dropped, with a line in the ledger; the model's context if not given."""
     buckets: tuple[int, ...] = ()
@@ -127,7 +128,7 @@ def run(
     *,
     rankings: RankingRows | None = None,
     heldout: RankingRows | None = None,
-    demonstrations: Sequence[Demonstration] | None = None,
+    demonstrations: Sequence[Demonstration | Dialogue] | None = None,
 ) -> Finished:
     """Trains a reward model on the model of config.init; goes on where an earlier start of the same run stopped.
 
@@ -150,8 +151,8 @@ def run(
             ledger.keep(f"rankings:{number + 1}", tokens=sum(map(len, responses)))
     refuse_empty(rankings, "rankings", ledger)
     if demonstrations is None:
-        read = read_records(config.demonstrations, "demonstrations", Ledger()) if config.demonstrations else []
-        demonstrations = [record for record in read if isinstance(record, Demonstration)]
+        paths = config.demonstrations
+        demonstrations = read_records(paths, "demonstrations", Ledger()) if paths else []
     demonstration_rows = encode_demonstrations(demonstrations, tokenizer, max_tokens=limit, ledger=Ledger())
     if config.demonstrations and not len(demonstration_rows):
         raise UserError(
