@@ -31,6 +31,7 @@ import rich.text
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.bigram import bigram_nats
+from rlhf_jax.config import RunConfig, at_least
 from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_prompts, ranking_rows
 from rlhf_jax.data.embedded import Corpus, load_corpus
 from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank
@@ -213,6 +214,11 @@ class Config:
     """How many devices share a batch."""
     pmap: bool = False
     """Replicate by pmap instead of sharding by jit."""
+
+    def __post_init__(self) -> None:
+        # Refuses at once what a stage would refuse.
+        RunConfig(name=self.name, out=self.out, seed=self.seed, devices=self.devices, batch=self.devices, steps=0)
+        at_least(self, "seeds", 1)
 
     @property
     def folder(self) -> Path:

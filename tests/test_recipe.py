@@ -1,0 +1,30 @@
+"""The recipe's command line; its figures are those of scripts/recipe.py itself."""
+
+import pytest
+
+from scripts import cli, recipe
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--seeds", "0", "seeds: found 0, wanted 1 or more"),
+        ("--seed", "-1", "seed: found -1, wanted 0 or more"),
+        ("--devices", "0", "devices: found 0, wanted 1 or more"),
+        ("--name", "../x", "name: found '../x', wanted a name below runs/"),
+        ("--size", "huge", "invalid choice 'huge' for argument '--size'"),
+        ("--sizes", "small", "unknown flag --sizes; did you mean --size?"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flag: str, value: str, message: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(recipe.run, recipe.Config, "", [flag, value])
+    said = capsys.readouterr()
+    assert end.value.code == 2 and not said.out
+    assert message in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", recipe.SIZES.values(), ids=recipe.SIZES)
+def test_sizes_are_possible(size: recipe.Size) -> None:
+    assert size.prompt_tokens + size.response_tokens <= size.model.context and size.row_length <= size.model.context
+    assert size.episodes % size.minibatches == 0
