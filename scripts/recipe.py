@@ -37,7 +37,7 @@ from rlhf_jax.data.embedded import Corpus, load_corpus
 from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank
 from rlhf_jax.durable import write_json
 from rlhf_jax.episodes import EpisodeConfig
-from rlhf_jax.model import ModelConfig, Transformer
+from rlhf_jax.model import Transformer
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.report import write_report
 from rlhf_jax.runs import Finished, model_of, released_params
@@ -45,155 +45,11 @@ from rlhf_jax.sampling import distinct_share, sample_responses, sequence_kl, win
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 from rlhf_jax.tokenizer import Tokenizer
 from scripts import cli
+from scripts.recipe_sizes import SIZES, Size
+from scripts.recipe_tables import figures_table, print_summary
 
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """What a size sets; small is tuned for two CPU cores, the larger ones are for a GPU."""
-
-    model: ModelConfig
-    prompt_tokens: int
-    response_tokens: int
-    pretrain_steps: int
-    pretrain_batch: int
-    row_length: int
-    pretrain_rate: float
-    sft_steps: int
-    sft_batch: int
-    sft_rate: float
-    sft_dropout: float
-    ranked_prompts: int
-    reward_batch: int
-    reward_rate: float
-    iterations: int
-    episodes: int
-    minibatches: int
-    epochs: int
-    policy_rate: float
-    critic_rate: float
-    kl_coef: float
-    pretraining_coef: float
-
-
-def shape(vocab_size: int, context: int, width: int, layers: int, heads: int, **changes: Any) -> ModelConfig:
-    """Llama's block with Gemma's embedding scale and Qwen3's norm of queries and keys.
-
-    Both bring the moment forward at which a small model learns to copy from its prompt (docs/lab-notebook.md).
-    """
-    return ModelConfig(
-        vocab_size=vocab_size,
-        context=context,
-        width=width,
-        layers=layers,
-        heads=heads,
-        rope_base=1000.0,
-        qk_norm=True,
-        embedding_scale=math.sqrt(width),
-        **changes,
-    )
-
-
-SIZES = {
-    "tiny": Size(
-        model=shape(512, 128, 64, 2, 2),
-        prompt_tokens=20,
-        response_tokens=24,
-        pretrain_steps=150,
-        pretrain_batch=8,
-        row_length=64,
-        pretrain_rate=3e-3,
-        sft_steps=100,
-        sft_batch=16,
-        sft_rate=2e-3,
-        sft_dropout=0.0,
-        ranked_prompts=128,
-        reward_batch=16,
-        reward_rate=1e-3,
-        iterations=6,
-        episodes=32,
-        minibatches=2,
-        epochs=1,
-        policy_rate=3e-4,
-        critic_rate=1e-3,
-        kl_coef=0.1,
-        pretraining_coef=0.1,
-    ),
-    "small": Size(
-        model=shape(4096, 128, 128, 4, 8),
-        prompt_tokens=16,
-        response_tokens=20,
-        pretrain_steps=3000,
-        pretrain_batch=8,
-        row_length=64,
-        pretrain_rate=3e-3,
-        sft_steps=900,
-        sft_batch=16,
-        sft_rate=2e-3,
-        sft_dropout=0.1,
-        ranked_prompts=7000,
-        reward_batch=8,
-        reward_rate=1e-3,
-        iterations=70,
-        episodes=64,
-        minibatches=4,
-        epochs=1,
-        policy_rate=5e-4,
-        critic_rate=1e-3,
-        kl_coef=0.08,
-        pretraining_coef=0.1,
-    ),
-    "base": Size(
-        model=shape(4096, 256, 512, 8, 8, dtype="bfloat16"),
-        prompt_tokens=16,
-        response_tokens=20,
-        pretrain_steps=6000,
-        pretrain_batch=32,
-        row_length=128,
-        pretrain_rate=1e-3,
-        sft_steps=1500,
-        sft_batch=64,
-        sft_rate=3e-4,
-        sft_dropout=0.1,
-        ranked_prompts=8000,
-        reward_batch=64,
-        reward_rate=1e-4,
-        iterations=150,
-        episodes=256,
-        minibatches=8,
-        epochs=1,
-        policy_rate=5e-5,
-        critic_rate=1e-4,
-        kl_coef=0.05,
-        pretraining_coef=0.1,
-    ),
-    "large": Size(
-        model=shape(8192, 512, 1024, 16, 16, dtype="bfloat16"),
-        prompt_tokens=16,
-        response_tokens=20,
-        pretrain_steps=8000,
-        pretrain_batch=64,
-        row_length=256,
-        pretrain_rate=5e-4,
-        sft_steps=2000,
-        sft_batch=64,
-        sft_rate=1e-4,
-        sft_dropout=0.2,
-        ranked_prompts=9000,
-        reward_batch=64,
-        reward_rate=3e-5,
-        iterations=200,
-        episodes=512,
-        minibatches=8,
-        epochs=1,
-        policy_rate=1e-5,
-        critic_rate=3e-5,
-        kl_coef=0.05,
-        pretraining_coef=0.1,
-    ),
-}
 RESPONSES = 4
 HELDOUT_PROMPTS = 512
-SHOWN_PROMPTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -601,48 +457,6 @@ def nested(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if dot:
             stages.setdefault(stage, {})[name] = value
     return stages
-
-
-def print_summary(console: rich.console.Console, folder: Path, summary: dict[str, Any]) -> None:
-    """Answers side by side, then the figures."""
-    samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:SHOWN_PROMPTS]
-    table = rich.table.Table(title="the same held-out prompts, answered after each stage", show_lines=True)
-    for title in ("prompt", "pretrained", "SFT", "PPO"):
-        table.add_column(title, ratio=2, overflow="fold")
-    for sample in samples:
-        answers = [f"{sample[name][:160]}\n[{sample['gold'][name]:+.1f}]" for name in ("pretrain", "sft", "ppo")]
-        table.add_row(*(rich.text.Text(cell) for cell in (sample["prompt"], *answers)))
-    console.print(table)
-    console.print(figures_table(summary, "what came out, on held-out prompts and text"))
-
-
-def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
-    """The figures of a summary beside what was asked of them."""
-    interval = s.get("ppo.win_rate_vs_sft_interval")
-    spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-    rows = [
-        ("held-out bits per byte", f"{s['pretrain.heldout_bits_per_byte']:.3f}",
-         f"below the bigram model's {s['pretrain.bigram_bits_per_byte']:.3f}"),
-        ("SFT: nats per response token", f"{s['sft.heldout_response_nll']:.3f}",
-         f"below the pretrained model's {s['pretrain.heldout_response_nll']:.3f}"),
-        ("SFT against pretrained, win rate", f"{s['sft.win_rate_vs_pretrained']:.3f}", ""),
-        ("reward model: accuracy on gold order", f"{s['reward.heldout_accuracy']:.3f}", "0.75, aim 0.85"),
-        ("the same from scratch", f"{s['reward.scratch_heldout_accuracy']:.3f}", "lower than from SFT"),
-        ("PPO against SFT, win rate", f"{s['ppo.win_rate_vs_sft']:.3f}{spread}", "0.70, aim 0.80"),
-        ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
-        ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
-        ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",
-         "at least 0.8 of SFT's"),
-        ("|ratio - 1| and KL before the first update", f"{s['ppo.first_ratio_error']:.1e} and {s['ppo.first_kl']:.1e}",
-         "at most 1e-4"),
-        ("minutes", f"{s['wall_seconds'] / 60:.1f}", "at most 8 on two CPU cores"),
-    ]  # fmt: skip
-    figures = rich.table.Table(title=title)
-    for title in ("figure", "measured", "wanted"):
-        figures.add_column(title)
-    for row in rows:
-        figures.add_row(*(rich.text.Text(cell) for cell in row))
-    return figures
 
 
 if __name__ == "__main__":

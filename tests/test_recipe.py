@@ -3,6 +3,7 @@
 import pytest
 
 from scripts import cli, recipe
+from scripts.recipe_sizes import SIZES, Size
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flag: str, va
     assert message in said.err and said.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("size", recipe.SIZES.values(), ids=recipe.SIZES)
-def test_sizes_are_possible(size: recipe.Size) -> None:
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_sizes_are_possible(size: Size) -> None:
     assert size.prompt_tokens + size.response_tokens <= size.model.context and size.row_length <= size.model.context
     assert size.episodes % size.minibatches == 0

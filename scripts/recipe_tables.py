@@ -1,0 +1,55 @@
+"""What the recipe prints at its end: answers of each stage side by side, and its figures beside those asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.table
+import rich.text
+
+SHOWN_PROMPTS = 8
+
+
+def print_summary(console: rich.console.Console, folder: Path, summary: dict[str, Any]) -> None:
+    """Answers side by side, then the figures."""
+    samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:SHOWN_PROMPTS]
+    table = rich.table.Table(title="the same held-out prompts, answered after each stage", show_lines=True)
+    for title in ("prompt", "pretrained", "SFT", "PPO"):
+        table.add_column(title, ratio=2, overflow="fold")
+    for sample in samples:
+        answers = [f"{sample[name][:160]}\n[{sample['gold'][name]:g} of 7]" for name in ("pretrain", "sft", "ppo")]
+        table.add_row(*(rich.text.Text(cell) for cell in (sample["prompt"], *answers)))
+    console.print(table)
+    console.print(figures_table(summary, "what came out, on held-out prompts and text"))
+
+
+def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
+    """The figures of a summary beside what was asked of them."""
+    interval = s.get("ppo.win_rate_vs_sft_interval")
+    spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    rows = [
+        ("held-out bits per byte", f"{s['pretrain.heldout_bits_per_byte']:.3f}",
+         f"below the bigram model's {s['pretrain.bigram_bits_per_byte']:.3f}"),
+        ("SFT: nats per response token", f"{s['sft.heldout_response_nll']:.3f}",
+         f"below the pretrained model's {s['pretrain.heldout_response_nll']:.3f}"),
+        ("SFT against pretrained, win rate", f"{s['sft.win_rate_vs_pretrained']:.3f}", ""),
+        ("reward model: accuracy on gold order", f"{s['reward.heldout_accuracy']:.3f}", "0.75, aim 0.85"),
+        ("the same from scratch", f"{s['reward.scratch_heldout_accuracy']:.3f}", "lower than from SFT"),
+        ("PPO against SFT, win rate", f"{s['ppo.win_rate_vs_sft']:.3f}{spread}", "0.70, aim 0.80"),
+        ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
+        ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
+        ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",
+         "at least 0.8 of SFT's"),
+        ("|ratio - 1| and KL before the first update", f"{s['ppo.first_ratio_error']:.1e} and {s['ppo.first_kl']:.1e}",
+         "at most 1e-4"),
+        ("minutes", f"{s['wall_seconds'] / 60:.1f}", "at most 8 on two CPU cores"),
+    ]  # fmt: skip
+    figures = rich.table.Table(title=title)
+    for title in ("figure", "measured", "wanted"):
+        figures.add_column(title)
+    for row in rows:
+        figures.add_row(*(rich.text.Text(cell) for cell in row))
+    return figures
