@@ -38,9 +38,9 @@ class Size:
 
 
 def shape(vocab_size: int, context: int, width: int, layers: int, heads: int, **changes: Any) -> ModelConfig:
-    """Llama's block with Gemma's embedding scale and Qwen3's norm of queries and keys.
+    """Llama's block with Gemma's embedding scale, Qwen3's norm of queries and keys, and a rotary base for short rows.
 
-    Both bring the moment forward at which a small model learns to copy from its prompt (docs/lab-notebook.md).
+    What each brings is measured in docs/lab-notebook.md.
     """
     return ModelConfig(
         vocab_size=vocab_size,

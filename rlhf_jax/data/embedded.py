@@ -1,9 +1,9 @@
 """The default corpus, carried by every Python: the language's own documentation.
 
 Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library, each under its function's name
-and signature as help() shows it. Demonstrations are pairs of a
-function's name and signature, written as words, and the first sentence of its docstring. Functions without a docstring
-give further prompts. Sources are parsed, never imported, so nothing of theirs runs.
+and signature as help() shows it. Demonstrations are pairs of a function's name and signature, written as words, and the
+first sentence of its docstring. Functions without a docstring give further prompts, and pages of name and signature
+alone. Sources are parsed, never imported, so nothing of theirs runs.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def load_corpus() -> Corpus:
             f"pass files with --data"
         )
     prompts = [Prompt(f.prompt, f.where) for f in functions.values()]
-    pages = {text: (Text(text, where), prompt) for text, (where, prompt) in documents.items() if len(text) >= 40}
+    pages = [(Text(text, where), prompt) for text, (where, prompt) in documents.items() if len(text) >= 40]
     # Nothing of a held-out function is pretrained on: no page of its own, and none that opens with the same sentence.
     unseen = {prompt for prompt in functions if _share(prompt) < 0.1}
     heldout_sentences = {f.sentence for f in functions.values() if f.sentence and f.prompt in unseen}
@@ -197,10 +197,10 @@ def load_corpus() -> Corpus:
     # A method overridden under another signature has the same sentence: not held out if it was shown.
     shown = {d.completion for d in demonstrated}
     return Corpus(
-        texts=[text for text, prompt in pages.values() if not held_out(text.text, prompt)]
+        texts=[text for text, prompt in pages if not held_out(text.text, prompt)]
         + [t for p, t in undocumented.items() if functions[p].sentence is None and p not in unseen]
         * _TIMES_UNDOCUMENTED,
-        heldout_texts=[text for text, _ in pages.values() if _share(text.text) < 0.04],
+        heldout_texts=[text for text, _ in pages if _share(text.text) < 0.04],
         demonstrations=demonstrated,
         heldout_demonstrations=[d for d in demonstrations if d.prompt in unseen and d.completion not in shown],
         prompts=[p for p in prompts if p.prompt not in unseen],

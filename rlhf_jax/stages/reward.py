@@ -176,8 +176,7 @@ def run(
     else:
         params = to_scalar_head(released_params(source), model, head_key)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    if ledger.total:
-        say(ledger.summary(count_parameters(params)))
+    say(ledger.summary(count_parameters(params)))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         if heldout is None:
