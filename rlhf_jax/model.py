@@ -1,4 +1,4 @@
-"""One decoder-only transformer: the configuration spans GPT-2 and Llama. The only file that imports flax.
+"""One decoder-only transformer: its configuration spans GPT-2 to Gemma 3. The only file that imports flax.
 
 Parameters are plain nested dicts of float32 arrays; `Transformer(config).apply({"params": params}, …)` is a pure
 function.
@@ -6,129 +6,29 @@ function.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, pytree
-from rlhf_jax.errors import UserError
+from rlhf_jax.model_config import ModelConfig
+from rlhf_jax.rope import RopeScaling, frequencies, rotate
+
+__all__ = [
+    "Cache",
+    "ModelConfig",
+    "Transformer",
+    "count_parameters",
+    "empty_cache",
+    "init_params",
+    "positions_of",
+    "to_scalar_head",
+]
 
 # Finite, so that a row whose every key is masked gives a uniform softmax and no NaN.
 MASKED = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Shape and kind of a transformer.
-
-    The defaults are Llama's block; `gpt2` turns it into GPT-2's.
-    """
-
-    vocab_size: int = 1024
-    """Token ids, the special ones included."""
-    context: int = 256
-    """Longest sequence in tokens; the size of a learned position table."""
-    width: int = 128
-    """Of the residual stream."""
-    layers: int = 4
-    """Transformer blocks."""
-    heads: int = 4
-    """Query heads."""
-    kv_heads: int | None = None
-    """Key and value heads, a divisor of heads (grouped-query attention); as many as heads if not given."""
-    head_width: int | None = None
-    """Of one head; width / heads if not given."""
-    ffn_width: int | None = None
-    """Of the hidden layer; if not given 4 width for gelu, 8/3 width (up to a multiple of 16) for swiglu."""
-    positions: Literal["rotary", "learned"] = "rotary"
-    """Rotary embeddings of queries and keys, or a learned table added to the tokens."""
-    rope_base: float = 10_000.0
-    """Base of the rotary frequencies."""
-    norm: Literal["rms", "layer"] = "rms"
-    """RMSNorm (scale only) or LayerNorm (scale and bias)."""
-    norm_epsilon: float = 1e-5
-    """Added to the variance."""
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    """Gated SiLU, or the tanh approximation of GELU."""
-    bias: bool = False
-    """Biases in attention and feed-forward layers."""
-    tied: bool = True
-    """The language head is the transposed token embedding."""
-    dropout: float = 0.0
-    """Residual dropout in training, a fraction; 0.2 in InstructGPT's SFT. Never active in rollouts or PPO."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; norms, softmax and logits are float32 always."""
-    qk_norm: bool = False
-    """Norm each head's queries and keys, before the rotation (Qwen3): attention stays calm at high learning rates."""
-    embedding_scale: float = 1.0
-    """Token embeddings are multiplied by this on their way in; sqrt(width) in Gemma, which suits tied embeddings."""
-    vocab_multiple: int = 1
-    """The embedding has vocab_size rounded up to a multiple of this; the extra rows have no logit."""
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "context", "width", "layers", "heads", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: wanted at least 1")
-        if self.head_width is None and self.width % self.heads:
-            raise UserError(f"width {self.width} is not divisible by heads {self.heads}; set head_width or change one")
-        if self.key_heads < 1 or self.heads % self.key_heads:
-            raise UserError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
-        if self.positions == "rotary" and self.head_size % 2:
-            raise UserError(f"head width {self.head_size}: rotary positions want an even one")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout {self.dropout}: wanted 0 <= dropout < 1")
-
-    @classmethod
-    def gpt2(cls, **changes: Any) -> ModelConfig:
-        """GPT-2's block: learned positions, LayerNorm, GELU, biases, tied."""
-        kind: dict[str, Any] = {
-            "positions": "learned",
-            "norm": "layer",
-            "activation": "gelu",
-            "bias": True,
-            "tied": True,
-        }
-        return cls(**(kind | changes))
-
-    @property
-    def key_heads(self) -> int:
-        """Key and value heads."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def head_size(self) -> int:
-        """Width of one head."""
-        return self.width // self.heads if self.head_width is None else self.head_width
-
-    @property
-    def hidden_width(self) -> int:
-        """Width of the feed-forward hidden layer."""
-        if self.ffn_width is not None:
-            return self.ffn_width
-        return 4 * self.width if self.activation == "gelu" else -(-8 * self.width // 3 // 16) * 16
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding, vocab_size rounded up."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    def matmul_parameters(self, *, language_head: bool = True) -> int:
-        """Weights that multiply each token: those of the blocks, and of the language head where it is computed."""
-        attention = self.width * self.head_size * (2 * self.heads + 2 * self.key_heads)
-        feed_forward = self.width * self.hidden_width * (3 if self.activation == "swiglu" else 2)
-        return self.layers * (attention + feed_forward) + (self.width * self.vocab_rows if language_head else 0)
-
-    def flops_per_token(self, length: int, *, language_head: bool = True) -> float:
-        """FLOPs of one token's forward pass in a sequence of `length`.
-
-        They are 2 a weight and 2 · 2 · heads · head · length/2 a layer; a training step takes three times that.
-        Source: Kaplan et al. 2020, table 1 (arXiv:2001.08361).
-        """
-        attention = 2.0 * self.layers * self.heads * self.head_size * length
-        return 2.0 * self.matmul_parameters(language_head=language_head) + attention
 
 
 @pytree
@@ -171,31 +71,66 @@ def positions_of(segment_ids_BT: Array) -> Array:
     return (seen - first).astype(jnp.int32)
 
 
-def rotate(x_BHTd: Array, positions_BT: Array, base: float) -> Array:
-    """Rotary position embedding, first half against second half (Su et al. 2021, arXiv:2104.09864; Llama's layout)."""
-    half = x_BHTd.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BT[:, None, :, None].astype(jnp.float32) * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = x_BHTd[..., :half].astype(jnp.float32), x_BHTd[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHTd.dtype)
+def _places(real_BT: Array) -> Array:
+    """How many real tokens stand before each, [B, T] int32."""
+    return (jnp.cumsum(real_BT, axis=1) - real_BT).astype(jnp.int32)
+
+
+class OffsetRMSNorm(nn.Module):
+    """x / rms(x) · (1 + scale), the scale starting at 0 (Gemma)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.zeros_init(), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+        return normed * (1.0 + scale.reshape((1,) * (x.ndim - 1) + (-1,)))
 
 
 def _norm(config: ModelConfig, name: str) -> nn.Module:
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(epsilon=config.norm_epsilon, dtype=jnp.float32, name=name)
+    if config.norm_offset:
+        return OffsetRMSNorm(config.norm_epsilon, name=name)
+    if config.norm == "rms":
+        return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=jnp.float32, name=name)
+    # The fast variance, E[x²] - E[x]², loses what matters where a trained model's stream has large means.
+    return nn.LayerNorm(epsilon=config.norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
-def _dense(config: ModelConfig, features: int, name: str, scale: float = 1.0) -> nn.Dense:
+class Dense(nn.Module):
+    """x W (+ b), and where the parameters hold an adapter beside the kernel, + (x A) B: LoRA (lora.py)."""
+
+    features: int
+    use_bias: bool
+    dtype: str
+    scale: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.scale), (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("params", "lora_a"):
+            down, up = self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b")
+            y += (x @ down.astype(self.dtype)) @ up.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+def _dense(config: ModelConfig, features: int, name: str, scale: float = 1.0, bias: bool | None = None) -> Dense:
     # Std 1/sqrt(width) trains small models faster than GPT-2's constant 0.02, which is the same at width 2500.
-    init = nn.initializers.normal(scale * config.width**-0.5)
-    return nn.Dense(features, use_bias=config.bias, dtype=config.dtype, kernel_init=init, name=name)
+    use_bias = config.bias if bias is None else bias
+    return Dense(features, use_bias, config.dtype, scale * config.width**-0.5, name=name)
 
 
 class Attention(nn.Module):
     """Grouped-query attention over the allowed keys."""
 
     config: ModelConfig
+    layer: int
 
     @nn.compact
     def __call__(
@@ -206,7 +141,7 @@ class Attention(nn.Module):
         groups, head = config.key_heads, config.head_size
 
         def split(name: str, heads: int) -> Array:
-            flat = _dense(config, heads * head, name)(x_BTD)
+            flat = _dense(config, heads * head, name, bias=config.qkv_bias)(x_BTD)
             return flat.reshape(rows, length, heads, head).transpose(0, 2, 1, 3)
 
         query, key, value = split("query", config.heads), split("key", groups), split("value", groups)
@@ -214,8 +149,12 @@ class Attention(nn.Module):
             query = _norm(config, "query_norm")(query).astype(config.dtype)
             key = _norm(config, "key_norm")(key).astype(config.dtype)
         if config.positions == "rotary":
-            query = rotate(query, positions_BT, config.rope_base)
-            key = rotate(key, positions_BT, config.rope_base)
+            base, scaling = config.rope_base, config.rope_scaling
+            if config.window(self.layer) and config.rope_local_base is not None:
+                base, scaling = config.rope_local_base, RopeScaling()
+            frequency = frequencies(config.rotary_width, base, scaling)
+            query = rotate(query, positions_BT, frequency, scaling.amplitude)
+            key = rotate(key, positions_BT, frequency, scaling.amplitude)
         buffers = None
         if cached is not None:
             keys, values, filled = cached
@@ -224,7 +163,10 @@ class Attention(nn.Module):
             buffers = (key, value)
         # Fold the query heads of a group into its rows: one product a key head, and no copy of the keys.
         query = query.reshape(rows, groups, (config.heads // groups) * length, head)
-        scores = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32) * head**-0.5
+        scale = head**-0.5 if config.query_scale is None else config.query_scale
+        scores = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32) * scale
+        if config.attention_softcap:
+            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
         scores = scores.reshape(rows, config.heads, length, key.shape[2])
         weights = jax.nn.softmax(jnp.where(allowed_BTS[:, None], scores, MASKED), axis=-1)
         weights = weights.astype(value.dtype).reshape(rows, groups, (config.heads // groups) * length, key.shape[2])
@@ -234,26 +176,29 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Position-wise layer: gated SiLU or GELU."""
+    """Position-wise layer, with or without a gate."""
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         config = self.config
-        hidden = _dense(config, config.hidden_width, "up")(x_BTD)
-        if config.activation == "swiglu":
-            hidden = jax.nn.silu(_dense(config, config.hidden_width, "gate")(x_BTD)) * hidden
+        hidden = _dense(config, config.hidden_width, "up", bias=config.ffn_bias)(x_BTD)
+        if config.gated:
+            gate = _dense(config, config.hidden_width, "gate", bias=config.ffn_bias)(x_BTD)
+            act = jax.nn.silu(gate) if config.activation == "swiglu" else jax.nn.gelu(gate, approximate=True)
+            hidden = act * hidden
         else:
-            hidden = jax.nn.gelu(hidden, approximate=True)
+            hidden = jax.nn.gelu(hidden, approximate=config.activation == "gelu")
         scale = (2 * config.layers * config.hidden_width / config.width) ** -0.5
-        return _dense(config, config.width, "down", scale)(hidden)
+        return _dense(config, config.width, "down", scale, bias=config.ffn_bias)(hidden)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
     config: ModelConfig
+    layer: int
 
     @nn.compact
     def __call__(
@@ -266,11 +211,21 @@ class Block(nn.Module):
     ) -> tuple[Array, tuple[Array, Array] | None]:
         config = self.config
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
-        normed = _norm(config, "attention_norm")(x_BTD).astype(config.dtype)
-        mixed, buffers = Attention(config, name="attention")(normed, positions_BT, allowed_BTS, cached)
-        x_BTD = x_BTD + dropout(mixed)
-        normed = _norm(config, "ffn_norm")(x_BTD).astype(config.dtype)
-        return x_BTD + dropout(FeedForward(config, name="ffn")(normed)), buffers
+
+        def norm(name: str, x: Array) -> Array:
+            return _norm(config, name)(x).astype(config.dtype)
+
+        normed = norm("attention_norm", x_BTD)
+        mixed, buffers = Attention(config, self.layer, name="attention")(normed, positions_BT, allowed_BTS, cached)
+        if config.post_norms:
+            mixed = norm("attention_post_norm", mixed)
+        attended = x_BTD + dropout(mixed)
+        if config.residual != "parallel_shared":
+            normed = norm("ffn_norm", attended if config.residual == "sequential" else x_BTD)
+        fed = FeedForward(config, name="ffn")(normed)
+        if config.post_norms:
+            fed = norm("ffn_post_norm", fed)
+        return attended + dropout(fed), buffers
 
 
 class Transformer(nn.Module):
@@ -293,7 +248,7 @@ class Transformer(nn.Module):
                 "position_embedding", nn.initializers.normal(0.1 * config.width**-0.5), (config.context, config.width)
             )
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = [Block(config, name=f"block_{i}") for i in range(config.layers)]
+        self.blocks = [Block(config, i, name=f"block_{i}") for i in range(config.layers)]
         self.final_norm = _norm(config, "final_norm")
         if self.scalar:
             # N(0, 1/(d+1)), bias 0: Stiennon et al. 2020.
@@ -358,21 +313,28 @@ class Transformer(nn.Module):
             if cache is not None:
                 positions += jnp.sum(cache.mask_BS, axis=1, dtype=jnp.int32)[:, None]
         slot_T = jnp.arange(length)
+        # Places in the row, real tokens counted, for the windows: a gap of padding makes no token further.
+        place_BT = _places(real_BT)
         if cache is None:
+            place_BS = place_BT
             allowed_BTS = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real_BT[:, None, :]
             allowed_BTS &= slot_T[None, :, None] >= slot_T[None, None, :]
         else:
             keys_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.mask_BS, real_BT, cache.filled, axis=1)
             slot_S = jnp.arange(keys_mask_BS.shape[1])
+            place_BS = _places(keys_mask_BS)
+            place_BT = place_BT + jnp.sum(cache.mask_BS, axis=1, dtype=jnp.int32)[:, None]
             allowed_BTS = keys_mask_BS[:, None, :] & (cache.filled + slot_T[None, :, None] >= slot_S[None, None, :])
         x_BTD = self.embedding[tokens_BT] * config.embedding_scale
         if config.positions == "learned":
             x_BTD += self.position_embedding[jnp.minimum(positions, config.context - 1)]
         x_BTD = self.dropout(x_BTD.astype(config.dtype), deterministic=deterministic)
+        behind_BTS = place_BT[:, :, None] - place_BS[:, None, :]
         buffers = []
         for i, block in enumerate(self.blocks):
             cached = None if cache is None else (cache.keys[i], cache.values[i], cache.filled)
-            x_BTD, buffer = block(x_BTD, positions, allowed_BTS, cached, deterministic)
+            seen_BTS = allowed_BTS & (behind_BTS < config.window(i)) if config.window(i) else allowed_BTS
+            x_BTD, buffer = block(x_BTD, positions, seen_BTS, cached, deterministic)
             buffers.append(buffer)
         x_BTD = self.final_norm(x_BTD)
         if cache is None:
@@ -389,6 +351,8 @@ class Transformer(nn.Module):
         logits = jnp.matmul(
             hidden_BTD.astype(config.dtype), weights.astype(config.dtype), preferred_element_type=jnp.float32
         )
+        if config.logit_softcap:
+            logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits[..., : config.vocab_size]
 
 

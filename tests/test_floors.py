@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOOR = {
     **dict.fromkeys(["errors", "arrays", "masked", "config"], 0),
-    **dict.fromkeys(["losses", "returns", "kl"], 1),
-    **dict.fromkeys(["model", "generate", "optim", "tokenizer", "durable"], 2),
+    **dict.fromkeys(["losses", "returns", "kl", "rope"], 1),
+    **dict.fromkeys(["model_config", "model", "generate", "optim", "tokenizer", "durable"], 2),
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
     **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics"], 3),
     **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram"], 4),
@@ -27,6 +27,7 @@ NEIGHBOURS = {
     ("masked", "arrays"),  # the array names are for all,
     ("config", "errors"),  # and so is the exception
     ("returns", "kl"),  # the KL in the reward is the one of kl.py
+    ("model", "model_config"),
     ("generate", "model"),
     ("episodes", "scoring"),
     ("evaluation", "scoring"),

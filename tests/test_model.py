@@ -17,9 +17,9 @@ from rlhf_jax.model import (
     empty_cache,
     init_params,
     positions_of,
-    rotate,
     to_scalar_head,
 )
+from rlhf_jax.rope import RopeScaling, frequencies, rotate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -29,6 +29,25 @@ KINDS = {
     "llama": ModelConfig(**SMALL, kv_heads=2, tied=False),
     "tied": ModelConfig(**SMALL, kv_heads=1, head_width=6),
     "qwen3": ModelConfig(**SMALL, kv_heads=2, head_width=6, qk_norm=True, embedding_scale=4.0),
+    "gemma3": ModelConfig(
+        **SMALL,
+        kv_heads=2,
+        head_width=6,
+        qk_norm=True,
+        norm_offset=True,
+        post_norms=True,
+        activation="geglu",
+        windows=(3, 0),
+        rope_local_base=100.0,
+        rope_scaling=RopeScaling("linear", 8.0),
+        query_scale=0.3,
+        attention_softcap=5.0,
+        logit_softcap=3.0,
+    ),
+    "neox": ModelConfig(
+        **SMALL, norm="layer", activation="gelu_exact", bias=True, rotary_fraction=0.5, residual="parallel", tied=False
+    ),
+    "stablelm": ModelConfig(**SMALL, norm="layer", qkv_bias=True, rotary_fraction=0.5, residual="parallel_shared"),
 }
 
 
@@ -138,7 +157,37 @@ def test_rotate_against_a_loop() -> None:
         first, second = x[b, h, t, i], x[b, h, t, i + 3]
         expected[b, h, t, i] = first * cos(angle) - second * sin(angle)
         expected[b, h, t, i + 3] = second * cos(angle) + first * sin(angle)
-    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), 100.0), expected, atol=1e-5)
+    turned = rotate(jnp.asarray(x), jnp.asarray(positions), frequencies(6, 100.0, RopeScaling()))
+    np.testing.assert_allclose(turned, expected, atol=1e-5)
+    # Half of the head: dimensions 2 and 3 of a head of 4 stay.
+    half = rotate(jnp.asarray(x[..., :4]), jnp.asarray(positions), frequencies(2, 100.0, RopeScaling()), 2.0)
+    np.testing.assert_array_equal(half[..., 2:], x[..., 2:4])
+    np.testing.assert_allclose(half[..., 0, 0, :2], 2 * x[..., 0, 0, :2], atol=1e-6)
+
+
+def test_rope_scalings_by_hand() -> None:
+    plain = frequencies(8, 10_000.0, RopeScaling())
+    np.testing.assert_allclose(plain, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
+    np.testing.assert_allclose(frequencies(8, 10_000.0, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-6)
+    # Turns in a context of 1000: 159, 15.9, 1.59, 0.159. Above 4 kept, below 1 divided, between by share.
+    llama = frequencies(8, 10_000.0, RopeScaling("llama3", 8.0, original_context=1000))
+    share = (1000 * 0.01 / (2 * np.pi) - 1) / 3
+    np.testing.assert_allclose(llama, [1.0, 0.1, 0.01 * (share + (1 - share) / 8), 0.001 / 8], rtol=1e-5)
+    # The dimension of 32 turns is 8 log(1000 / 64π) / 2 log(10,000) = 0.70, that of 1 turn 2.20: a ramp from 0 to 3.
+    yarn = RopeScaling("yarn", 4.0, original_context=1000)
+    kept = 1 - np.arange(4) / 3
+    np.testing.assert_allclose(frequencies(8, 10_000.0, yarn), plain * (kept + (1 - kept) / 4), rtol=1e-5)
+    assert yarn.amplitude == pytest.approx(0.1 * np.log(4) + 1)
+
+
+def test_a_token_sees_its_window_and_no_further() -> None:
+    model = Transformer(ModelConfig(**(SMALL | {"layers": 1}), windows=(3,), kv_heads=1))
+    params = init_params(model, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 8), 0, 37)
+    changed = tokens.at[0, 2].add(1)
+    apply = jax.jit(functools.partial(model.apply, {"params": params}))
+    moved = np.abs(np.asarray(apply(tokens) - apply(changed))).max(axis=-1)[0] > 1e-6
+    np.testing.assert_array_equal(moved, [False, False, True, True, True, False, False, False])
 
 
 def test_padded_vocabulary_rows_have_no_logit() -> None:
@@ -214,7 +263,7 @@ def test_flops_by_hand() -> None:
         ({"width": 10, "heads": 4}, "width 10 is not divisible by heads 4"),
         ({"heads": 4, "kv_heads": 3}, "heads 4 is not divisible by kv_heads 3"),
         ({"kv_heads": 0}, "kv_heads"),
-        ({"head_width": 3}, "head width 3: rotary"),
+        ({"head_width": 3}, "head width 3 with rotary_fraction 1.0"),
         ({"dropout": 1.0}, "dropout.* 1.0"),
     ],
 )

@@ -1,0 +1,100 @@
+"""Rotary position embeddings, and the ways in which published models stretch them to longer contexts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.arrays import Array
+from rlhf_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of a trained context are stretched to a longer one."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """none; linear: all by factor; llama3: low ones by factor, high ones kept (Llama 3.1); yarn: the same by a ramp
+    over the dimensions, with warmer attention (Peng et al. 2023, arXiv:2309.00071)."""
+    factor: float = 1.0
+    """How many times longer the context is than the trained one."""
+    original_context: int = 8192
+    """Tokens of the trained context (llama3, yarn)."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_context / this are divided by factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_context / this are kept."""
+    beta_fast: float = 32.0
+    """yarn: turns in the trained context from which a dimension is kept."""
+    beta_slow: float = 1.0
+    """yarn: turns up to which it is divided by factor."""
+    truncate: bool = True
+    """yarn: round the ramp's ends to whole dimensions."""
+    attention_factor: float | None = None
+    """yarn: multiplies queries and keys; 0.1 ln(factor) + 1 if not given."""
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise UserError(f"rope factor: found {self.factor}, wanted more than 0")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise UserError(
+                f"rope low_freq_factor: found {self.low_freq_factor}, wanted less than high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+def frequencies(width: int, base: float, scaling: RopeScaling) -> np.ndarray:
+    """Radians a position of each pair of dimensions, [width / 2] float32: base^(-2i / width), stretched."""
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    plain = (1.0 / np.float32(base) ** exponent).astype(np.float32)
+    if scaling.kind == "none":
+        return plain
+    slow = plain / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slow
+    if scaling.kind == "llama3":
+        turns = scaling.original_context * plain / np.float32(2 * math.pi)
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    else:
+        low, high = (
+            width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        # A ramp of no length would divide by 0.
+        share = 1.0 - (np.arange(width // 2) - low) / (high - low if high > low else 1e-3)
+    share = np.clip(share, 0.0, 1.0).astype(np.float32)
+    return share * plain + (1 - share) * slow
+
+
+def rotate(x_BHTd: Array, positions_BT: Array, frequency: np.ndarray, amplitude: float = 1.0) -> Array:
+    """Turns the first 2 F dimensions of each head, first half against second half; the rest of the head is kept.
+
+    Args:
+      frequency: [F], as `frequencies` gives them; 2 F < d is Pythia's and StableLM's partial rotation.
+      amplitude: multiplies what is turned.
+    Source: Su et al. 2021 (arXiv:2104.09864), in Llama's layout.
+    """
+    half = len(frequency)
+    angle = positions_BT[:, None, :, None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    first, second = x_BHTd[..., :half].astype(jnp.float32), x_BHTd[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHTd.dtype)
+    return turned if 2 * half == x_BHTd.shape[-1] else jnp.concatenate([turned, x_BHTd[..., 2 * half :]], axis=-1)
