@@ -53,7 +53,7 @@ class ModelConfig:
     post_norms: bool = False
     """Norm what attention and feed-forward layer give, too, before it is added (Gemma 2 and 3)."""
     residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
-    """The feed-forward layer reads attention's result, or the block's input (GPT-NeoX), by the same norm (StableLM 2)."""
+    """What the feed-forward layer reads: attention's sum, or the block's input (GPT-NeoX), normed once (StableLM 2)."""
     activation: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
     """Gated SiLU, gated GELU by its tanh approximation, or no gate: that GELU, or the exact one."""
     bias: bool = False
