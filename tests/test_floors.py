@@ -13,9 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOOR = {
     **dict.fromkeys(["errors", "arrays", "masked", "config"], 0),
     **dict.fromkeys(["losses", "returns", "kl", "rope"], 1),
-    **dict.fromkeys(["model_config", "model", "generate", "optim", "tokenizer", "durable"], 2),
+    **dict.fromkeys(["model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2),
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
-    **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics"], 3),
+    **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics", "huggingface"], 3),
     **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram"], 4),
     **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo"], 5),
     # These two hold the public names and nothing else, and nothing below may import through them.
@@ -28,6 +28,8 @@ NEIGHBOURS = {
     ("config", "errors"),  # and so is the exception
     ("returns", "kl"),  # the KL in the reward is the one of kl.py
     ("model", "model_config"),
+    ("families", "model_config"),
+    ("layouts", "model_config"),
     ("generate", "model"),
     ("episodes", "scoring"),
     ("evaluation", "scoring"),
