@@ -1,0 +1,82 @@
+"""Adapters: nothing at first, the merged network's logits later, gradients for them alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.lora import LoraConfig, attach, init_adapter, merge
+from rlhf_jax.model import ModelConfig, Transformer, init_params, to_scalar_head
+
+SMALL = {"vocab_size": 19, "context": 12, "width": 8, "layers": 2, "heads": 2}
+TOKENS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
+LORA = LoraConfig(rank=3, alpha=6.0)
+
+
+def shaken(tree: dict, seed: int = 0) -> dict:
+    """Every leaf random: B too, which starts at 0."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(treedef, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
+
+
+@pytest.mark.parametrize("model", [Transformer(ModelConfig(**SMALL)), Transformer(ModelConfig.gpt2(**SMALL))])
+def test_attached_is_nothing_at_first_and_then_what_is_merged(model: Transformer) -> None:
+    base = init_params(model, jax.random.key(0))
+    adapter = init_adapter(base, LORA, jax.random.key(1))
+    plain = model.apply({"params": base}, TOKENS)
+    np.testing.assert_array_equal(model.apply({"params": attach(base, adapter, LORA.scale)}, TOKENS), plain)
+    trained = shaken(adapter)
+    attached = model.apply({"params": attach(base, trained, LORA.scale)}, TOKENS)
+    assert np.abs(attached - plain).max() > 0.1
+    merged = merge(base, trained, LORA.scale)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    np.testing.assert_allclose(model.apply({"params": merged}, TOKENS), attached, atol=1e-4)
+
+
+def test_the_product_by_hand() -> None:
+    base = {"block_0": {"attention": {"query": {"kernel": jnp.eye(2)}}}}
+    module = {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[3.0, 5.0]])}
+    adapter = {"block_0": {"attention": {"query": module}}}
+    merged = merge(base, adapter, 0.5)["block_0"]["attention"]["query"]
+    np.testing.assert_allclose(merged["kernel"], [[2.5, 2.5], [3.0, 6.0]])
+    assert LoraConfig(rank=4, alpha=2.0).scale == 0.5
+
+
+def test_only_the_named_kernels_and_only_the_adapter_get_a_gradient() -> None:
+    model = Transformer(ModelConfig(**SMALL))
+    base = init_params(model, jax.random.key(0))
+    config = LoraConfig(rank=2, targets=("query", "down"))
+    adapter = shaken(init_adapter(base, config, jax.random.key(1)))
+    assert sorted(adapter) == ["block_0", "block_1"]
+    assert sorted(adapter["block_0"]["attention"]) == ["query"]
+    assert sorted(adapter["block_0"]["ffn"]) == ["down"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert count == 2 * (2 * (8 + 8) + 2 * (32 + 8))  # layers x rank x (in + out) of query and down
+
+    def loss(adapter: dict) -> jax.Array:
+        return jnp.sum(model.apply({"params": attach(base, adapter, config.scale)}, TOKENS) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))(adapter)
+    assert jax.tree.structure(gradient) == jax.tree.structure(adapter)
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_score_head_stands_beside_the_adapter() -> None:
+    model = Transformer(ModelConfig(**SMALL), scalar=True)
+    base = init_params(Transformer(ModelConfig(**SMALL)), jax.random.key(0))
+    whole = to_scalar_head(base, model, jax.random.key(2))
+    adapter = init_adapter(base, LORA, jax.random.key(1)) | {"score": whole["score"]}
+    expected = model.apply({"params": whole}, TOKENS)
+    np.testing.assert_array_equal(model.apply({"params": attach(base, adapter, LORA.scale)}, TOKENS), expected)
+    # A whole network in place of an adapter is itself, whatever it is laid over.
+    np.testing.assert_array_equal(model.apply({"params": attach(base, whole, LORA.scale)}, TOKENS), expected)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(UserError, match="targets: found \\['querry'\\]"):
+        LoraConfig(rank=2, targets=("querry",))
+    gpt2 = init_params(Transformer(ModelConfig.gpt2(**SMALL)), jax.random.key(0))
+    with pytest.raises(UserError, match="the model has none of gate"):
+        init_adapter(gpt2, LoraConfig(rank=2, targets=("gate",)), jax.random.key(0))
