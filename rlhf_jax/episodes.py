@@ -34,12 +34,16 @@ class Frozen:
 
     reference: parameters of the SFT model. reward: parameters of the reward model. score_mean, score_scale: scalars;
     a score counts as (score - mean) / scale.
+    backbone: parameters that policy and reference are adapters to, and the scorers too where scorer_backbone is None;
+      None where each network has all of its own. `collect` wants whole networks.
     """
 
     reference: Params
     reward: Params
     score_mean: Array
     score_scale: Array
+    backbone: Params | None = None
+    scorer_backbone: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)

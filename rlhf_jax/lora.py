@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): a kernel W is kept and W + s A B is used, A [in, r] and B [r, out] trained.
 
-An adapter is a tree like the parameters' with `lora_a` and `lora_b` where they have a kernel; what else it holds, such as
-a score head, stands in place of the parameters' own. Everything here is a pure function on such trees.
+An adapter is a tree like the parameters', with `lora_a` and `lora_b` where they have a kernel; what else it holds, such
+as a score head, stands in place of the parameters' own. Everything here is a pure function on such trees.
 """
 
 from __future__ import annotations

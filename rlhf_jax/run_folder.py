@@ -43,6 +43,8 @@ class RunFolder:
         model: Mapping[str, Any],
         tokenizer: Tokenizer,
         inputs: Mapping[str, str],
+        origin: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
         may_change: Collection[str] = MAY_CHANGE,
     ) -> RunFolder:
         """The folder of a new run, or of the same run started again.
@@ -50,6 +52,8 @@ class RunFolder:
         Args:
           config, model: the stage's and the model's whole config as plain JSON (`config.to_plain`).
           inputs: name -> fingerprint of everything else that goes in: data files, folders of earlier stages.
+          origin: of the published model that the run started from (huggingface.py), to write it back as it was.
+          base: where the parameters are that the run's adapter stands beside (sources.py); None for a whole network.
           may_change: fields of config that a resumed run may give other values.
         Raises: UserError if the folder is of another stage or of a run with other settings or inputs, naming the
           first field, or is in use.
@@ -64,6 +68,8 @@ class RunFolder:
                     "model": dict(model),
                     "tokenizer": tokenizer.fingerprint,
                     "inputs": dict(inputs),
+                    **({} if origin is None else {"origin": dict(origin)}),
+                    **({} if base is None else {"base": dict(base)}),
                 },
                 allow_nan=False,
             )
@@ -132,6 +138,16 @@ class RunFolder:
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what went in."""
         return dict(self._about["inputs"])
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """What the published model was that the run started from, or its own start did."""
+        return dict(self._about["origin"]) if "origin" in self._about else None
+
+    @property
+    def base(self) -> dict[str, Any] | None:
+        """Where the parameters are that the run's adapter stands beside; None for a whole network."""
+        return dict(self._about["base"]) if "base" in self._about else None
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

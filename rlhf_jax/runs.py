@@ -21,7 +21,7 @@ from rlhf_jax.metrics import Console, JsonLines, TensorBoard, Writer, Writers
 from rlhf_jax.model import ModelConfig
 from rlhf_jax.parallel import DATA, Update, jit_update, make_mesh, pmap_update, replicate
 from rlhf_jax.run_folder import RunFolder
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.tokenizer import TextTokenizer
 
 _RELEASED = "released"
 
@@ -35,11 +35,25 @@ class Finished:
 
 
 def create_run(
-    config: RunConfig, *, stage: str, model: ModelConfig, tokenizer: Tokenizer, inputs: Mapping[str, str]
+    config: RunConfig,
+    *,
+    stage: str,
+    model: ModelConfig,
+    tokenizer: TextTokenizer,
+    inputs: Mapping[str, str],
+    origin: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """The folder of a stage's run, new or to be gone on with."""
     return RunFolder.create(
-        config.folder, stage=stage, config=to_plain(config), model=to_plain(model), tokenizer=tokenizer, inputs=inputs
+        config.folder,
+        stage=stage,
+        config=to_plain(config),
+        model=to_plain(model),
+        tokenizer=tokenizer,
+        inputs=inputs,
+        origin=origin,
+        base=base,
     )
 
 
@@ -170,19 +184,13 @@ def release(run: RunFolder, params: Params, step: int) -> None:
 
 
 def released_params(run: RunFolder) -> Params:
-    """The parameters a run hands on: the released ones, else the last checkpoint's; of a PPO run the policy's."""
+    """The parameters a run hands on: the released ones, else the last checkpoint's; of a PPO run the policy's.
+
+    Of a run with an adapter they are the adapter: `sources.open_source` knows what it stands beside.
+    """
     if (run.path / _RELEASED).exists():
         params = load_params(run.path / _RELEASED)
     else:
         params = run.load_params()
         params = params.get("policy", params)
     return jax.tree.map(jnp.asarray, params)
-
-
-def same_tokenizer(first: RunFolder, second: RunFolder) -> None:
-    """Raises UserError unless both runs read the same token ids."""
-    if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
-        raise UserError(
-            f"{second.path}: its vocabulary of {second.tokenizer.vocab_size} tokens is not that of {first.path} "
-            f"({first.tokenizer.vocab_size} tokens); train both from the same pretrained run"
-        )

@@ -9,7 +9,7 @@ BOS, EOS, PAD = 100, 101, 102
 
 
 def test_documents_by_hand() -> None:
-    rows = pack_text([[1, 2], [3, 4, 5], []], length=6, bos_id=BOS, eos_id=EOS, pad_id=PAD)
+    rows = pack_text([[1, 2], [3, 4, 5], []], length=6, start_ids=[BOS], eos_id=EOS, pad_id=PAD)
     # The second document has room for bos and 3; 3 stands again where it goes on.
     assert rows.tokens.tolist() == [[BOS, 1, 2, EOS, BOS, 3], [3, 4, 5, EOS, BOS, EOS]]
     assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 2, 2]]
@@ -17,7 +17,7 @@ def test_documents_by_hand() -> None:
 
 
 def test_a_last_place_that_could_show_no_target_is_padding() -> None:
-    rows = pack_text([[1, 2], [3]], length=5, bos_id=BOS, eos_id=EOS, pad_id=PAD)
+    rows = pack_text([[1, 2], [3]], length=5, start_ids=[BOS], eos_id=EOS, pad_id=PAD)
     assert rows.tokens.tolist() == [[BOS, 1, 2, EOS, PAD], [BOS, 3, EOS, PAD, PAD]]
     assert rows.segment_ids.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
     assert rows.loss_mask.tolist() == [[False, True, True, True, False], [False, True, True, False, False]]
@@ -27,7 +27,7 @@ def test_a_last_place_that_could_show_no_target_is_padding() -> None:
 def test_each_token_is_a_target_once_and_follows_its_document(length: int) -> None:
     rng = np.random.default_rng(0)
     docs = [rng.integers(0, 100, size).tolist() for size in rng.integers(0, 40, 30)]
-    rows = pack_text(docs, length=length, bos_id=BOS, eos_id=EOS, pad_id=PAD)
+    rows = pack_text(docs, length=length, start_ids=[BOS], eos_id=EOS, pad_id=PAD)
     expected = [pair for doc in docs for pair in zip([BOS, *doc], [*doc, EOS])]  # (token, target) in order
     found = [
         (int(tokens[t - 1]), int(tokens[t]))
@@ -41,6 +41,6 @@ def test_each_token_is_a_target_once_and_follows_its_document(length: int) -> No
 
 
 def test_no_documents_and_no_room() -> None:
-    assert len(pack_text([], length=8, bos_id=BOS, eos_id=EOS)) == 0
+    assert len(pack_text([], length=8, start_ids=[BOS], eos_id=EOS)) == 0
     with pytest.raises(ValueError, match="rows of 1 tokens hold no target"):
-        pack_text([[1]], length=1, bos_id=BOS, eos_id=EOS)
+        pack_text([[1]], length=1, start_ids=[BOS], eos_id=EOS)

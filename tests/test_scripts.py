@@ -389,7 +389,8 @@ def test_a_mistake_is_one_line(
     if "other" in arguments and not Path("other").exists():
         words = Tokenizer.train([LONG * 9, *(chr(97 + i % 26) * i for i in range(90))], 300)
         model = to_plain(ModelConfig(vocab_size=words.vocab_size))
-        RunFolder.create("other", stage="reward", config={}, model=model, tokenizer=words, inputs={})
+        judge = RunFolder.create("other", stage="reward", config={}, model=model, tokenizer=words, inputs={})
+        judge.finish({"score_mean": 0.0, "score_scale": 1.0})
     if main is not generate.main and "judge" not in arguments[-1:]:
         arguments = ("--name", "bad", *arguments)
     assert re.search(message, refused(capsys, main, arguments))

@@ -23,7 +23,7 @@ def trained() -> tuple:
     """(tokenizer, log-probabilities of what follows each token of a row) of a model pretrained on the lines."""
     tokenizer = Tokenizer.bytes()
     rows = pack_text(
-        [tokenizer.encode(line) for line in LINES], length=31, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
+        [tokenizer.encode(line) for line in LINES], length=31, start_ids=[tokenizer.bos_id], eos_id=tokenizer.eos_id
     )
     model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, context=32, width=32, layers=2, heads=2))
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), STEPS)

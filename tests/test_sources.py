@@ -1,0 +1,135 @@
+"""What stages start from, and runs that train adapters: they move, resume, hand on, and share one backbone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.data import Comparison, Demonstration, Prompt, Text
+from rlhf_jax.errors import UserError
+from rlhf_jax.lora import LoraConfig
+from rlhf_jax.model import ModelConfig
+from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.sources import open_source
+from rlhf_jax.stages import ppo, pretrain, reward, sft
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+LORA = LoraConfig(rank=2, alpha=4.0)
+MODEL = ModelConfig(context=48, width=16, layers=1, heads=2)
+DEMONSTRATIONS = [Demonstration(f"say {word}", f" {word}!") for word in ("red", "blue", "green", "grey")]
+PAIRS = [Comparison(d.prompt, d.completion, " no") for d in DEMONSTRATIONS]
+PROMPTS = [Prompt(d.prompt) for d in DEMONSTRATIONS]
+
+
+def settings(out: Path, **more: Any) -> dict[str, Any]:
+    return {"out": str(out), "batch": 4, "steps": 2, "log_every": 1, "lora": LORA} | more
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of each stage, all but the first with adapters; the learning rates are such that two steps show."""
+    root = tmp_path_factory.mktemp("runs")
+    pretrain.run(
+        pretrain.Config(out=str(root / "base"), tokenizer="bytes", model=MODEL, row_length=16, batch=4, steps=1),
+        texts=[Text("red blue green grey " * 8)],
+        heldout=[],
+    )
+    sft.run(
+        sft.Config(init=str(root / "base"), **settings(root / "sft")), records=DEMONSTRATIONS, heldout=DEMONSTRATIONS
+    )
+    reward.run(
+        reward.Config(init=str(root / "sft"), **settings(root / "judge")), demonstrations=DEMONSTRATIONS, **ranked(root)
+    )
+    episode = ppo.EpisodeConfig(response_length=6)
+    config = ppo.Config(
+        init=str(root / "sft"),
+        reward=str(root / "judge"),
+        prompt_length=16,
+        minibatches=2,
+        episode=episode,
+        **settings(root / "ppo"),
+    )
+    ppo.run(config, prompts=PROMPTS)
+    return root
+
+
+def ranked(root: Path) -> dict[str, Any]:
+    from rlhf_jax.data import Ledger, encode_rankings
+
+    tokenizer = RunFolder.open(root / "base", stages=("pretrain",)).tokenizer
+    rows = encode_rankings(PAIRS, tokenizer, max_tokens=48, ledger=Ledger(), buckets=(32,))
+    return {"rankings": rows, "heldout": rows}
+
+
+def test_a_run_with_an_adapter_holds_the_adapter_alone(runs: Path) -> None:
+    base = open_source(str(runs / "base"), stages=("pretrain",))
+    tuned = open_source(str(runs / "sft"), stages=("sft",))
+    adapter, whole, before = tuned.own(), tuned.params(), base.params()
+    assert set(adapter) == {"block_0"}
+    assert jax.tree.structure(whole) == jax.tree.structure(before)
+    np.testing.assert_array_equal(whole["embedding"], before["embedding"])
+    query = adapter["block_0"]["attention"]["query"]
+    kernels = (tree["block_0"]["attention"]["query"]["kernel"] for tree in (whole, before))
+    np.testing.assert_allclose(np.subtract(*kernels), 2.0 * query["lora_a"] @ query["lora_b"], atol=1e-6)
+    assert np.abs(query["lora_b"]).max() > 0
+
+
+def test_loss_of_the_merged_network_is_the_one_reported(runs: Path) -> None:
+    again = sft.Config(init=str(runs / "sft"), out=str(runs / "again"), batch=4, steps=0)
+    summary = sft.run(again, records=DEMONSTRATIONS, heldout=DEMONSTRATIONS).summary
+    reported = json.loads((runs / "sft" / "summary.json").read_text())
+    assert summary["heldout_response_nll"] == pytest.approx(reported["heldout_response_nll"], abs=1e-5)
+    assert reported["heldout_response_nll"] < reported["heldout_response_nll_before"] - 1e-3
+
+
+def test_all_four_networks_share_the_backbone(runs: Path) -> None:
+    config = ppo.Config(init=str(runs / "sft"), reward=str(runs / "judge"), **settings(runs / "unused", minibatches=2))
+    source = open_source(config.init, stages=("sft",))
+    judge = open_source(config.reward, stages=("reward",))
+    policy, scorer = ppo.starts(config, source, judge)
+    assert policy.base is scorer.base
+    assert set(policy.params) == {"block_0"}
+    assert set(scorer.params) == {"block_0", "score"}
+    adapters = sum(leaf.size for leaf in jax.tree.leaves((policy.params, scorer.params)))
+    assert adapters < sum(leaf.size for leaf in jax.tree.leaves(policy.base)) / 2
+    # Adapters of other settings stand beside networks of their own.
+    other = ppo.Config(
+        init=str(runs / "sft"),
+        reward=str(runs / "judge"),
+        **settings(runs / "unused", minibatches=2, lora=LoraConfig(rank=1)),
+    )
+    policy, scorer = ppo.starts(other, source, judge)
+    assert policy.base is not scorer.base
+
+
+def test_ppo_with_adapters_starts_from_the_sft_model_and_moves(runs: Path) -> None:
+    rows = [json.loads(line) for line in (runs / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if "first_ratio_error" in row)
+    assert first["first_ratio_error"] < 1e-5
+    assert abs(first["kl"]) < 1e-5
+    tuned, aligned = (open_source(str(runs / name), stages=(name,)) for name in ("sft", "ppo"))
+    moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(tuned.own()), jax.tree.leaves(aligned.own()))]
+    assert max(moved) > 0
+    np.testing.assert_array_equal(aligned.params()["embedding"], tuned.params()["embedding"])
+
+
+def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found the folder of a reward run, wanted one of sft"):
+        open_source(str(runs / "judge"), stages=("sft",))
+    with pytest.raises(UserError, match=r"nowhere: no such folder; wanted one with a config.json"):
+        open_source("hf:nowhere", stages=("pretrain",))
+    moved = tmp_path / "moved"
+    (runs / "base").rename(moved)
+    try:
+        with pytest.raises(UserError, match="base: no such folder"):
+            open_source(str(runs / "sft"), stages=("sft",))
+    finally:
+        moved.rename(runs / "base")
+    with pytest.raises(UserError, match=r"lora.rank: found it without init"):
+        pretrain.Config(out=str(tmp_path), lora=LORA)
+    with pytest.raises(UserError, match=r"lora.rank: found it with backbone scratch"):
+        reward.Config(out=str(tmp_path), lora=LORA, backbone="scratch")
