@@ -14,6 +14,7 @@ FLOOR = {
     **dict.fromkeys(["errors", "arrays", "masked", "config"], 0),
     **dict.fromkeys(["losses", "returns", "kl", "rope"], 1),
     **dict.fromkeys(["model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2),
+    "gguf_reader": 2,
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
     **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics", "huggingface"], 3),
     **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram"], 4),
