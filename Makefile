@@ -1,7 +1,7 @@
 # The doors of the project; `make help` lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe test lint format lock clean
+.PHONY: help setup recipe test test-interop lint format lock clean
 
 BIN := .venv/bin
 # The Python that makes .venv; empty: the first of python3, python3.14 … python3.11 that is 3.11 or newer.
@@ -12,7 +12,7 @@ EXTRAS ?=
 ARGS ?=
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name what; do printf '  make %-13s %s\n' "$$name" "$$what"; done
 
 setup: ## make .venv with everything that development needs (nothing is done when nothing changed)
 	@PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' sh .ci/setup
@@ -25,6 +25,10 @@ recipe: setup ## the whole recipe on the embedded default: pretrain, SFT, reward
 test: setup ## the tests
 	@$(BIN)/python -m pytest -q $(ARGS)
 
+test-interop: setup ## the tests against torch and transformers, in .venv-interop
+	@sh .ci/setup-interop
+	@.venv-interop/bin/python -m pytest -q tests_interop $(ARGS)
+
 lint: setup ## ruff and mypy
 	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1; exit $$failed
 
@@ -34,8 +38,8 @@ format: setup ## let ruff rewrite what it can
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
-	  --no-emit-index-url --extra dev --extra notebook --extra tensorboard pyproject.toml --output-file requirements.lock
+	  --no-emit-index-url --extra dev --extra notebook --extra tensorboard --extra hf pyproject.toml --output-file requirements.lock
 
 clean: ## remove .venv and every cache; runs/ stays
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .jax_cache build dist *.egg-info
+	@rm -rf .venv .venv-interop .pytest_cache .mypy_cache .ruff_cache .jax_cache build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
