@@ -1,0 +1,55 @@
+"""What is judged and what is said of it: the records that travel between store, page, statistics and export."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rlhf_jax.data.dialogues import Message
+
+RATINGS = range(1, 8)
+FLAGS = (
+    "fails_instruction",
+    "hallucination",
+    "harmful",
+    "inappropriate",
+    "bad_advice",
+    "other",
+)
+MOST_RESPONSES = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A prompt with K = 2 … 9 responses to compare.
+
+    id: stable, from the content. prompt: text, or turns where it was given as messages. sources: which run or model each
+    response came from, hidden from labellers; () if unknown. kind: a task for `wanted` labellers, a calibration item for
+    every labeller, or a quiz item whose gold ranks screen them. gold: ranks, 1 is best, () if unknown.
+    """
+
+    id: str
+    prompt: str
+    responses: tuple[str, ...]
+    turns: tuple[Message, ...] = ()
+    sources: tuple[str, ...] = ()
+    kind: str = "task"
+    gold: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What one labeller said of one item, in the order of its responses.
+
+    ranks: 1 is best, equal ranks are ties; () if the item was skipped. ratings: 1 to 7, None where not given.
+    flags: names from FLAGS for each response. skip: why the item was skipped, "" if it was not. seconds: spent on it.
+    at: Unix time when it was finished. labeller: a person's name, or "ai:…" for a model.
+    """
+
+    item: str
+    labeller: str
+    ranks: tuple[int, ...]
+    ratings: tuple[int | None, ...] = ()
+    flags: tuple[frozenset[str], ...] = ()
+    skip: str = ""
+    seconds: float = 0.0
+    at: float = 0.0
