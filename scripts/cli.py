@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import os
+import resource
 import shlex
 import signal
 import sys
@@ -79,10 +80,17 @@ def reported(run: Callable[[S], Finished]) -> Callable[[S], None]:
         for name, value in finished.summary.items():
             shown = "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
             table.add_row(name.replace("_", " "), shown)
+        table.add_row("peak resident memory", f"{peak_memory() / 2**30:.2f} GiB")
         print(f"{finished.run.path}: {finished.run.stage} {state}")
         Console(highlight=False).print(table)
 
     return work
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held in the host's memory so far."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def use_cpu_devices(count: int) -> None:

@@ -22,9 +22,9 @@ MOST_RESPONSES = 9
 class Item:
     """A prompt with K = 2 … 9 responses to compare.
 
-    id: stable, from the content. prompt: text, or turns where it was given as messages. sources: which run or model each
-    response came from, hidden from labellers; () if unknown. kind: a task for `wanted` labellers, a calibration item for
-    every labeller, or a quiz item whose gold ranks screen them. gold: ranks, 1 is best, () if unknown.
+    id: stable, from the content. prompt: text, or turns where it was given as messages. sources: which run or model
+    each response came from, hidden from labellers; () if unknown. kind: "task" for so many labellers, "calibration" for
+    every labeller, or "quiz", whose gold ranks screen them. gold: ranks, 1 is best, () if unknown.
     """
 
     id: str
