@@ -13,13 +13,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import rustbpe
 import tiktoken
 
 from rlhf_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_jax.chat import ChatTemplate
 
 FORMAT = "rlhf_jax tokenizer"
 FORMAT_VERSION = 1
@@ -34,10 +38,69 @@ WORDS_PATTERN = (
 
 # The regex engine below tiktoken backtracks over white space and overflows its stack near a million characters.
 MAX_SPACE_RUN = 4096
-_LONG_SPACE = re.compile(rf"\s{{{MAX_SPACE_RUN + 1},}}")
 
 # tiktoken asks for "gpt2" under other addresses than for "r50k_base", which is the same encoding.
 _SAME_ENCODING = {"gpt2": "r50k_base"}
+
+
+class TextTokenizer(Protocol):
+    """What every tokenizer has, this file's and `hf_tokenizer.HuggingFaceTokenizer`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int:
+        """Ids from 0 that may be sampled or encoded; pad_id may be one above them."""
+        ...
+
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int:
+        """Neither eos, nor bos, nor in stop_ids."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Texts that a chat template may write for a special token; `encode` takes them as plain text."""
+        ...
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What stands before a text; may be empty."""
+        ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response, eos first."""
+        ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]: ...
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of text that goes on after other text; `encode` may put a space before it, as SentencePiece does."""
+        ...
+
+    def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
+        """Ids of each section of one running text, tokenised apart, where a special token's text is that token.
+
+        stand_ins: characters to put back once special tokens are found, as `str.translate` takes them.
+        """
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+    def decode_batch(self, rows: Iterable[Sequence[int]]) -> list[str]: ...
+    def token_bytes(self, id: int) -> Token: ...
+    def save(self, path: str | Path) -> None: ...
 
 
 class Tokenizer:
@@ -68,6 +131,9 @@ class Tokenizer:
         # The end comes first: for GPT-2 it is then 50256, the id that its pretrained weights know.
         first = max(ranks.values()) + 1
         self.eos_id, self.bos_id, self.pad_id = first, first + 1, first + 2
+        self.start_ids, self.stop_ids = (self.bos_id,), (self.eos_id,)
+        self.special_tokens: Mapping[str, int] = {}  # no text names one
+        self.chat_template: ChatTemplate | None = None
 
     @classmethod
     def bytes(cls) -> Tokenizer:
@@ -87,8 +153,8 @@ class Tokenizer:
                 f"vocab_size {vocab_size}: wanted at least {256 + SPECIAL_IDS} (256 bytes and 3 special ids)"
             )
         trainer = rustbpe.Tokenizer()
-        pieces = (piece for text in texts for piece in _pieces(text))
-        trainer.train_from_iterator(pieces, vocab_size - SPECIAL_IDS, pattern=WORDS_PATTERN)
+        parts = (piece for text in texts for piece in pieces(text))
+        trainer.train_from_iterator(parts, vocab_size - SPECIAL_IDS, pattern=WORDS_PATTERN)
         return cls("bpe", WORDS_PATTERN, {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
 
     @classmethod
@@ -117,9 +183,12 @@ class Tokenizer:
             " 'bytes', a tokenizer trained on your corpus, or the tokenizer.json of another run"
         )
 
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer that `save` wrote. Raises: UserError naming the file and what is wrong with it."""
+    @staticmethod
+    def load(path: str | Path) -> TextTokenizer:
+        """The tokenizer that `save` wrote, of either kind.
+
+        Raises: UserError naming the file and what is wrong with it.
+        """
         try:
             saved = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -128,9 +197,14 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer file; wanted the tokenizer.json of a run folder")
         if saved.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{path}: format_version {saved.get('format_version')!r}, wanted {FORMAT_VERSION}")
+        if saved.get("kind") == "huggingface":
+            # It imports this file, and who has no such model does not wait for it.
+            from rlhf_jax.hf_tokenizer import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer.from_saved(saved, path)
         try:
             tokens = {int(id): base64.b64decode(token, validate=True) for id, token in saved["tokens"].items()}
-            tokenizer = cls(saved["name"], saved["pattern"], {token: id for id, token in tokens.items()})
+            tokenizer = Tokenizer(saved["name"], saved["pattern"], {token: id for id, token in tokens.items()})
         except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
             raise UserError(f"{path}: damaged tokenizer file: {type(error).__name__}: {_one_line(error)}") from None
         if tokenizer.fingerprint != saved.get("fingerprint"):
@@ -139,19 +213,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes everything it is as one JSON text; `load` needs nothing else, no network and no cache."""
-        saved = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "vocab_size": self.vocab_size,
-            "special_ids": {"eos": self.eos_id, "bos": self.bos_id, "pad": self.pad_id},
-            **self._content(),
-        }
-        # A crash half-way must leave the old file or the new one.
-        partial = Path(f"{path}.partial")
-        partial.write_text(json.dumps(saved, indent=0, ensure_ascii=True) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_saved(path, self, self._content())
 
     @property
     def vocab_size(self) -> int:
@@ -174,7 +236,15 @@ class Tokenizer:
         """
         if len(text) <= MAX_SPACE_RUN and text.isascii():
             return self._encoding.encode_ordinary(text)
-        return [id for piece in _pieces(text) for id in self._encoding.encode_ordinary(piece)]
+        return [id for piece in pieces(text) for id in self._encoding.encode_ordinary(piece)]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The same as `encode`."""
+        return self.encode(text)
+
+    def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
+        """`encode` of each section, with the characters put back that stand_ins names; no text is a special token's."""
+        return [self.encode(section.translate(stand_ins)) for section in sections]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` of each text. A plain loop: tiktoken's threads cost more than they gain on short texts."""
@@ -211,23 +281,55 @@ class Tokenizer:
         return {"pattern": self.pattern, "tokens": tokens}
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text, cut where white space runs on longer than the regex engine can bear."""
+def write_saved(path: str | Path, tokenizer: TextTokenizer, content: Mapping[str, object]) -> None:
+    """Writes the file that `Tokenizer.load` reads. content: what the tokenizer is made of."""
+    saved = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "special_ids": {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id},
+        **content,
+    }
+    # A crash half-way must leave the old file or the new one.
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(saved, indent=0, ensure_ascii=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_tokenizer(tokenizer: TextTokenizer, folder: str | Path) -> None:
+    """Writes a tokenizer of either kind as the files that transformers reads, tokenizer.json and those beside it."""
+    from rlhf_jax.hf_export import write_folder
+
+    write_folder(tokenizer, folder)
+
+
+def pieces(text: str, longest: int = MAX_SPACE_RUN) -> Iterator[str]:
+    """The text, cut where white space runs on for more than `longest` characters.
+
+    Raises: UserError if text holds a lone surrogate.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
             f"text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
         ) from None
-    if len(text) <= MAX_SPACE_RUN:
+    if len(text) <= longest:
         yield text
         return
     start = 0
-    for run in _LONG_SPACE.finditer(text):
-        for cut in range(run.start() + MAX_SPACE_RUN, run.end(), MAX_SPACE_RUN):
+    for run in _long_space(longest).finditer(text):
+        for cut in range(run.start() + longest, run.end(), longest):
             yield text[start:cut]
             start = cut
     yield text[start:]
+
+
+@functools.cache
+def _long_space(longest: int) -> re.Pattern[str]:
+    return re.compile(rf"\s{{{longest + 1},}}")
 
 
 def _one_line(error: BaseException) -> str:

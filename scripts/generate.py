@@ -1,8 +1,10 @@
-"""Complete prompts, or chat, with the model of a run's folder.
+"""Complete prompts, or chat, with the model of a run's folder or a published one.
 
 python scripts/generate.py runs/aligned --prompt "The sun" --samples 3
 
 python scripts/generate.py runs/aligned --chat
+
+python scripts/generate.py hf:SmolLM2-135M-Instruct --chat
 """
 
 from __future__ import annotations
@@ -26,9 +28,8 @@ from rlhf_jax.data.batches import PromptRows, bucket_length, default_buckets
 from rlhf_jax.data.dialogues import HEADERS, Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import generate
-from rlhf_jax.model import Transformer
-from rlhf_jax.run_folder import RunFolder
-from rlhf_jax.runs import model_of, released_params, say
+from rlhf_jax.runs import say
+from rlhf_jax.sources import open_source
 from scripts import cli
 
 # Responses sampled side by side; more prompts are taken in parts.
@@ -40,7 +41,7 @@ class Config:
     """Settings of sampling."""
 
     run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
-    """Folder of a pretrain, sft or ppo run."""
+    """Folder of a pretrain, sft or ppo run; or hf:FOLDER, gguf:FILE or pypi:PACKAGE, a published model."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What to complete; may be given more than once. None means the lines of standard input."""
     chat: bool = False
@@ -71,10 +72,10 @@ class Speaker:
     """A run's model and how to sample from it."""
 
     def __init__(self, config: Config) -> None:
-        run = RunFolder.open(config.run, stages=("pretrain", "sft", "ppo"))
+        source = open_source(config.run, stages=("pretrain", "sft", "ppo"))
         self.config = config
-        self.tokenizer = run.tokenizer
-        self.model = Transformer(model_of(run))
+        self.tokenizer = source.tokenizer
+        self.model = source.network()
         self.context = self.model.config.context
         self.room = self.context - config.max_new_tokens
         if self.room < 1:
@@ -82,11 +83,15 @@ class Speaker:
                 f"max_new_tokens: found {config.max_new_tokens}, which leaves no room for a prompt in the model's "
                 f"context of {self.context} tokens; use --max-new-tokens {max(self.context // 2, 1)}"
             )
-        self.params = released_params(run)
+        self.params = source.params()
         self.key = jax.random.key(config.seed)
 
-    def refuse_too_long(self, ids: Sequence[int], where: str) -> None:
-        """Raises UserError if a prompt leaves no room for the response."""
+    def refuse(self, ids: Sequence[int], where: str) -> None:
+        """Raises UserError if a prompt is nothing, or leaves no room for the response."""
+        if not ids:
+            raise UserError(
+                f"{where}: found an empty prompt, wanted text: nothing stands before a text of this model's"
+            )
         if len(ids) > self.room:
             raise UserError(
                 f"{where}: found {len(ids)} tokens, wanted {self.room} or less: the context of {self.context} less "
@@ -94,13 +99,13 @@ class Speaker:
             )
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """One response to each prompt, which starts with bos."""
+        """The text of one response to each prompt."""
         # Few shapes, each compiled once: widths are buckets, and so are numbers of rows.
         width = bucket_length(max(map(len, prompts)), default_buckets(self.room))
         rows = 1 << (len(prompts) - 1).bit_length()
         batch = PromptRows(list(prompts), width, self.tokenizer.pad_id).batch(np.arange(rows) % len(prompts))
         self.key, key = jax.random.split(self.key)
-        config, eos = self.config, self.tokenizer.eos_id
+        config, decode = self.config, self.tokenizer.decode
         out = generate(
             self.model,
             self.params,
@@ -108,7 +113,7 @@ class Speaker:
             batch.mask_BP,
             key,
             max_new_tokens=config.max_new_tokens,
-            stop_ids=(eos,),
+            stop_ids=self.tokenizer.stop_ids,
             pad_id=self.tokenizer.pad_id,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -116,7 +121,9 @@ class Speaker:
         )
         tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
         kept = zip(tokens_BR[: len(prompts)], mask_BR[: len(prompts)])
-        return [self.tokenizer.decode([int(i) for i in row[mask]]) for row, mask in kept]
+        # Decoded alone, a response would lose a space before it, as SentencePiece takes one from the front of a text.
+        wholes = [decode([*ids, *row[mask].tolist()]) for ids, (row, mask) in zip(prompts, kept)]
+        return [whole[len(decode(ids)) :] for ids, whole in zip(prompts, wholes)]
 
 
 def run(config: Config) -> None:
@@ -138,8 +145,8 @@ def complete(speaker: Speaker, prompts: Sequence[tuple[str, str]]) -> None:
     """Prints each prompt with its completions. prompts: (where it came from, text)."""
     rows = []
     for where, text in prompts:
-        ids = [speaker.tokenizer.bos_id, *speaker.tokenizer.encode(checked(text, where))]
-        speaker.refuse_too_long(ids, where)
+        ids = [*speaker.tokenizer.start_ids, *speaker.tokenizer.encode(checked(text, where))]
+        speaker.refuse(ids, where)
         rows += [(text, ids)] * speaker.config.samples
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
@@ -162,9 +169,12 @@ def chat(speaker: Speaker) -> None:
             del said[:2]
             say("(the oldest message and its answer no longer fit the context and are forgotten)")
         ids = chat_ids(said, speaker.tokenizer)
-        speaker.refuse_too_long(ids, where)
-        # A model that never saw the end of a turn goes on with the other side's.
-        answer = speaker.answers([ids])[0].split(HEADERS["user"])[0].strip()
+        speaker.refuse(ids, where)
+        answer = speaker.answers([ids])[0]
+        if speaker.tokenizer.chat_template is None:
+            # A model that never saw the end of a turn goes on with the other side's.
+            answer = answer.split(HEADERS["user"])[0]
+        answer = answer.strip()
         said.append(Message("assistant", answer))
         print(answer, flush=True)
 

@@ -15,6 +15,8 @@ FLOOR = {
     **dict.fromkeys(["losses", "returns", "kl", "rope"], 1),
     **dict.fromkeys(["model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2),
     "gguf_reader": 2,
+    "byte_bpe": 1,
+    **dict.fromkeys(["chat", "hf_encoders", "hf_tokenizer", "hf_export"], 2),
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
     **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics", "huggingface"], 3),
     **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram"], 4),
@@ -25,6 +27,15 @@ FLOOR = {
 }
 # (importer, imported) on one floor. The files of data/ may import each other, stages never.
 NEIGHBOURS = {
+    ("tokenizer", "chat"),  # for the type alone
+    ("tokenizer", "hf_tokenizer"),  # to load one and
+    ("tokenizer", "hf_export"),  # to write one, when it is asked for
+    ("chat", "tokenizer"),
+    ("hf_tokenizer", "chat"),
+    ("hf_tokenizer", "hf_encoders"),
+    ("hf_tokenizer", "tokenizer"),
+    ("hf_export", "hf_tokenizer"),
+    ("hf_export", "tokenizer"),
     ("masked", "arrays"),  # the array names are for all,
     ("config", "errors"),  # and so is the exception
     ("returns", "kl"),  # the KL in the reward is the one of kl.py

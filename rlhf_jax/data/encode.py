@@ -3,17 +3,23 @@
 A row is `[bos] prompt response [eos]`, with prompt and response tokenised apart so that the boundary is exact: the same
 row for a demonstration, for a response that the reward model scores, and for one that was sampled. A row that is too
 long is dropped and named in the ledger; nothing is cut.
+
+Messages are written by the tokenizer's chat template (chat.py), where a published model brought one; else by the
+Human / Assistant template. A prompt that was given as text stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
+from rlhf_jax import chat
 from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows
 from rlhf_jax.data.dialogues import HEADERS, Message, render_message
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompted, Ranking, Text
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizer import TextTokenizer
 
 Row = tuple[list[int], list[bool]]
 
@@ -31,45 +37,62 @@ def ranking_rows(prompt_ids: Sequence[int], responses: Iterable[Sequence[int]]) 
     return [[*prompt_ids, *response_ids] for response_ids in responses]
 
 
-def prompt_ids(prompt: Prompted, tokenizer: Tokenizer) -> list[int]:
-    """`[bos] prompt`; a prompt given as messages has an eos after each of the assistant's turns."""
+def prompt_ids(prompt: Prompted, tokenizer: TextTokenizer) -> list[int]:
+    """`[bos] prompt`; a prompt given as messages has the end of a turn after each of the assistant's."""
     if not prompt.turns:
-        return [tokenizer.bos_id, *tokenizer.encode(prompt.prompt)]
+        return [*tokenizer.start_ids, *tokenizer.encode(prompt.prompt)]
     return chat_ids(prompt.turns, tokenizer)
 
 
-def chat_ids(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def chat_ids(messages: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
     """`[bos] messages` up to the place where the assistant answers, as `dialogue_row` trains it."""
+    if tokenizer.chat_template is not None:
+        return chat.chat_ids(messages, tokenizer)
     ids, _, pending = _turns(messages, tokenizer)
-    return ids + tokenizer.encode(pending + HEADERS["assistant"])
+    return ids + _said(pending + HEADERS["assistant"], ids, tokenizer)
 
 
-def response_ids(response: str, tokenizer: Tokenizer, *, ended: bool = True) -> list[int]:
-    """Ids of a response; eos follows if it `ended`, rather than ran out of room."""
-    ids = tokenizer.encode(response)
+def response_ids(
+    response: str, tokenizer: TextTokenizer, *, turns: Sequence[Message] = (), ended: bool = True
+) -> list[int]:
+    """Ids of a response; eos follows if it `ended`, rather than ran out of room.
+
+    turns: the prompt's, if it was given as messages; a chat template writes the response, less the space before it, as
+    the assistant's next message, all of it, and ends it as it ends a turn.
+    """
+    if turns and tokenizer.chat_template is not None:
+        return chat.chat_response_ids(turns, response.removeprefix(" "), tokenizer, ended=ended)
+    ids = tokenizer.encode_continuation(response)
     return [*ids, tokenizer.eos_id] if ended else ids
 
 
-def dialogue_row(messages: Sequence[Message], tokenizer: Tokenizer) -> Row:
-    """(ids, loss mask): the content of each of the assistant's turns and an eos after it are targets, nothing else."""
+def dialogue_row(messages: Sequence[Message], tokenizer: TextTokenizer) -> Row:
+    """(ids, loss mask): the content of each of the assistant's turns and the end of it are targets, nothing else.
+
+    Where a chat template writes the row, some answers may carry no loss (`chat.chat_row`), and messages after the last
+    answer are left out, since nothing is learned from them.
+    """
+    if tokenizer.chat_template is not None:
+        last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=len(messages))
+        return chat.chat_row(messages[: last + 1], tokenizer)
     ids, mask, pending = _turns(messages, tokenizer)
-    rest = tokenizer.encode(pending)
+    rest = _said(pending, ids, tokenizer)
     return ids + rest, mask + [False] * len(rest)
 
 
-def encode_text(records: Iterable[Text], tokenizer: Tokenizer, *, ledger: Ledger) -> list[list[int]]:
-    """The documents' ids, without special ids, for `pack_text`; the ledger counts bos and eos."""
+def encode_text(records: Iterable[Text], tokenizer: TextTokenizer, *, ledger: Ledger) -> list[list[int]]:
+    """The documents' ids, without special ids, for `pack_text`; the ledger counts those that `pack_text` adds."""
     docs = []
     for record in records:
         ids = tokenizer.encode(record.text)
-        ledger.keep(record.where, tokens=len(ids) + 2)
+        ledger.keep(record.where, tokens=len(tokenizer.start_ids) + len(ids) + 1)
         docs.append(ids)
     return docs
 
 
 def encode_demonstrations(
     records: Iterable[Demonstration | Dialogue],
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     *,
     max_tokens: int,
     ledger: Ledger,
@@ -78,14 +101,19 @@ def encode_demonstrations(
     """Rows for supervised fine-tuning, of at most `max_tokens` ids each."""
     rows, kept = [], []
     for record in records:
-        if isinstance(record, Dialogue):
-            row = dialogue_row(record.messages, tokenizer)
-        else:
-            row = response_row(prompt_ids(record, tokenizer), response_ids(record.completion, tokenizer))
+        with _named(record.where):
+            if isinstance(record, Dialogue):
+                row = dialogue_row(record.messages, tokenizer)
+            else:
+                response = response_ids(record.completion, tokenizer, turns=record.turns)
+                row = response_row(prompt_ids(record, tokenizer), response)
         if len(row[0]) > max_tokens:
             ledger.drop(record.where, _too_long(max_tokens))
             continue
         ledger.keep(record.where, tokens=len(row[0]))
+        unlearned = _answers(record) - _targets(row[1])
+        if unlearned > 0:
+            ledger.remark(record.where, f"{unlearned} answers carry no loss: the chat template rewrites them")
         rows.append(row)
         kept.append(record)
     return RaggedRows(rows, max_tokens, tokenizer.pad_id, buckets, kept)
@@ -93,7 +121,7 @@ def encode_demonstrations(
 
 def encode_rankings(
     records: Iterable[Comparison | Ranking],
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     *,
     max_tokens: int,
     ledger: Ledger,
@@ -108,7 +136,9 @@ def encode_rankings(
             responses, ranks, same = (record.chosen, record.rejected), (1, 2), "chosen equals rejected"
         else:
             responses, ranks, same = record.responses, record.ranks, "all responses are equal"
-        ids = ranking_rows(prompt_ids(record, tokenizer), [response_ids(text, tokenizer) for text in responses])
+        with _named(record.where):
+            answers = [response_ids(text, tokenizer, turns=record.turns) for text in responses]
+            ids = ranking_rows(prompt_ids(record, tokenizer), answers)
         if max(map(len, ids)) > max_tokens:
             ledger.drop(record.where, _too_long(max_tokens))
         elif all(row == ids[0] for row in ids):
@@ -120,11 +150,14 @@ def encode_rankings(
     return RankingRows(rows, max_tokens, tokenizer.pad_id, buckets, kept)
 
 
-def encode_prompts(records: Iterable[Prompted], tokenizer: Tokenizer, *, max_tokens: int, ledger: Ledger) -> PromptRows:
+def encode_prompts(
+    records: Iterable[Prompted], tokenizer: TextTokenizer, *, max_tokens: int, ledger: Ledger
+) -> PromptRows:
     """Prompts to sample responses for, left-padded to `max_tokens`, which counts bos."""
     rows, kept = [], []
     for record in records:
-        ids = prompt_ids(record, tokenizer)
+        with _named(record.where):
+            ids = prompt_ids(record, tokenizer)
         if len(ids) > max_tokens:
             ledger.drop(record.where, _too_long(max_tokens))
             continue
@@ -134,19 +167,43 @@ def encode_prompts(records: Iterable[Prompted], tokenizer: Tokenizer, *, max_tok
     return PromptRows(rows, max_tokens, tokenizer.pad_id, kept)
 
 
-def _turns(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool], str]:
+def _turns(messages: Sequence[Message], tokenizer: TextTokenizer) -> tuple[list[int], list[bool], str]:
     """Ids and mask up to the last assistant turn, and the text after it, which goes on as the caller says."""
-    ids, mask, pending = [tokenizer.bos_id], [False], ""
+    ids = list(tokenizer.start_ids)
+    mask, pending = [False] * len(ids), ""
     for message in messages:
         if message.role != "assistant":
             pending += render_message(message)
             continue
-        header = tokenizer.encode(pending + HEADERS["assistant"])
-        content = [*tokenizer.encode(f" {message.content}"), tokenizer.eos_id]
+        header = _said(pending + HEADERS["assistant"], ids, tokenizer)
+        content = [*tokenizer.encode_continuation(f" {message.content}"), tokenizer.eos_id]
         ids += header + content
         mask += [False] * len(header) + [True] * len(content)
         pending = ""
     return ids, mask, pending
+
+
+def _said(text: str, before: Sequence[int], tokenizer: TextTokenizer) -> list[int]:
+    """Ids of text after `before`, which may be no more than what any text starts with."""
+    return tokenizer.encode_continuation(text) if len(before) > len(tokenizer.start_ids) else tokenizer.encode(text)
+
+
+def _answers(record: Demonstration | Dialogue) -> int:
+    return sum(message.role == "assistant" for message in record.messages) if isinstance(record, Dialogue) else 1
+
+
+def _targets(mask: Sequence[bool]) -> int:
+    """Runs of targets in a row."""
+    return sum(here and not before for before, here in zip([False, *mask], mask))
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Puts the record's place before what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None
 
 
 def _too_long(max_tokens: int) -> str:
