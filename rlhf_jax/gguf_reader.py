@@ -25,6 +25,7 @@ import numpy as np
 from rlhf_jax.errors import UserError
 
 Array = np.ndarray
+Undo = Callable[[Array], Array] | None  # what gives a tensor as Hugging Face has it, None where GGUF has it so
 
 # Weights dequantised at a time: the temporaries of a chunk stay in the processor's cache.
 CHUNK = 1 << 18
@@ -48,7 +49,7 @@ class GgufModel:
     config: dict[str, Any]  # config.json, with the older keys rope_theta and rope_scaling
     tokenizer: dict[str, Any]  # tokenizer.json
     tokenizer_config: dict[str, Any]  # bos_token, eos_token, unk_token, pad_token, add_*_token, chat_template
-    _tensors: dict[str, tuple[_Stored, Callable[[Array], Array] | None]] = dataclasses.field(repr=False)
+    _tensors: dict[str, tuple[_Stored, Undo]] = dataclasses.field(repr=False)
 
     def names(self) -> list[str]:
         """Hugging Face's names of all tensors, e.g. "model.layers.0.self_attn.q_proj.weight", in the file's order."""
@@ -342,7 +343,7 @@ class _Fields:
 
 # --- Architectures ---------------------------------------------------------------------------------------------------
 
-Stored = Mapping[str, _Stored]
+_Table = Mapping[str, _Stored]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,19 +352,23 @@ class _Architecture:
 
     name: str  # of the class, in config.json's "architectures"
     model_type: str
-    config: Callable[[_Fields, Stored], dict[str, Any]]
-    undo: Callable[[str, dict[str, Any]], Callable[[Array], Array] | None]
+    config: Callable[[_Fields, _Table], dict[str, Any]]
+    undo: Callable[[str, dict[str, Any]], Undo]
     block: dict[str, str]
+    optional: tuple[str, ...] = ()  # names of block that not every model has
     layers: str = "model.layers"
     top: dict[str, str] = dataclasses.field(
         default_factory=lambda: {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     )
 
 
-def _config(fields: _Fields, architecture: _Architecture, stored: Stored) -> dict[str, Any]:
+def _config(fields: _Fields, architecture: _Architecture, stored: _Table) -> dict[str, Any]:
     vocab_size = len(fields.texts("tokenizer.ggml.tokens"))
-    if "token_embd.weight" not in stored:
-        raise UserError(f"{fields.path}: tensor token_embd.weight is missing")
+    for name in architecture.top:
+        if name != "output" and f"{name}.weight" not in stored:
+            raise UserError(f"{fields.path}: tensor {name}.weight is missing")
+    if fields.count(".block_count") > len(stored):
+        raise fields.wrong(".block_count", f"no more than the file's {len(stored)} tensors")
     rows = stored["token_embd.weight"].shape[0]
     if rows != vocab_size:
         raise UserError(f"{fields.path}: token_embd.weight has {rows} rows for {vocab_size} tokenizer.ggml.tokens")
@@ -441,12 +446,13 @@ def _llama3_scaling(fields: _Fields, factors: Array, theta: float) -> dict[str, 
     divisors = factors.astype(np.float64)
     if (divisors == 1).all():
         return None
-    factor = divisors.max()
+    factor = float(divisors.max())
     turns = theta ** -(np.arange(len(divisors)) / len(divisors)) / (2 * math.pi)
-    share = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+    sound = divisors.min() > 1 - 1e-6 and math.isfinite(factor)
+    share = (1 / divisors - 1 / factor) / (1 - 1 / factor) if sound else np.zeros_like(divisors)
     between = (share > 1e-5) & (share < 1 - 1e-5)
-    if factor > 1 and between.sum() >= 2:
-        slope, intercept = np.polyfit(turns[between], share[between], 1)
+    slope, intercept = np.polyfit(turns[between], share[between], 1) if between.sum() >= 2 else (0.0, 0.0)
+    if slope > 0 > intercept > -1000:
         high = round(1 - 1 / intercept, 3)
         old = round(slope * (high - 1))
         fitted = np.clip((old * turns - 1) / (high - 1), 0, 1)
@@ -461,7 +467,7 @@ def _llama3_scaling(fields: _Fields, factors: Array, theta: float) -> dict[str, 
     raise UserError(f"{fields.path}: tensor rope_freqs.weight: no rope_scaling of type llama3 has these divisors")
 
 
-def _llama(fields: _Fields, stored: Stored) -> dict[str, Any]:
+def _llama(fields: _Fields, stored: _Table) -> dict[str, Any]:
     config = _rms_decoder(fields) | {
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "mlp_bias": "blk.0.ffn_up.bias" in stored,
@@ -478,7 +484,7 @@ def _llama(fields: _Fields, stored: Stored) -> dict[str, Any]:
     return config
 
 
-def _qwen(fields: _Fields, stored: Stored) -> dict[str, Any]:
+def _qwen(fields: _Fields, stored: _Table) -> dict[str, Any]:
     # llama.cpp gives Qwen no window, whatever the key says.
     config = _rms_decoder(fields) | {"use_sliding_window": False, "sliding_window": None}
     return config if fields.architecture == "qwen2" else config | {"attention_bias": "blk.0.attn_q.bias" in stored}
@@ -492,7 +498,7 @@ def _gemma(fields: _Fields) -> dict[str, Any]:
     return config | {"attention_bias": False, "query_pre_attn_scalar": scale}
 
 
-def _gemma2(fields: _Fields, stored: Stored) -> dict[str, Any]:
+def _gemma2(fields: _Fields, stored: _Table) -> dict[str, Any]:
     config = _gemma(fields)
     layers = range(config["num_hidden_layers"])
     return config | {
@@ -503,7 +509,7 @@ def _gemma2(fields: _Fields, stored: Stored) -> dict[str, Any]:
     }
 
 
-def _gemma3(fields: _Fields, stored: Stored) -> dict[str, Any]:
+def _gemma3(fields: _Fields, stored: _Table) -> dict[str, Any]:
     config = _gemma(fields)
     cap, pattern = ".final_logit_softcapping", fields.count(".attention.sliding_window_pattern", 6)
     if not fields.has(".attention.sliding_window"):
@@ -520,7 +526,7 @@ def _gemma3(fields: _Fields, stored: Stored) -> dict[str, Any]:
     }
 
 
-def _gpt2(fields: _Fields, stored: Stored) -> dict[str, Any]:
+def _gpt2(fields: _Fields, stored: _Table) -> dict[str, Any]:
     return {
         "n_embd": fields.count(".embedding_length"),
         "n_layer": fields.count(".block_count"),
@@ -533,7 +539,7 @@ def _gpt2(fields: _Fields, stored: Stored) -> dict[str, Any]:
     }
 
 
-def _stablelm(fields: _Fields, stored: Stored) -> dict[str, Any]:
+def _stablelm(fields: _Fields, stored: _Table) -> dict[str, Any]:
     config = _decoder(fields)
     return config | {
         "partial_rotary_factor": fields.count(".rope.dimension_count", config["head_dim"]) / config["head_dim"],
@@ -546,7 +552,7 @@ def _stablelm(fields: _Fields, stored: Stored) -> dict[str, Any]:
     }
 
 
-def _gptneox(fields: _Fields, stored: Stored) -> dict[str, Any]:
+def _gptneox(fields: _Fields, stored: _Table) -> dict[str, Any]:
     config = _decoder(fields)
     if config["num_key_value_heads"] != config["num_attention_heads"]:
         raise fields.wrong(".attention.head_count_kv", f"{config['num_attention_heads']}, as many as heads")
@@ -554,7 +560,7 @@ def _gptneox(fields: _Fields, stored: Stored) -> dict[str, Any]:
         "rotary_pct": fields.count(".rope.dimension_count", config["head_dim"]) / config["head_dim"],
         "rotary_emb_base": config["rope_theta"],
         "layer_norm_eps": fields.real(".attention.layer_norm_epsilon"),
-        "hidden_act": "gelu",
+        "hidden_act": "gelu",  # Pythia's; the file does not say
         "attention_bias": True,
         "use_parallel_residual": fields.flag(".use_parallel_residual", True),
     }
@@ -574,25 +580,25 @@ def _row(rows: Array, *, index: int) -> Array:
     return rows[index].copy()
 
 
-def _undo_nothing(name: str, config: dict[str, Any]) -> None:
+def _undo_nothing(name: str, config: dict[str, Any]) -> Undo:
     return None
 
 
-def _undo_llama(name: str, config: dict[str, Any]) -> Callable[[Array], Array] | None:
+def _undo_llama(name: str, config: dict[str, Any]) -> Undo:
     key = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     return partial(_join_pairs, heads=config[key[name]]) if name in key else None
 
 
-def _undo_gemma(name: str, config: dict[str, Any]) -> Callable[[Array], Array] | None:
+def _undo_gemma(name: str, config: dict[str, Any]) -> Undo:
     return (lambda values: values - 1) if name.endswith("norm") else None
 
 
-def _undo_gpt2(name: str, config: dict[str, Any]) -> Callable[[Array], Array] | None:
+def _undo_gpt2(name: str, config: dict[str, Any]) -> Undo:
     transposed = name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
     return (lambda values: np.ascontiguousarray(values.T)) if transposed else None
 
 
-def _undo_gptneox(name: str, config: dict[str, Any]) -> Callable[[Array], Array] | None:
+def _undo_gptneox(name: str, config: dict[str, Any]) -> Undo:
     return partial(_interleave_heads, heads=config["num_attention_heads"]) if name == "attn_qkv" else None
 
 
@@ -624,6 +630,7 @@ ARCHITECTURES = {
         _undo_nothing,
         # One tensor holds the norms of all heads, a row each.
         _LLAMA | {f"attn_{x}_norm": f"self_attn.{x}_layernorm.norms.{{head}}" for x in "qk"},
+        optional=("attn_q_norm", "attn_k_norm", "ffn_norm"),
     ),
     "gpt2": _Architecture(
         "GPT2LMHeadModel",
@@ -638,8 +645,8 @@ ARCHITECTURES = {
             "ffn_up": "mlp.c_fc",
             "ffn_down": "mlp.c_proj",
         },
-        "transformer.h",
-        {
+        layers="transformer.h",
+        top={
             "token_embd": "transformer.wte",
             "position_embd": "transformer.wpe",
             "output_norm": "transformer.ln_f",
@@ -658,20 +665,20 @@ ARCHITECTURES = {
             "ffn_up": "mlp.dense_h_to_4h",
             "ffn_down": "mlp.dense_4h_to_h",
         },
-        "gpt_neox.layers",
-        {"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out"},
+        layers="gpt_neox.layers",
+        top={"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out"},
     ),
 }
 
-_TENSOR = re.compile(r"(?:blk\.(?P<block>\d+)\.)?(?P<name>\w+)\.(?P<part>weight|bias)")
+_TENSOR = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<name>\w+)\.(?P<part>weight|bias)")
 
 
 def _tensors(
-    fields: _Fields, architecture: _Architecture, config: dict[str, Any], stored: Stored
-) -> dict[str, tuple[_Stored, Callable[[Array], Array] | None]]:
+    fields: _Fields, architecture: _Architecture, config: dict[str, Any], stored: _Table
+) -> dict[str, tuple[_Stored, Undo]]:
     """Hugging Face's name -> where it lies and what to undo. A tensor with no name there would be lost: an error."""
     layers = fields.count(".block_count")
-    tensors: dict[str, tuple[_Stored, Callable[[Array], Array] | None]] = {}
+    tensors: dict[str, tuple[_Stored, Undo]] = {}
     of_layer: list[set[str]] = [set() for _ in range(layers)]
     for name, where in stored.items():
         if name == "rope_freqs.weight" and fields.architecture == "llama":
@@ -692,7 +699,8 @@ def _tensors(
                 tensors[f"{target.format(head=head)}.{match['part']}"] = (where, partial(_row, index=head))
         else:
             tensors[f"{target}.{match['part']}"] = (where, undo)
-    every = set.union(*of_layer)
+    needed = {f"{name}.weight" for name in architecture.block if name not in architecture.optional}
+    every = needed.union(*of_layer)
     for layer, present in enumerate(of_layer):
         if present != every:
             raise UserError(f"{fields.path}: tensor blk.{layer}.{min(every - present)} is missing")
@@ -765,9 +773,9 @@ def _tokenizer(fields: _Fields) -> tuple[dict[str, Any], dict[str, Any]]:
     if len(types) != len(tokens):
         raise fields.wrong("tokenizer.ggml.token_type", f"one type for each of {len(tokens)} tokens")
     vocab: dict[str, int] = {}
-    for id, (token, kind) in enumerate(zip(tokens, types)):
-        if kind != _UNUSED and vocab.setdefault(token, id) != id:
-            raise UserError(f"{fields.path}: tokenizer.ggml.tokens: ids {vocab[token]} and {id} are both {token!r}")
+    for at, (token, kind) in enumerate(zip(tokens, types)):
+        if kind != _UNUSED and vocab.setdefault(token, at) != at:
+            raise UserError(f"{fields.path}: tokenizer.ggml.tokens: ids {vocab[token]} and {at} are both {token!r}")
     model = fields.text("tokenizer.ggml.model")
     if model == "gpt2":
         parts, add_bos = _byte_level(fields, vocab)
@@ -778,11 +786,12 @@ def _tokenizer(fields: _Fields) -> tuple[dict[str, Any], dict[str, Any]]:
 
     ids = {name: _token_id(fields, key) for name, key in _NAMED_TOKENS.items()}
     config: dict[str, Any] = {f"{name}_token": None if id is None else tokens[id] for name, id in ids.items()}
-    ends = {}
+    ends: dict[str, list[tuple[str, int]]] = {}
     for name, default in (("bos", add_bos), ("eos", False)):
-        # Without such a token there is none to add, whatever the flag says.
-        ends[name] = fields.flag(f"tokenizer.ggml.add_{name}_token", default) and ids[name] is not None
-        config[f"add_{name}_token"] = ends[name]
+        id = ids[name]
+        adds = id is not None and fields.flag(f"tokenizer.ggml.add_{name}_token", default)
+        ends[name] = [(tokens[id], id)] if id is not None and adds else []
+        config[f"add_{name}_token"] = adds
     config["chat_template"] = fields.text("tokenizer.chat_template") if fields.has("tokenizer.chat_template") else None
     config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
 
@@ -792,14 +801,12 @@ def _tokenizer(fields: _Fields) -> tuple[dict[str, Any], dict[str, Any]]:
         for id, kind in enumerate(types)
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
-    first = [(tokens[ids["bos"]], ids["bos"])] if ends["bos"] and ids["bos"] is not None else []
-    last = [(tokens[ids["eos"]], ids["eos"])] if ends["eos"] and ids["eos"] is not None else []
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "post_processor": _template(first, last),
+        "post_processor": _template(ends["bos"], ends["eos"]),
         **parts,
     }, config
 

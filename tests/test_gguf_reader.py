@@ -211,8 +211,10 @@ def write(
 ) -> Path:
     """One GGUF file; a key of value None is left out."""
     writer = gguf.GGUFWriter(path, architecture)
-    every = {f"{architecture}.{key}": value for key, value in keys.items() if not key.startswith("general.")}
-    every |= {key: value for key, value in keys.items() if key.startswith("general.")}
+    every = {
+        f"{architecture}.{key}": value for key, value in keys.items() if not key.startswith(("general.", "split."))
+    }
+    every |= {key: value for key, value in keys.items() if key.startswith(("general.", "split."))}
     every |= {"tokenizer.ggml.model": vocabulary.model}
     every |= {f"tokenizer.{key}": value for key, value in vocabulary.settings.items()}
     for key, value in every.items():
@@ -417,6 +419,7 @@ def llama3_divisors(theta: float, head_dim: int, factor: float, low: float, high
 @pytest.mark.parametrize(("head_dim", "factor"), [(64, 32.0), (128, 8.0)])
 def test_llama3_scaling_is_found_again(head_dim: int, factor: float, path: Path) -> None:
     divisors = llama3_divisors(500000.0, head_dim, factor, 1.0, 4.0, 8192)
+    divisors[0] = np.nextafter(np.float32(1), np.float32(0))  # another converter's rounding
     scaling = gguf_reader._llama3_scaling(gguf_reader._Fields(path, {}), divisors, 500000.0)
     assert scaling == {
         "rope_type": "llama3",
@@ -432,8 +435,15 @@ def test_divisors_of_another_rule_are_refused(path: Path) -> None:
         read_gguf(model_file(path, changes={"rope_freqs.weight": np.ones(6, np.float32)})).config["rope_scaling"]
         is None
     )
-    with pytest.raises(UserError, match=r"model.gguf: tensor rope_freqs.weight: no rope_scaling of type llama3"):
-        read_gguf(model_file(path, changes={"rope_freqs.weight": np.array([1, 2, 1, 3, 4, 5], np.float32)}))
+    for odd in (
+        [1, 2, 1, 3, 4, 5],
+        [1, 1, 1, 1, 1, 8],
+        [1, 0.5, 2, 3, 4, 5],
+        [1, 0, 2, 3, 4, 5],
+        [1, 2, 3, 4, 5, np.inf],
+    ):
+        with pytest.raises(UserError, match=r"model.gguf: tensor rope_freqs.weight: no rope_scaling of type llama3"):
+            read_gguf(model_file(path, changes={"rope_freqs.weight": np.array(odd, np.float32)}))
 
 
 # --- Byte-level tokenizers -------------------------------------------------------------------------------------------
@@ -592,6 +602,16 @@ def test_no_space_before_a_text_and_tokens_of_spaces(path: Path) -> None:
         ("llama", {"token_embd.weight": None}, r"tensor token_embd.weight is missing"),
         ("llama", {"token_embd.weight": np.zeros((9, 32), np.float32)}, r"token_embd.weight has 9 rows for 267 "),
         ("llama", {"blk.1.attn_q.weight": None}, r"tensor blk.1.attn_q.weight is missing"),
+        ("llama", {"block_count": 2**31}, r"block_count is 2147483648, wanted no more than the file's \d+ tensors"),
+        ("llama", {"output_norm.weight": None}, r"tensor output_norm.weight is missing"),
+        ("gpt2", {"position_embd.weight": None}, r"tensor position_embd.weight is missing"),
+        ("qwen2", {f"blk.{n}.ffn_up.weight": None for n in (0, 1)}, r"tensor blk.0.ffn_up.weight is missing"),
+        (
+            "llama",
+            {"blk.01.attn_q.weight": np.zeros((48, 32), np.float32)},
+            r"tensor blk.01.attn_q.weight is not one of",
+        ),
+        ("llama", {"split.count": 2}, r"split.count 2: one part of a split model"),
         ("llama", {"block_count": 3}, r"tensor blk.2.attn_k.bias is missing"),
         ("llama", {"block_count": 1}, r"tensor blk.1.\w+.\w+: llama.block_count is 1"),
         ("llama", {"blk.0.ffn_gate_exps.weight": np.zeros((2, 2), np.float32)}, r"ffn_gate_exps.weight is not one of"),
@@ -621,7 +641,10 @@ def without(vocabulary: Vocabulary, token: str) -> Vocabulary:
         (dataclasses.replace(byte_level(), types=[1]), r"token_type is \[1\], wanted one type for each of 267 tokens"),
         (sentencepiece(["▁a", "an"], **{"ggml.remove_extra_whitespaces": True}), r"remove_extra_whitespaces is True"),
         (dataclasses.replace(sentencepiece(["ab"]), scores=[]), r"tokenizer.ggml.scores is missing"),
-        (dataclasses.replace(sentencepiece(["ab", "ba"]), scores=[-1.0] * 264), r"scores: 2 tokens share -1.0, 'ab' among them"),
+        (
+            dataclasses.replace(sentencepiece(["ab", "ba"]), scores=[-1.0] * 264),
+            r"scores: 2 tokens share -1.0, 'ab' among them",
+        ),
         (without(sentencepiece(["ab"]), "<0x00>"), r"255 of 256 byte tokens, wanted all or none"),
         (without(sentencepiece(["né"]), "é"), r"'né' holds 'é', no token itself"),
     ],
@@ -692,6 +715,11 @@ def test_tensor_types(path: Path) -> None:
         path.write_bytes(data.replace(entry, entry[:-4] + struct.pack("<I", kind)))
         with pytest.raises(UserError, match=rf"model\.gguf: tensor token_embd.weight: {message}"):
             read_gguf(path)
+    path.write_bytes(data.replace(entry, b"token_embd.weight" + struct.pack("<IQQI", 2, 31, 267, 8)))
+    with pytest.raises(
+        UserError, match=r"token_embd.weight: shape \[267, 31\], wanted rows of a multiple of 32 weights"
+    ):
+        read_gguf(path)
     entry = b"token_embd.weight" + struct.pack("<IQ", 2, 32)
     path.write_bytes(data.replace(entry, entry[:-8] + struct.pack("<Q", 2**40)))
     with pytest.raises(UserError, match=r"tensor token_embd.weight: the file is truncated, it has \d+ of \d+ bytes"):
