@@ -224,16 +224,24 @@ def test_random_models(name: str, tmp_path: Path) -> None:
     assert type(again).__name__ == read.config["architectures"][0] == type(model).__name__
     missing, unexpected = again.load_state_dict(found, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
-    tokens = list(np.random.default_rng(0).integers(1, 260, 40))
+    tokens = torch.randint(1, 260, (1, 40))
     with torch.no_grad():
-        logits = model(torch.tensor([tokens])).logits[0]
-        torch.testing.assert_close(again(torch.tensor([tokens])).logits[0], logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
+
+@pytest.mark.parametrize("name", MODELS)
+def test_random_models_are_written_as_llama_cpp_reads_them(name: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
+    path, vocabulary = tmp_path / "model.gguf", byte_level()
+    model = random_model(name, vocabulary)
+    write_model(path, name, model, vocabulary)
+    tokens = np.random.default_rng(0).integers(1, 260, 40).tolist()
     llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False, n_threads=2)
-    llama.eval([int(token) for token in tokens])
+    llama.eval(tokens)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0].numpy()
     # llama.cpp keeps keys and values in 16 bits.
-    error = np.abs(llama.scores[: len(tokens)] - logits.numpy()).max() / logits.std().item()
+    error = np.abs(llama.scores[: len(tokens)] - logits).max() / logits.std()
     assert error < 0.02, error
 
 
@@ -329,11 +337,17 @@ def test_sentencepiece_tokenizers(prefix: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     pieces, vocabulary = trained_pieces(prefix, tmp_path)
     write_model(path, "llama", random_model("llama", vocabulary), vocabulary)
-    model = read_gguf(path)
-    tokenizer = Tokenizer.from_str(json.dumps(model.tokenizer))
+    tokenizer = Tokenizer.from_str(json.dumps(read_gguf(path).tokenizer))
     # SentencePiece takes a written ▁ for a space, so "▁ " for the token of two spaces; llama.cpp looks for two spaces.
     for text in TEXTS if prefix else [text.replace("▁", "") for text in TEXTS]:
         ids = pieces.encode(text)
         assert tokenizer.encode(text, add_special_tokens=False).ids == ids, repr(text[:80])
         assert tokenizer.decode(ids) == text.replace("▁", " ")
-    assert_llama_cpp_agrees(path, model)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokenizers_are_llama_cpps(prefix: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    _, vocabulary = trained_pieces(prefix, tmp_path)
+    write_model(path, "llama", random_model("llama", vocabulary), vocabulary)
+    assert_llama_cpp_agrees(path, read_gguf(path))
