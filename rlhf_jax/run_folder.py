@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rlhf_jax.config import MAY_CHANGE
 from rlhf_jax.durable import UNFINISHED, read_json, write_json
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.tokenizer import TextTokenizer, Tokenizer
 
 FORMAT_VERSION = 1
 _ABSENT = "nothing"
@@ -41,7 +41,7 @@ class RunFolder:
         stage: str,
         config: Mapping[str, Any],
         model: Mapping[str, Any],
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         inputs: Mapping[str, str],
         origin: Mapping[str, Any] | None = None,
         base: Mapping[str, Any] | None = None,
@@ -150,7 +150,7 @@ class RunFolder:
         return dict(self._about["base"]) if "base" in self._about else None
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> TextTokenizer:
         """The tokenizer kept in the folder."""
         return Tokenizer.load(self.path / "tokenizer.json")
 

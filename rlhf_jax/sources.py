@@ -1,4 +1,4 @@
-"""What a stage starts from: the folder of an earlier run, a Hugging Face folder, a GGUF file, or a package with one."""
+"""What a stage starts from: an earlier run, or a published model in any of four forms."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from typing import Any
 import jax
 
 from rlhf_jax.arrays import Array, Params
+from rlhf_jax.checkpoint import fingerprint
 from rlhf_jax.config import from_plain, to_plain
+from rlhf_jax.durable import read_json
 from rlhf_jax.errors import UserError
-from rlhf_jax.huggingface import OURS, pretrained, read_folder
+from rlhf_jax.huggingface import OURS, as_published, pretrained, read_folder
 from rlhf_jax.lora import LoraConfig, init_adapter, merge
 from rlhf_jax.model import Transformer
 from rlhf_jax.model_config import ModelConfig
+from rlhf_jax.peft import base_of, read_adapter
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.runs import model_of, released_params
 from rlhf_jax.tokenizer import TextTokenizer
 
-PUBLISHED = ("hf:", "gguf:", "pypi:")
+LANGUAGE = ("pretrain", "sft", "ppo")
+PUBLISHED = ("hf:", "gguf:", "pypi:", "peft:")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
     """A network to start from.
 
-    where: as the user named it. spec: how to open it again, from any folder. stage: of the run that made it, "published" for others.
-    scalar: it has a score head, and no language head. origin: of the published model behind it, if there is one.
-    own: reads the tree that was trained: all parameters, or the adapter. identify: SHA-256 of what `own` reads.
+    where: as the user named it. spec: how to open it again, from any folder.
+    stage: of the run that made it, "published" for others.
+    scalar: it has a score head, and no language head.
+    origin: of the published model behind it, if there is one.
+    own: reads the tree that was trained, all parameters or the adapter. identify: SHA-256 of what `own` reads.
     base, lora: what the adapter stands beside, and its settings.
     score_mean, score_scale: of a reward model's scores.
     """
@@ -100,12 +106,14 @@ def _record(source: Source, lora: LoraConfig) -> dict[str, Any]:
 
 
 def open_source(spec: str, *, stages: Collection[str]) -> Source:
-    """What `spec` names: a run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE.
+    """What `spec` names: a run's folder, hf:FOLDER, gguf:FILE, pypi:PACKAGE or peft:FOLDER.
 
     Args:
       stages: kinds of run that will do. A published model stands for any of them, with a score head for "reward" alone.
     Raises: UserError for what is not there, not whole, or of another kind.
     """
+    if spec.startswith("peft:"):
+        return _adapter(spec, want_scalar=set(stages) == {"reward"})
     if spec.startswith(PUBLISHED):
         return _published(spec, want_scalar=set(stages) == {"reward"})
     run = RunFolder.open(spec, stages=tuple(stages))
@@ -174,9 +182,7 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
             file.tokenizer, file.tokenizer_config, rows=model.model.vocab_rows, name=path.stem
         )
         spec = spec if kind == "pypi" else f"gguf:{path.absolute()}"
-    if model.scalar != want_scalar:
-        found, wanted = ("a score head", "a language model") if model.scalar else ("a language model", "a score head")
-        raise UserError(f"{spec}: found {found} ({model.origin['config'].get('architectures')}), wanted {wanted}")
+    _refuse_other_head(given, model.scalar, want_scalar)
     model = model.for_tokenizer(tokenizer.vocab_size, tokenizer.pad_id)
     ours = model.origin["config"].get(OURS, {})
     return Source(
@@ -192,3 +198,36 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         score_mean=float(ours.get("score_mean", 0.0)),
         score_scale=float(ours.get("score_scale", 1.0)),
     )
+
+
+def _adapter(spec: str, *, want_scalar: bool) -> Source:
+    """PEFT's folder, beside the model that it names as its base: a folder of Hugging Face's or of a run."""
+    path = Path(spec.removeprefix("peft:"))
+    named = base_of(path)
+    base = open_source(named if _is_run(named) or named.startswith(PUBLISHED) else f"hf:{named}", stages=LANGUAGE)
+    kind = base.origin["model_type"] if base.origin else as_published(jax.device_get(base.params()), base.model)[2]
+    adapter, lora = read_adapter(path, base.model, kind if isinstance(kind, str) else kind["model_type"])
+    _refuse_other_head(spec, "score" in adapter, want_scalar)
+    tree = jax.tree.map(jax.numpy.asarray, adapter)
+    return dataclasses.replace(
+        base,
+        where=spec,
+        spec=f"peft:{path.absolute()}",
+        stage="published",
+        scalar=want_scalar,
+        own=lambda: tree,
+        identify=lambda: fingerprint(tree),
+        base=base,
+        lora=lora,
+    )
+
+
+def _is_run(folder: str) -> bool:
+    path = Path(folder) / "config.json"
+    return path.exists() and "stage" in read_json(path)
+
+
+def _refuse_other_head(spec: str, scalar: bool, want_scalar: bool) -> None:
+    if scalar != want_scalar:
+        found, wanted = ("a score head", "a language model") if scalar else ("a language model", "a score head")
+        raise UserError(f"{spec}: found {found}, wanted {wanted}")

@@ -43,7 +43,7 @@ from rlhf_jax.report import write_report
 from rlhf_jax.runs import Finished, model_of, released_params
 from rlhf_jax.sampling import distinct_share, sample_responses, sequence_kl, win_rate
 from rlhf_jax.stages import ppo, pretrain, reward, sft
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.tokenizer import TextTokenizer
 from scripts import cli
 from scripts.recipe_sizes import SIZES, Size
 from scripts.recipe_tables import figures_table, print_summary
@@ -85,7 +85,7 @@ class Config:
 class Judge:
     """The simulated labeller: gold scores of sampled token ids."""
 
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    def __init__(self, corpus: Corpus, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = frozenset(
             word for text in corpus.texts for word in re.findall(r"[a-z][a-z0-9]*", text.text.lower())
@@ -111,7 +111,7 @@ class Judge:
 class Sampler:
     """Responses of a run's model, by the pure distribution at temperature 1."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, response_tokens: int) -> None:
+    def __init__(self, model: Transformer, tokenizer: TextTokenizer, response_tokens: int) -> None:
         self.model, self.response_tokens = model, response_tokens
         self.options: dict[str, Any] = {
             "max_new_tokens": response_tokens,
@@ -293,7 +293,7 @@ class Clock:
         return sum(self.seconds.values())
 
 
-def prompt_rows(prompts: list[Prompt], tokenizer: Tokenizer, width: int, most: int | None = None) -> PromptRows:
+def prompt_rows(prompts: list[Prompt], tokenizer: TextTokenizer, width: int, most: int | None = None) -> PromptRows:
     """The prompts that fit in `width` tokens, in the order of a fixed shuffle, at most so many."""
     order = np.random.default_rng(0).permutation(len(prompts))
     shuffled = [prompts[i] for i in order]
