@@ -16,7 +16,7 @@ from rlhf_jax.huggingface import SHARD_BYTES, as_published, write_folder
 from rlhf_jax.lora import merge
 from rlhf_jax.peft import write_adapter
 from rlhf_jax.run_folder import RunFolder
-from rlhf_jax.sources import LANGUAGE, Source, open_source
+from rlhf_jax.sources import LANGUAGE, Source, open_source, unstacked
 from rlhf_jax.tokenizer import write_tokenizer
 
 
@@ -57,8 +57,7 @@ def export(
         extras = {"score_mean": source.score_mean, "score_scale": source.score_scale}
     written = write_folder(
         folder,
-        jax.device_get(params),
-        source.model,
+        *unstacked(jax.device_get(params), source.model),
         origin=source.origin,
         special_ids={role: id for role, id in ids.items() if id is not None},
         extra_files=lambda path: write_tokenizer(tokenizer, path),
@@ -106,9 +105,8 @@ def _export_adapter(source: Source, folder: Path, dtype: str) -> str:
         raise UserError(f"{source.where}: found a whole network, wanted a run that trained an adapter (--lora.rank)")
     origin = source.origin
     if origin is None:
-        origin = as_published(jax.device_get(source.base.params()), source.model)[2]
+        origin = as_published(*unstacked(jax.device_get(source.base.params()), source.model))[2]
     base = source.base.spec.removeprefix("hf:")
-    write_adapter(
-        folder, jax.device_get(source.own()), source.lora, source.model, origin["model_type"], base=base, dtype=dtype
-    )
+    adapter, model = unstacked(jax.device_get(source.own()), source.model)
+    write_adapter(folder, adapter, source.lora, model, origin["model_type"], base=base, dtype=dtype)
     return f"{folder}: adapter of rank {source.lora.rank} for {base}"

@@ -1,7 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): a kernel W is kept and W + s A B is used, A [in, r] and B [r, out] trained.
 
 An adapter is a tree like the parameters', with `lora_a` and `lora_b` where they have a kernel; what else it holds, such
-as a score head, stands in place of the parameters' own. Everything here is a pure function on such trees.
+as a score head, stands in place of the parameters' own. Where layers are stacked, so are their A and B. Everything here
+is a pure function on such trees.
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ def init_adapter(params: Params, config: LoraConfig, key: Array) -> Params:
         raise UserError(f"targets: the model has none of {', '.join(config.targets)}")
     adapter: dict[str, Any] = {}
     for number, (path, kernel) in enumerate(sites):
-        inside, outside = kernel.shape
-        noise = jax.random.normal(jax.random.fold_in(key, number), (inside, config.rank), kernel.dtype)
+        *layers, inside, outside = kernel.shape
+        noise = jax.random.normal(jax.random.fold_in(key, number), (*layers, inside, config.rank), kernel.dtype)
         inner = adapter
         for name in path:
             inner = inner.setdefault(name, {})
         inner["lora_a"] = noise * inside**-0.5
-        inner["lora_b"] = jnp.zeros((config.rank, outside), kernel.dtype)
+        inner["lora_b"] = jnp.zeros((*layers, config.rank, outside), kernel.dtype)
     return adapter
 
 

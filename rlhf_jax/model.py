@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.arrays import Array, Params, pytree
 from rlhf_jax.model_config import ModelConfig
@@ -24,7 +25,9 @@ __all__ = [
     "empty_cache",
     "init_params",
     "positions_of",
+    "stack_blocks",
     "to_scalar_head",
+    "unstack_blocks",
 ]
 
 # Finite, so that a row whose every key is masked gives a uniform softmax and no NaN.
@@ -33,15 +36,15 @@ MASKED = -1e30
 
 @pytree
 class Cache:
-    """Keys and values of the tokens already seen, one buffer a layer.
+    """Keys and values of the tokens already seen.
 
-    keys, values: tuples of [B, key heads, S, head].
+    keys, values: tuples of [B, key heads, S, head], one a layer; with scanned layers one array, stacked.
     mask_BS: slots that hold a real token.
     filled: scalar, slots written.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    keys: Any
+    values: Any
     mask_BS: Array
     filled: Array
 
@@ -49,6 +52,9 @@ class Cache:
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
     """A cache of `slots` tokens for each of `rows` rows."""
     shape = (rows, config.key_heads, slots, config.head_size)
+    if config.scan_layers:
+        stacked = jnp.zeros((config.layers, *shape), config.dtype)
+        return Cache(stacked, stacked, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
     buffers = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
     return Cache(buffers, buffers, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
 
@@ -126,16 +132,54 @@ def _dense(config: ModelConfig, features: int, name: str, scale: float = 1.0, bi
     return Dense(features, use_bias, config.dtype, scale * config.width**-0.5, name=name)
 
 
+@pytree
+class Row:
+    """What every block reads of a batch.
+
+    positions_BT: for the rotation. allowed_BTS: which keys a token may see.
+    behind_BTS: how many real tokens further back they are, for the windows.
+    filled: scalar, slots of the cache that were written before, or None without a cache.
+    """
+
+    positions_BT: Array
+    allowed_BTS: Array
+    behind_BTS: Array
+    filled: Array | None
+
+
+@pytree
+class Layer:
+    """What differs from block to block besides parameters; arrays with a leading axis of layers, or of one block.
+
+    window: tokens that a token sees, 0 for all. frequency: [F] radians a position. amplitude: of the rotation.
+    keys, values: of the cache, or None.
+    """
+
+    window: Any
+    frequency: Any
+    amplitude: Any
+    keys: Array | None
+    values: Array | None
+
+
+def _layers(config: ModelConfig) -> list[tuple[int, np.ndarray, float]]:
+    """(window, frequency, amplitude) of each block."""
+    found = []
+    for layer in range(config.layers):
+        base, scaling, window = config.rope_base, config.rope_scaling, config.window(layer)
+        if window and config.rope_local_base is not None:
+            base, scaling = config.rope_local_base, RopeScaling()
+        found.append((window, frequencies(config.rotary_width, base, scaling), scaling.amplitude))
+    return found
+
+
 class Attention(nn.Module):
     """Grouped-query attention over the allowed keys."""
 
     config: ModelConfig
-    layer: int
 
     @nn.compact
-    def __call__(
-        self, x_BTD: Array, positions_BT: Array, allowed_BTS: Array, cached: tuple[Array, Array, Array] | None
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    def __call__(self, x_BTD: Array, row: Row, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
         config = self.config
         rows, length, _ = x_BTD.shape
         groups, head = config.key_heads, config.head_size
@@ -149,18 +193,17 @@ class Attention(nn.Module):
             query = _norm(config, "query_norm")(query).astype(config.dtype)
             key = _norm(config, "key_norm")(key).astype(config.dtype)
         if config.positions == "rotary":
-            base, scaling = config.rope_base, config.rope_scaling
-            if config.window(self.layer) and config.rope_local_base is not None:
-                base, scaling = config.rope_local_base, RopeScaling()
-            frequency = frequencies(config.rotary_width, base, scaling)
-            query = rotate(query, positions_BT, frequency, scaling.amplitude)
-            key = rotate(key, positions_BT, frequency, scaling.amplitude)
+            query = rotate(query, row.positions_BT, layer.frequency, layer.amplitude)
+            key = rotate(key, row.positions_BT, layer.frequency, layer.amplitude)
         buffers = None
-        if cached is not None:
-            keys, values, filled = cached
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key, filled, axis=2)
-            value = jax.lax.dynamic_update_slice_in_dim(values, value, filled, axis=2)
+        if layer.keys is not None and layer.values is not None:
+            key = jax.lax.dynamic_update_slice_in_dim(layer.keys, key, row.filled, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(layer.values, value, row.filled, axis=2)
             buffers = (key, value)
+        allowed_BTS = row.allowed_BTS
+        if any(config.windows):
+            window_111 = jnp.reshape(layer.window, (1, 1, 1))
+            allowed_BTS = allowed_BTS & ((row.behind_BTS < window_111) | (window_111 == 0))
         # Fold the query heads of a group into its rows: one product a key head, and no copy of the keys.
         query = query.reshape(rows, groups, (config.heads // groups) * length, head)
         scale = head**-0.5 if config.query_scale is None else config.query_scale
@@ -198,25 +241,18 @@ class Block(nn.Module):
     """Pre-norm transformer block."""
 
     config: ModelConfig
-    layer: int
+    deterministic: bool = True
 
     @nn.compact
-    def __call__(
-        self,
-        x_BTD: Array,
-        positions_BT: Array,
-        allowed_BTS: Array,
-        cached: tuple[Array, Array, Array] | None,
-        deterministic: bool,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    def __call__(self, x_BTD: Array, row: Row, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
         config = self.config
-        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        dropout = nn.Dropout(config.dropout, deterministic=self.deterministic)
 
         def norm(name: str, x: Array) -> Array:
             return _norm(config, name)(x).astype(config.dtype)
 
         normed = norm("attention_norm", x_BTD)
-        mixed, buffers = Attention(config, self.layer, name="attention")(normed, positions_BT, allowed_BTS, cached)
+        mixed, buffers = Attention(config, name="attention")(normed, row, layer)
         if config.post_norms:
             mixed = norm("attention_post_norm", mixed)
         attended = x_BTD + dropout(mixed)
@@ -248,7 +284,6 @@ class Transformer(nn.Module):
                 "position_embedding", nn.initializers.normal(0.1 * config.width**-0.5), (config.context, config.width)
             )
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = [Block(config, i, name=f"block_{i}") for i in range(config.layers)]
         self.final_norm = _norm(config, "final_norm")
         if self.scalar:
             # N(0, 1/(d+1)), bias 0: Stiennon et al. 2020.
@@ -330,17 +365,50 @@ class Transformer(nn.Module):
             x_BTD += self.position_embedding[jnp.minimum(positions, config.context - 1)]
         x_BTD = self.dropout(x_BTD.astype(config.dtype), deterministic=deterministic)
         behind_BTS = place_BT[:, :, None] - place_BS[:, None, :]
-        buffers = []
-        for i, block in enumerate(self.blocks):
-            cached = None if cache is None else (cache.keys[i], cache.values[i], cache.filled)
-            seen_BTS = allowed_BTS & (behind_BTS < config.window(i)) if config.window(i) else allowed_BTS
-            x_BTD, buffer = block(x_BTD, positions, seen_BTS, cached, deterministic)
-            buffers.append(buffer)
+        row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled)
+        x_BTD, keys, values = self._blocks(x_BTD, row, cache, deterministic)
         x_BTD = self.final_norm(x_BTD)
         if cache is None:
             return x_BTD
-        keys, values = zip(*buffers, strict=True)
         return x_BTD, Cache(keys, values, keys_mask_BS, cache.filled + length)
+
+    @nn.compact
+    def _blocks(self, x_BTD: Array, row: Row, cache: Cache | None, deterministic: bool) -> tuple[Array, Any, Any]:
+        """(the stream behind the last block, the cache's keys, its values), block by block or as one loop."""
+        config = self.config
+        kind: Any = Block
+        if config.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+            kind = nn.remat(Block, policy=policy, prevent_cse=not config.scan_layers)
+        layers = _layers(config)
+        if config.scan_layers:
+            windows, rates, amplitudes = (np.array(column) for column in zip(*layers, strict=True))
+            stacked = Layer(
+                jnp.asarray(windows, jnp.int32),
+                jnp.asarray(rates, jnp.float32),
+                jnp.asarray(amplitudes, jnp.float32),
+                None if cache is None else cache.keys,
+                None if cache is None else cache.values,
+            )
+            loop = nn.scan(
+                kind,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, 0),
+                length=config.layers,
+            )
+            x_BTD, buffers = loop(config, deterministic, name="blocks")(x_BTD, row, stacked)
+            return (x_BTD, None, None) if buffers is None else (x_BTD, *buffers)
+        keys, values = [], []
+        for i, (window, frequency, amplitude) in enumerate(layers):
+            cached = (None, None) if cache is None else (cache.keys[i], cache.values[i])
+            block = kind(config, deterministic, name=f"block_{i}")
+            x_BTD, buffer = block(x_BTD, row, Layer(window, frequency, amplitude, *cached))
+            if buffer is not None:
+                keys.append(buffer[0])
+                values.append(buffer[1])
+        return x_BTD, tuple(keys), tuple(values)
 
     def head(self, hidden_BTD: Array) -> Array:
         """Logits [..., V] (or scores [...]) of hidden states [..., D]; float32."""
@@ -365,3 +433,22 @@ def to_scalar_head(params: Params, model: Transformer, key: Array) -> Params:
     """Parameters of the scalar-head `model` on the backbone of `params`, the head fresh: how a reward model starts."""
     fresh = init_params(model, key)
     return {name: value if name == "score" else params[name] for name, value in fresh.items()}
+
+
+def stack_blocks(params: Params, config: ModelConfig) -> Params:
+    """Parameters (or an adapter) as scanned layers want them: the blocks' under "blocks", stacked [layers, …]."""
+    names = [f"block_{i}" for i in range(config.layers)]
+    if any(name not in params for name in names):
+        return params
+    blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+    return {name: value for name, value in params.items() if name not in names} | {"blocks": blocks}
+
+
+def unstack_blocks(params: Params, config: ModelConfig) -> Params:
+    """The inverse of `stack_blocks`."""
+    if "blocks" not in params:
+        return params
+    rest = {name: value for name, value in params.items() if name != "blocks"}
+    for i in range(config.layers):
+        rest[f"block_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+    return rest

@@ -80,6 +80,10 @@ class ModelConfig:
     """Token embeddings are multiplied by this on their way in; sqrt(width) in Gemma, which suits tied embeddings."""
     vocab_multiple: int = 1
     """The embedding has vocab_size rounded up to a multiple of this; the extra rows have no logit."""
+    scan_layers: bool = False
+    """Hold the blocks' parameters stacked and run them as one loop: compiled once whatever the depth."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What a block computes anew in the backward pass, to save memory: nothing, all, or all but matrix products."""
     embedding_rows: int | None = None
     """Rows of the embedding where given: those past vocab_size have no logit, so they are never sampled."""
 

@@ -82,18 +82,18 @@ def frequencies(width: int, base: float, scaling: RopeScaling) -> np.ndarray:
     return share * plain + (1 - share) * slow
 
 
-def rotate(x_BHTd: Array, positions_BT: Array, frequency: np.ndarray, amplitude: float = 1.0) -> Array:
+def rotate(x_BHTd: Array, positions_BT: Array, frequency: np.ndarray | Array, amplitude: float | Array = 1.0) -> Array:
     """Turns the first 2 F dimensions of each head, first half against second half; the rest of the head is kept.
 
     Args:
       frequency: [F], as `frequencies` gives them; 2 F < d is Pythia's and StableLM's partial rotation.
-      amplitude: multiplies what is turned.
+      amplitude: multiplies what is turned; a scalar.
     Source: Su et al. 2021 (arXiv:2104.09864), in Llama's layout.
     """
-    half = len(frequency)
+    half = frequency.shape[0]
     angle = positions_BT[:, None, :, None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if amplitude != 1.0:
+    if not isinstance(amplitude, float) or amplitude != 1.0:
         cos, sin = cos * amplitude, sin * amplitude
     first, second = x_BHTd[..., :half].astype(jnp.float32), x_BHTd[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHTd.dtype)

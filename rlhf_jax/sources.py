@@ -17,13 +17,15 @@ from rlhf_jax.durable import read_json
 from rlhf_jax.errors import UserError
 from rlhf_jax.huggingface import OURS, as_published, pretrained, read_folder
 from rlhf_jax.lora import LoraConfig, init_adapter, merge
-from rlhf_jax.model import Transformer
+from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
 from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.peft import base_of, read_adapter
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.runs import model_of, released_params
 from rlhf_jax.tokenizer import TextTokenizer
 
+# Layers up to which a published model's blocks are held one by one, which decodes faster; more are one compiled loop.
+MOST_UNROLLED = 8
 LANGUAGE = ("pretrain", "sft", "ppo")
 PUBLISHED = ("hf:", "gguf:", "pypi:", "peft:")
 
@@ -142,6 +144,16 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
     )
 
 
+def stacked(params: Params, model: ModelConfig) -> Params:
+    """Parameters or an adapter, the blocks' as the model wants them."""
+    return stack_blocks(params, model) if model.scan_layers else params
+
+
+def unstacked(params: Params, model: ModelConfig) -> tuple[Params, ModelConfig]:
+    """The inverse of `stacked`: a tree and a model whose blocks stand one by one, as published files have them."""
+    return unstack_blocks(params, model), dataclasses.replace(model, scan_layers=False)
+
+
 def same_tokenizer(first: Source, second: Source) -> None:
     """Raises UserError unless both read the same token ids."""
     if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
@@ -184,16 +196,18 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         spec = spec if kind == "pypi" else f"gguf:{path.absolute()}"
     _refuse_other_head(given, model.scalar, want_scalar)
     model = model.for_tokenizer(tokenizer.vocab_size, tokenizer.pad_id)
+    # Unrolled, thirty blocks in PPO's four networks take minutes to compile.
+    scanned = dataclasses.replace(model.model, scan_layers=model.model.layers > MOST_UNROLLED)
     ours = model.origin["config"].get(OURS, {})
     return Source(
         where=given,
         spec=spec,
         stage="published",
-        model=model.model,
+        model=scanned,
         tokenizer=tokenizer,
         scalar=model.scalar,
         origin=model.origin,
-        own=model.load,
+        own=lambda: stacked(model.load(), scanned),
         identify=lambda: model.fingerprint,
         score_mean=float(ours.get("score_mean", 0.0)),
         score_scale=float(ours.get("score_scale", 1.0)),
@@ -205,10 +219,14 @@ def _adapter(spec: str, *, want_scalar: bool) -> Source:
     path = Path(spec.removeprefix("peft:"))
     named = base_of(path)
     base = open_source(named if _is_run(named) or named.startswith(PUBLISHED) else f"hf:{named}", stages=LANGUAGE)
-    kind = base.origin["model_type"] if base.origin else as_published(jax.device_get(base.params()), base.model)[2]
+    kind = (
+        base.origin["model_type"]
+        if base.origin
+        else as_published(*unstacked(jax.device_get(base.params()), base.model))[2]
+    )
     adapter, lora = read_adapter(path, base.model, kind if isinstance(kind, str) else kind["model_type"])
     _refuse_other_head(spec, "score" in adapter, want_scalar)
-    tree = jax.tree.map(jax.numpy.asarray, adapter)
+    tree = stacked(jax.tree.map(jax.numpy.asarray, adapter), base.model)
     return dataclasses.replace(
         base,
         where=spec,

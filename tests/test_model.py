@@ -17,7 +17,9 @@ from rlhf_jax.model import (
     empty_cache,
     init_params,
     positions_of,
+    stack_blocks,
     to_scalar_head,
+    unstack_blocks,
 )
 from rlhf_jax.rope import RopeScaling, frequencies, rotate
 
@@ -178,6 +180,34 @@ def test_rope_scalings_by_hand() -> None:
     kept = 1 - np.arange(4) / 3
     np.testing.assert_allclose(frequencies(8, 10_000.0, yarn), plain * (kept + (1 - kept) / 4), rtol=1e-5)
     assert yarn.amplitude == pytest.approx(0.1 * np.log(4) + 1)
+
+
+@pytest.mark.parametrize(("name", "remat"), [("gpt2", "none"), ("gemma3", "full"), ("gemma3", "dots")])
+def test_scanned_layers_compute_the_same(name: str, remat: Any) -> None:
+    plain = Transformer(KINDS[name])
+    scanned = Transformer(dataclasses.replace(KINDS[name], scan_layers=True, remat=remat))
+    params = init_params(plain, jax.random.key(0))
+    stacked = stack_blocks(params, plain.config)
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, init_params(scanned, jax.random.key(0)))
+    jax.tree.map(np.testing.assert_array_equal, unstack_blocks(stacked, plain.config), params)
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 37)
+
+    def loss(model: Transformer, params: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(model.apply({"params": params}, tokens)))
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(loss, model)))(p) for model, p in ((plain, params), (scanned, stacked))
+    ]
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5),
+        unstack_blocks(gradients[1], plain.config),
+        gradients[0],
+    )
+    step = jax.jit(lambda tokens, cache: scanned.apply({"params": stacked}, tokens, cache=cache))
+    logits, cache = step(tokens[:, :4], empty_cache(scanned.config, 2, 8))
+    rest, _ = step(tokens[:, 4:], cache)
+    whole = jax.jit(plain.apply)({"params": params}, tokens)
+    np.testing.assert_allclose(np.concatenate([logits, rest], axis=1), whole, atol=1e-4)
 
 
 def test_a_token_sees_its_window_and_no_further() -> None:
