@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -21,7 +22,7 @@ T = TypeVar("T")
 # Fields that change neither the data nor the arithmetic of a step: a resumed run may give other values.
 # `devices` and `pmap` are among them: the rows and their order stay, the last bits of a sum may not.
 MAY_CHANGE = frozenset(
-    {"name", "out", "devices", "pmap", "log_every", "save_every", "eval_every", "keep_last", "tensorboard"}
+    {"name", "out", "devices", "mesh", "pmap", "log_every", "save_every", "eval_every", "keep_last", "tensorboard"}
 )
 
 
@@ -36,7 +37,10 @@ class RunConfig:
     seed: int = 0
     """Seed of the parameters, the order of the data and everything sampled."""
     devices: int = 1
-    """How many devices share a batch."""
+    """How many devices share a batch, each with the whole model; short for --mesh data=N."""
+    mesh: str = ""
+    """Axes of devices, such as data=2,fsdp=4,tensor=1: fsdp cuts every parameter into parts that are gathered layer by
+    layer, tensor gives each device a part of the heads, hidden units and vocabulary."""
     pmap: bool = False
     """Replicate by pmap instead of sharding by jit; for models that fit on one device."""
     batch: int
@@ -61,15 +65,48 @@ class RunConfig:
             at_least(self, field, 1)
         for field in ("seed", "steps", "save_every", "eval_every"):
             at_least(self, field, 0)
-        shares = self.devices * self.microbatches
+        if self.mesh and self.devices != 1:
+            raise UserError(f"devices: found {self.devices} beside mesh {self.mesh!r}, wanted one of the two")
+        if self.pmap and self.mesh_shape["data"] != self.device_count:
+            raise UserError(
+                f"pmap: found it with mesh {self.mesh!r}, wanted axis data alone: pmap replicates the model"
+            )
+        shares = self.row_devices * self.microbatches
         if self.batch % shares:
             raise UserError(
-                f"batch {self.batch} is not divisible by devices {self.devices} x microbatches {self.microbatches}; "
-                f"use --batch {max(shares, self.batch - self.batch % shares)}"
+                f"batch {self.batch} is not divisible by devices {self.row_devices} x microbatches "
+                f"{self.microbatches}; use --batch {max(shares, self.batch - self.batch % shares)}"
             )
         parts = PurePosixPath(self.name)
         if self.name and (parts.is_absolute() or ".." in parts.parts):
             raise UserError(f"name: found {self.name!r}, wanted a name below runs/; give any other folder with --out")
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        """Devices along the axes data, fsdp and tensor."""
+        shape = {"data": self.devices, "fsdp": 1, "tensor": 1}
+        if not self.mesh:
+            return shape
+        given = [part.partition("=") for part in self.mesh.replace(" ", "").split(",")]
+        for name, equals, size in given:
+            if name not in shape or not equals or not size.isdecimal() or int(size) < 1:
+                raise UserError(
+                    f"mesh: found {self.mesh!r}, wanted axes of {', '.join(shape)} with a size each, such as "
+                    "data=2,fsdp=4"
+                )
+        if len({name for name, _, _ in given}) < len(given):
+            raise UserError(f"mesh: found {self.mesh!r}, wanted each axis once")
+        return shape | {name: int(size) for name, _, size in given}
+
+    @property
+    def device_count(self) -> int:
+        """Devices of the mesh."""
+        return math.prod(self.mesh_shape.values())
+
+    @property
+    def row_devices(self) -> int:
+        """Devices over which the rows of a batch are spread."""
+        return self.mesh_shape["data"] * self.mesh_shape["fsdp"]
 
     @property
     def folder(self) -> Path:

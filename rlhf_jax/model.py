@@ -16,6 +16,7 @@ import numpy as np
 from rlhf_jax.arrays import Array, Params, pytree
 from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.rope import RopeScaling, frequencies, rotate
+from rlhf_jax.sharding import constrain
 
 __all__ = [
     "Cache",
@@ -144,7 +145,7 @@ class Row:
     positions_BT: Array
     allowed_BTS: Array
     behind_BTS: Array
-    filled: Array | None
+    filled: Any
 
 
 @pytree
@@ -261,7 +262,7 @@ class Block(nn.Module):
         fed = FeedForward(config, name="ffn")(normed)
         if config.post_norms:
             fed = norm("ffn_post_norm", fed)
-        return attended + dropout(fed), buffers
+        return constrain(attended + dropout(fed), "batch", "none", "none"), buffers
 
 
 class Transformer(nn.Module):
@@ -363,7 +364,8 @@ class Transformer(nn.Module):
         x_BTD = self.embedding[tokens_BT] * config.embedding_scale
         if config.positions == "learned":
             x_BTD += self.position_embedding[jnp.minimum(positions, config.context - 1)]
-        x_BTD = self.dropout(x_BTD.astype(config.dtype), deterministic=deterministic)
+        x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "none", "none")
+        x_BTD = self.dropout(x_BTD, deterministic=deterministic)
         behind_BTS = place_BT[:, :, None] - place_BS[:, None, :]
         row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled)
         x_BTD, keys, values = self._blocks(x_BTD, row, cache, deterministic)
@@ -419,6 +421,7 @@ class Transformer(nn.Module):
         logits = jnp.matmul(
             hidden_BTD.astype(config.dtype), weights.astype(config.dtype), preferred_element_type=jnp.float32
         )
+        logits = constrain(logits, "batch", *("none",) * (logits.ndim - 2), "vocabulary")
         if config.logit_softcap:
             logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
         return logits[..., : config.vocab_size]

@@ -11,25 +11,57 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
-
-DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+from rlhf_jax.sharding import AXES, DATA, FSDP, parameter_axes, spec
 
 Update = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_mesh(devices: int = 1) -> Mesh:
-    """A mesh of the first `devices` devices along `data`; `fsdp` and `tensor` are there with size 1.
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of the first devices: `data` replicas, `fsdp` parts of each width, `tensor` parts of heads and vocabulary.
 
     Raises: UserError where there are fewer devices.
     """
-    found = jax.devices()
-    if devices > len(found):
+    found, wanted = jax.devices(), data * fsdp * tensor
+    if wanted > len(found):
         hint = (
             " (on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=N)" if found[0].platform == "cpu" else ""
         )
-        raise UserError(f"devices: wanted {devices}, found {len(found)} of kind {found[0].device_kind}{hint}")
+        raise UserError(f"devices: wanted {wanted}, found {len(found)} of kind {found[0].device_kind}{hint}")
+    shape = (data, fsdp, tensor)
     # Auto: the compiler places what the shardings of the inputs leave open. The default since jax 0.9 is Explicit.
-    return Mesh(np.array(found[:devices]).reshape(devices, 1, 1), (DATA, FSDP, TENSOR), axis_types=(AxisType.Auto,) * 3)
+    if wanted == len(found):
+        # On a pod the order of the devices decides which of them are neighbours.
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(found[:wanted]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def is_replicated(mesh: Mesh) -> bool:
+    """Whether every device holds the whole model."""
+    return all(size == 1 for name, size in mesh.shape.items() if name != DATA)
+
+
+def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where a parameter, or a moment of it, lies on the mesh, by its dotted path."""
+    return NamedSharding(mesh, spec(parameter_axes(path, len(shape)), shape, dict(mesh.shape)))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a state, of parameters or of an optimizer's state."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        return sharding_of(jax.tree_util.keystr(path, simple=True, separator="."), tuple(leaf.shape), mesh)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """A state, or parameters, laid out on the mesh."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
+    """(dotted path, host array) -> the array on the mesh: how a reader of files puts one tensor after the other."""
+    return lambda path, host: jax.device_put(host, sharding_of(path, host.shape, mesh))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -38,28 +70,33 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
-    """A batch spread over the `data` axis by rows.
+    """A batch spread by rows over the axes `data` and `fsdp`.
 
     Raises: UserError where the rows do not divide.
     """
-    rows, devices = jax.tree.leaves(batch)[0].shape[0], mesh.shape[DATA]
+    rows, devices = jax.tree.leaves(batch)[0].shape[0], mesh.shape[DATA] * mesh.shape[FSDP]
     if rows % devices:
         raise UserError(
             f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
         )
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(DATA)))
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec((DATA, FSDP))))
 
 
 def jit_update(update: Update, mesh: Mesh) -> Update:
-    """Compiles update(state, batch, *frozen) for a mesh: state and frozen networks replicated, the batch by rows.
+    """Compiles update(state, batch, *frozen) for a mesh: state and frozen networks by the table, the batch by rows.
 
-    The arrays of `state` are given to the program (donated): use what it returns. A batch of one row set per process
-    or per device is global here, so the body needs no axis name.
+    The arrays of `state` are given to the program (donated): use what it returns. The batch is global here, so the body
+    needs no axis name.
     """
-    compiled = jax.jit(update, donate_argnums=0)
+    compiled: dict[str, Any] = {}
 
     def step(state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        return compiled(state, shard_rows(batch, mesh), *frozen)
+        if "step" not in compiled:
+            # Without this the compiler might return a state that lies otherwise, and the next step compile anew.
+            out = (shardings(state, mesh), None)
+            compiled["step"] = jax.jit(update, donate_argnums=0, out_shardings=out)
+        with jax.set_mesh(mesh):
+            return compiled["step"](state, shard_rows(batch, mesh), *frozen)
 
     return step
 

@@ -19,8 +19,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.fit import fit
 from rlhf_jax.metrics import Console, JsonLines, TensorBoard, Writer, Writers
 from rlhf_jax.model import ModelConfig
-from rlhf_jax.parallel import DATA, Update, jit_update, make_mesh, pmap_update, replicate
+from rlhf_jax.parallel import Update, is_replicated, jit_update, make_mesh, place, pmap_update
 from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.sharding import DATA
 from rlhf_jax.tokenizer import TextTokenizer
 
 _RELEASED = "released"
@@ -85,19 +86,19 @@ def train(
       writers: further writers beside the console and metrics.jsonl.
     Raises: UserError for a setting that does not fit the devices; Stopped after SIGTERM, with the state saved.
     """
-    mesh = make_mesh(config.devices)
+    mesh = make_mesh(**config.mesh_shape)
     if config.pmap:
-        update = pmap_update(make_update(DATA), config.devices)
+        update = pmap_update(make_update(DATA), config.device_count)
     else:
         update = jit_update(make_update(None), mesh)
-    held = tuple(replicate(network, mesh) for network in frozen)
+    held = tuple(place(network, mesh) for network in frozen)
     checkpoints = Checkpoints(run.checkpoints, config.keep_last, best_metric, best_mode)
     outputs: list[Writer] = [Console(run.stage, show), JsonLines(run.metrics), *writers]
     if config.tensorboard:
         outputs.append(TensorBoard(run.path / "tensorboard"))
     with run.lock():
         # A copy, since the update is given the state's buffers and the frozen networks may share them.
-        state = checkpoints.restore(jax.tree.map(lambda x: x.copy(), replicate(state, mesh)))
+        state = checkpoints.restore(jax.tree.map(lambda x: x.copy(), place(state, mesh)))
         state = fit(
             state,
             lambda state, batch: update(state, batch, *held),
@@ -112,8 +113,8 @@ def train(
             flops_per_token=flops_per_token,
         )
         checkpoints.close()
-    # One copy on the first device is what evaluation and the next stage want.
-    return jax.device_put(state, mesh.devices.flat[0])
+    # One copy on the first device is what evaluation and the next stage want, where it has room for it.
+    return jax.device_put(state, mesh.devices.flat[0]) if is_replicated(mesh) else state
 
 
 def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger) -> Finished:

@@ -72,7 +72,7 @@ def reported(run: Callable[[S], Finished]) -> Callable[[S], None]:
 
     def work(config: S) -> None:
         again = (config.folder / "summary.json").exists()
-        use_cpu_devices(config.devices)
+        use_cpu_devices(config.device_count)
         finished = run(config)
         state = "was finished before; nothing was trained" if again else "finished"
         table = Table("figure", box=box.SIMPLE)

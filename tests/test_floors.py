@@ -12,14 +12,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOOR = {
     **dict.fromkeys(["errors", "arrays", "masked", "config"], 0),
-    **dict.fromkeys(["losses", "returns", "kl", "rope"], 1),
-    **dict.fromkeys(["model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2),
+    **dict.fromkeys(["losses", "returns", "kl", "rope", "sharding"], 1),
+    **dict.fromkeys(
+        ["lora", "model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2
+    ),
     "gguf_reader": 2,
     "byte_bpe": 1,
     **dict.fromkeys(["chat", "hf_encoders", "hf_tokenizer", "hf_export"], 2),
+    **dict.fromkeys(["fields", "attention_fields", "safetensors_folder"], 2),
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
     **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics", "huggingface"], 3),
-    **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram"], 4),
+    **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram", "sources", "convert"], 4),
     **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo"], 5),
     # These two hold the public names and nothing else, and nothing below may import through them.
     "stages": 6,
@@ -40,14 +43,21 @@ NEIGHBOURS = {
     ("config", "errors"),  # and so is the exception
     ("returns", "kl"),  # the KL in the reward is the one of kl.py
     ("model", "model_config"),
+    ("attention_fields", "fields"),
+    ("attention_fields", "model_config"),
+    ("families", "attention_fields"),
+    ("families", "fields"),
     ("families", "model_config"),
     ("layouts", "model_config"),
+    ("safetensors_folder", "durable"),
     ("generate", "model"),
     ("episodes", "scoring"),
     ("evaluation", "scoring"),
     ("evaluation", "data"),
     ("run_folder", "checkpoint"),
     ("runs", "fit"),
+    ("sources", "runs"),
+    ("convert", "sources"),
 }
 
 # Folders whose files may import each other.

@@ -116,6 +116,8 @@ def test_gradients_do_not_depend_on_the_devices(params: dict, name: str) -> None
         "8 by jit": jit_update(make(), make_mesh(8)),
         "8 by pmap": pmap_update(make(axis_name="data"), 8),
         "4 microbatches": jit_update(make(microbatches=4), make_mesh(1)),
+        "fsdp=8": jit_update(make(), make_mesh(fsdp=8)),
+        "data=2,fsdp=2,tensor=2": jit_update(make(), make_mesh(2, 2, 2)),
     }
     for way, step in ways.items():
         other, other_facts = gradient(step)

@@ -117,12 +117,12 @@ class Config(RunConfig):
             value = dataclasses.asdict(self)[field]
             if value is not None and value <= 0:
                 raise UserError(f"{field}: found {value}, wanted more than 0")
-        parts = self.minibatches * self.microbatches * self.devices
+        parts = self.minibatches * self.microbatches * self.row_devices
         if self.batch % parts:
             nearest = max(parts, self.batch - self.batch % parts)
             raise UserError(
                 f"batch {self.batch} is not divisible by minibatches {self.minibatches} x microbatches "
-                f"{self.microbatches} x devices {self.devices}; use --batch {nearest}"
+                f"{self.microbatches} x devices {self.row_devices}; use --batch {nearest}"
             )
         if bool(self.pretraining_coef) != bool(self.pretraining_batch) or self.pretraining_batch % parts:
             raise UserError(
