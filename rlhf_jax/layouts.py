@@ -94,9 +94,13 @@ def _neox_tensors(model: ModelConfig) -> list[Tensor]:
     return table + _norm("gpt_neox.final_layer_norm", "final_norm", model)
 
 
-HEADS = {"gpt_neox": "embed_out.weight"}
 # Constants that older files hold and no model needs.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
+
+def head_of(model_type: str) -> str:
+    """The name of the language head."""
+    return "embed_out.weight" if model_type == "gpt_neox" else "lm_head.weight"
 
 
 def tensors_of(model_type: str, model: ModelConfig, *, scalar: bool) -> list[Tensor]:
@@ -107,7 +111,7 @@ def tensors_of(model_type: str, model: ModelConfig, *, scalar: bool) -> list[Ten
         return [*table, Tensor("score.weight", ("score.kernel",), "linear")]
     if model.tied:
         return table
-    return [*table, Tensor(HEADS[model_type] if model_type in HEADS else "lm_head.weight", ("unembedding",), "head")]
+    return [*table, Tensor(head_of(model_type), ("unembedding",), "head")]
 
 
 def split(tensor: Tensor, value: np.ndarray, model: ModelConfig) -> tuple[np.ndarray, ...]:

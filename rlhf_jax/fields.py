@@ -1,0 +1,75 @@
+"""The fields of a config.json, read with a clear error for what is missing or of another kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_jax.errors import UserError
+
+
+class Fields:
+    """The fields of a JSON object; errors begin with `where`, which names its file.
+
+    Of each kind that is read: a missing key stands for `default`, without one it is an error; null is as missing,
+    unless it has a meaning of its own, which `null` gives.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def integer(self, name: str, default: int | None = None, *, null: int | None = None, least: int = 1) -> int:
+        """A whole number."""
+        value = self._value(name, default, null)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.wrong(name, "a whole number")
+        if name in self and value < least:
+            raise self.wrong(name, f"at least {least}")
+        return value
+
+    def number(self, name: str, default: float | None = None, *, null: float | None = None) -> float:
+        """A number."""
+        value = self._value(name, default, null)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(name, "a number")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._value(name, default, None)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def word(self, name: str, meanings: Mapping[str, Any], default: str | None = None) -> Any:
+        """What a word stands for."""
+        value = self._value(name, default, None)
+        if not isinstance(value, str) or value not in meanings:
+            raise self.wrong(name, "one of " + ", ".join(meanings))
+        return meanings[value]
+
+    def inner(self, name: str) -> Fields:
+        """A nested object, empty if missing."""
+        value = self._value(name, {}, None)
+        if not isinstance(value, Mapping):
+            raise self.wrong(name, "an object")
+        return Fields(value, f"{self.where}: {name}")
+
+    def refuse(self, name: str, *, unless: Any) -> None:
+        """Raises UserError for a setting that this library's transformer does not have."""
+        if name in self and self.values[name] != unless:
+            raise UserError(f"{self.where}: field {name!r}: found {self.values[name]!r}, only {unless!r} is supported")
+
+    def wrong(self, name: str, wanted: str) -> UserError:
+        """The error of a field."""
+        found = repr(self.values[name]) if name in self else "nothing"
+        return UserError(f"{self.where}: field {name!r}: found {found}, wanted {wanted}")
+
+    def _value(self, name: str, default: Any, null: Any) -> Any:
+        if name in self:
+            return self.values[name]
+        return null if name in self.values and null is not None else default
