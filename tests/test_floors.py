@@ -23,6 +23,7 @@ FLOOR = {
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
     **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics", "huggingface"], 3),
     **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram", "sources", "convert"], 4),
+    "feedback": 4,
     **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo"], 5),
     # These two hold the public names and nothing else, and nothing below may import through them.
     "stages": 6,
@@ -61,7 +62,7 @@ NEIGHBOURS = {
 }
 
 # Folders whose files may import each other.
-ONE_ROOM = {"data", "report"}
+ONE_ROOM = {"data", "report", "feedback"}
 
 ONLY_IN = {"flax": "model.py", "orbax": "checkpoint.py"}
 # The arrays and the maths on them know these, the standard library's plainest and each other.

@@ -1,0 +1,172 @@
+"""The SQLite file of a labelling folder: its tables, how it is opened, and the lock that keeps it to one process.
+
+Every commit is on the disk before it returns (write-ahead log, synchronous=FULL), so that what a labeller was told is
+saved is saved, whenever the process or the machine dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_jax.errors import UserError
+
+FILE = "labels.sqlite"
+LOCK = "label.lock"
+APPLICATION_ID = 0x524C4846  # "RLHF"
+SCHEMA_VERSION = 1
+
+# `held` counts the judgements of people that are no skips, and the live leases: an item with as many as are wanted is
+# given to nobody else. `cursor`: every task up to this number is full, or the labeller has seen it. Of a labeller's
+# leases the one with the highest number is on the page. A lease that is not live has lapsed: it no longer keeps others
+# away, and its draft still waits for its labeller.
+_SCHEMA = """
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE items (
+  number INTEGER PRIMARY KEY,
+  id TEXT NOT NULL UNIQUE CHECK (length(id) > 0),
+  kind TEXT NOT NULL CHECK (kind IN ('task', 'calibration', 'quiz')),
+  responses INTEGER NOT NULL CHECK (responses BETWEEN 2 AND 9),
+  content TEXT NOT NULL CHECK (json_valid(content)),
+  held INTEGER NOT NULL DEFAULT 0 CHECK (held >= 0)
+) STRICT;
+CREATE INDEX items_in_order ON items (kind, number, held);
+CREATE TABLE labellers (
+  number INTEGER PRIMARY KEY,
+  name TEXT NOT NULL UNIQUE CHECK (length(name) BETWEEN 1 AND 80),
+  role TEXT NOT NULL CHECK (role IN ('labeller', 'admin', 'model')),
+  screening TEXT NOT NULL DEFAULT 'open' CHECK (screening IN ('open', 'passed', 'failed')),
+  cursor INTEGER NOT NULL DEFAULT 0,
+  added REAL NOT NULL
+) STRICT;
+CREATE TABLE tokens (
+  sha256 TEXT PRIMARY KEY CHECK (length(sha256) = 64),
+  labeller INTEGER NOT NULL REFERENCES labellers (number),
+  added REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE leases (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  item INTEGER NOT NULL REFERENCES items (number),
+  labeller INTEGER NOT NULL REFERENCES labellers (number),
+  started REAL NOT NULL,
+  expires REAL NOT NULL,
+  live INTEGER NOT NULL CHECK (live IN (0, 1)),
+  draft TEXT CHECK (draft IS NULL OR json_valid(draft)),
+  revision INTEGER NOT NULL DEFAULT 0,
+  UNIQUE (item, labeller)
+) STRICT;
+CREATE INDEX leases_that_lapse ON leases (expires) WHERE live = 1;
+CREATE INDEX leases_of ON leases (labeller, number);
+CREATE TABLE judgements (
+  number INTEGER PRIMARY KEY AUTOINCREMENT,
+  item INTEGER NOT NULL REFERENCES items (number),
+  labeller INTEGER NOT NULL REFERENCES labellers (number),
+  ranks TEXT NOT NULL CHECK (json_valid(ranks)),
+  ratings TEXT NOT NULL CHECK (json_valid(ratings)),
+  flags TEXT NOT NULL CHECK (json_valid(flags)),
+  skip TEXT NOT NULL,
+  seconds REAL NOT NULL CHECK (seconds >= 0),
+  at REAL NOT NULL,
+  UNIQUE (item, labeller),
+  CHECK ((ranks = '[]') = (skip <> ''))
+) STRICT;
+CREATE INDEX judgements_of ON judgements (labeller, number);
+CREATE TABLE withdrawn (
+  number INTEGER PRIMARY KEY,
+  item INTEGER NOT NULL REFERENCES items (number),
+  labeller INTEGER NOT NULL REFERENCES labellers (number),
+  ranks TEXT NOT NULL,
+  ratings TEXT NOT NULL,
+  flags TEXT NOT NULL,
+  skip TEXT NOT NULL,
+  seconds REAL NOT NULL,
+  at REAL NOT NULL,
+  withdrawn REAL NOT NULL
+) STRICT;
+CREATE TABLE requests (
+  labeller INTEGER NOT NULL REFERENCES labellers (number),
+  request TEXT NOT NULL CHECK (length(request) BETWEEN 1 AND 64),
+  sha256 TEXT NOT NULL,
+  answer TEXT NOT NULL,
+  PRIMARY KEY (labeller, request)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """A connection to the database file, which a writer makes if it is not there.
+
+    Raises: UserError if it is no labelling database, damaged, or of another version.
+    """
+    try:
+        if read_only:
+            uri = f"{path.absolute().as_uri()}?mode=ro"
+            db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10, check_same_thread=False)
+        else:
+            db = sqlite3.connect(path, isolation_level=None, timeout=10, check_same_thread=False)
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
+        _check(db, path, make=not read_only)
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path}: found {error}, wanted the database of a labelling folder") from None
+    return db
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of it or nothing; on the disk when it ends."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Holds a labelling folder for this process alone; the system lets go when the process ends, however it ends.
+
+    Raises: UserError at once if another process holds it, with that process's id.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder}: process {file.read().strip()} is serving this folder; stop it first or give another folder"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _check(db: sqlite3.Connection, path: Path, *, make: bool) -> None:
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if not tables and make:
+        with transaction(db):
+            for statement in _SCHEMA.split(";\n"):
+                db.execute(statement)
+            # Decides in which order each labeller sees the responses to an item.
+            db.execute("INSERT INTO about VALUES ('salt', ?)", (secrets.token_hex(16),))
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    elif application != APPLICATION_ID:
+        raise UserError(f"{path}: found another program's database, wanted that of a labelling folder")
+    elif version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema version: found {version}, wanted {SCHEMA_VERSION}; use the release that wrote it"
+        )
+    elif (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise UserError(f"{path}: damaged: {found.splitlines()[-1]}; restore it from a copy")

@@ -1,0 +1,411 @@
+"""Who judges what next: leases, the quiz, calibration, drafts, judgements and their undoing.
+
+A labeller gets the screening quiz first, then the items that everybody judges, then tasks in order, each until as
+many people as are wanted have judged it or hold it. An item is leased to its labeller; a lease that nobody renews
+lapses, and the item goes to another. Every change carries an id that the page made up for it, so that a post whose
+answer was lost is sent again and answered as before, and nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.database import transaction
+from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.store import Labeller, Store, dense, insert_judgement, item_of, refuse_judgement
+
+LONGEST_SKIP = 500
+MOST_SECONDS = 24 * 3600.0
+
+
+class Conflict(Exception):
+    """What was asked for does not fit what has happened since; the page asks for the next item."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How items are shared out.
+
+    wanted: labellers for each task. lease: seconds until an item that nobody touches goes to another. pass_mark: share
+    of the quiz's ordered pairs to have right.
+    """
+
+    wanted: int = 1
+    lease: float = 1800.0
+    pass_mark: float = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """What is on a labeller's page: an item, its responses in the order of `order`, what was saved of the answer."""
+
+    item: Item
+    order: tuple[int, ...]
+    draft: dict[str, Any] | None
+    revision: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a labeller sends, in the order shown: ranks, () for a skip, ratings, flags, the reason to skip, seconds."""
+
+    item: str
+    ranks: tuple[int, ...] = ()
+    ratings: tuple[int | None, ...] = ()
+    flags: tuple[tuple[str, ...], ...] = ()
+    skip: str = ""
+    seconds: float = 0.0
+
+
+class Queue:
+    """The one that shares out a store's items. clock: Unix time in seconds."""
+
+    def __init__(self, store: Store, rules: Rules, clock: Callable[[], float] = time.time) -> None:
+        self.store, self.rules, self.clock = store, rules, clock
+        self._db = store.db
+        with transaction(self._db):
+            # More labellers may be wanted than before, and items may have come.
+            self._db.execute("UPDATE labellers SET cursor = 0")
+        self.tasks, self.calibrations, self.quizzes = (
+            self._count("SELECT count(*) FROM items WHERE kind = ?", kind) for kind in ("task", "calibration", "quiz")
+        )
+        self.judged = self._count(
+            "SELECT count(*) FROM judgements j JOIN labellers l ON l.number = j.labeller "
+            "JOIN items i ON i.number = j.item WHERE j.skip = '' AND l.role <> 'model' AND i.kind = 'task'"
+        )
+
+    def assign(self, labeller: Labeller) -> Assignment | None:
+        """The item that the labeller has, or the next one; None if there is none, or the quiz was failed."""
+        now = self.clock()
+        held = self._held(labeller, now)
+        if held is not None:
+            return held
+        with transaction(self._db):
+            self._lapse(now)
+            self._take_up(labeller, now)
+        return self._held(labeller, now)
+
+    def save_draft(self, labeller: Labeller, item: str, draft: Mapping[str, Any], revision: int) -> None:
+        """Keeps a half-done answer and renews its lease; an older revision than the one kept changes nothing.
+
+        Raises: Conflict if the item is no longer the labeller's.
+        """
+        with transaction(self._db):
+            number = self._number(item)
+            changed = self._db.execute(
+                "UPDATE leases SET draft = iif(revision < ?1, ?2, draft), revision = max(revision, ?1), "
+                "expires = max(expires, ?3) WHERE item = ?4 AND labeller = ?5",
+                (revision, json.dumps(draft), self.clock() + self.rules.lease, number, labeller.number),
+            )
+            if not changed.rowcount:
+                raise Conflict("this item is no longer yours")
+
+    def judge(self, labeller: Labeller, request: str, answer: Answer) -> dict[str, Any]:
+        """Takes an answer to the labeller's item; the same request again gets the same reply and changes nothing.
+
+        Raises: Conflict if the item is not the labeller's or the request's id was used for another answer, UserError
+          for an answer that does not fit the item.
+        """
+        with transaction(self._db):
+            digest = _digest(dataclasses.astuple(answer))
+            earlier = self._earlier(labeller, request, digest)
+            if earlier is not None:
+                return earlier
+            now = self.clock()
+            number = self._number(answer.item)
+            lease = self._db.execute(
+                "SELECT live, started FROM leases WHERE item = ? AND labeller = ?", (number, labeller.number)
+            ).fetchone()
+            if lease is None:
+                raise Conflict("this item is not yours, or you have judged it")
+            item = self._item(number)
+            judgement = self._judgement(labeller, item, answer, now, started=lease[1])
+            insert_judgement(self._db, number, labeller.number, judgement)
+            self._db.execute("DELETE FROM leases WHERE item = ? AND labeller = ?", (number, labeller.number))
+            self._hold(number, (not judgement.skip) - lease[0])
+            screening = self._screen(labeller) if item.kind == "quiz" else labeller.screening
+            reply = {"item": item.id, "judged": self._judged_by(labeller), "screening": screening}
+            self._keep(labeller, request, digest, reply)
+        self.judged += item.kind == "task" and not judgement.skip
+        return reply
+
+    def undo(self, labeller: Labeller, request: str) -> dict[str, Any]:
+        """Withdraws the labeller's last judgement, which becomes the draft of the item that is on the page again.
+
+        Raises: Conflict if there is none, or if it belongs to a quiz that is over.
+        """
+        with transaction(self._db):
+            earlier = self._earlier(labeller, request, "undo")
+            if earlier is not None:
+                return earlier
+            now = self.clock()
+            row = self._db.execute(
+                "SELECT j.number, j.item, j.ranks, j.ratings, j.flags, j.skip, j.seconds FROM judgements j "
+                "WHERE j.labeller = ? ORDER BY j.number DESC LIMIT 1",
+                (labeller.number,),
+            ).fetchone()
+            if row is None:
+                raise Conflict("there is nothing to undo")
+            judgement, number, ranks, ratings, flags, skip, seconds = row
+            item = self._item(number)
+            if item.kind == "quiz" and self._screening(labeller) != "open":
+                raise Conflict("the screening questions are over and stay as they are")
+            self._db.execute(
+                "INSERT INTO withdrawn SELECT number, item, labeller, ranks, ratings, flags, skip, seconds, at, ? "
+                "FROM judgements WHERE number = ?",
+                (now, judgement),
+            )
+            self._db.execute("DELETE FROM judgements WHERE number = ?", (judgement,))
+            order = self.order(labeller, item)
+            draft = {
+                "tiers": _tiers(_shown(json.loads(ranks), order)),
+                "ratings": _shown(json.loads(ratings), order),
+                "flags": _shown(json.loads(flags), order),
+                "seconds": seconds,
+            }
+            self._db.execute(
+                "INSERT INTO leases (item, labeller, started, expires, live, draft, revision) "
+                "VALUES (?, ?, ?, ?, 1, ?, 1)",
+                (number, labeller.number, now - seconds, now + self.rules.lease, json.dumps(draft)),
+            )
+            self._hold(number, int(bool(skip)))
+            reply = {"item": item.id, "judged": self._judged_by(labeller), "screening": self._screening(labeller)}
+            self._keep(labeller, request, "undo", reply)
+        self.judged -= item.kind == "task" and not skip
+        return reply
+
+    def order(self, labeller: Labeller, item: Item) -> tuple[int, ...]:
+        """Which response stands where on the labeller's page: a shuffle of its own for each pair, always the same."""
+
+        def place(response: int) -> bytes:
+            text = f"{self.store.salt}\n{item.id}\n{labeller.name}\n{response}"
+            return hashlib.sha256(text.encode()).digest()
+
+        return tuple(sorted(range(len(item.responses)), key=place))
+
+    def progress(self, labeller: Labeller) -> dict[str, Any]:
+        """Figures for the labeller's page."""
+        quiz = labeller.screening == "open" and self.quizzes > 0
+        return {
+            "mine": self._judged_by(labeller),
+            "judged": self.judged,
+            "wanted": self.tasks * self.rules.wanted,
+            "quiz": [self._seen(labeller, "quiz"), self.quizzes] if quiz else None,
+        }
+
+    def _held(self, labeller: Labeller, now: float) -> Assignment | None:
+        """The item of the labeller's newest lease, if that is live and not about to lapse."""
+        row = self._db.execute(
+            "SELECT i.id, i.kind, i.content, x.draft, x.revision FROM leases x JOIN items i ON i.number = x.item "
+            "WHERE x.number = (SELECT max(number) FROM leases WHERE labeller = ?) AND x.live AND x.expires > ?",
+            (labeller.number, now + self.rules.lease / 2),
+        ).fetchone()
+        if row is None:
+            return None
+        item = item_of(*row[:3])
+        return Assignment(item, self.order(labeller, item), None if row[3] is None else json.loads(row[3]), row[4])
+
+    def _lapse(self, now: float) -> None:
+        """Opens to others what nobody has touched for too long; the drafts stay."""
+        lapsed = self._db.execute("SELECT number, item FROM leases WHERE live = 1 AND expires <= ?", (now,)).fetchall()
+        for lease, item in lapsed:
+            self._db.execute("UPDATE leases SET live = 0 WHERE number = ?", (lease,))
+            self._hold(item, -1)
+
+    def _take_up(self, labeller: Labeller, now: float) -> None:
+        """Renews the labeller's newest lease, or gives out a new one where there is an item for it."""
+        while True:
+            row = self._db.execute(
+                "SELECT x.number, x.live, i.number, i.kind, i.held FROM leases x JOIN items i ON i.number = x.item "
+                "WHERE x.labeller = ? ORDER BY x.number DESC LIMIT 1",
+                (labeller.number,),
+            ).fetchone()
+            if row is None:
+                break
+            lease, live, item, kind, held = row
+            if live or kind != "task" or held < self.rules.wanted:
+                self._db.execute(
+                    "UPDATE leases SET live = 1, expires = ? WHERE number = ?", (now + self.rules.lease, lease)
+                )
+                self._hold(item, 1 - live)
+                return
+            # Others have judged it meanwhile.
+            self._db.execute("DELETE FROM leases WHERE number = ?", (lease,))
+        number = self._next(labeller)
+        if number is not None:
+            self._db.execute(
+                "INSERT INTO leases (item, labeller, started, expires, live) VALUES (?, ?, ?, ?, 1)",
+                (number, labeller.number, now, now + self.rules.lease),
+            )
+            self._hold(number, 1)
+
+    def _next(self, labeller: Labeller) -> int | None:
+        screening = self._screening(labeller)
+        if screening == "open":
+            quiz = self._unseen(labeller, "quiz", 0)
+            if quiz is not None:
+                return quiz
+            # The quiz may have been taken away from under a labeller by a folder without one.
+            screening = self._screen(labeller)
+        if screening == "failed":
+            return None
+        calibration = self._unseen(labeller, "calibration", 0)
+        if calibration is not None:
+            return calibration
+        (cursor,) = self._db.execute("SELECT cursor FROM labellers WHERE number = ?", (labeller.number,)).fetchone()
+        task = self._unseen(labeller, "task", cursor)
+        if task is not None:
+            self._db.execute("UPDATE labellers SET cursor = ? WHERE number = ?", (task, labeller.number))
+        return task
+
+    def _unseen(self, labeller: Labeller, kind: str, cursor: int) -> int | None:
+        """The first item of a kind after the cursor that the labeller may have."""
+        row = self._db.execute(
+            "SELECT i.number FROM items i WHERE i.kind = ? AND i.number > ? AND (i.held < ? OR i.kind <> 'task') "
+            "AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = i.number AND j.labeller = ?) "
+            "ORDER BY i.number LIMIT 1",
+            (kind, cursor, self.rules.wanted, labeller.number),
+        ).fetchone()
+        return None if row is None else int(row[0])
+
+    def _hold(self, item: int, change: int) -> None:
+        """Counts a lease or judgement of an item, or one less."""
+        if change:
+            self._db.execute("UPDATE items SET held = held + ? WHERE number = ?", (change, item))
+        if change < 0:
+            # Whoever passed it by while it was full shall find it.
+            self._db.execute("UPDATE labellers SET cursor = ? WHERE cursor >= ?", (item - 1, item))
+
+    def _judgement(self, labeller: Labeller, item: Item, answer: Answer, now: float, *, started: float) -> Judgement:
+        """The answer in the order of the item's own responses. Raises: UserError if it does not fit."""
+        if len(answer.skip) > LONGEST_SKIP:
+            raise UserError(f"skip: found {len(answer.skip)} characters, wanted {LONGEST_SKIP} at most")
+        if not 0 <= answer.seconds <= MOST_SECONDS:
+            raise UserError(f"seconds: found {answer.seconds}, wanted 0 to {MOST_SECONDS:.0f}")
+        judgement = Judgement(
+            item=item.id,
+            labeller=labeller.name,
+            ranks=dense(answer.ranks),
+            ratings=answer.ratings,
+            flags=tuple(frozenset(names) for names in answer.flags),
+            skip=answer.skip.strip(),
+            # A clock on the page may be anything; nobody took longer than the item was there.
+            seconds=round(min(answer.seconds, max(now - started, 0.0) + 1.0), 3),
+            at=now,
+        )
+        refuse_judgement(judgement, len(item.responses))
+        order = self.order(labeller, item)
+        return dataclasses.replace(
+            judgement,
+            ranks=_own(judgement.ranks, order),
+            ratings=_own(judgement.ratings, order),
+            flags=_own(judgement.flags, order),
+        )
+
+    def _screen(self, labeller: Labeller) -> str:
+        """Marks the quiz once all of it is answered, and the labeller by it."""
+        if self._screening(labeller) == "open" and self._seen(labeller, "quiz") == self.quizzes:
+            passed = self.quiz_mark(labeller) >= self.rules.pass_mark
+            self._db.execute(
+                "UPDATE labellers SET screening = ? WHERE number = ?",
+                ("passed" if passed else "failed", labeller.number),
+            )
+        return self._screening(labeller)
+
+    def quiz_mark(self, labeller: Labeller) -> float:
+        """Share of the quiz's ordered pairs that the labeller has in gold's order; a tie is half, a skip nothing."""
+        rows = self._db.execute(
+            "SELECT i.content, j.ranks FROM judgements j JOIN items i ON i.number = j.item "
+            "WHERE j.labeller = ? AND i.kind = 'quiz'",
+            (labeller.number,),
+        )
+        right, pairs = 0.0, 0
+        for content, given in rows:
+            gold, ranks = json.loads(content)["gold"], json.loads(given)
+            for a, b in itertools.combinations(range(len(gold)), 2):
+                if gold[a] != gold[b]:
+                    pairs += 1
+                    if ranks:
+                        right += 0.5 if ranks[a] == ranks[b] else (gold[a] < gold[b]) == (ranks[a] < ranks[b])
+        return right / pairs if pairs else 1.0
+
+    def _screening(self, labeller: Labeller) -> str:
+        row = self._db.execute("SELECT screening FROM labellers WHERE number = ?", (labeller.number,)).fetchone()
+        return str(row[0])
+
+    def _seen(self, labeller: Labeller, kind: str) -> int:
+        return self._count(
+            "SELECT count(*) FROM items i JOIN judgements j ON j.item = i.number WHERE i.kind = ? AND j.labeller = ?",
+            kind,
+            labeller.number,
+        )
+
+    def _judged_by(self, labeller: Labeller) -> int:
+        return self._count("SELECT count(*) FROM judgements WHERE labeller = ?", labeller.number)
+
+    def _count(self, query: str, *values: object) -> int:
+        (count,) = self._db.execute(query, values).fetchone()
+        return int(count)
+
+    def _number(self, item: str) -> int:
+        row = self._db.execute("SELECT number FROM items WHERE id = ?", (item,)).fetchone()
+        if row is None:
+            raise Conflict("there is no such item")
+        return int(row[0])
+
+    def _item(self, number: int) -> Item:
+        row: Sequence[str] = self._db.execute(
+            "SELECT id, kind, content FROM items WHERE number = ?", (number,)
+        ).fetchone()
+        return item_of(*row)
+
+    def _earlier(self, labeller: Labeller, request: str, digest: str) -> dict[str, Any] | None:
+        row = self._db.execute(
+            "SELECT sha256, answer FROM requests WHERE labeller = ? AND request = ?", (labeller.number, request)
+        ).fetchone()
+        if row is None:
+            return None
+        if row[0] != digest:
+            raise Conflict("this request's id was used for something else")
+        reply: dict[str, Any] = json.loads(row[1])
+        return reply
+
+    def _keep(self, labeller: Labeller, request: str, digest: str, reply: Mapping[str, Any]) -> None:
+        try:
+            self._db.execute(
+                "INSERT INTO requests VALUES (?, ?, ?, ?)", (labeller.number, request, digest, json.dumps(reply))
+            )
+        except sqlite3.IntegrityError:
+            raise UserError("request: found an empty or too long id, wanted 1 to 64 characters") from None
+
+
+def _own(values: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
+    """Values in the order shown, in the item's own."""
+    if not values:
+        return ()
+    own = [values[0]] * len(order)
+    for shown, place in enumerate(order):
+        own[place] = values[shown]
+    return tuple(own)
+
+
+def _shown(values: Sequence[Any], order: Sequence[int]) -> list[Any]:
+    """Values in the item's own order, in the order shown."""
+    return [values[place] for place in order] if values else []
+
+
+def _tiers(ranks: Sequence[int]) -> list[list[int]]:
+    """[[0], [2, 1]] for the ranks 1, 2, 2: the responses of each rank, the best first."""
+    return [[place for place, rank in enumerate(ranks) if rank == tier] for tier in sorted(set(ranks))]
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,271 @@
+"""What a labelling folder holds: items, labellers with their tokens, and every judgement, as records.
+
+`queue.py` decides who gets which item; judgements from elsewhere, such as a model's, are given to `record`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rlhf_jax.data.dialogues import Message
+from rlhf_jax.durable import sync_folder
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.database import FILE, connect, transaction
+from rlhf_jax.feedback.records import FLAGS, RATINGS, Item, Judgement
+
+Role = Literal["labeller", "admin", "model"]
+AI = "ai:"
+_NAME = re.compile(r"[\w.@+ -]{1,80}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Labeller:
+    """A person or a model. screening: "open" until the quiz is done, then "passed" or "failed"."""
+
+    number: int
+    name: str
+    role: Role
+    screening: str
+
+
+class Store:
+    """The database of one labelling folder, opened by its one writer or, `read_only`, beside it."""
+
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        if read_only and not (folder / FILE).exists():
+            raise UserError(f"{folder}: no {FILE} in it; wanted a labelling folder, which scripts/label.py makes")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.db = connect(folder / FILE, read_only=read_only)
+        (self.salt,) = self.db.execute("SELECT value FROM about WHERE name = 'salt'").fetchone()
+        if not read_only:
+            sync_folder(folder)
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self.db.close()
+
+    def beside(self) -> Store:
+        """The same folder through a connection of its own that only reads, for another thread."""
+        return Store(self.folder, read_only=True)
+
+    def add_items(self, items: Iterable[Item]) -> int:
+        """How many of the items are new; one that is there already stays as it is.
+
+        Raises: UserError for an item that cannot be compared, or that is there as another kind or with other gold.
+        """
+        added = 0
+        with transaction(self.db):
+            for item in items:
+                _refuse_item(item)
+                found = self.db.execute("SELECT kind, content FROM items WHERE id = ?", (item.id,)).fetchone()
+                if found is None:
+                    self.db.execute(
+                        "INSERT INTO items (id, kind, responses, content) VALUES (?, ?, ?, ?)",
+                        (item.id, item.kind, len(item.responses), _content(item)),
+                    )
+                    added += 1
+                elif found[0] != item.kind:
+                    raise UserError(f"item {item.id}: found it as {item.kind}, and it stands as {found[0]} already")
+                elif item.gold and tuple(json.loads(found[1])["gold"]) != item.gold:
+                    raise UserError(f"item {item.id}: found gold ranks {list(item.gold)}, others than it had before")
+        return added
+
+    def items(self) -> list[Item]:
+        """All items, in the order in which they came."""
+        rows = self.db.execute("SELECT id, kind, content FROM items ORDER BY number")
+        return [item_of(*row) for row in rows]
+
+    def judgements(self) -> list[Judgement]:
+        """All judgements that stand, in the order in which they came."""
+        return list(self.each_judgement())
+
+    def each_judgement(self, after: int = 0) -> Iterator[Judgement]:
+        """The judgements that stand and came after the one with this number."""
+        rows = self.db.execute(
+            "SELECT i.id, l.name, j.ranks, j.ratings, j.flags, j.skip, j.seconds, j.at FROM judgements j "
+            "JOIN items i ON i.number = j.item JOIN labellers l ON l.number = j.labeller "
+            "WHERE j.number > ? ORDER BY j.number",
+            (after,),
+        )
+        for item, name, ranks, ratings, flags, skip, seconds, at in rows:
+            yield Judgement(
+                item=item,
+                labeller=name,
+                ranks=tuple(json.loads(ranks)),
+                ratings=tuple(json.loads(ratings)),
+                flags=tuple(frozenset(names) for names in json.loads(flags)),
+                skip=skip,
+                seconds=seconds,
+                at=at,
+            )
+
+    def record(self, judgements: Iterable[Judgement]) -> int:
+        """Adds judgements that were not made on the page; how many are new. Those of models keep no item from people.
+
+        Raises: UserError for one that fits no item here, or that is there already and says something else.
+        """
+        added = 0
+        with transaction(self.db):
+            for judgement in judgements:
+                row = self.db.execute("SELECT number, responses FROM items WHERE id = ?", (judgement.item,)).fetchone()
+                if row is None:
+                    raise UserError(f"item {judgement.item}: found a judgement of it, wanted one of the folder's items")
+                refuse_judgement(judgement, row[1])
+                labeller = self._labeller(
+                    judgement.labeller, "model" if judgement.labeller.startswith(AI) else "labeller"
+                )
+                found = self.db.execute(
+                    "SELECT ranks, skip FROM judgements WHERE item = ? AND labeller = ?", (row[0], labeller.number)
+                ).fetchone()
+                if found is None:
+                    insert_judgement(self.db, row[0], labeller.number, judgement)
+                    if labeller.role != "model" and not judgement.skip:
+                        self.db.execute("UPDATE items SET held = held + 1 WHERE number = ?", (row[0],))
+                    added += 1
+                elif (tuple(json.loads(found[0])), found[1]) != (judgement.ranks, judgement.skip):
+                    raise UserError(
+                        f"item {judgement.item}: found another judgement by {judgement.labeller} than stands"
+                    )
+        return added
+
+    def add_labeller(self, name: str, role: Role = "labeller") -> Labeller:
+        """The labeller of this name, new or not. Raises: UserError for a name that is none, or with another role."""
+        if not _NAME.fullmatch(name) or name != name.strip():
+            raise UserError(f"labeller: found {name[:100]!r}, wanted 1 to 80 letters, digits, spaces and . _ @ + -")
+        with transaction(self.db):
+            return self._labeller(name, role)
+
+    def labellers(self) -> list[Labeller]:
+        """Everybody, in the order in which they were added."""
+        rows = self.db.execute("SELECT number, name, role, screening FROM labellers ORDER BY number")
+        return [Labeller(*row) for row in rows]
+
+    def new_token(self, labeller: Labeller) -> str:
+        """Another token of the labeller's. Only its hash is kept: it is seen here and never again."""
+        token = secrets.token_urlsafe(24)
+        with transaction(self.db):
+            self.db.execute("INSERT INTO tokens VALUES (?, ?, ?)", (_hash(token), labeller.number, time.time()))
+        return token
+
+    def revoke(self, labeller: Labeller) -> None:
+        """Makes every token of the labeller's worthless."""
+        with transaction(self.db):
+            self.db.execute("DELETE FROM tokens WHERE labeller = ?", (labeller.number,))
+
+    def has_token(self, labeller: Labeller) -> bool:
+        """Whether there is a token that the labeller can come in with."""
+        return self.db.execute("SELECT 1 FROM tokens WHERE labeller = ?", (labeller.number,)).fetchone() is not None
+
+    def by_token(self, token: str) -> Labeller | None:
+        """Whose token this is."""
+        # Found by its hash: how long the look-up takes says nothing about a token.
+        row = self.db.execute(
+            "SELECT l.number, l.name, l.role, l.screening FROM tokens t JOIN labellers l ON l.number = t.labeller "
+            "WHERE t.sha256 = ?",
+            (_hash(token),),
+        ).fetchone()
+        return None if row is None else Labeller(*row)
+
+    def _labeller(self, name: str, role: Role) -> Labeller:
+        self.db.execute(
+            "INSERT INTO labellers (name, role, added) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            (name, role, time.time()),
+        )
+        row = self.db.execute("SELECT number, name, role, screening FROM labellers WHERE name = ?", (name,)).fetchone()
+        labeller = Labeller(*row)
+        if labeller.role != role:
+            raise UserError(f"labeller {name!r}: found the role {role}, and it is {labeller.role} here already")
+        return labeller
+
+
+def item_of(id: str, kind: str, content: str) -> Item:
+    """An item from its columns."""
+    fields = json.loads(content)
+    return Item(
+        id=id,
+        prompt=fields["prompt"],
+        responses=tuple(fields["responses"]),
+        turns=tuple(Message(*turn) for turn in fields["turns"]),
+        sources=tuple(fields["sources"]),
+        kind=kind,
+        gold=tuple(fields["gold"]),
+    )
+
+
+def insert_judgement(db: sqlite3.Connection, item: int, labeller: int, judgement: Judgement) -> None:
+    """A row of the table; inside the caller's transaction."""
+    db.execute(
+        "INSERT INTO judgements (item, labeller, ranks, ratings, flags, skip, seconds, at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            item,
+            labeller,
+            json.dumps(judgement.ranks),
+            json.dumps(judgement.ratings),
+            json.dumps([sorted(names) for names in judgement.flags]),
+            judgement.skip,
+            judgement.seconds,
+            judgement.at,
+        ),
+    )
+
+
+def refuse_judgement(judgement: Judgement, responses: int) -> None:
+    """Raises UserError if this cannot be said of an item with so many responses, naming the field."""
+    if judgement.skip:
+        if judgement.ranks:
+            raise UserError("ranks: found some beside a reason to skip, wanted one or the other")
+    elif len(judgement.ranks) != responses or not all(1 <= rank <= responses for rank in judgement.ranks):
+        raise UserError(f"ranks: found {list(judgement.ranks)}, wanted {responses} from 1 to {responses}, 1 the best")
+    for name, values in (("ratings", judgement.ratings), ("flags", judgement.flags)):
+        if values and len(values) != responses:
+            raise UserError(f"{name}: found {len(values)}, wanted {responses}, one for each response")
+    for rating in judgement.ratings:
+        if rating is not None and rating not in RATINGS:
+            raise UserError(f"ratings: found {rating}, wanted 1 to {RATINGS[-1]}")
+    for flag in sorted(frozenset().union(*judgement.flags)):
+        if flag not in FLAGS:
+            raise UserError(f"flags: found {flag[:40]!r}, wanted some of {', '.join(FLAGS)}")
+
+
+def dense(ranks: Sequence[int]) -> tuple[int, ...]:
+    """Ranks without gaps: 1, 2, … in the same order, equal ones still equal."""
+    places = sorted(set(ranks))
+    return tuple(places.index(rank) + 1 for rank in ranks)
+
+
+def _refuse_item(item: Item) -> None:
+    if not 2 <= len(item.responses) <= 9:
+        raise UserError(f"item {item.id}: found {len(item.responses)} responses, wanted 2 to 9")
+    if item.kind == "quiz" and len(set(item.gold)) < 2:
+        raise UserError(
+            f"item {item.id}: found gold ranks {list(item.gold)}, wanted different ones: a quiz is marked by them"
+        )
+    for name, values in (("gold ranks", item.gold), ("sources", item.sources)):
+        if values and len(values) != len(item.responses):
+            raise UserError(f"item {item.id}: found {len(values)} {name}, wanted {len(item.responses)}")
+
+
+def _content(item: Item) -> str:
+    fields = {
+        "prompt": item.prompt,
+        "turns": item.turns,
+        "responses": item.responses,
+        "sources": item.sources,
+        "gold": item.gold,
+    }
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
