@@ -16,15 +16,15 @@ FLOOR = {
     **dict.fromkeys(
         ["lora", "model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2
     ),
-    "gguf_reader": 2,
+    **dict.fromkeys(["gguf_file", "gguf_tokenizer", "gguf_reader"], 2),
     "byte_bpe": 1,
     **dict.fromkeys(["chat", "hf_encoders", "hf_tokenizer", "hf_export"], 2),
     **dict.fromkeys(["fields", "attention_fields", "safetensors_folder"], 2),
     **dict.fromkeys(["scoring", "episodes", "evaluation"], 3),
-    **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics", "huggingface"], 3),
+    **dict.fromkeys(["data", "parallel", "checkpoint", "run_folder", "metrics", "huggingface", "peft"], 3),
     **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram", "sources", "convert"], 4),
-    "feedback": 4,
-    **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo"], 5),
+    "feedback": 5,
+    **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo", "feedback"], 5),
     # These two hold the public names and nothing else, and nothing below may import through them.
     "stages": 6,
     "rlhf_jax": 6,
@@ -43,6 +43,9 @@ NEIGHBOURS = {
     ("masked", "arrays"),  # the array names are for all,
     ("config", "errors"),  # and so is the exception
     ("returns", "kl"),  # the KL in the reward is the one of kl.py
+    ("gguf_tokenizer", "gguf_file"),
+    ("gguf_reader", "gguf_file"),
+    ("gguf_reader", "gguf_tokenizer"),
     ("model", "model_config"),
     ("attention_fields", "fields"),
     ("attention_fields", "model_config"),
@@ -57,6 +60,7 @@ NEIGHBOURS = {
     ("evaluation", "data"),
     ("run_folder", "checkpoint"),
     ("runs", "fit"),
+    ("peft", "huggingface"),
     ("sources", "runs"),
     ("convert", "sources"),
 }

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from rlhf_jax import gguf_reader
+from rlhf_jax import gguf_file, gguf_reader, gguf_tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.gguf_reader import packaged_gguf, read_gguf
 
@@ -306,7 +306,7 @@ def test_rows_of_a_head_by_hand(path: Path) -> None:
 def test_quantised_tensors_are_what_gguf_makes_of_them(
     kind: Q, chunk: int, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_reader, "CHUNK", chunk)
+    monkeypatch.setattr(gguf_file, "CHUNK", chunk)
     config = small_config("qwen2", byte_level())
     tensors = random_tensors(shapes("qwen2", config))
     quantised = ("token_embd.weight", "blk.1.ffn_down.weight")
@@ -323,7 +323,7 @@ def test_container_is_read_as_gguf_reads_it(path: Path) -> None:
     model_file(
         path, changes={"general.languages": ["en", "ä"], "general.sampling.temp": 0.1, "rope.freq_base": -0.5e-3}
     )
-    values, stored = gguf_reader._parse(path)
+    values, stored = gguf_file.parse(path)
     reader = gguf.GGUFReader(path)
     assert set(values) == {name for name in reader.fields if not name.startswith("GGUF.")}
     for name, value in values.items():
@@ -420,7 +420,7 @@ def llama3_divisors(theta: float, head_dim: int, factor: float, low: float, high
 def test_llama3_scaling_is_found_again(head_dim: int, factor: float, path: Path) -> None:
     divisors = llama3_divisors(500000.0, head_dim, factor, 1.0, 4.0, 8192)
     divisors[0] = np.nextafter(np.float32(1), np.float32(0))  # another converter's rounding
-    scaling = gguf_reader._llama3_scaling(gguf_reader._Fields(path, {}), divisors, 500000.0)
+    scaling = gguf_reader._llama3_scaling(gguf_file.GgufFields(path, {}), divisors, 500000.0)
     assert scaling == {
         "rope_type": "llama3",
         "factor": factor,
@@ -673,7 +673,7 @@ def test_runs_that_an_order_joins_otherwise_are_refused(path: Path) -> None:
         vocabulary.scores[vocabulary.tokens.index("a" * length)] = score
     with pytest.raises(UserError, match=r"scores: 2 tokens share -2.0, 'aaaa' among them, so the order"):
         read_gguf(model_file(path, vocabulary=vocabulary))
-    assert not gguf_reader._joined_alike({2: 0.0, 100: 0.0})  # would take too long to try
+    assert not gguf_tokenizer._joined_alike({2: 0.0, 100: 0.0})  # would take too long to try
 
 
 def test_a_file_cut_anywhere_is_called_truncated(path: Path) -> None:
