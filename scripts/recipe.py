@@ -49,6 +49,8 @@ from scripts.recipe_sizes import SIZES, Size
 from scripts.recipe_tables import figures_table, print_summary
 
 RESPONSES = 4
+# Of the answers that the table and the report show.
+SHOWN_TEMPERATURE = 0.7
 HELDOUT_PROMPTS = 512
 
 
@@ -109,7 +111,7 @@ class Judge:
 
 
 class Sampler:
-    """Responses of a run's model, by the pure distribution at temperature 1."""
+    """Responses of a run's model, by the pure distribution; at temperature 1 unless said."""
 
     def __init__(self, model: Transformer, tokenizer: TextTokenizer, response_tokens: int) -> None:
         self.model, self.response_tokens = model, response_tokens
@@ -119,8 +121,13 @@ class Sampler:
             "pad_id": tokenizer.pad_id,
         }
 
-    def __call__(self, params: Any, prompts: PromptRows, seed: int, samples: int = 1) -> list[list[list[int]]]:
-        return sample_responses(self.model, params, prompts, jax.random.key(seed), samples=samples, **self.options)
+    def __call__(
+        self, params: Any, prompts: PromptRows, seed: int, samples: int = 1, temperature: float = 1.0
+    ) -> list[list[list[int]]]:
+        key = jax.random.key(seed)
+        return sample_responses(
+            self.model, params, prompts, key, samples=samples, temperature=temperature, **self.options
+        )
 
 
 def stage_settings(config: Config, name: str, *, save_every: int) -> dict[str, Any]:
@@ -411,12 +418,16 @@ def measure(
     )
     heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
     sentences = {d.prompt: d.completion.strip() for d in corpus.heldout_demonstrations}
+    # What people read, they sample cooler; every figure is at temperature 1, the distribution that PPO trained.
+    shown = {name: sampler(params[name], prompts, config.seed + 5, temperature=SHOWN_TEMPERATURE) for name in params}
+    shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
     samples = [
         {
             "prompt": prompt.prompt.strip(),
-            **{name: texts[name][i] for name in params},
+            **{name: tokenizer.decode(shown[name][i][0]).strip() for name in params},
             "docstring": sentences.get(prompt.prompt),
-            "gold": {name: round(float(gold[name][i]), 3) for name in params},
+            "gold": {name: round(float(shown_gold[name][i]), 3) for name in params},
+            "temperature": SHOWN_TEMPERATURE,
         }
         for i, prompt in enumerate(prompts.sources)
     ]

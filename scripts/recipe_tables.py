@@ -16,7 +16,10 @@ SHOWN_PROMPTS = 8
 def print_summary(console: rich.console.Console, folder: Path, summary: dict[str, Any]) -> None:
     """Answers side by side, then the figures."""
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:SHOWN_PROMPTS]
-    table = rich.table.Table(title="the same held-out prompts, answered after each stage", show_lines=True)
+    table = rich.table.Table(
+        title=f"the same held-out prompts, answered after each stage (temperature {samples[0]['temperature']})",
+        show_lines=True,
+    )
     for title in ("prompt", "pretrained", "SFT", "PPO"):
         table.add_column(title, ratio=2, overflow="fold")
     for sample in samples:

@@ -146,13 +146,15 @@ def answers(samples: Sequence[Mapping[str, Any]]) -> str:
     documented_first = sorted(samples, key=lambda sample: not sample.get("docstring"))
     rows = [_answer(sample) for sample in documented_first[:MOST]]
     rest = len(rows) - SHOWN
+    warmth = samples[0].get("temperature") if samples else None
+    sampled = f" Sampled at temperature {warmth}; every figure above is at 1." if warmth else ""
     return section(
         "answers",
         "The same prompts, three models",
         _answers(rows[:SHOWN]),
         details(f"{rest} more of {len(samples):,} prompts", _answers(rows[SHOWN:])),
         lead="Held-out prompts: a function’s name and arguments, in words. The last column is its real documentation; "
-        "prompts that have one come first. The number is the gold score, ★ the highest of its row.",
+        f"prompts that have one come first. The number is the gold score, ★ the highest of its row.{sampled}",
     )
 
 
