@@ -41,6 +41,11 @@ class LoraConfig:
             raise UserError(f"targets: found {list(self.targets)}, wanted some of {', '.join(PLACES)}")
 
     @property
+    def passes(self) -> int:
+        """Forward passes that a training step costs: gradients of frozen kernels are not computed."""
+        return 2 if self.rank else 3
+
+    @property
     def scale(self) -> float:
         """s."""
         return self.alpha / self.rank if self.rank else 0.0

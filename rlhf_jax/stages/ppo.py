@@ -415,7 +415,7 @@ def run(
         frozen=(frozen,),
         evaluate=evaluate,
         # Sampling, four scorings, and forward and backward of policy and critic in each epoch.
-        flops_per_token=forward * (5 + 6 * config.epochs),
+        flops_per_token=forward * (5 + 2 * config.lora.passes * config.epochs),
         show=("score", "kl", "response_tokens", "missing_end"),
     )
     release(folder, state.extras["ema"] if config.ema_decay else state.params["policy"], config.steps)

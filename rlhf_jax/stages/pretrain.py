@@ -165,7 +165,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         lambda step: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate if len(heldout_rows) else None,
-        flops_per_token=3 * model_config.flops_per_token(config.row_length),
+        flops_per_token=config.lora.passes * model_config.flops_per_token(config.row_length),
         best_metric="eval/loss" if len(heldout_rows) else None,
     )
     figures = evaluate(state) if len(heldout_rows) else {}

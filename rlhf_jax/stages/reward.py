@@ -210,7 +210,7 @@ def run(
         lambda step: batch_at(rankings, batch_size=config.batch, seed=config.seed, step=step),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate,
-        flops_per_token=3 * model.config.flops_per_token(limit, language_head=False),
+        flops_per_token=config.lora.passes * model.config.flops_per_token(limit, language_head=False),
         show=("loss", "accuracy"),
         best_metric="eval/accuracy" if heldout is not None else None,
         best_mode="max",

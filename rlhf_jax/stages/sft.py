@@ -174,7 +174,7 @@ def run(
         lambda step: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate if len(heldout_rows) else None,
-        flops_per_token=3 * model.config.flops_per_token(limit),
+        flops_per_token=config.lora.passes * model.config.flops_per_token(limit),
         best_metric="eval/loss" if len(heldout_rows) else None,
     )
     summary = {
