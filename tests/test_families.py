@@ -16,13 +16,13 @@ from rlhf_jax.rope import RopeScaling
 SIZES = {
     "vocab_size": 43,
     "max_position_embeddings": 48,
-    "hidden_size": 256,
+    "hidden_size": 1024,
     "num_hidden_layers": 3,
-    "num_attention_heads": 32,
+    "num_attention_heads": 64,
     "intermediate_size": 80,
 }
-OURS: dict[str, Any] = {"vocab_size": 43, "context": 48, "width": 256, "layers": 3, "heads": 32, "ffn_width": 80}
-GPT2 = {"vocab_size": 43, "n_positions": 48, "n_embd": 256, "n_layer": 3, "n_head": 32}
+OURS: dict[str, Any] = {"vocab_size": 43, "context": 48, "width": 1024, "layers": 3, "heads": 64, "ffn_width": 80}
+GPT2 = {"vocab_size": 43, "n_positions": 48, "n_embd": 1024, "n_layer": 3, "n_head": 64}
 GEMMA: dict[str, Any] = {
     "kv_heads": 4,
     "head_width": 256,
@@ -31,7 +31,7 @@ GEMMA: dict[str, Any] = {
     "post_norms": True,
     "activation": "geglu",
     "query_scale": 1 / 16,
-    "embedding_scale": 16.0,
+    "embedding_scale": 32.0,
     "qkv_bias": False,
     "ffn_bias": False,
 }
@@ -52,9 +52,9 @@ def read(model_type: str, **changes: Any) -> ModelConfig:
 @pytest.mark.parametrize(
     ("model_type", "wanted"),
     [
-        ("llama", {"head_width": 8, "kv_heads": 32, "norm_epsilon": 1e-6, "qkv_bias": False}),
-        ("mistral", {"head_width": 8, "kv_heads": 8, "norm_epsilon": 1e-6, "windows": (4096,) * 3, "qkv_bias": False}),
-        ("qwen2", {"head_width": 8, "kv_heads": 32, "norm_epsilon": 1e-6, "qkv_bias": True}),
+        ("llama", {"head_width": 16, "kv_heads": 64, "norm_epsilon": 1e-6, "qkv_bias": False}),
+        ("mistral", {"head_width": 16, "kv_heads": 8, "norm_epsilon": 1e-6, "windows": (4096,) * 3, "qkv_bias": False}),
+        ("qwen2", {"head_width": 16, "kv_heads": 32, "norm_epsilon": 1e-6, "qkv_bias": True}),
         ("qwen3", {"head_width": 128, "kv_heads": 32, "norm_epsilon": 1e-6, "qkv_bias": False, "qk_norm": True}),
         (
             "gemma2",
@@ -71,7 +71,7 @@ def read(model_type: str, **changes: Any) -> ModelConfig:
         (
             "gpt_neox",
             {
-                "kv_heads": 32,
+                "kv_heads": 64,
                 "norm": "layer",
                 "rotary_fraction": 0.25,
                 "residual": "parallel",
@@ -88,7 +88,7 @@ def test_missing_keys_are_transformers_defaults(model_type: str, wanted: dict) -
 
 
 def test_missing_keys_are_gpt2s_defaults() -> None:
-    assert read("gpt2") == ModelConfig.gpt2(**OURS | {"ffn_width": 1024}, tied=True, norm_epsilon=1e-5)
+    assert read("gpt2") == ModelConfig.gpt2(**OURS | {"ffn_width": 4096}, tied=True, norm_epsilon=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +224,8 @@ def test_what_would_change_the_maths_is_refused(model_type: str, changes: dict, 
     assert "\n" not in str(caught.value)
 
 
+OLDER_ROPE = {"rope_theta", "rope_scaling", "rope_local_base_freq"}
+OLDER_ROPE |= {"partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
 OWN = {
     "llama": ModelConfig(heads=8, kv_heads=2, tied=False),
     "llama_biases": ModelConfig(bias=True, rope_scaling=RopeScaling("linear", 2.0, original_context=3)),
@@ -270,6 +272,10 @@ def test_a_model_of_our_own_finds_the_family_that_has_its_parts(name: str) -> No
     for part in ("norm", "norm_epsilon", "residual", "activation", "tied", "bias", "qk_norm", "embedding_scale"):
         assert getattr(found, part) == getattr(OWN[name], part), part
     assert [found.window(i) for i in range(4)] == [OWN[name].window(i) for i in range(4)]
+    # Old readers and new ones find the whole of the rotation in keys of their own.
+    for others in ({"rope_parameters"}, OLDER_ROPE):
+        half = {name: value for name, value in config.items() if name not in others}
+        assert FAMILIES[model_type].read(Fields(half, "config.json")) == found
 
 
 def test_gemma_has_a_window_size_even_if_no_layer_has_the_window() -> None:

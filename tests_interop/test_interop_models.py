@@ -1,4 +1,4 @@
-"""Every family against transformers: the same logits, with padding and with the cache too, and every tensor back."""
+"""Every family against transformers: the same config, the same logits, with padding and the cache too, tensors back."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 import transformers as tr
 from safetensors.numpy import load_file
 
+from rlhf_jax.families import FAMILIES
+from rlhf_jax.fields import Fields
 from rlhf_jax.huggingface import read_folder, write_folder
 from rlhf_jax.model import Transformer, empty_cache
 
@@ -27,6 +29,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 24,
 }
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12, "mscale": 1.0, "mscale_all_dim": 0.5}
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda: tr.GPT2Config(
         vocab_size=43, n_positions=48, n_embd=20, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=1
@@ -77,9 +80,16 @@ CONFIGS: dict[str, Any] = {
             "original_max_position_embeddings": 12,
         },
     ),
+    "llama_dynamic": lambda: tr.LlamaConfig(
+        **COMMON, **ODD, **GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    ),
+    "llama_yarn_deepseek": lambda: tr.LlamaConfig(
+        **COMMON, **ODD, **GROUPED, rope_parameters={**YARN, "rope_type": "yarn", "rope_theta": 1000.0}
+    ),
     "mistral": lambda: tr.MistralConfig(**COMMON, **ODD, **GROUPED, **WIDE_HEAD, sliding_window=5),
     "mistral_no_window": lambda: tr.MistralConfig(**COMMON, **ODD, **GROUPED, sliding_window=None),
     "qwen2": lambda: tr.Qwen2Config(**COMMON, **ODD, **GROUPED),
+    "qwen2_wide_head": lambda: tr.Qwen2Config(**COMMON, **ODD, **GROUPED, **WIDE_HEAD),
     "qwen2_windows": lambda: tr.Qwen2Config(
         **COMMON,
         **ODD,
@@ -130,6 +140,47 @@ CONFIGS: dict[str, Any] = {
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
     ),
 }
+
+# What the smallest config.json of a family says, and of what older files say otherwise, one of each kind.
+SIZES = {
+    "vocab_size": 43,
+    "max_position_embeddings": 48,
+    "hidden_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 64,
+    "intermediate_size": 80,
+}
+GPT2_SIZES = {"vocab_size": 43, "n_positions": 48, "n_embd": 512, "n_layer": 3, "n_head": 64}
+OLDER: list[tuple[str, dict[str, Any]]] = [
+    *((model_type, {}) for model_type in FAMILIES),
+    ("llama", {"num_key_value_heads": None, "head_dim": None, "pretraining_tp": 2, "torch_dtype": "float16"}),
+    ("llama", {"rope_theta": 500.0, "rope_scaling": {name: x for name, x in LLAMA3.items() if name != "rope_theta"}}),
+    ("mistral", {"sliding_window": None, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("mistral", {"attention_bias": True, "use_sliding_window": False}),
+    ("qwen2", {"rope_theta": 1e6, "rope_scaling": YARN}),
+    ("qwen2", {"sliding_window": 4, "max_window_layers": 0, "use_sliding_window": False}),
+    ("qwen2", {"sliding_window": 4, "max_window_layers": 2, "use_sliding_window": True, "head_dim": 16}),
+    ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}),
+    ("gemma2", {"hidden_act": "gelu", "final_logit_softcapping": None}),
+    ("gemma3_text", {"sliding_window_pattern": 2, "rope_theta": 1e3, "rope_local_base_freq": 50.0}),
+    ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ("gpt_neox", {"rotary_emb_base": 500, "rotary_pct": 0.5, "rope_theta": 7.0}),
+    ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rotary_pct": 0.5}),
+    ("stablelm", {"rope_theta": 500, "partial_rotary_factor": 0.5}),
+    ("stablelm", {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0}),
+    ("gpt2", {"n_ctx": 7, "n_inner": None}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), OLDER)
+def test_transformers_reads_the_same_out_of_a_config(model_type: str, changes: dict, tmp_path: Path) -> None:
+    config = {"model_type": model_type} | (GPT2_SIZES if model_type == "gpt2" else SIZES) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    # With every default written out, and the keys of transformers 5.
+    full = tr.AutoConfig.from_pretrained(tmp_path).to_dict()
+    ours, theirs = (FAMILIES[model_type].read(Fields(fields, "config.json")) for fields in (config, full))
+    assert ours == theirs
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
