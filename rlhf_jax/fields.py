@@ -66,7 +66,7 @@ class Fields:
 
     def wrong(self, name: str, wanted: str) -> UserError:
         """The error of a field."""
-        found = repr(self.values[name]) if name in self else "nothing"
+        found = f"{self.values[name]!r:.100}" if name in self else "nothing"
         return UserError(f"{self.where}: field {name!r}: found {found}, wanted {wanted}")
 
     def _value(self, name: str, default: Any, null: Any) -> Any:

@@ -6,6 +6,7 @@ written back is the same to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -179,10 +180,9 @@ def pretrained(
     if not isinstance(config, dict):
         raise UserError(f"{at}: found {type(config).__name__}, wanted an object")
     fields = Fields(config, at)
-    kinds = {name: name for name in sorted(FAMILIES)}
     if config.get("model_type") == "gemma3":
         raise fields.wrong("model_type", "gemma3_text, its text part")
-    model_type = fields.word("model_type", kinds)
+    model_type = fields.word("model_type", {name: name for name in sorted(FAMILIES)})
     family = FAMILIES[model_type]
     architectures = [family.architecture] if "architectures" not in fields else config["architectures"]
     scalar = architectures == [family.classifier]
@@ -201,11 +201,14 @@ def pretrained(
     names = tensors.names()
     if not names:
         raise UserError(f"{where}: found no tensor")
+    # Small ones. Norms may be finer than the rest: then the finer type is what loses nothing.
+    norms = [name for name in names if "norm" in name or "ln_" in name]
+    dtypes = [tensors.tensor(min(some, key=len)).dtype for some in (names, norms) if some]
     origin = {
         "model_type": model_type,
         "config": config,
         "generation_config": generation_config,
-        "dtype": str(tensors.tensor(min(names, key=len)).dtype),
+        "dtype": str(jnp.result_type(*dtypes)),
         "rows": model.vocab_rows,
     }
     return Pretrained(where, model_type, model, scalar, origin, tensors)
@@ -251,10 +254,9 @@ def write_folder(
     kind = jnp.dtype(origin["dtype"] if dtype is None else dtype)
     family = FAMILIES[origin["model_type"]]
     architecture = family.classifier if scalar else family.architecture
-    flat = flattened(params)
-
     config = {**origin["config"], "architectures": [architecture], "vocab_size": rows, "dtype": str(kind)}
     config.pop("torch_dtype", None)
+    flat = flattened(params)
     given = {} if extras is None else dict(extras)
     if scalar:
         flat.pop("unembedding", None)  # an adapter's base still has it
@@ -264,6 +266,9 @@ def write_folder(
         config |= known_ids
     if given:
         config[OURS] = {**config.get(OURS, {}), **given}
+    generation = origin["generation_config"]
+    if generation is None and special_ids is not None:
+        generation = known_ids
 
     table = {tensor.name: tensor for tensor in tensors_of(origin["model_type"], model, scalar=scalar)}
     odd = sorted(set(flat) ^ {path for tensor in table.values() for path in tensor.ours})
@@ -276,22 +281,13 @@ def write_folder(
         return join(table[name], parts, model, rows).astype(kind)
 
     sizes = {name: sum(flat[path].size for path in tensor.ours) * kind.itemsize for name, tensor in table.items()}
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_tensors(unfinished, _shards(sizes, shard_bytes), in_file)
-    write_json(unfinished / "config.json", config)
-    generation = origin["generation_config"]
-    if generation is None and special_ids is not None:
-        generation = known_ids
-    if generation is not None and not scalar:
-        write_json(unfinished / "generation_config.json", generation)
-    if extra_files is not None:
-        extra_files(unfinished)
-    if folder.exists():
-        folder.rmdir()
-    unfinished.rename(folder)
-    sync_folder(folder.parent)
+    with _appearing(folder) as unfinished:
+        write_tensors(unfinished, _shards(sizes, shard_bytes), in_file)
+        write_json(unfinished / "config.json", config)
+        if generation is not None and not scalar:
+            write_json(unfinished / "generation_config.json", generation)
+        if extra_files is not None:
+            extra_files(unfinished)
     return architecture
 
 
@@ -348,6 +344,19 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(folder, {})
         inner[last] = value
     return tree
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    if folder.exists():
+        folder.rmdir()
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
 
 
 def _config_file(where: str) -> str:

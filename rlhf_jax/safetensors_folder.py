@@ -80,7 +80,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     listed = read_json(index)
     files = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise UserError(f"{index}: field 'weight_map': found {files!r}, wanted tensor names and their files")
+        raise UserError(f"{index}: field 'weight_map': found {files!r:.100}, wanted tensor names and their files")
     return files
 
 

@@ -128,6 +128,18 @@ def test_bfloat16(tmp_path: Path) -> None:
     assert files(tmp_path / "back") == files(tmp_path / "out")
 
 
+def test_norms_that_are_finer_than_the_rest_stay_so(tmp_path: Path) -> None:
+    model = KINDS["llama"]
+    write_folder(tmp_path / "out", params_of(model), model, dtype="bfloat16")
+    file = tmp_path / "out" / "model.safetensors"
+    held = safetensors.load_file(file)
+    held |= {name: value.astype(np.float32) * np.float32(1.001) for name, value in held.items() if "norm" in name}
+    safetensors.save_file(held, file)
+    read = read_folder(tmp_path / "out")
+    write_folder(tmp_path / "back", read.load(), read.model, origin=read.origin)
+    assert_same(read_folder(tmp_path / "back").load(), read.load())
+
+
 @pytest.mark.parametrize("kind", ["recipe", "gpt2"])
 def test_a_reward_model_keeps_its_bias(kind: str, tmp_path: Path) -> None:
     model = KINDS[kind]
