@@ -19,6 +19,8 @@ from rlhf_jax.rope import RopeScaling
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 UNGATED = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
 ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "gelu": "gelu_new", "gelu_exact": "gelu"}
+# What ModelConfig says of how a model is run: no published file holds it.
+HOW = {"dropout", "dtype", "scan_layers", "remat", "head_chunk"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,7 @@ def _resolved(model: ModelConfig) -> ModelConfig:
     if windowed and local is None and scaling.kind == "none":
         local = model.rope_base
     scale = model.head_size**-0.5 if model.query_scale is None else model.query_scale
+    as_usual: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(model) if field.name in HOW}
     return dataclasses.replace(
         model,
         vocab_size=model.vocab_rows,
@@ -81,10 +84,7 @@ def _resolved(model: ModelConfig) -> ModelConfig:
         qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias,
         ffn_bias=model.bias if model.ffn_bias is None else model.ffn_bias,
         query_scale=round(scale, 12),  # files hold its inverse square
-        dropout=0.0,
-        dtype="float32",
-        scan_layers=False,
-        remat="none",
+        **as_usual,
     )
 
 
