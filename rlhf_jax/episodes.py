@@ -9,13 +9,12 @@ import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, pytree
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import generate
+from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import kl_estimate
-from rlhf_jax.losses import next_token_loss
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
 from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
-from rlhf_jax.scoring import entropy, last_token_scores, response_logits, state_values
+from rlhf_jax.scoring import last_token_scores, response_losses, state_values
 
 
 class Networks(NamedTuple):
@@ -64,12 +63,17 @@ class EpisodeConfig:
     """λ of generalized advantage estimation."""
     whiten_rewards: bool = False
     """Divide rewards by their deviation over the batch; their mean is kept."""
+    decode_parts: int = 0
+    """Devices of the axis fsdp among which one copy of the policy's weights lies while sampling, gathered once an
+    iteration; 0 gathers what fsdp cuts at each token."""
 
     def __post_init__(self) -> None:
         if self.response_length < 1:
             raise UserError(f"response_length: found {self.response_length}, wanted 1 or more")
         if self.temperature <= 0:
             raise UserError(f"temperature: found {self.temperature}, wanted more than 0: PPO samples a distribution")
+        if self.decode_parts < 0:
+            raise UserError(f"decode_parts: found {self.decode_parts}, wanted 0 or a divisor of the mesh's axis fsdp")
         if self.missing_end_score > 0:
             raise UserError(f"missing_end_score: found {self.missing_end_score}, wanted 0 or less: it is a penalty")
 
@@ -99,30 +103,61 @@ def collect(
       axis_name: a mapped axis over which the prompts are spread.
     Returns: (rollout, metrics); the metrics are shares, to be summed over the axis.
     """
-    length = config.response_length
-    sampled = generate(
-        networks.policy,
-        params["policy"],
+    sampled = sample(networks.policy, params["policy"], prompts, key, config, eos_id=eos_id, pad_id=pad_id)
+    return score(networks, params, frozen, prompts, sampled, kl_coef, config, eos_id=eos_id, axis_name=axis_name)
+
+
+def sample(
+    policy: Transformer,
+    params: Params,
+    prompts: PromptBatch,
+    key: Array,
+    config: EpisodeConfig,
+    *,
+    eos_id: int,
+    pad_id: int,
+) -> Generation:
+    """The first half of `collect`: a response to each prompt."""
+    return generate(
+        policy,
+        params,
         prompts.tokens_BP,
         prompts.mask_BP,
         key,
-        max_new_tokens=length,
+        max_new_tokens=config.response_length,
         stop_ids=(eos_id,),
         pad_id=pad_id,
         temperature=config.temperature,
+        decode_parts=config.decode_parts,
     )
+
+
+def score(
+    networks: Networks,
+    params: dict[str, Params],
+    frozen: Frozen,
+    prompts: PromptBatch,
+    sampled: Generation,
+    kl_coef: Array,
+    config: EpisodeConfig,
+    *,
+    eos_id: int,
+    axis_name: str | None = None,
+) -> tuple[Rollout, dict[str, Array]]:
+    """The second half of `collect`: what the four networks say of the responses."""
+    length = config.response_length
     tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
     mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
     mask_BR = sampled.mask
     ended_B = jnp.any((sampled.tokens == eos_id) & mask_BR, axis=1)
 
     def log_probabilities(network_params: Params) -> tuple[Array, Array]:
-        logits_BRV = response_logits(
+        loss_BR, entropy_BR = response_losses(
             networks.policy, network_params, tokens_BT, mask_BT, response_length=length, temperature=config.temperature
         )
-        return jnp.where(mask_BR, -next_token_loss(logits_BRV, sampled.tokens), 0.0), logits_BRV
+        return jnp.where(mask_BR, -loss_BR, 0.0), entropy_BR
 
-    logp_BR, logits_BRV = log_probabilities(params["policy"])
+    logp_BR, entropy_BR = log_probabilities(params["policy"])
     ref_logp_BR, _ = log_probabilities(frozen.reference)
     value_BR = state_values(networks.scorer, params["critic"], tokens_BT, mask_BT, response_length=length)
     raw_B = last_token_scores(networks.scorer, frozen.reward, tokens_BT, mask_BT)
@@ -160,7 +195,7 @@ def collect(
         "reward": over_episodes(jnp.sum(reward_BR, axis=1)),
         "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
         "missing_end": over_episodes(~ended_B),
-        "entropy": masked_mean(entropy(logits_BRV), mask_BR, axis_name),
+        "entropy": masked_mean(entropy_BR, mask_BR, axis_name),
         "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - logp_BR), mask_BR, axis_name),
     }
     return rollout, metrics

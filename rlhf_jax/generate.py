@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rlhf_jax.arrays import Array, Params
 from rlhf_jax.masked import at_least_float32
 from rlhf_jax.model import MASKED, Cache, Transformer, empty_cache
+from rlhf_jax.sharding import constrain, constrain_rows, decoding, decoding_params
 
 
 class Generation(NamedTuple):
@@ -65,9 +66,17 @@ def draw(logp_BV: Array, key: Array) -> Array:
     return jnp.min(jnp.where(reached_BV, ids_1V, logp_BV.shape[-1] - 1), axis=-1)
 
 
+def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, cache: Cache) -> tuple[Array, Cache]:
+    """(logits [B, V] behind the last of these tokens, the cache that holds them too)."""
+    hidden_BTD, cache = model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, method="hidden")
+    logits_BV = model.apply({"params": params}, hidden_BTD[:, -1], method="head")
+    # A row's vocabulary is summed and sorted in one place: every device draws for its own rows.
+    return constrain_rows(logits_BV), cache
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "max_new_tokens", "stop_ids", "pad_id", "temperature", "top_k", "top_p"),
+    static_argnames=("model", "max_new_tokens", "stop_ids", "pad_id", "temperature", "top_k", "top_p", "decode_parts"),
 )
 def generate(
     model: Transformer,
@@ -82,6 +91,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    decode_parts: int = 0,
 ) -> Generation:
     """Samples a response to each prompt; a row ends with its first stop token, the batch with its last row.
 
@@ -96,9 +106,43 @@ def generate(
       pad_id: written behind a row's end.
       temperature: 0 is greedy. top_k, top_p: see `filter_logits`. PPO leaves all three at their defaults or the
         probability ratio and the KL would be of another distribution than the one that was sampled.
+      decode_parts: of the axis fsdp, devices among which one copy of the weights lies while sampling, gathered once and
+        not at each token; 0 leaves them where they are.
     Returns: Generation of R columns.
     Raises: ValueError where P + R exceeds the context, or for a temperature, top_k or top_p out of range.
     """
+    params = decoding_params(params, decode_parts, model.config.dtype)
+    with decoding(decode_parts):
+        out = _generate(
+            model,
+            params,
+            constrain(tokens_BP, "batch", "none"),
+            constrain(mask_BP, "batch", "none"),
+            key,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+    return Generation(*(constrain(x, "batch", "none") for x in out))
+
+
+def _generate(
+    model: Transformer,
+    params: Params,
+    tokens_BP: Array,
+    mask_BP: Array,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> Generation:
     rows, prompt_length = tokens_BP.shape
     if prompt_length + max_new_tokens > model.config.context:
         raise ValueError(
@@ -124,11 +168,8 @@ def generate(
         stopped_B = functools.reduce(jnp.logical_or, [token_B == stop for stop in stop_ids], jnp.zeros(rows, bool))
         return token_B, jnp.where(ended_B, 0.0, logp_B), ended_B | stopped_B
 
-    def forward(tokens_BT: Array, mask_BT: Array, cache: Cache) -> tuple[Array, Cache]:
-        hidden_BTD, cache = model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, method="hidden")
-        return model.apply({"params": params}, hidden_BTD[:, -1], method="head"), cache
-
-    logits_BV, cache = forward(tokens_BP, mask_BP, empty_cache(model.config, rows, prompt_length + max_new_tokens))
+    cache = empty_cache(model.config, rows, prompt_length + max_new_tokens)
+    logits_BV, cache = extend(model, params, tokens_BP, mask_BP, cache)
     token_B, logp_B, ended_B = next_tokens(logits_BV, jnp.zeros((), jnp.int32), jnp.zeros(rows, bool))
     shape = (rows, max_new_tokens)
     out = Generation(
@@ -146,7 +187,7 @@ def generate(
     def step(carry: Carry) -> Carry:
         index, cache, token_B, ended_B, out = carry
         # A row that has ended feeds a pad; nothing reads what it computes.
-        logits_BV, cache = forward(token_B[:, None], ~ended_B[:, None], cache)
+        logits_BV, cache = extend(model, params, token_B[:, None], ~ended_B[:, None], cache)
         alive_B = ~ended_B
         token_B, logp_B, ended_B = next_tokens(logits_BV, index, ended_B)
         columns = zip(out, (token_B, alive_B, logp_B), strict=True)

@@ -6,6 +6,7 @@ function.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import numpy as np
 from rlhf_jax.arrays import Array, Params, pytree
 from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.rope import RopeScaling, frequencies, rotate
-from rlhf_jax.sharding import constrain
+from rlhf_jax.sharding import constrain, constrain_cache
 
 __all__ = [
     "Cache",
@@ -54,9 +55,9 @@ def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
     """A cache of `slots` tokens for each of `rows` rows."""
     shape = (rows, config.key_heads, slots, config.head_size)
     if config.scan_layers:
-        stacked = jnp.zeros((config.layers, *shape), config.dtype)
+        stacked = constrain_cache(jnp.zeros((config.layers, *shape), config.dtype))
         return Cache(stacked, stacked, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
-    buffers = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
+    buffers = tuple(constrain_cache(jnp.zeros(shape, config.dtype)) for _ in range(config.layers))
     return Cache(buffers, buffers, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
 
 
@@ -153,7 +154,8 @@ class Layer:
     """What differs from block to block besides parameters; arrays with a leading axis of layers, or of one block.
 
     window: tokens that a token sees, 0 for all. frequency: [F] radians a position. amplitude: of the rotation.
-    keys, values: of the cache, or None.
+    keys, values: of the cache, or None; the stack of all blocks where the layers are scanned.
+    number: of the block in that stack.
     """
 
     window: Any
@@ -161,6 +163,17 @@ class Layer:
     amplitude: Any
     keys: Array | None
     values: Array | None
+    number: Array | None = None
+
+    def cached(self, buffer: Array, new: Array, filled: Array) -> tuple[Array, Array]:
+        """(the buffer with `new` written behind what was filled, this block's part of it)."""
+        if self.number is None:
+            buffer = constrain_cache(jax.lax.dynamic_update_slice_in_dim(buffer, new, filled, axis=2))
+            return buffer, buffer
+        # Into the stack, and of it only the new slots: carried through the loop, it is written in place.
+        buffer = jax.lax.dynamic_update_slice(buffer, new[None], (self.number, 0, 0, filled, 0))
+        buffer = constrain_cache(buffer)
+        return buffer, jax.lax.dynamic_index_in_dim(buffer, self.number, keepdims=False)
 
 
 def _layers(config: ModelConfig) -> list[tuple[int, np.ndarray, float]]:
@@ -198,9 +211,9 @@ class Attention(nn.Module):
             key = rotate(key, row.positions_BT, layer.frequency, layer.amplitude)
         buffers = None
         if layer.keys is not None and layer.values is not None:
-            key = jax.lax.dynamic_update_slice_in_dim(layer.keys, key, row.filled, axis=2)
-            value = jax.lax.dynamic_update_slice_in_dim(layer.values, value, row.filled, axis=2)
-            buffers = (key, value)
+            keys, key = layer.cached(layer.keys, key, row.filled)
+            values, value = layer.cached(layer.values, value, row.filled)
+            buffers = (keys, values)
         allowed_BTS = row.allowed_BTS
         if any(config.windows):
             window_111 = jnp.reshape(layer.window, (1, 1, 1))
@@ -390,18 +403,26 @@ class Transformer(nn.Module):
                 jnp.asarray(windows, jnp.int32),
                 jnp.asarray(rates, jnp.float32),
                 jnp.asarray(amplitudes, jnp.float32),
-                None if cache is None else cache.keys,
-                None if cache is None else cache.values,
+                None,
+                None,
+                jnp.arange(config.layers, dtype=jnp.int32),
             )
+
+            def body(block: Any, carry: tuple[Array, Any, Any], row: Row, layer: Layer) -> tuple[Any, None]:
+                x_BTD, keys, values = carry
+                x_BTD, buffers = block(x_BTD, row, dataclasses.replace(layer, keys=keys, values=values))
+                return (x_BTD, *((None, None) if buffers is None else buffers)), None
+
             loop = nn.scan(
-                kind,
+                body,
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0),
                 length=config.layers,
             )
-            x_BTD, buffers = loop(config, deterministic, name="blocks")(x_BTD, row, stacked)
-            return (x_BTD, None, None) if buffers is None else (x_BTD, *buffers)
+            caches = (None, None) if cache is None else (cache.keys, cache.values)
+            carry, _ = loop(kind(config, deterministic, name="blocks"), (x_BTD, *caches), row, stacked)
+            return carry
         keys, values = [], []
         for i, (window, frequency, amplitude) in enumerate(layers):
             cached = (None, None) if cache is None else (cache.keys[i], cache.values[i])

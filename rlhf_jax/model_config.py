@@ -84,6 +84,8 @@ class ModelConfig:
     """Hold the blocks' parameters stacked and run them as one loop: compiled once whatever the depth."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a block computes anew in the backward pass, to save memory: nothing, all, or all but matrix products."""
+    head_chunk: int = 0
+    """Positions of a row whose logits a loss holds at a time, computed anew in the backward pass; 0 for all of them."""
     embedding_rows: int | None = None
     """Rows of the embedding where given: those past vocab_size have no logit, so they are never sampled."""
 
@@ -104,6 +106,8 @@ class ModelConfig:
             raise UserError(f"windows: found {len(self.windows)}, wanted one for each of {self.layers} layers, or none")
         if self.embedding_rows is not None and self.embedding_rows < self.vocab_size:
             raise UserError(f"embedding_rows {self.embedding_rows}: wanted vocab_size {self.vocab_size} or more")
+        if self.head_chunk < 0:
+            raise UserError(f"head_chunk {self.head_chunk}: wanted 0 (all positions at once) or more")
         if self.norm_offset and self.norm != "rms":
             raise UserError("norm_offset: found it with LayerNorm, wanted norm rms")
         if not 0.0 <= self.dropout < 1.0:

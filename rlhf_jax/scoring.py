@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -20,8 +22,10 @@ def target_losses(
     """
     tokens, segments, targets, mask = batch.shifted()
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    logits = model.apply({"params": params}, tokens, segment_ids=segments, deterministic=dropout_key is None, rngs=rngs)
-    return next_token_loss(logits, targets), mask
+    hidden = model.apply(
+        {"params": params}, tokens, segment_ids=segments, deterministic=dropout_key is None, rngs=rngs, method="hidden"
+    )
+    return _by_chunks(model, params, hidden, targets, lambda logits, ids: (next_token_loss(logits, ids),))[0], mask
 
 
 def response_logits(
@@ -29,11 +33,65 @@ def response_logits(
 ) -> Array:
     """Logits [B, R, V] that predict the last R tokens of each row, divided by the temperature; float32.
 
-    The head is computed on those positions only.
+    The head is computed on those positions only. Training takes `response_losses`, which need not hold all of them.
     """
     hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
     hidden_BRD = hidden_BTD[:, -response_length - 1 : -1]
     return model.apply({"params": params}, hidden_BRD, method="head") / temperature
+
+
+def response_losses(
+    model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, response_length: int, temperature: float
+) -> tuple[Array, Array]:
+    """(-log p, entropy), each [B, R] in nats, of the last R tokens of each row at a temperature.
+
+    The head is computed on the positions that predict them only.
+    """
+    hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
+    hidden_BRD, tokens_BR = hidden_BTD[:, -response_length - 1 : -1], tokens_BT[:, -response_length:]
+
+    def of_logits(logits: Array, ids: Array) -> tuple[Array, Array]:
+        logits = logits / temperature
+        return next_token_loss(logits, ids), entropy(logits)
+
+    loss_BR, entropy_BR = _by_chunks(model, params, hidden_BRD, tokens_BR, of_logits)
+    return loss_BR, entropy_BR
+
+
+def _by_chunks(
+    model: Transformer,
+    params: Params,
+    hidden_BTD: Array,
+    targets_BT: Array,
+    of_logits: Callable[[Array, Array], tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """What `of_logits` makes [B, T] of logits [B, T, V] and targets [B, T], head_chunk positions at a time.
+
+    Logits are never held whole, nor kept for the backward pass, which computes those of a chunk anew.
+    """
+
+    def of_hidden(params: Params, hidden_BCD: Array, targets_BC: Array) -> tuple[Array, ...]:
+        return of_logits(model.apply({"params": params}, hidden_BCD, method="head"), targets_BC)
+
+    chunk, length = model.config.head_chunk, targets_BT.shape[1]
+    if not chunk or chunk >= length:
+        return of_hidden(params, hidden_BTD, targets_BT)
+    once = jax.checkpoint(of_hidden, prevent_cse=not model.config.scan_layers)
+    if not model.config.scan_layers:
+        parts = [
+            once(params, hidden_BTD[:, i : i + chunk], targets_BT[:, i : i + chunk]) for i in range(0, length, chunk)
+        ]
+        return tuple(jnp.concatenate(column, axis=1) for column in zip(*parts, strict=True))
+    missing = -length % chunk
+
+    def sliced(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0) for _ in x.shape[2:])))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    _, columns = jax.lax.scan(
+        lambda _, part: (None, once(params, *part)), None, (sliced(hidden_BTD), sliced(targets_BT))
+    )
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length] for x in columns)
 
 
 def state_values(

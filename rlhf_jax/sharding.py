@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax.arrays import Array
 
@@ -19,6 +20,8 @@ AXES = (DATA, FSDP, TENSOR)
 # device computes its part.
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": (DATA, FSDP),
+    # Of what no device needs to see two rows of, and whose other axes are cut badly: sampling, some caches.
+    "rows": (DATA, FSDP, TENSOR),
     "width": (FSDP,),
     "heads": (TENSOR,),
     "hidden": (TENSOR,),
@@ -55,7 +58,12 @@ def parameter_axes(path: str, rank: int) -> tuple[str, ...]:
     return ("none",) * rank
 
 
-def spec(axes: Sequence[str], shape: Sequence[int], sizes: dict[str, int]) -> PartitionSpec:
+def spec(
+    axes: Sequence[str],
+    shape: Sequence[int],
+    sizes: dict[str, int],
+    table: dict[str, tuple[str, ...]] = MESH_AXES,
+) -> PartitionSpec:
     """Where an array of these logical axes lies; an axis whose length the mesh axes do not divide stays whole.
 
     Args:
@@ -63,7 +71,7 @@ def spec(axes: Sequence[str], shape: Sequence[int], sizes: dict[str, int]) -> Pa
     """
     parts: list[Any] = []
     for axis, length in zip(axes, shape, strict=True):
-        used = tuple(name for name in MESH_AXES[axis] if name in sizes and sizes[name] > 1)
+        used = tuple(name for name in table[axis] if name in sizes and sizes[name] > 1)
         count = 1
         for name in used:
             count *= sizes[name]
@@ -77,7 +85,88 @@ def constrain(x: Array, *axes: str) -> Array:
     The compiler chooses most layouts from those of the parameters. This says it where a wrong choice costs: rows stay
     spread over the devices, rather than widths.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(AXES) - set(mesh.axis_names) or mesh.manual_axes:
+    mesh = _mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, dict(mesh.shape)))
+
+
+def constrain_rows(x: Array) -> Array:
+    """The array with its first axis spread over all devices, and the others whole; over fewer where it must."""
+    return constrain(x, "rows" if _divides("rows", x.shape[0]) else "batch", *("none",) * (x.ndim - 1))
+
+
+def constrain_cache(x: Array) -> Array:
+    """Keys or values of a cache, [..., B, key heads, S, head]: rows as in a batch, key heads over the axis `tensor`.
+
+    Where the key heads do not divide, rows are spread over that axis as well rather than held by all of it.
+    """
+    rows, heads = x.shape[-4:-2]
+    axes = ("batch", "heads") if _divides("heads", heads) or not _divides("rows", rows) else ("rows", "none")
+    return constrain(x, *("none",) * (x.ndim - 4), *axes, "none", "none")
+
+
+@contextlib.contextmanager
+def decoding(parts: int) -> Iterator[None]:
+    """Within it, `parts` neighbours of the axis fsdp count as that many of the axis tensor; 0 changes nothing."""
+    mesh = _mesh()
+    if mesh is None or not parts:
+        yield
+        return
+    with jax.sharding.use_abstract_mesh(_regrouped(dict(mesh.shape), parts, named=False)):
+        yield
+
+
+def decoding_params(params: Any, parts: int, dtype: str) -> Any:
+    """Parameters for `decoding`: those that are cut in `dtype`, a whole copy for every `parts` × tensor devices.
+
+    What fsdp cuts is gathered once, here, and not at each token. First the parts of a group change from a part of the
+    width to a part of the heads, by an exchange, so that no device ever holds a whole matrix.
+    Raises: ValueError where parts does not divide the axis fsdp.
+    """
+    mesh = _mesh()
+    if mesh is None or not parts:
+        return params
+    finer = _regrouped(dict(mesh.shape), parts, named=True)
+
+    def one(path: Any, leaf: Array) -> Array:
+        axes = parameter_axes(jax.tree_util.keystr(path, simple=True, separator="."), leaf.ndim)
+        if set(axes) - {"none"}:
+            leaf = leaf.astype(dtype)
+        for width in ((FSDP,), ()):
+            cut = dict.fromkeys(("heads", "hidden", "vocabulary"), (_PART, TENSOR))
+            there = spec(axes, leaf.shape, dict(finer.shape), {**MESH_AXES, **cut, "width": width})
+            leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(finer, there))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+_PART = "part"
+
+
+def _regrouped(sizes: dict[str, int], parts: int, *, named: bool) -> AbstractMesh:
+    """The same devices with fsdp cut in two, the parts an axis of their own (`named`) or of tensor."""
+    data, fsdp, tensor = (sizes[name] for name in AXES)
+    if fsdp % parts:
+        raise ValueError(f"decode_parts {parts} does not divide the axis fsdp of {fsdp} devices")
+    if named:
+        return AbstractMesh(
+            (data, fsdp // parts, parts, tensor), (DATA, FSDP, _PART, TENSOR), axis_types=(AxisType.Auto,) * 4
+        )
+    return AbstractMesh((data, fsdp // parts, parts * tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mesh() -> AbstractMesh | None:
+    """The mesh that is set, None where there is none of ours or each device computes for itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or set(AXES) - set(mesh.axis_names) or mesh.manual_axes else mesh
+
+
+def _divides(axis: str, length: int) -> bool:
+    """Whether the mesh that is set cuts an axis of this length evenly."""
+    mesh = _mesh()
+    count = 1
+    for name in MESH_AXES[axis]:
+        count *= 1 if mesh is None else mesh.shape[name]
+    return length % count == 0

@@ -19,7 +19,7 @@ from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
 from rlhf_jax.errors import UserError
 from rlhf_jax.kl import adapt_kl_coef
 from rlhf_jax.lora import LoraConfig, attach
-from rlhf_jax.losses import clipped_surrogate, clipped_value_loss, next_token_loss
+from rlhf_jax.losses import clipped_surrogate, clipped_value_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.metrics import read_rows
 from rlhf_jax.optim import OptimConfig, apply_gradient, global_count, make_optimizer, new_state, summed_gradients
@@ -33,7 +33,7 @@ from rlhf_jax.runs import (
     say,
     train,
 )
-from rlhf_jax.scoring import response_logits, state_values, target_losses
+from rlhf_jax.scoring import response_losses, state_values, target_losses
 from rlhf_jax.sources import Source, Start, open_source, same_tokenizer, start_from
 
 STAGE = "ppo"
@@ -147,7 +147,7 @@ def objective(
     """
     mask_BR = part.response_mask_BR
     length = mask_BR.shape[1]
-    logits_BRV = response_logits(
+    loss_BR, _ = response_losses(
         networks.policy,
         params["policy"],
         part.tokens_BT,
@@ -155,7 +155,7 @@ def objective(
         response_length=length,
         temperature=config.episode.temperature,
     )
-    log_ratio_BR = jnp.where(mask_BR, -next_token_loss(logits_BRV, part.tokens_BT[:, -length:]) - part.logp_BR, 0.0)
+    log_ratio_BR = jnp.where(mask_BR, -loss_BR - part.logp_BR, 0.0)
     value_BR = state_values(networks.scorer, params["critic"], part.tokens_BT, part.mask_BT, response_length=length)
 
     def mean(x_BR: Array) -> Array:
@@ -205,10 +205,8 @@ def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
     return new_state(params, opt_state, config.seed, **extras)
 
 
-def make_update(
-    networks: Networks, config: Config, *, eos_id: int, pad_id: int, axis_name: str | None = None
-) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
-    """One iteration as a pure function: collect → score → returns → epochs × minibatches of optimizer steps."""
+def make_optimizer_step(networks: Networks, config: Config, axis_name: str | None = None) -> Callable[..., Any]:
+    """step((params, opt_state), (episodes, text, key), frozen) -> ((params, opt_state), metrics): one minibatch."""
     optimizers = make_optimizers(config)
     scale = config.lora.scale
 
@@ -255,6 +253,16 @@ def make_update(
             )
             metrics |= {f"{name}_{fact}": value for fact, value in facts.items()}
         return (params, opt_state), metrics
+
+    return optimizer_step
+
+
+def make_update(
+    networks: Networks, config: Config, *, eos_id: int, pad_id: int, axis_name: str | None = None
+) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
+    """One iteration as a pure function: collect → score → returns → epochs × minibatches of optimizer steps."""
+    optimizer_step = make_optimizer_step(networks, config, axis_name)
+    scale = config.lora.scale
 
     def update(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(state.key, state.step)
