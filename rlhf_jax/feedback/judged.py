@@ -1,0 +1,165 @@
+"""Items and judgements as JSONL, and the join of the two, checked.
+
+An item is {"id", "prompt": text or messages, "responses", "sources", "kind", "gold"}; a judgement is {"item",
+"labeller", "ranks", "ratings", "flags": a list of names for each response, "skip", "seconds", "at"}. What has a default
+in records.py may be missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
+from rlhf_jax.data.lines import describe, read_rows
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.records import FLAGS, MOST_RESPONSES, RATINGS, Item, Judgement
+
+KINDS = ("task", "calibration", "quiz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Items, and what was said of them: `judgements` in the order of (item, labeller), each beside its item."""
+
+    items: dict[str, Item]
+    judgements: tuple[tuple[Item, Judgement], ...]
+
+    @property
+    def labellers(self) -> tuple[str, ...]:
+        """In alphabetical order; models stand among people."""
+        return tuple(sorted({judgement.labeller for _, judgement in self.judgements}))
+
+
+def join(items: Iterable[Item], judgements: Iterable[Judgement]) -> Judged:
+    """Each judgement beside its item.
+
+    Raises: UserError for two items of one id, a judgement of no item, one whose ranks, ratings or flags are not one for
+      each response, and two of one item by one labeller.
+    """
+    known: dict[str, Item] = {}
+    for item in items:
+        if known.setdefault(item.id, item) != item:
+            raise UserError(f"item {item.id}: found two items of this id, wanted one")
+    pairs = []
+    seen: set[tuple[str, str]] = set()
+    for judgement in judgements:
+        where = f"judgement of item {judgement.item} by {judgement.labeller}"
+        if judgement.item not in known:
+            raise UserError(f"{where}: found no such item among the {len(known)} given; give the items it was made on")
+        item = known[judgement.item]
+        if (judgement.item, judgement.labeller) in seen:
+            raise UserError(f"{where}: found two, wanted one; keep the later")
+        seen.add((judgement.item, judgement.labeller))
+        wanted = len(item.responses)
+        for name, values in (("ranks", judgement.ranks), ("ratings", judgement.ratings), ("flags", judgement.flags)):
+            if len(values) != wanted and (values or (name == "ranks" and not judgement.skip)):
+                raise UserError(f"{where}: {name}: found {len(values)}, wanted {wanted}, one for each response")
+        pairs.append((item, judgement))
+    pairs.sort(key=lambda pair: (pair[0].id, pair[1].labeller))
+    return Judged(known, tuple(pairs))
+
+
+def read_items(paths: Iterable[str | Path]) -> list[Item]:
+    """Items of JSONL files. Raises: UserError with file, line and field."""
+    return [_item(where, row) for path in paths for where, row in read_rows(path)]
+
+
+def read_judgements(paths: Iterable[str | Path]) -> list[Judgement]:
+    """Judgements of JSONL files. Raises: UserError with file, line and field."""
+    return [_judgement(where, row) for path in paths for where, row in read_rows(path)]
+
+
+def item_row(item: Item) -> dict[str, Any]:
+    """The JSON object that `read_items` reads as this item."""
+    prompt = [message._asdict() for message in item.turns] if item.turns else item.prompt
+    row = {"id": item.id, "prompt": prompt, "responses": list(item.responses), "kind": item.kind}
+    return row | {name: list(values) for name, values in (("sources", item.sources), ("gold", item.gold)) if values}
+
+
+def judgement_row(judgement: Judgement) -> dict[str, Any]:
+    """The JSON object that `read_judgements` reads as this judgement."""
+    row = dataclasses.asdict(judgement)
+    return row | {"flags": [sorted(flags) for flags in judgement.flags]}
+
+
+def _wrong(where: str, field: str, value: object, wanted: str) -> UserError:
+    found = "nothing" if value is None else describe(value)
+    return UserError(f"{where}: field {field!r}: found {found}, wanted {wanted}")
+
+
+def _field(
+    where: str, row: dict[str, Any], field: str, kind: type | tuple[type, ...], default: Any, wanted: str
+) -> Any:
+    value = row.get(field, default)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _wrong(where, field, value, wanted)
+    return value
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list(where: str, row: dict[str, Any], field: str, fits: Any, wanted: str, default: Any = ()) -> tuple[Any, ...]:
+    values = _field(where, row, field, (list, tuple), default, f"a list of {wanted}")
+    for number, value in enumerate(values):
+        if not fits(value):
+            raise _wrong(where, f"{field}[{number}]", value, wanted)
+    return tuple(values)
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _rank(value: object) -> bool:
+    return _whole(value) and value >= 1  # type: ignore[operator]
+
+
+def _message(value: object) -> bool:
+    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
+
+
+def _item(where: str, row: dict[str, Any]) -> Item:
+    prompt = row.get("prompt")
+    turns: tuple[Message, ...] = ()
+    if isinstance(prompt, list) and prompt:
+        messages = _list(where, row, "prompt", _message, 'messages {"role": …, "content": …}')
+        turns = tuple(Message(message["role"], message["content"]) for message in messages)
+        prompt = render_prompt(turns)
+    if not isinstance(prompt, str):
+        raise _wrong(where, "prompt", prompt, "text or a list of messages")
+    responses = _list(where, row, "responses", _text, "text", None)
+    if not 2 <= len(responses) <= MOST_RESPONSES:
+        raise _wrong(where, "responses", list(responses), f"2 to {MOST_RESPONSES}")
+    sources = _list(where, row, "sources", _text, "text")
+    gold = _list(where, row, "gold", _rank, "whole numbers from 1")
+    for field, values in (("sources", sources), ("gold", gold)):
+        if values and len(values) != len(responses):
+            raise _wrong(where, field, list(values), f"{len(responses)}, one for each response")
+    kind = _field(where, row, "kind", str, "task", f"one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise _wrong(where, "kind", kind, f"one of {', '.join(KINDS)}")
+    return Item(_field(where, row, "id", str, None, "text"), prompt, responses, turns, sources, kind, gold)
+
+
+def _judgement(where: str, row: dict[str, Any]) -> Judgement:
+    flags = _list(where, row, "flags", lambda names: isinstance(names, list), "lists of names")
+    for number, names in enumerate(flags):
+        for name in names:
+            if name not in FLAGS:
+                raise _wrong(where, f"flags[{number}]", name, f"names among {', '.join(FLAGS)}")
+    ratings = _list(where, row, "ratings", lambda rating: rating is None or rating in RATINGS, "1 to 7 or null")
+    return Judgement(
+        item=_field(where, row, "item", str, None, "text"),
+        labeller=_field(where, row, "labeller", str, None, "text"),
+        ranks=_list(where, row, "ranks", _rank, "whole numbers from 1"),
+        ratings=ratings,
+        flags=tuple(frozenset(names) for names in flags),
+        skip=_field(where, row, "skip", str, "", "text"),
+        seconds=float(_field(where, row, "seconds", (int, float), 0.0, "a number")),
+        at=float(_field(where, row, "at", (int, float), 0.0, "a number")),
+    )
