@@ -1,0 +1,250 @@
+"""Judgements as records that reward models train on: rankings, comparisons, TRL's preference format, HH-RLHF's.
+
+A folder holds one JSONL file and manifest.json with its SHA-256 and counts; the same judgements give the same bytes.
+Only ranks train the reward model: labeller, seconds, ratings and flags stand beside them in fields that data/reader.py
+does not look at. A judgement that nothing can be learned from is counted with the reason, as is a pair.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_jax.data.dialogues import Message, is_hh, render, render_prompt, split_hh, split_shared
+from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.data.reader import read_records
+from rlhf_jax.data.records import Comparison, Ranking
+from rlhf_jax.durable import MANIFEST, UNFINISHED, read_manifest, seal
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.judged import Judged, join
+from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.store import AI, dense
+from rlhf_jax.feedback.trust import trusted
+
+Form = Literal["rankings", "comparisons", "trl", "hh"]
+FORMS: tuple[Form, ...] = ("rankings", "comparisons", "trl", "hh")
+KIND = "rlhf_jax feedback"
+CONSENSUS = "consensus"
+Said = tuple[Item, tuple[int, ...], dict[str, Any]]  # what is said of an item: dense ranks and the further fields
+_Row = tuple[dict[str, Any], Comparison | Ranking]
+
+
+def export(
+    items: Iterable[Item],
+    judgements: Iterable[Judgement],
+    folder: str | Path,
+    *,
+    form: Form = "rankings",
+    consensus: bool = False,
+    weights: Mapping[str, float] | None = None,
+    models: bool = False,
+) -> dict[str, Any]:
+    """Writes FORM.jsonl and a manifest into a folder, in place of an earlier export there, and returns the manifest.
+
+    A row each judgement for "rankings"; a row each ordered pair for the other forms, in which a prompt of messages
+    stays one. "hh" writes transcripts, and a prompt of plain text as what the human says. Quiz items screen labellers
+    and are left out.
+
+    Args:
+      consensus: one ranking an item, by `consensus_ranks`, instead of one a judgement.
+      weights: of the labellers in the consensus, such as their estimated reliabilities; 1 for each if not given.
+      models: export what models judged too, if `trusted` does not refuse it.
+    Raises: UserError for what `join` and `trusted` refuse, for a folder with other files in it, and if the file would
+      be read otherwise than it was meant.
+    """
+    judged = join(items, judgements)
+    folder = Path(folder)
+    path = folder / f"{form}.jsonl"
+    _refuse_other_files(folder)
+    agreements = trusted(judged) if models else {}
+    left_out: collections.Counter[str] = collections.Counter()
+    said = list(_said(judged, models, left_out))
+    if consensus:
+        said = _agreed(said, weights, left_out)
+    pairs_left_out: collections.Counter[str] = collections.Counter()
+    rows = [row for one in said for row in _rows(*one, form, pairs_left_out)]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without a manifest the folder is not whole: it goes first and comes last.
+    for old in [folder / MANIFEST, *(folder / f"{name}.jsonl" for name in FORMS)]:
+        old.unlink(missing_ok=True)
+    _write(path, rows)
+    counts = {
+        "judgements": len(judged.judgements),
+        "rows": len(rows),
+        "items": len({item.id for item, _, _ in said}),
+        "left_out": dict(sorted(left_out.items())),
+        "pairs_left_out": dict(sorted(pairs_left_out.items())),
+        "rows_of": dict(sorted(collections.Counter(row["labeller"] for row, _ in rows).items())),
+    }
+    agreed = {name: {"agreement": share.value, "pairs": share.units} for name, share in agreements.items()}
+    seal(folder, {"kind": KIND, "form": form, "consensus": consensus, "counts": counts, "models": agreed})
+    return read_manifest(folder)
+
+
+def consensus_ranks(rankings: Sequence[Sequence[int]], weights: Sequence[float]) -> tuple[int, ...]:
+    """Ranks by Borda's count Σ_l w_l (responses that l ranks below - responses that l ranks above); equal is a tie."""
+    score = [
+        round(sum(w * sum((r > ranks[k]) - (r < ranks[k]) for r in ranks) for ranks, w in zip(rankings, weights)), 6)
+        for k in range(len(rankings[0]))
+    ]
+    return tuple(1 + sum(other > own for other in set(score)) for own in score)
+
+
+def _refuse_other_files(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: found a file, wanted a folder for the export")
+    own = {MANIFEST, *(f"{form}.jsonl" for form in FORMS)}
+    own |= {name + UNFINISHED for name in own}
+    others = sorted({path.name for path in folder.iterdir()} - own) if folder.exists() else []
+    if others:
+        raise UserError(f"{folder}: found {others[0]} in it, wanted an empty folder or an earlier export")
+
+
+def _said(judged: Judged, models: bool, left_out: collections.Counter[str]) -> Iterable[Said]:
+    for item, judgement in judged.judgements:
+        reason = _useless(item, judgement, models)
+        if reason:
+            left_out[reason] += 1
+            continue
+        about: dict[str, Any] = {"item": item.id, "labeller": judgement.labeller, "seconds": judgement.seconds}
+        if judgement.ratings:
+            about["ratings"] = list(judgement.ratings)
+        if judgement.flags:
+            about["flags"] = [sorted(flags) for flags in judgement.flags]
+        if item.sources:
+            about["sources"] = list(item.sources)
+        yield item, dense(judgement.ranks), about
+
+
+def _useless(item: Item, judgement: Judgement, models: bool) -> str:
+    """Why nothing is learned from a judgement, in the words of data/reader.py where it would drop the row."""
+    if item.kind == "quiz":
+        return "of a quiz item"
+    if judgement.labeller.startswith(AI) and not models:
+        return "by a model"
+    if judgement.skip:
+        return "skipped"
+    if len(set(judgement.ranks)) == 1:
+        return "all ranks are tied"
+    if len(set(item.responses)) == 1:
+        return "all responses are equal"
+    if any(not text.strip() for text in item.responses):
+        return "an empty response"
+    if any(message.role == "system" for message in item.turns[1:]):
+        return "a system message in the middle"
+    return ""
+
+
+def _agreed(
+    said: Iterable[Said], weights: Mapping[str, float] | None, left_out: collections.Counter[str]
+) -> list[Said]:
+    """One ranking an item. Ratings are the means, flags what at least half of those asked gave, seconds the sum."""
+    agreed = []
+    for _, group in itertools.groupby(said, key=lambda one: one[0].id):
+        several = list(group)
+        item, abouts = several[0][0], [about for _, _, about in several]
+        names = [about["labeller"] for about in abouts]
+        shares = [1.0 if weights is None else weights[name] for name in names]
+        ranks = consensus_ranks([ranks for _, ranks, _ in several], shares)
+        if len(set(ranks)) == 1:
+            left_out["tied by the consensus"] += len(several)
+            continue
+        about = {"item": item.id, "labeller": CONSENSUS, "labellers": names}
+        about["seconds"] = round(sum(one["seconds"] for one in abouts), 3)
+        if ratings := [one["ratings"] for one in abouts if "ratings" in one]:
+            about["ratings"] = [_mean([rating for rating in column if rating is not None]) for column in zip(*ratings)]
+        if flags := [one["flags"] for one in abouts if "flags" in one]:
+            about["flags"] = [_half(column, len(flags)) for column in zip(*flags)]
+        if item.sources:
+            about["sources"] = list(item.sources)
+        agreed.append((item, ranks, about))
+    return agreed
+
+
+def _mean(values: Sequence[int]) -> float | None:
+    return round(sum(values) / len(values), 3) if values else None
+
+
+def _half(given: Iterable[Iterable[str]], asked: int) -> list[str]:
+    counts = collections.Counter(flag for flags in given for flag in flags)
+    return sorted(flag for flag, count in counts.items() if 2 * count >= asked)
+
+
+def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form, left_out: Any) -> Iterable[_Row]:
+    """(row, the record that it is to be read as), one or one a pair."""
+    prompt: Any = [message._asdict() for message in item.turns] or item.prompt
+    space = " " if item.turns else ""
+    if form == "rankings":
+        record = Ranking(item.prompt, tuple(space + text for text in item.responses), ranks, turns=item.turns)
+        yield {"prompt": prompt, "responses": list(item.responses), "ranks": list(ranks), **about}, record
+        return
+    for first, second in itertools.combinations(range(len(ranks)), 2):
+        if ranks[first] == ranks[second]:
+            left_out["tied"] += 1
+            continue
+        best, worst = (first, second) if ranks[first] < ranks[second] else (second, first)
+        chosen, rejected = item.responses[best], item.responses[worst]
+        if chosen == rejected:
+            left_out["chosen equals rejected"] += 1
+            continue
+        beside = {key: value for key, value in about.items() if key not in ("ratings", "flags", "sources")}
+        for name in ("ratings", "flags", "sources"):
+            if name in about:
+                beside[f"{name}_chosen"], beside[f"{name}_rejected"] = about[name][best], about[name][worst]
+        pair = Comparison(item.prompt, space + chosen, space + rejected, turns=item.turns)
+        if form == "hh":
+            transcripts = _transcripts(item, chosen, rejected)
+            if transcripts is None:
+                left_out["no transcript says it"] += 1
+                continue
+            texts, pair = transcripts
+            yield {"chosen": texts[0], "rejected": texts[1], **beside}, pair
+        elif not item.turns and all(is_hh(text) and text.startswith(item.prompt) for text in (chosen, rejected)):
+            left_out["responses that begin with their prompt"] += 1
+        elif form == "trl" and item.turns:
+            answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+            yield {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **beside}, pair
+        else:
+            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **beside}, pair
+
+
+def _transcripts(item: Item, chosen: str, rejected: str) -> tuple[tuple[str, str], Comparison] | None:
+    """Both dialogues as text and the record that they are read as; None if they would be read as other turns."""
+    if item.turns:
+        turns = list(item.turns)
+    elif is_hh(item.prompt) and item.prompt.endswith("\n\nAssistant:"):
+        turns = split_hh(item.prompt)[:-1]
+    else:
+        turns = [Message("user", item.prompt)]
+    chosen, rejected = (text if not item.turns and text.startswith(" ") else f" {text}" for text in (chosen, rejected))
+    prompt = render_prompt(turns)
+    texts = (prompt + chosen, prompt + rejected)
+    read = split_shared(*map(split_hh, texts)) if all(map(is_hh, texts)) else None
+    if read != (turns, chosen, rejected) or render(split_hh(texts[0])) != texts[0]:
+        return None
+    return texts, Comparison(prompt, chosen, rejected, turns=tuple(turns))
+
+
+def _write(path: Path, rows: Sequence[_Row]) -> None:
+    """Writes the rows, whole or not at all, once they were read back as the records that they are."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        for row, _ in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    found = read_records(unfinished, "rankings", Ledger()) if rows else []
+    wanted = [record for _, record in rows]
+    if found != wanted:
+        at = next((n for n, (a, b) in enumerate(zip(found, wanted)) if a != b), min(len(found), len(wanted)))
+        unfinished.unlink()
+        raise UserError(
+            f"item {rows[min(at, len(rows) - 1)][0]['item']}: its prompt or responses read otherwise once written as "
+            f"{path.name}; export another form, or rankings"
+        )
+    unfinished.replace(path)
