@@ -98,8 +98,8 @@ CREATE TABLE requests (
 """
 
 
-def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection to the database file, which a writer makes if it is not there.
+def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sqlite3.Connection:
+    """A connection to the database file, which a writer makes if it is not there. checked: it is known to be sound.
 
     Raises: UserError if it is no labelling database, damaged, or of another version.
     """
@@ -112,7 +112,8 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
             db.execute("PRAGMA foreign_keys = ON")
-        _check(db, path, make=not read_only)
+        if not checked:
+            _check(db, path, make=not read_only)
     except sqlite3.DatabaseError as error:
         raise UserError(f"{path}: found {error}, wanted the database of a labelling folder") from None
     return db

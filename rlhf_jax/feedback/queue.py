@@ -293,7 +293,7 @@ class Queue:
         judgement = Judgement(
             item=item.id,
             labeller=labeller.name,
-            ranks=dense(answer.ranks),
+            ranks=answer.ranks,
             ratings=answer.ratings,
             flags=tuple(frozenset(names) for names in answer.flags),
             skip=answer.skip.strip(),
@@ -305,7 +305,7 @@ class Queue:
         order = self.order(labeller, item)
         return dataclasses.replace(
             judgement,
-            ranks=_own(judgement.ranks, order),
+            ranks=_own(dense(judgement.ranks), order),
             ratings=_own(judgement.ratings, order),
             flags=_own(judgement.flags, order),
         )

@@ -38,14 +38,17 @@ class Labeller:
 
 
 class Store:
-    """The database of one labelling folder, opened by its one writer or, `read_only`, beside it."""
+    """The database of one labelling folder, opened by its one writer or, `read_only`, beside it.
 
-    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+    checked: it was found sound a moment ago.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False, checked: bool = False) -> None:
         if read_only and not (folder / FILE).exists():
             raise UserError(f"{folder}: no {FILE} in it; wanted a labelling folder, which scripts/label.py makes")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.db = connect(folder / FILE, read_only=read_only)
+        self.db = connect(folder / FILE, read_only=read_only, checked=checked)
         (self.salt,) = self.db.execute("SELECT value FROM about WHERE name = 'salt'").fetchone()
         if not read_only:
             sync_folder(folder)
@@ -56,7 +59,7 @@ class Store:
 
     def beside(self) -> Store:
         """The same folder through a connection of its own that only reads, for another thread."""
-        return Store(self.folder, read_only=True)
+        return Store(self.folder, read_only=True, checked=True)
 
     def add_items(self, items: Iterable[Item]) -> int:
         """How many of the items are new; one that is there already stays as it is.

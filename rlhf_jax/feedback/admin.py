@@ -1,0 +1,137 @@
+"""What the admin page shows: throughput, progress, agreement, disagreements and win rates, all as plain JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rlhf_jax.feedback.agreement import report
+from rlhf_jax.feedback.judged import join
+from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.store import AI, Store, item_of
+from rlhf_jax.feedback.win_rates import win_rates
+
+# Agreement is drawn from so many items, those judged last: a page that takes long is not looked at.
+RECENT = 2000
+RESAMPLES = 200
+SHOWN = 20
+HOURS = 24
+
+
+def throughput(store: Store, now: float) -> dict[str, Any]:
+    """Everybody's work, and how many judgements each of the last 24 hours brought, the oldest first."""
+    hours = [0] * HOURS
+    for (at,) in store.db.execute("SELECT at FROM judgements WHERE at > ?", (now - HOURS * 3600,)):
+        hours[max(HOURS - 1 - int((now - at) // 3600), 0)] += 1
+    rows = store.db.execute(
+        "SELECT l.name, l.role, l.screening, count(j.number), coalesce(sum(j.skip <> ''), 0), max(j.at), "
+        "coalesce(sum(j.at > ?), 0) FROM labellers l LEFT JOIN judgements j ON j.labeller = l.number "
+        "GROUP BY l.number ORDER BY l.number",
+        (now - 3600,),
+    ).fetchall()
+    people = [
+        {
+            "name": name,
+            "role": role,
+            "screening": screening,
+            "judged": judged - skipped,
+            "skipped": skipped,
+            "last": last,
+            "last_hour": last_hour,
+            "median_seconds": _median_seconds(store, name),
+        }
+        for name, role, screening, judged, skipped, last, last_hour in rows
+    ]
+    return {"hours": hours, "people": people}
+
+
+def progress(store: Store, wanted: int) -> dict[str, Any]:
+    """Items of each kind, and how many tasks have as many judgements as are wanted."""
+    kinds = dict(store.db.execute("SELECT kind, count(*) FROM items GROUP BY kind").fetchall())
+    done = store.db.execute(
+        "SELECT sum(n >= ?1), sum(min(n, ?1)) FROM (SELECT count(*) AS n FROM judgements j "
+        "JOIN labellers l ON l.number = j.labeller JOIN items i ON i.number = j.item "
+        "WHERE j.skip = '' AND l.role <> 'model' AND i.kind = 'task' GROUP BY j.item)",
+        (wanted,),
+    ).fetchone()
+    tasks = kinds.get("task", 0)
+    return {
+        "items": {kind: kinds.get(kind, 0) for kind in ("task", "calibration", "quiz")},
+        "finished": done[0] or 0,  # SQL's sum over no rows is null
+        "judged": done[1] or 0,
+        "wanted": tasks * wanted,
+    }
+
+
+def recent(store: Store, limit: int = RECENT) -> tuple[list[Item], list[Judgement]]:
+    """The items judged last, no quiz items among them, and all judgements of these."""
+    rows = store.db.execute(
+        "SELECT i.id, i.kind, i.content FROM items i WHERE i.number IN "
+        "(SELECT item FROM judgements GROUP BY item ORDER BY max(number) DESC LIMIT ?) AND i.kind <> 'quiz' "
+        "ORDER BY i.number",
+        (limit,),
+    )
+    items = [item_of(*row) for row in rows]
+    ids = {item.id for item in items}
+    return items, [judgement for judgement in store.each_judgement() if judgement.item in ids]
+
+
+def agreement(items: Sequence[Item], judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """Agreement's whole report, by `agreement.report`, and the win rates where items name their sources."""
+    return {
+        "agreement": report(join(items, judgements), resamples=RESAMPLES),
+        "win_rates": win_rates(items, judgements),
+        "items": len(items),
+        "most": RECENT,
+    }
+
+
+def disagreements(items: Iterable[Item], judgements: Iterable[Judgement], shown: int = SHOWN) -> list[dict[str, Any]]:
+    """Items that people order most differently, by the share of ordered pairs that two of them turn round."""
+    by_item: dict[str, list[Judgement]] = defaultdict(list)
+    for judgement in judgements:
+        if judgement.ranks and not judgement.labeller.startswith(AI):
+            by_item[judgement.item].append(judgement)
+    known = {item.id: item for item in items}
+    measured = [(_turned(given), id) for id, given in by_item.items() if len(given) > 1]
+    worst = sorted((pair for pair in measured if pair[0] > 0), key=lambda pair: (-pair[0], pair[1]))[:shown]
+    return [
+        {
+            "disagreement": share,
+            **{name: value for name, value in dataclasses.asdict(known[id]).items() if name != "turns"},
+            "turns": [turn._asdict() for turn in known[id].turns],
+            "judgements": [
+                {
+                    "labeller": judgement.labeller,
+                    "ranks": judgement.ranks,
+                    "ratings": judgement.ratings,
+                    "flags": [sorted(names) for names in judgement.flags],
+                }
+                for judgement in by_item[id]
+            ],
+        }
+        for share, id in worst
+    ]
+
+
+def _turned(given: Sequence[Judgement]) -> float:
+    turned, pairs = 0, 0
+    for one, other in itertools.combinations(given, 2):
+        for a, b in itertools.combinations(range(len(one.ranks)), 2):
+            first, second = one.ranks[a] - one.ranks[b], other.ranks[a] - other.ranks[b]
+            pairs += bool(first and second)
+            turned += first * second < 0
+    return turned / pairs if pairs else 0.0
+
+
+def _median_seconds(store: Store, name: str) -> float | None:
+    rows = store.db.execute(
+        "SELECT seconds FROM judgements WHERE labeller = (SELECT number FROM labellers WHERE name = ?) AND skip = '' "
+        "ORDER BY number DESC LIMIT 200",
+        (name,),
+    ).fetchall()
+    return statistics.median(seconds for (seconds,) in rows) if rows else None

@@ -1,0 +1,168 @@
+// The admin's page: figures that are drawn anew every few seconds, links for labellers, disagreements, export.
+
+import { ask, newId, post, trouble } from "./api.js";
+import { $, letter, make, show, turns } from "./dom.js";
+
+const number = (value) => value.toLocaleString("en");
+const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)}%`);
+const fixed = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
+const interval = (one) => (one ? `95%: ${percent(one.low)} to ${percent(one.high)}` : "not enough in common yet");
+const range = (one) => (one ? `95%: ${fixed(one.low)} to ${fixed(one.high)}` : "");
+const words = { fails_instruction: "Fails the instruction", hallucination: "Hallucination", harmful: "Harmful", inappropriate: "Inappropriate", bad_advice: "Advice it should not give", other: "Other problem" };
+
+function rows(id, heads, body) {
+  const cell = (value, place) => (value instanceof Node && value.tagName === "TD" ? value : make(place ? "td" : "th", place ? {} : { scope: "row" }, value));
+  const head = make("thead", {}, make("tr", {}, ...heads.map((name) => make("th", { scope: "col" }, name))));
+  const lines = body.map((values) => make("tr", {}, ...values.map(cell)));
+  const table = typeof id === "string" ? $(id) : id;
+  table.replaceChildren(head, make("tbody", {}, ...lines));
+  return table;
+}
+
+function card(title, value, note) {
+  return make("div", {}, make("dt", {}, title), make("dd", {}, value, make("small", {}, note)));
+}
+
+let summary = null;
+let figures = null;
+
+function drawCards() {
+  const { progress, people } = summary;
+  const pairs = figures?.agreement.pairs;
+  const rate = pairs?.agreement;
+  const alpha = pairs?.krippendorff_alpha.nominal ?? null;
+  const hour = people.reduce((sum, person) => sum + person.last_hour, 0);
+  $("cards").replaceChildren(
+    card("Items finished", `${number(progress.finished)} of ${number(progress.items.task)}`, `${summary.labellers_per_item} labeller${summary.labellers_per_item > 1 ? "s" : ""} each; ${progress.items.calibration} for all, ${progress.items.quiz} in the quiz`),
+    card("In the last hour", number(hour), "judgements and skips"),
+    card("Pairwise agreement", rate ? percent(rate.value) : "–", `${interval(rate)}; InstructGPT’s: 73%`),
+    card("Krippendorff’s α", fixed(alpha?.value), range(alpha) || "of preferences, nominal"),
+    card("Fleiss’ κ", fixed(pairs?.fleiss_kappa?.value), range(pairs?.fleiss_kappa) || "of preferences"),
+  );
+  $("progress").max = Math.max(progress.wanted, 1);
+  $("progress").value = progress.judged;
+  $("progress-words").textContent = `${number(progress.judged)} of ${number(progress.wanted)} judgements are in`;
+}
+
+function drawHours() {
+  show($("rate"), summary.hours.some(Boolean));
+  const most = Math.max(...summary.hours, 1);
+  const bars = summary.hours.map((count, hour) => {
+    const bar = make("span", { title: `${count}, ${24 - hour} hours ago` });
+    bar.style.height = `${(100 * count) / most}%`;
+    return bar;
+  });
+  const total = summary.hours.reduce((sum, count) => sum + count, 0);
+  const picture = make("div", { class: "hours", role: "img", "aria-label": `${total} judgements in the last 24 hours, at most ${most} in one hour` }, ...bars);
+  $("hours").className = "";
+  $("hours").replaceChildren(picture, make("div", { class: "ticks", "aria-hidden": "true" }, make("span", {}, "24 hours ago"), make("span", {}, `most in an hour: ${most}`), make("span", {}, "now")));
+}
+
+function ago(at) {
+  if (!at) return "–";
+  const minutes = Math.round((Date.now() / 1000 - at) / 60);
+  return minutes < 1 ? "just now" : minutes < 90 ? `${minutes} min ago` : minutes < 2880 ? `${Math.round(minutes / 60)} h ago` : `${Math.round(minutes / 1440)} days ago`;
+}
+
+function drawPeople() {
+  const body = summary.people.map((person) => {
+    const other = figures?.agreement.labellers[person.name];
+    const button = make("button", { type: "button" }, "New link");
+    button.addEventListener("click", () => giveLink(person.name, "link"));
+    const quiz = person.quiz === null || person.quiz === undefined || person.screening === "open" ? "–" : `${percent(person.quiz)} ${person.screening}`;
+    return [
+      person.name, person.role, number(person.judged), number(person.skipped), number(person.last_hour),
+      person.median_seconds === null ? "–" : `${person.median_seconds.toFixed(1)} s`, percent(other?.agreement?.value), percent(other?.gold?.value), quiz, ago(person.last),
+      person.role === "model" ? "" : button,
+    ];
+  });
+  rows("people", ["Name", "Role", "Judged", "Skipped", "Last hour", "Median time", "With others", "With gold", "Quiz", "Last seen", ""], body);
+}
+
+function drawAgreement() {
+  const { matrix, pairs, items } = { ...figures.agreement, items: figures.items };
+  show($("agreement"), matrix.labellers.length > 1);
+  show($("flagged"), items > 0);
+  $("agreement-words").textContent = `Share of preferences that two labellers share and order alike, ties left out; κ is Cohen’s. From the ${number(items)} items judged last. ${percent(pairs.ties)} of all preferences are ties.`;
+  const cell = (one, kappa) => {
+    if (!one) return "–";
+    const level = one.value < 0.6 ? 0 : one.value < 0.73 ? 1 : 2;
+    return make("span", { class: `cell level-${level}`, title: `${interval(one)}, ${one.units} pairs` }, percent(one.value), make("small", {}, ` κ ${fixed(kappa?.value)}`));
+  };
+  rows("matrix", ["", ...matrix.labellers], matrix.labellers.map((name, i) => [name, ...matrix.labellers.map((_, j) => cell(matrix.agreement[i][j], matrix.cohen_kappa[i][j]))]));
+  const flags = Object.entries(figures.agreement.flags);
+  rows("flags", ["Flag", "Share of answers", "Krippendorff’s α", "Fleiss’ κ"], flags.map(([flag, one]) => [words[flag], percent(one.share), fixed(one.krippendorff_alpha.nominal?.value), fixed(one.fleiss_kappa?.value)]));
+}
+
+function drawWins() {
+  show($("wins"), figures.win_rates.length > 0);
+  $("win-rates").replaceChildren(...figures.win_rates.flatMap((one) => {
+    const scale = make("span", { class: "scale", role: "img", "aria-label": `${one.first} wins over ${one.second}: ${percent(one.win_rate.value)}, ${interval(one.win_rate)}` }, make("u"), make("i"), make("b"));
+    const [, whisker, dot] = scale.children;
+    whisker.style.left = `${100 * (1 - one.win_rate.high)}%`;
+    whisker.style.width = `${100 * (one.win_rate.high - one.win_rate.low)}%`;
+    dot.style.left = `${100 * (1 - one.win_rate.value)}%`;
+    const share = (rate) => (rate ? make("td", {}, percent(rate.value), make("small", {}, ` ${percent(rate.low)}–${percent(rate.high)}`)) : "–");
+    const table = rows(make("table"), ["Flag", `${one.first}’s answers`, `${one.second}’s answers`, "Win rate where it was given"], Object.entries(one.flags).map(([flag, rates]) => [words[flag], share(rates.first), share(rates.second), share(rates.win_rate)]));
+    return [
+      make("p", { class: "note" }, `${one.first} is preferred over ${one.second} on ${percent(one.win_rate.value)} of ${number(one.win_rate.items)} items (${interval(one.win_rate)}; ties count half, ${percent(one.ties)} of judgements).`),
+      make("div", { class: "rate" }, make("span", {}, one.first), scale, make("span", {}, one.second)),
+      make("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": "Flags by model" }, table),
+    ];
+  }));
+}
+
+function drawDisagreements() {
+  const opened = new Set([...document.querySelectorAll(".case[open]")].map((one) => one.dataset.item));
+  const cases = figures.disagreements.map((one) => {
+    const people = one.judgements.map((judgement) => `${judgement.labeller}: ${order(judgement.ranks)}`);
+    const answers = one.responses.map((text, place) => {
+      const said = one.judgements.flatMap((j) => [j.ratings[place] ? `${j.labeller} rated ${j.ratings[place]}` : "", ...(j.flags[place] ?? []).map((flag) => `${j.labeller}: ${words[flag]}`)]).filter(Boolean);
+      return make("div", {}, make("h3", {}, letter(place), make("small", {}, ` ${[one.sources[place], ...said].filter(Boolean).join(" · ")}`)), make("p", { class: "said", dir: "auto" }, text || "(an empty answer)"));
+    });
+    const given = one.turns.length ? one.turns : [{ role: "text", content: one.prompt }];
+    const summaryLine = make("summary", {}, make("b", {}, percent(one.disagreement)), make("span", {}, given.at(-1).content.trim().slice(0, 200)));
+    return make("details", { class: "case", data: { item: one.id }, open: opened.has(one.id) }, summaryLine, make("div", {}, ...turns(given), make("h3", {}, "Orders given, the best first"), ...people.map((line) => make("p", {}, line)), ...answers));
+  });
+  $("disagreements").replaceChildren(...(cases.length ? cases : [make("p", { class: "empty" }, "None: no item that two people ranked is ordered differently by them.")]));
+}
+
+function order(ranks) {
+  const tiers = [...new Set(ranks)].sort((a, b) => a - b);
+  return tiers.map((tier) => ranks.flatMap((rank, place) => (rank === tier ? [letter(place)] : [])).join(" = ")).join(" > ");
+}
+
+async function giveLink(name, deed) {
+  const { status, body } = await post("/api/admin/labeller", { name, do: deed, request: newId() });
+  if (status !== 200) return trouble(body.error);
+  trouble("");
+  show($("link"), true);
+  $("link").replaceChildren(`${body.name}’s link, shown this once: `, make("code", {}, body.link));
+  $("name").value = "";
+  return refresh();
+}
+
+async function refresh() {
+  try {
+    const [first, second] = await Promise.all([ask("/api/admin/summary"), ask("/api/admin/figures")]);
+    if (first.status !== 200) return trouble(first.body.error);
+    if (second.status !== 200) return trouble(second.body.error);
+    [summary, figures] = [first.body, second.body];
+    trouble("");
+  } catch {
+    return trouble("The server does not answer; this page tries again.");
+  }
+  drawCards();
+  drawHours();
+  drawPeople();
+  drawAgreement();
+  drawWins();
+  drawDisagreements();
+}
+
+$("add").addEventListener("submit", (event) => {
+  event.preventDefault();
+  giveLink($("name").value.trim(), "add");
+});
+setInterval(() => document.visibilityState === "visible" && refresh(), 15_000);
+refresh();

@@ -1,0 +1,35 @@
+// Elements from names, properties and children. Text is only ever text: nothing here, or anywhere, parses HTML.
+
+export const $ = (id) => document.getElementById(id);
+
+export function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name === "class") element.className = value;
+    else if (name === "data") Object.assign(element.dataset, value);
+    else if (name.startsWith("aria-") || name === "for" || name === "role" || name === "scope") element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+export const key = (name) => make("kbd", {}, name);
+
+export function show(element, visible) {
+  element.hidden = !visible;
+}
+
+export const letter = (place) => String.fromCharCode(65 + place);
+
+export function turns(list) {
+  const names = { system: "Instruction", user: "User", assistant: "Assistant", text: "" };
+  return list.map((turn) =>
+    make(
+      "div",
+      { class: `turn ${turn.role}` },
+      names[turn.role] ? make("span", { class: "who" }, names[turn.role]) : null,
+      make("p", { class: "said", dir: "auto" }, turn.content),
+    ),
+  );
+}

@@ -1,0 +1,449 @@
+// The labeller's page: one item at a time, its marks saved as they are made, answered by keyboard, mouse or finger.
+
+import { ask, asPost, newId, post, trouble } from "./api.js";
+import { $, key, letter, make, show, turns } from "./dom.js";
+import { draggable } from "./drag.js";
+import { Ranking } from "./ranking.js";
+
+const FLAGS = [
+  ["fails_instruction", "Fails the instruction", "Q"],
+  ["hallucination", "Hallucination", "W"],
+  ["harmful", "Harmful", "R"],
+  ["inappropriate", "Inappropriate", "T"],
+  ["bad_advice", "Advice it should not give", "Y"],
+  ["other", "Other problem", "U"],
+];
+const REASONS = ["I do not understand the prompt", "I do not know enough to judge", "It holds private matters", "It is broken or unreadable"];
+const IDLE = 60_000; // milliseconds without a sign of the labeller after which time is not theirs
+
+let task = null; // what the server gave: id, turns, responses
+let ranking = null;
+let marks = null; // ratings and flags, one for each response
+let revision = 0;
+let seconds = 0;
+let current = 0;
+let busy = true;
+let active = Date.now();
+let saver = null;
+let tieNext = false;
+
+const pair = () => task.responses.length === 2;
+const say = (words) => ($("status").textContent = words);
+
+// ---- what is kept of a half-done answer ----
+
+const draft = () => ({ tiers: ranking.tiers, ratings: marks.ratings, flags: marks.flags, seconds });
+const slot = () => `draft ${task.id}`;
+
+function changed() {
+  revision += 1;
+  localStorage.setItem(slot(), JSON.stringify({ revision, draft: draft() }));
+  clearTimeout(saver);
+  saver = setTimeout(save, 300);
+}
+
+async function save(more = {}) {
+  clearTimeout(saver);
+  saver = null;
+  if (!task) return;
+  try {
+    await ask("/api/draft", asPost({ item: task.id, revision, draft: draft() }, more));
+  } catch {
+    // It stays in this browser, and the next change sends it again.
+  }
+}
+
+function restore(given) {
+  const count = task.responses.length;
+  let kept = { revision: given.revision, draft: given.draft };
+  try {
+    const own = JSON.parse(localStorage.getItem(slot()));
+    if (own && own.revision > kept.revision) kept = own;
+  } catch {
+    // Something else wrote there.
+  }
+  revision = kept.revision;
+  const old = kept.draft ?? {};
+  const list = (value) => (Array.isArray(value) ? value : []);
+  ranking = new Ranking(count, list(old.tiers).map(list));
+  marks = {
+    ratings: task.responses.map((_, place) => list(old.ratings)[place] ?? null),
+    flags: task.responses.map((_, place) => list(list(old.flags)[place])),
+  };
+  seconds = Number(old.seconds) || 0;
+}
+
+// ---- from item to item ----
+
+async function load() {
+  busy = true;
+  const { status, body } = await post("/api/task", {});
+  if (status === 401) return signIn();
+  if (status !== 200) return trouble(body.error);
+  progress(body);
+  task = body.task;
+  show($("sign-in"), false);
+  show($("to-admin"), body.labeller.role === "admin");
+  show($("work"), Boolean(task));
+  show($("dock"), Boolean(task));
+  show($("done"), !task);
+  $("undo").disabled = !body.progress.mine;
+  $("skip").disabled = !task;
+  busy = false;
+  if (!task) return finished(body);
+  restore(task);
+  current = 0;
+  tieNext = false;
+  draw();
+  window.scrollTo(0, 0);
+  $("main").focus({ preventScroll: true });
+  say(`New item with ${task.responses.length} answers.`);
+}
+
+function progress({ progress: figures }) {
+  const { mine, judged, wanted, quiz } = figures;
+  $("progress").max = quiz ? quiz[1] : Math.max(wanted, 1);
+  $("progress").value = quiz ? quiz[0] : judged;
+  $("progress-words").textContent = quiz
+    ? `Screening question ${Math.min(quiz[0] + 1, quiz[1])} of ${quiz[1]}`
+    : `${judged.toLocaleString("en")} of ${wanted.toLocaleString("en")} in, ${mine.toLocaleString("en")} by you`;
+}
+
+function finished({ labeller, progress: figures }) {
+  const failed = labeller.screening === "failed";
+  $("done-title").textContent = failed ? "Thank you for trying" : "Nothing more to judge";
+  $("done-words").textContent = failed
+    ? "Your answers to the screening questions differ too much from the reference answers, so there is no work for you here. If you think that is a mistake, tell whoever gave you the link."
+    : `You have judged ${figures.mine.toLocaleString("en")}. Thank you. Others may still hold items that come back to you later.`;
+  $("done-title").tabIndex = -1;
+  $("done-title").focus();
+}
+
+async function send(answer) {
+  if (busy || !task) return;
+  busy = true;
+  clearTimeout(saver);
+  const done = slot();
+  document.body.classList.add("sending");
+  const { status, body } = await post("/api/judgement", { request: newId(), item: task.id, ...answer });
+  document.body.classList.remove("sending");
+  // 409: another window of this labeller's was quicker. The next item is right in both cases.
+  if (status === 200 || status === 409) {
+    localStorage.removeItem(done);
+    task = null;
+    await load();
+  } else {
+    busy = false;
+    if (status === 401) signIn();
+    else trouble(body.error);
+  }
+}
+
+function submit() {
+  if (!task || !ranking.complete) return say("Rank every answer first.");
+  const { ratings, flags } = marks;
+  return send({ ranks: ranking.ranks, ratings, flags, seconds });
+}
+
+async function undo() {
+  if (busy || $("undo").disabled) return;
+  busy = true;
+  if (task && saver) await save();
+  const { status, body } = await post("/api/undo", { request: newId() });
+  task = status === 200 ? null : task;
+  busy = false;
+  if (status !== 200) return trouble(body.error);
+  await load();
+  say("Undone: your last answer is back, as you left it.");
+}
+
+async function signIn() {
+  busy = true;
+  for (const id of ["work", "dock", "done"]) show($(id), false);
+  show($("sign-in"), true);
+  $("token").focus();
+}
+
+async function comeIn(token) {
+  const { status, body } = await post("/api/login", { token });
+  if (status !== 200) {
+    await signIn();
+    return trouble(body.error);
+  }
+  if (body.role === "admin") return location.assign("/admin");
+  return load();
+}
+
+// ---- drawing ----
+
+function draw() {
+  $("turns").replaceChildren(...turns(task.turns));
+  $("answers").replaceChildren(...task.responses.map(card));
+  $("answers").dataset.count = task.responses.length;
+  show($("ranking"), !pair());
+  show($("choice"), pair());
+  $("dock-title").textContent = pair() ? "Which answer is better?" : "Ranking";
+  keys();
+  drawRanking();
+}
+
+function card(text, place) {
+  const name = letter(place);
+  const ratings = make("fieldset", { class: "rating" }, make("legend", {}, "Rating", make("span", { class: "unseen" }, ` of answer ${name}`)));
+  for (let rating = 1; rating <= 7; rating += 1) {
+    const input = make("input", { type: "radio", name: `rating-${place}`, value: String(rating), checked: marks.ratings[place] === rating });
+    input.addEventListener("change", () => rate(place, rating));
+    ratings.append(make("label", {}, input, make("span", {}, String(rating))));
+  }
+  const flags = make("fieldset", { class: "flags" }, make("legend", {}, "Flags", make("span", { class: "unseen" }, ` of answer ${name}`)));
+  for (const [flag, words, shortcut] of FLAGS) {
+    const input = make("input", { type: "checkbox", value: flag, checked: marks.flags[place].includes(flag) });
+    input.addEventListener("change", () => setFlag(place, flag, input.checked));
+    flags.append(make("label", {}, input, make("span", {}, words, key(shortcut))));
+  }
+  const article = make(
+    "article",
+    { class: "answer", id: `answer-${place}`, tabIndex: -1, "aria-labelledby": `name-${place} where-${place}` },
+    make(
+      "header",
+      {},
+      make("h3", { id: `name-${place}`, "aria-label": `Answer ${name}` }, name),
+      make("span", { class: "where", id: `where-${place}` }),
+    ),
+    make("p", { class: text.trim() ? "said" : "said none", dir: "auto" }, text.trim() ? text : "(an empty answer)"),
+    ratings,
+    flags,
+  );
+  article.addEventListener("focusin", () => choose(place, false));
+  article.addEventListener("pointerdown", () => choose(place, false));
+  return article;
+}
+
+function drawRanking(focus = null) {
+  const gap = (number) => make("span", { class: "gap", data: { drop: `gap ${number}` }, "aria-hidden": "true" });
+  const tiers = ranking.tiers.map((tier, number) =>
+    make("span", { class: "tier", role: "group", data: { drop: `tier ${number}` }, "aria-label": `Rank ${number + 1}` },
+      make("span", { class: "rank", "aria-hidden": "true" }, String(number + 1)), ...tier.map(chip)),
+  );
+  const empty = tiers.length ? null : make("span", { class: "hint" }, matchMedia("(hover: none)").matches ? "Best first: tap the letters, or drag them here" : "Best first: type the letters, or drag them here");
+  $("tiers").replaceChildren(gap(0), ...tiers.flatMap((tier, number) => [tier, gap(number + 1)]), ...(empty ? [empty] : []));
+  $("tray").dataset.drop = "tray";
+  $("tray").replaceChildren(...ranking.unplaced.map(chip));
+  show($("tray"), !ranking.complete || ranking.count === 0);
+  $("submit").disabled = !ranking.complete;
+  $("by-ratings").disabled = marks.ratings.every((rating) => rating === null);
+  task.responses.forEach((_, place) => ($(`where-${place}`).textContent = pair() ? "" : ranking.words(place)));
+  choose(current, false);
+  if (focus !== null) $(`chip-${focus}`)?.focus();
+}
+
+function chip(place) {
+  const name = letter(place);
+  const element = make(
+    "button",
+    { type: "button", class: "chip", id: `chip-${place}`, "aria-label": `${name}, ${ranking.words(place)}` },
+    name,
+  );
+  draggable(element, {
+    drop: (where) => {
+      const [kind, number] = where.split(" ");
+      if (kind === "tray") ranking.remove(place);
+      else if (kind === "tier") ranking.join(place, Number(number));
+      else ranking.insert(place, Number(number));
+      ranked(place);
+    },
+    tap: () => {
+      current = place;
+      if (ranking.tierOf(place) < 0) ranking.append(place);
+      ranked(place);
+    },
+  });
+  element.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
+    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    if (step) ranking.move(place, step);
+    else if (event.key === "Delete" || event.key === "Backspace") ranking.remove(place);
+    else return;
+    event.preventDefault();
+    event.stopPropagation();
+    ranked(place);
+  });
+  return element;
+}
+
+function ranked(place, focus = true) {
+  changed();
+  current = place;
+  drawRanking(focus ? place : null);
+  say(`${letter(place)}: ${ranking.words(place)}.${ranking.complete ? " All ranked." : ""}`);
+}
+
+function choose(place, focus = true) {
+  current = place;
+  task.responses.forEach((_, other) => {
+    $(`answer-${other}`).classList.toggle("current", other === place);
+    $(`chip-${other}`)?.classList.toggle("current", other === place);
+  });
+  if (focus) {
+    $(`answer-${place}`).focus({ preventScroll: true });
+    $(`answer-${place}`).scrollIntoView({ block: "nearest" });
+  }
+}
+
+function rate(place, rating) {
+  marks.ratings[place] = rating;
+  $(`answer-${place}`).querySelector(`input[type=radio][value="${rating}"]`).checked = true;
+  changed();
+  $("by-ratings").disabled = false;
+  say(`${letter(place)} rated ${rating} of 7.`);
+}
+
+function setFlag(place, flag, on) {
+  marks.flags[place] = FLAGS.map(([name]) => name).filter((name) => (name === flag ? on : marks.flags[place].includes(name)));
+  $(`answer-${place}`).querySelector(`input[value="${flag}"]`).checked = on;
+  changed();
+  say(`${letter(place)}: ${FLAGS.find(([name]) => name === flag)[1]} ${on ? "on" : "off"}.`);
+}
+
+function better(ranks) {
+  ranking = new Ranking(2, ranks === "tie" ? [[0, 1]] : ranks === "left" ? [[0], [1]] : [[1], [0]]);
+  return submit();
+}
+
+// ---- keys ----
+
+function table() {
+  const last = letter(task ? task.responses.length - 1 : 3);
+  const ways = task && pair()
+    ? [["← or A", "A is better"], ["→ or B", "B is better"], ["↓ or =", "about equal"], ["J K", "next or previous answer, to rate or flag it"]]
+    : [
+        [`A … ${last}`, "rank that answer next, the best first"],
+        ["=", "tie the next one with the last"],
+        ["Backspace", "take back the last one ranked"],
+        ["J K or ↓ ↑", "next or previous answer"],
+        ["Shift ↑ ↓", "move the answer one step in the ranking, into and out of ties"],
+        ["O", "order by ratings"],
+        ["Enter", "submit"],
+      ];
+  return [...ways, ["1 … 7", "rate the answer"], [FLAGS.map((flag) => flag[2]).join(" "), "flag the answer"], ["S", "skip"], ["Z", "undo"], ["?", "all keys"]];
+}
+
+function keys() {
+  $("keys").replaceChildren(...table().slice(pair() ? 3 : 0, -3).flatMap(([keyName, words]) => [make("span", {}, key(keyName), ` ${words.split(",")[0]}`), " "]));
+  $("help-keys").replaceChildren(...table().flatMap(([keyName, words]) => [make("dt", {}, key(keyName)), make("dd", {}, words)]));
+}
+
+const singleKeys = () => localStorage.getItem("single keys") !== "off";
+
+function pressed(event) {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.repeat || document.querySelector("dialog[open]")) return;
+  const on = event.target;
+  if (on.matches("input[type=text], input[type=password]") || busy) return;
+  const name = event.key.length === 1 ? event.key.toLowerCase() : event.key;
+  const single = name.length === 1;
+  if (single && !singleKeys() && name !== "?") return;
+  if (name === "?") return press(event, openHelp);
+  if (name === "z" && !event.shiftKey) return press(event, undo);
+  if (!task) return;
+  const arrows = name.startsWith("Arrow") && !on.matches("input[type=radio]");
+  if (name === "s") return press(event, openSkip);
+  if (/^[1-7]$/.test(name)) return press(event, () => rate(current, Number(name)));
+  const flag = FLAGS.find((one) => one[2].toLowerCase() === name);
+  if (flag) return press(event, () => setFlag(current, flag[0], !marks.flags[current].includes(flag[0])));
+  const count = task.responses.length;
+  const step = { j: 1, k: -1 }[name] ?? (arrows && !pair() && !event.shiftKey ? { ArrowDown: 1, ArrowUp: -1, ArrowRight: 1, ArrowLeft: -1 }[name] : 0);
+  if (step) return press(event, () => choose((current + step + count) % count));
+  const named = single ? name.charCodeAt(0) - 97 : -1;
+  if (pair()) {
+    if (name === "a" || (arrows && name === "ArrowLeft")) return press(event, () => better("left"));
+    if (name === "b" || (arrows && name === "ArrowRight")) return press(event, () => better("right"));
+    if (name === "=" || (arrows && name === "ArrowDown")) return press(event, () => better("tie"));
+    return;
+  }
+  if (named >= 0 && named < count) {
+    return press(event, () => {
+      ranking.append(named, tieNext);
+      tieNext = false;
+      ranked(named, false);
+    });
+  }
+  if (name === "=") return press(event, () => { tieNext = true; say("The next one is tied with the last."); });
+  if (name === "o" && !$("by-ratings").disabled) return press(event, orderByRatings);
+  if (name === "Backspace" && ranking.tiers.length) return press(event, () => { const last = ranking.tiers.at(-1).at(-1); ranking.remove(last); ranked(last, false); });
+  if (arrows && event.shiftKey && (name === "ArrowUp" || name === "ArrowDown")) {
+    return press(event, () => { ranking.move(current, name === "ArrowUp" ? -1 : 1); ranked(current, false); });
+  }
+  if (name === "Enter" && !on.matches("button, a, summary")) return press(event, submit);
+}
+
+function press(event, deed) {
+  event.preventDefault();
+  deed();
+}
+
+function orderByRatings() {
+  ranking = Ranking.byRatings(marks.ratings);
+  changed();
+  drawRanking();
+  say(`Ordered by ratings: ${ranking.tiers.map((tier) => tier.map(letter).join(" and ")).join(", then ")}.`);
+}
+
+function openHelp() {
+  keys();
+  $("single-keys").checked = singleKeys();
+  $("help-dialog").showModal();
+}
+
+function openSkip() {
+  if (busy || !task) return;
+  $("skip-words").value = "";
+  $("skip-reasons").querySelectorAll("input").forEach((input, number) => (input.checked = number === 0));
+  $("skip-dialog").showModal();
+}
+
+// ---- the beginning ----
+
+$("skip-reasons").append(
+  ...REASONS.map((reason) => make("label", { class: "check" }, make("input", { type: "radio", name: "reason", value: reason }), reason)),
+);
+$("skip-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  $("skip-dialog").close();
+  const chosen = $("skip-reasons").querySelector("input:checked");
+  const skip = $("skip-words").value.trim() || (chosen ? chosen.value : REASONS[0]);
+  send({ ranks: [], ratings: marks.ratings, flags: marks.flags, skip, seconds });
+});
+$("skip-cancel").addEventListener("click", () => $("skip-dialog").close());
+$("sign-in-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  comeIn($("token").value.trim().replace(/^.*#token=/, ""));
+});
+$("single-keys").addEventListener("change", (event) => localStorage.setItem("single keys", event.target.checked ? "on" : "off"));
+for (const [id, deed] of [["undo", undo], ["skip", openSkip], ["help", openHelp], ["again", load], ["submit", submit], ["by-ratings", orderByRatings]]) {
+  $(id).addEventListener("click", deed);
+}
+for (const id of ["left", "tie", "right"]) $(id).addEventListener("click", () => better(id));
+document.addEventListener("keydown", pressed);
+for (const sign of ["pointerdown", "pointermove", "keydown", "scroll"]) {
+  document.addEventListener(sign, () => (active = Date.now()), { passive: true });
+}
+setInterval(() => {
+  if (task && !busy && document.visibilityState === "visible" && Date.now() - active < IDLE) seconds += 1;
+}, 1000);
+window.addEventListener("pagehide", () => {
+  if (task && saver) save({ keepalive: true });
+});
+
+async function begin() {
+  const token = location.hash.startsWith("#token=") ? location.hash.slice(7) : "";
+  // The token leaves the address at once: neither history nor a look over the shoulder keeps it.
+  if (token) {
+    history.replaceState(null, "", location.pathname);
+    await comeIn(token);
+  } else {
+    await load();
+  }
+}
+
+window.addEventListener("hashchange", begin);
+begin();

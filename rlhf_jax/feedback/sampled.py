@@ -1,0 +1,92 @@
+"""Items sampled on the spot: each model's responses to the same prompts, to be compared blind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from rlhf_jax.data.batches import PromptRows, bucket_length, default_buckets
+from rlhf_jax.data.encode import prompt_ids
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.records import MOST_RESPONSES, Item
+from rlhf_jax.feedback.tasks import make_item
+from rlhf_jax.generate import generate
+from rlhf_jax.sources import Source
+
+ROWS = 32
+
+
+def sample_items(
+    models: Sequence[Source],
+    prompts: Sequence[Prompt],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> list[Item]:
+    """An item for each prompt with `samples` responses of each model, its sources; the same seed gives the same items.
+
+    A prompt to which all responses came out alike is kept: it is a tie, and to leave it out would sharpen a difference
+    between the models that is not there.
+
+    Raises: UserError for a prompt that leaves no room in a model's context, and unless there are 2 to 9 responses.
+    """
+    if not 2 <= len(models) * samples <= MOST_RESPONSES:
+        raise UserError(
+            f"found {len(models)} runs with {samples} samples each, wanted 2 to {MOST_RESPONSES} responses to a prompt"
+        )
+    columns = [
+        _responses(
+            model, prompts, samples=samples, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + number
+        )
+        for number, model in enumerate(models)
+    ]
+    items = {}
+    for prompt, answers in zip(prompts, zip(*columns, strict=True), strict=True):
+        responses = [text for texts in answers for text in texts]
+        if prompt.turns:
+            responses = [text.strip() for text in responses]
+        sources = [model.where for model in models for _ in range(samples)]
+        item = make_item(prompt.prompt, responses, turns=prompt.turns, sources=sources)
+        items[item.id] = item
+    return list(items.values())
+
+
+def _responses(
+    model: Source, prompts: Sequence[Prompt], *, samples: int, max_new_tokens: int, temperature: float, seed: int
+) -> list[list[str]]:
+    tokenizer, network, params = model.tokenizer, model.network(), model.params()
+    room = model.model.context - max_new_tokens
+    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    for prompt, ids in zip(prompts, rows, strict=True):
+        if not 1 <= len(ids) <= room:
+            raise UserError(
+                f"{prompt.where}: found {len(ids)} tokens, wanted 1 to {max(room, 0)} for {model.where}: its context "
+                f"of {model.model.context} less --max-new-tokens {max_new_tokens}"
+            )
+    texts: list[str] = []
+    order = [place for place in range(len(rows)) for _ in range(samples)]
+    for number, start in enumerate(range(0, len(order), ROWS)):
+        part = [rows[place] for place in order[start : start + ROWS]]
+        width = bucket_length(max(map(len, part)), default_buckets(room))
+        batch = PromptRows(part, width, tokenizer.pad_id).batch(np.arange(ROWS) % len(part))
+        out = generate(
+            network,
+            params,
+            batch.tokens_BP,
+            batch.mask_BP,
+            jax.random.fold_in(jax.random.key(seed), number),
+            max_new_tokens=max_new_tokens,
+            stop_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
+            temperature=temperature,
+        )
+        tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
+        for ids, row, mask in zip(part, tokens_BR, mask_BR):
+            # Decoded alone, a response could lose a space before it.
+            texts.append(tokenizer.decode([*ids, *row[mask].tolist()])[len(tokenizer.decode(ids)) :])
+    return [texts[place * samples : (place + 1) * samples] for place in range(len(rows))]

@@ -1,0 +1,337 @@
+"""The labelling server: pages and their files, a labeller's items and answers, the admin's figures and export.
+
+Everything that changes a folder runs in the one thread of the event loop on the store's one connection, a few
+milliseconds at a time; figures that take longer are drawn in another thread by a connection that only reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import tempfile
+import time
+import zipfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from rlhf_jax.data.dialogues import is_hh, split_hh
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import admin
+from rlhf_jax.feedback.export import FORMS, export
+from rlhf_jax.feedback.guard import Address, Guard, Refused, read_body
+from rlhf_jax.feedback.judged import item_row, judgement_row
+from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Queue
+from rlhf_jax.feedback.records import FLAGS, Item
+from rlhf_jax.feedback.store import Labeller, Store
+
+ASSETS = Path(__file__).parent / "assets"
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+COOKIE_SECONDS = 30 * 24 * 3600
+FRESH_SECONDS = 5.0
+_Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Service:
+    """What the routes share: a store, its queue, and where it is served."""
+
+    def __init__(self, store: Store, queue: Queue, address: Address) -> None:
+        self.store, self.queue, self.address = store, queue, address
+        # Cookies know no ports: two folders on one machine keep theirs apart by name.
+        self.cookie = "label_" + hashlib.sha256(store.salt.encode()).hexdigest()[:12]
+        self._drawn: tuple[float, dict[str, Any]] = (0.0, {})
+        self._drawing = asyncio.Lock()
+
+    def who(self, request: Request, *roles: str) -> Labeller:
+        """The labeller that the request's token or cookie belongs to. Raises: Refused."""
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer":
+            token = request.cookies.get(self.cookie, "")
+        labeller = self.store.by_token(token) if token else None
+        if labeller is None:
+            raise Refused(401, "open the page by the link that you were given")
+        if roles and labeller.role not in roles:
+            raise Refused(403, "this is the admin's")
+        return labeller
+
+    async def figures(self) -> dict[str, Any]:
+        """Agreement, win rates and disagreements, at most a few seconds old."""
+        async with self._drawing:
+            at, drawn = self._drawn
+            if not drawn or time.monotonic() - at > FRESH_SECONDS:
+                drawn = await run_in_threadpool(_draw, self.store)
+                self._drawn = (time.monotonic(), drawn)
+        return drawn
+
+
+def make_app(service: Service) -> Starlette:
+    """The web application, to be served by one process."""
+
+    async def log_in(request: Request) -> Response:
+        body = await read_body(request)
+        token = body.get("token")
+        labeller = service.store.by_token(token) if isinstance(token, str) else None
+        if labeller is None:
+            raise Refused(401, "no labeller has this token")
+        response = JSONResponse({"name": labeller.name, "role": labeller.role})
+        response.set_cookie(
+            service.cookie,
+            str(token),
+            max_age=COOKIE_SECONDS,
+            httponly=True,
+            samesite="strict",
+            secure=service.address.url.startswith("https"),
+        )
+        return response
+
+    async def log_out(request: Request) -> Response:
+        response = JSONResponse({})
+        response.delete_cookie(service.cookie, httponly=True, samesite="strict")
+        return response
+
+    async def task(request: Request) -> Response:
+        labeller = service.who(request)
+        assignment = service.queue.assign(labeller)
+        progress = service.queue.progress(labeller)
+        return JSONResponse(
+            {
+                "labeller": {"name": labeller.name, "role": labeller.role, "screening": labeller.screening},
+                "progress": progress,
+                "task": None if assignment is None else _page(assignment),
+            }
+        )
+
+    async def draft(request: Request) -> Response:
+        labeller = service.who(request)
+        body = await read_body(request)
+        item, revision, content = _text(body, "item"), body.get("revision"), body.get("draft")
+        if not isinstance(revision, int) or not 0 <= revision < 2**53 or not isinstance(content, dict):
+            raise Refused(400, "draft: wanted an item, a revision and a draft")
+        service.queue.save_draft(labeller, item, content, revision)
+        return JSONResponse({})
+
+    async def judgement(request: Request) -> Response:
+        labeller = service.who(request)
+        body = await read_body(request)
+        return JSONResponse(service.queue.judge(labeller, _text(body, "request"), _answer(body)))
+
+    async def undo(request: Request) -> Response:
+        labeller = service.who(request)
+        body = await read_body(request)
+        return JSONResponse(service.queue.undo(labeller, _text(body, "request")))
+
+    async def summary(request: Request) -> Response:
+        service.who(request, "admin")
+
+        def draw() -> dict[str, Any]:
+            with _reader(service.store) as store:
+                wanted = service.queue.rules.wanted
+                return {**admin.throughput(store, time.time()), "progress": admin.progress(store, wanted)}
+
+        figures = await run_in_threadpool(draw)
+        quiz = service.queue.quizzes > 0
+        marks = {person.name: service.queue.quiz_mark(person) for person in service.store.labellers() if quiz}
+        for person in figures["people"]:
+            person["quiz"] = marks.get(person["name"])
+        return JSONResponse(figures | {"labellers_per_item": service.queue.rules.wanted})
+
+    async def figures(request: Request) -> Response:
+        service.who(request, "admin")
+        return JSONResponse(await service.figures())
+
+    async def labeller(request: Request) -> Response:
+        service.who(request, "admin")
+        body = await read_body(request)
+        name, deed = _text(body, "name"), _text(body, "do")
+        known = {labeller.name: labeller for labeller in service.store.labellers()}
+        if deed == "add":
+            person = service.store.add_labeller(name)
+        elif name not in known:
+            raise Refused(404, "there is no such labeller")
+        else:
+            person = known[name]
+        if deed == "revoke":
+            service.store.revoke(person)
+            return JSONResponse({"name": name})
+        if deed not in ("add", "link") or person.role == "model":
+            raise Refused(400, "do: wanted add, link or revoke, of a person")
+        return JSONResponse({"name": name, "link": link(service.address, service.store.new_token(person))})
+
+    async def export(request: Request) -> Response:
+        service.who(request, "admin")
+        content = await run_in_threadpool(_export, service.store)
+        headers = {"content-disposition": 'attachment; filename="labels.zip"'}
+        return Response(content, media_type="application/zip", headers=headers)
+
+    routes = [
+        Route("/api/login", log_in, methods=["POST"]),
+        Route("/api/logout", log_out, methods=["POST"]),
+        Route("/api/task", task, methods=["POST"]),
+        Route("/api/draft", draft, methods=["POST"]),
+        Route("/api/judgement", judgement, methods=["POST"]),
+        Route("/api/undo", undo, methods=["POST"]),
+        Route("/api/admin/summary", summary),
+        Route("/api/admin/figures", figures),
+        Route("/api/admin/labeller", labeller, methods=["POST"]),
+        Route("/api/admin/export", export),
+        Route("/", _asset("label.html")),
+        Route("/admin", _asset("admin.html")),
+        *(
+            Route(f"/assets/{path.name}", _asset(path.name))
+            for path in sorted(ASSETS.iterdir())
+            if path.suffix in TYPES
+        ),
+    ]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, address=service.address)],
+        exception_handlers={Refused: _refused, Conflict: _conflict, UserError: _mistake, 404: _nothing, 405: _nothing},
+    )
+
+
+def link(address: Address, token: str) -> str:
+    """What a labeller opens. What stands behind the # is never sent: no log and no other site sees the token."""
+    return f"{address.url}/#token={token}"
+
+
+def _asset(name: str) -> _Handler:
+    """A file of the page, held in memory: no path of a request is ever looked up on the disk."""
+    content = (ASSETS / name).read_bytes()
+    tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
+    headers = {"etag": tag, "cache-control": "no-cache"}
+
+    async def serve(request: Request) -> Response:
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=TYPES[Path(name).suffix], headers=headers)
+
+    return serve
+
+
+def _page(assignment: Assignment) -> dict[str, Any]:
+    """What the page may know of an item: neither where its responses are from, nor that it is calibration, nor gold."""
+    item = assignment.item
+    return {
+        "id": item.id,
+        "quiz": item.kind == "quiz",
+        "turns": _turns(item),
+        "responses": [item.responses[place].removeprefix(" ").strip("\n") for place in assignment.order],
+        "draft": assignment.draft,
+        "revision": assignment.revision,
+    }
+
+
+def _turns(item: Item) -> list[dict[str, str]]:
+    if item.turns:
+        return [turn._asdict() for turn in item.turns]
+    if is_hh(item.prompt):
+        turns = split_hh(item.prompt)
+        if turns[-1].role == "assistant" and not turns[-1].content.strip():
+            turns.pop()
+        return [{"role": turn.role, "content": turn.content.strip()} for turn in turns]
+    return [{"role": "text", "content": item.prompt.strip("\n")}]
+
+
+def _answer(body: dict[str, Any]) -> Answer:
+    """The answer in a post; the queue checks whether it fits the item."""
+    ranks, ratings, flags = (body.get(name, []) for name in ("ranks", "ratings", "flags"))
+    skip, seconds = body.get("skip", ""), body.get("seconds", 0.0)
+    if not isinstance(ranks, list) or not all(_whole(rank) for rank in ranks):
+        raise Refused(400, "ranks: wanted a list of whole numbers")
+    if not isinstance(ratings, list) or not all(rating is None or _whole(rating) for rating in ratings):
+        raise Refused(400, "ratings: wanted a list of whole numbers, null where there is none")
+    if not isinstance(flags, list) or not all(
+        isinstance(names, list) and all(name in FLAGS for name in names if isinstance(name, str)) for names in flags
+    ):
+        raise Refused(400, f"flags: wanted a list of lists of {', '.join(FLAGS)}")
+    if not all(isinstance(name, str) for names in flags for name in names):
+        raise Refused(400, "flags: wanted names")
+    if not isinstance(skip, str) or isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise Refused(400, "skip: wanted text; seconds: wanted a number")
+    if not ranks and not skip.strip():
+        raise Refused(400, "ranks: found none, wanted one for each response, or a reason to skip")
+    return Answer(
+        item=_text(body, "item"),
+        ranks=tuple(ranks),
+        ratings=tuple(ratings),
+        flags=tuple(tuple(names) for names in flags),
+        skip=skip.strip(),
+        seconds=float(seconds),
+    )
+
+
+def _text(body: dict[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not 1 <= len(value) <= 100:
+        raise Refused(400, f"{name}: wanted text of 1 to 100 characters")
+    return value
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _reader:
+    """A connection of this thread's own."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store.beside()
+
+    def __enter__(self) -> Store:
+        return self._store
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+
+
+def _draw(store: Store) -> dict[str, Any]:
+    with _reader(store) as reader:
+        items, judgements = admin.recent(reader)
+    return admin.agreement(items, judgements) | {"disagreements": admin.disagreements(items, judgements)}
+
+
+def _export(store: Store) -> bytes:
+    """Every form of export, and all that is known as JSONL, in one archive; the same bytes for the same judgements."""
+    with _reader(store) as reader:
+        items, judgements = reader.items(), reader.judgements()
+    with tempfile.TemporaryDirectory() as folder:
+        for form in FORMS:
+            export(items, judgements, Path(folder, form), form=form)
+        for name, rows in (("items", map(item_row, items)), ("judgements", map(judgement_row, judgements))):
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            Path(folder, f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
+            for path in sorted(Path(folder).rglob("*")):
+                if path.is_file():
+                    # Without a date of its own an archive of the same files is another every time.
+                    entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
+                    entry.compress_type = zipfile.ZIP_DEFLATED
+                    files.writestr(entry, path.read_bytes())
+        return archive.getvalue()
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    status = error.status if isinstance(error, Refused) else 400
+    return JSONResponse({"error": str(error)}, status)
+
+
+async def _conflict(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 409)
+
+
+async def _mistake(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 400)
+
+
+async def _nothing(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "there is nothing here"}, 404)

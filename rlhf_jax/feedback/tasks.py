@@ -1,0 +1,148 @@
+"""Items to label, from JSONL files or from responses that models gave.
+
+A row of a file has a prompt, as text or messages, and `responses`, each text or a message of the assistant's; or it is
+a comparison in any form that training reads (data/reader.py). `ranks`, or chosen before rejected, become gold where
+that is asked for; `sources` may say which model each response came from. With a prompt of messages a response is the
+content of the assistant's next one; with a prompt of text it is what follows the text, with nothing between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
+from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.data.lines import describe, read_rows
+from rlhf_jax.data.reader import read_records
+from rlhf_jax.data.records import Comparison
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.records import MOST_RESPONSES, Item
+from rlhf_jax.feedback.store import dense
+
+
+def make_item(
+    prompt: str,
+    responses: Sequence[str],
+    *,
+    turns: Sequence[Message] = (),
+    sources: Sequence[str] = (),
+    kind: str = "task",
+    gold: Sequence[int] = (),
+) -> Item:
+    """An item with the id that its prompt and responses give it: the same content is the same item anywhere."""
+    content = json.dumps([prompt, turns, responses], ensure_ascii=False)
+    id = hashlib.sha256(content.encode()).hexdigest()[:20]
+    return Item(id, prompt, tuple(responses), tuple(turns), tuple(sources), kind, dense(gold))
+
+
+def read_tasks(paths: Iterable[str | Path], *, kind: str = "task", gold: bool = False) -> list[Item]:
+    """The items of some files; a row that stands twice is one item.
+
+    Args:
+      gold: ranks become gold; a quiz cannot do without.
+    Raises: UserError `file:line: field 'x': found …, wanted …`, and for a file without rows.
+    """
+    items: dict[str, Item] = {}
+    for path in paths:
+        if compares(path):
+            found = [_of_comparison(record, kind, gold) for record in read_records(path, "comparisons", Ledger())]
+        else:
+            found = [_of_row(where, row, kind, gold) for where, row in read_rows(path)]
+        if not found:
+            raise UserError(f"{path}: found no row to label, wanted one JSON object on each line")
+        items.update((item.id, item) for item in found if item.id not in items)
+    return list(items.values())
+
+
+def compares(path: str | Path) -> bool:
+    """Whether the first row of a file is a comparison."""
+    for _, row in read_rows(path):
+        return "chosen" in row
+    return False
+
+
+def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
+    if not isinstance(record, Comparison):
+        raise UserError(f"{record.where}: found a ranking among comparisons, wanted files of one kind of row")
+    responses = [record.chosen, record.rejected]
+    if record.turns:
+        responses = [response.removeprefix(" ") for response in responses]
+    return make_item(record.prompt, responses, turns=record.turns, kind=kind, gold=(1, 2) if gold else ())
+
+
+def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
+    prompt, turns = row.get("prompt"), tuple[Message, ...]()
+    if isinstance(prompt, list) and prompt:
+        turns = tuple(_message(where, f"prompt[{number}]", value) for number, value in enumerate(prompt))
+        prompt = render_prompt(turns)
+    if not isinstance(prompt, str):
+        raise _wrong(where, row, "prompt", "text or a list of messages")
+    values = row.get("responses")
+    if not isinstance(values, list) or not 2 <= len(values) <= MOST_RESPONSES:
+        raise _wrong(where, row, "responses", f"a list of 2 to {MOST_RESPONSES}, or 'chosen' and 'rejected'")
+    responses = [_response(where, f"responses[{number}]", value) for number, value in enumerate(values)]
+    for number, response in enumerate(responses):
+        if not response.strip():
+            raise UserError(f"{where}: field 'responses[{number}]': found an empty response, wanted text")
+    if len(set(responses)) == 1:
+        raise UserError(f"{where}: field 'responses': found the same text everywhere, wanted something to compare")
+    sources = row.get("sources", [])
+    if not isinstance(sources, list) or len(sources) not in (0, len(values)) or not _all(sources, str):
+        raise _wrong(where, row, "sources", f"a list of {len(values)} names, one for each response")
+    return make_item(
+        prompt,
+        responses,
+        turns=turns,
+        sources=sources,
+        kind=kind,
+        gold=_gold(where, row, len(values)) if gold else (),
+    )
+
+
+def _gold(where: str, row: dict[str, Any], count: int) -> list[int]:
+    ranks = row.get("ranks", row.get("gold"))
+    if not isinstance(ranks, list) or len(ranks) != count or not _all(ranks, int) or min(ranks) < 1:
+        raise _wrong(where, row, "ranks", f"a list of {count} whole numbers from 1, the best: gold was asked for")
+    if len(set(ranks)) == 1:
+        raise UserError(f"{where}: field 'ranks': found all tied, wanted gold that orders at least one pair")
+    return ranks
+
+
+def _message(where: str, place: str, value: Any) -> Message:
+    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
+        raise UserError(
+            f'{where}: field {place!r}: found {describe(value)}, wanted a message {{"role": …, "content": …}}'
+        )
+    if value["role"] not in ROLES:
+        raise UserError(
+            f"{where}: field '{place}.role': found {describe(value['role'])}, wanted one of {', '.join(ROLES)}"
+        )
+    if not isinstance(value["content"], str):
+        raise UserError(f"{where}: field '{place}.content': found {describe(value['content'])}, wanted text")
+    return Message(value["role"], value["content"])
+
+
+def _response(where: str, place: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    messages = value if isinstance(value, list) else [value]
+    if len(messages) == 1 and isinstance(messages[0], dict):
+        message = _message(where, place, messages[0])
+        if message.role == "assistant":
+            return message.content
+    raise UserError(f"{where}: field {place!r}: found {describe(value)}, wanted text or one message of the assistant's")
+
+
+def _wrong(where: str, row: dict[str, Any], name: str, wanted: str) -> UserError:
+    found = (
+        describe(row[name]) if name in row else f"nothing; the row's fields are {', '.join(map(repr, row)) or 'none'}"
+    )
+    return UserError(f"{where}: field {name!r}: found {found}, wanted {wanted}")
+
+
+def _all(values: list[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)

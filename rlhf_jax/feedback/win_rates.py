@@ -1,0 +1,86 @@
+"""Blind evaluation: how often people rank one model's responses above another's."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rlhf_jax.feedback.records import FLAGS, Item, Judgement
+from rlhf_jax.feedback.store import AI
+
+_Shares = dict[str, list[float]]
+
+
+def win_rates(items: Iterable[Item], judgements: Iterable[Judgement]) -> list[dict[str, Any]]:
+    """For each two sources, the first's win rate over the second by people; [] where no item names its sources.
+
+    An item's outcome is the mean over its judgements and pairs of responses, 1 for a win, ½ for a tie; the rate is the
+    mean over items. For each flag: the share of each source's responses that were given it, and the win rate on the
+    items where somebody gave it. Intervals are Wilson's, 95%, with one observation for each item: several judgements of
+    an item are no independent ones.
+
+    Returns: plain JSON; a rate is {"value", "low", "high", "items"}, None where nothing was judged.
+    """
+    known = {item.id: item for item in items if len(set(item.sources)) > 1}
+    outcomes: dict[tuple[str, str], _Shares] = defaultdict(lambda: defaultdict(list))
+    flagged: dict[tuple[str, str], _Shares] = defaultdict(lambda: defaultdict(list))
+    with_flag: dict[str, set[str]] = defaultdict(set)
+    for judgement in judgements:
+        item = known.get(judgement.item)
+        if item is None or not judgement.ranks or judgement.labeller.startswith(AI):
+            continue
+        places = {source: [k for k, name in enumerate(item.sources) if name == source] for source in set(item.sources)}
+        for first, second in itertools.combinations(sorted(places), 2):
+            outcomes[first, second][item.id].append(_outcome(judgement.ranks, places[first], places[second]))
+        for flag in FLAGS if judgement.flags else ():
+            for source, own in places.items():
+                flagged[source, flag][item.id].append(sum(flag in judgement.flags[k] for k in own) / len(own))
+            if any(flag in names for names in judgement.flags):
+                with_flag[flag].add(item.id)
+    return [
+        {
+            "first": first,
+            "second": second,
+            "win_rate": _rate(by_item),
+            "ties": _mean([float(outcome == 0.5) for given in by_item.values() for outcome in given]),
+            "flags": {
+                flag: {
+                    "first": _rate(flagged[first, flag]),
+                    "second": _rate(flagged[second, flag]),
+                    "win_rate": _rate({id: given for id, given in by_item.items() if id in with_flag[flag]}),
+                }
+                for flag in FLAGS
+            },
+        }
+        for (first, second), by_item in sorted(outcomes.items())
+    ]
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval for a share of `count` observations, each between 0 and 1.
+
+    Source: Wilson 1927. Outcomes between 0 and 1 vary at most as much as those that are one or the other.
+    """
+    z2 = 1.959964**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _outcome(ranks: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:
+    return _mean([0.5 if ranks[a] == ranks[b] else float(ranks[a] < ranks[b]) for a in first for b in second])
+
+
+def _rate(by_item: _Shares) -> dict[str, float] | None:
+    if not by_item:
+        return None
+    value = _mean([_mean(given) for given in by_item.values()])
+    low, high = wilson(value, len(by_item))
+    return {"value": value, "low": low, "high": high, "items": len(by_item)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
