@@ -102,7 +102,8 @@ def write_adapter(
 def read_adapter(folder: str | Path, model: ModelConfig, model_type: str) -> tuple[Params, LoraConfig]:
     """The adapter in a folder for such a model, float32, and its settings; a module's own scale is in its lora_b.
 
-    Which modules it has is what its tensors say, whatever their config says.
+    Which modules it has is what its tensors say, whatever their config says. Blocks stand one by one; where the model
+    holds them stacked, each has the same modules of the same rank, filled up with zeros.
     Raises: UserError for files that are missing or cut, for other methods than LoRA, and for tensors that are no pair,
       of another shape, or of no use to the model.
     """
@@ -118,7 +119,7 @@ def read_adapter(folder: str | Path, model: ModelConfig, model_type: str) -> tup
     lora = LoraConfig(rank=rank, alpha=alpha * math.sqrt(rank) if rooted else alpha)
     pairs, score = _sorted_out(folder / TENSORS, sites, model_type, model)
 
-    flat: dict[str, Any] = {}
+    flat: dict[str, np.ndarray] = {}
     for name, halves in pairs.items():
         site, own = sites[name], ranks.integer(_pattern_of(ranks, name), rank)
         for half, wanted in (("A", (own, site.inside)), ("B", (site.outside, own))):
@@ -127,16 +128,18 @@ def read_adapter(folder: str | Path, model: ModelConfig, model_type: str) -> tup
         scale = alphas.number(_pattern_of(alphas, name), alpha) / (math.sqrt(own) if rooted else own)
         b = b * np.float32(scale / lora.scale)  # exactly 1 where the module has no scale of its own
         for place, (a_place, b_place) in _cut(site, a, b, rank, model):
-            flat[f"{place}.lora_a"], flat[f"{place}.lora_b"] = jnp.asarray(a_place), jnp.asarray(b_place)
+            flat |= {f"{place}.lora_a": a_place, f"{place}.lora_b": b_place}
+    if model.scan_layers:
+        flat = _evened(flat, model.layers)
     found = {path.split(".")[-2] for path in flat}
     if score is not None:
         ours = folder / OURS
         bias = Fields(read_json(ours), str(ours)).number("score_bias", 0.0) if ours.exists() else 0.0
-        flat["score.kernel"] = jnp.asarray(score.astype(np.float32).T)
-        flat["score.bias"] = jnp.full(1, bias, jnp.float32)
+        flat |= {"score.kernel": score.astype(np.float32).T, "score.bias": np.full(1, bias, np.float32)}
     elif fields.values.get("task_type") == "SEQ_CLS":
         raise UserError(f"{folder / TENSORS}: tensor '{_BASE}score.weight' is missing, but {CONFIG} says SEQ_CLS")
-    return nested(flat), dataclasses.replace(lora, targets=tuple(place for place in PLACES if place in found))
+    adapter = nested({path: jnp.asarray(leaf) for path, leaf in flat.items()})
+    return adapter, dataclasses.replace(lora, targets=tuple(place for place in PLACES if place in found))
 
 
 def base_of(folder: str | Path) -> str:
@@ -164,7 +167,7 @@ class _Site:
 
 def _sites(model_type: str, model: ModelConfig) -> dict[str, _Site]:
     """By the name of the module."""
-    shapes = parameter_shapes(model, False)
+    shapes = parameter_shapes(dataclasses.replace(model, scan_layers=False), False)
     sites = {}
     for tensor in tensors_of(model_type, model, scalar=False):
         if tensor.ours[0].endswith(".kernel"):
@@ -256,6 +259,20 @@ def _cut(
         # Zeros in both A and B would never get a gradient: there is no adapter.
         elif a[row].any() or part[row].any():
             yield place, (a[row].T, part[row])
+
+
+def _evened(flat: Mapping[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
+    """The same shapes in every block. Zeros in both A and B change nothing and get no gradient."""
+    most: dict[str, tuple[int, ...]] = {}
+    for path, leaf in flat.items():
+        inner = path.partition(".")[2]
+        most[inner] = tuple(map(max, leaf.shape, most.get(inner, leaf.shape)))
+    even = {}
+    for inner, shape in most.items():
+        for path in (f"block_{i}.{inner}" for i in range(layers)):
+            leaf = flat.get(path, np.zeros((0, 0), np.float32))
+            even[path] = np.pad(leaf, [(0, wide - own) for wide, own in zip(shape, leaf.shape, strict=True)])
+    return even
 
 
 def _sorted_out(

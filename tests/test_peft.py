@@ -1,5 +1,6 @@
 """Adapters as PEFT's folders: back to the bit, and what PEFT makes of fused matrices, scales and names, by hand."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from rlhf_jax.errors import UserError
 from rlhf_jax.huggingface import flattened, nested, parameter_shapes
 from rlhf_jax.lora import LoraConfig, init_adapter
+from rlhf_jax.model import stack_blocks
 from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.peft import base_of, read_adapter, write_adapter
 
@@ -164,6 +166,20 @@ def test_a_modules_own_scale(config: dict[str, Any], scale: float, tmp_path: Pat
     # Written again it is the same adapter, of the module's own rank.
     write_adapter(tmp_path / "b", adapter, lora, MODELS["llama"], "llama", base="x")
     assert_same(read_adapter(tmp_path / "b", MODELS["llama"], "llama")[0], adapter)
+
+
+def test_stacked_blocks_get_the_same_modules_of_the_same_rank(tmp_path: Path) -> None:
+    model = dataclasses.replace(MODELS["llama"], layers=3, scan_layers=True)
+    stems = {1: f"{BASE}model.layers.1.mlp.up_proj", 2: f"{BASE}model.layers.2.mlp.up_proj"}
+    tensors = {}
+    for rank, stem in stems.items():
+        tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"] = np.ones((rank, 8)), np.ones((12, rank))
+    folder = made(tmp_path / "a", tensors, rank_pattern={"layers.1.mlp.up_proj": 1}, lora_alpha=2)
+    adapter, lora = read_adapter(folder, model, "llama")
+    whole = stack_blocks(adapter, model)["blocks"]["ffn"]["up"]
+    products = whole["lora_a"] @ whole["lora_b"] * lora.scale
+    # alpha / r · r: nothing in the first, 2 in each of the others.
+    np.testing.assert_array_equal(products, np.ones((3, 8, 12)) * np.array([0.0, 2.0, 2.0])[:, None, None])
 
 
 @pytest.mark.parametrize("prefix", [BASE + "model.", "model.", BASE, ""])
