@@ -3,7 +3,8 @@
 A step is a sealed folder `00000200/` (durable.py) with Orbax's `params/`, what a later stage takes, and `training/`,
 the rest of the state. It is written under another name and renamed, and a deletion renames first: whenever the
 process is killed, what is listed is whole. Orbax itself sees neither a flipped bit nor another dtype, so the manifest
-is checked before it reads. One process writes.
+is checked before it reads. One run writes; of its processes, each writes the parts of arrays that its devices hold,
+and the first does all else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlhf_jax import distributed
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.durable import UNFINISHED, Damaged, read_manifest, seal, sync_folder, verify
 from rlhf_jax.errors import UserError
@@ -72,18 +74,29 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Writes a step, in place of an earlier one of that number, then deletes those no longer kept.
 
-        Returns when everything is on the disk.
+        All processes call it. Returns when everything is on the disk.
         Raises: UserError if the disk is full or refuses; the steps before are then untouched.
         """
         leaves = _leaves(state)
         needed = sum(leaf.nbytes for leaf in leaves.values())
         unfinished, final = (self.folder / (_name(step) + suffix) for suffix in (UNFINISHED, ""))
-        try:
+
+        def make_room() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise UserError(f"{self.folder}: step {step} needs {needed:,} bytes, the disk has {free:,}; make room")
+
+        def finish() -> None:
+            seal(unfinished, about)
+            if final.exists():
+                final.rename(final.with_name(final.name + _REPLACED))
+            unfinished.rename(final)
+            sync_folder(self.folder)
+
+        try:
+            distributed.by_first(make_room)
             for part in _PARTS:
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
                     checkpointer.save(unfinished / part, args=ocp.args.StandardSave(_part(leaves, part)))
@@ -94,11 +107,8 @@ class Checkpoints:
                 "best": {"metric": self.best_metric, "mode": self.best_mode},
                 "arrays": _describe(leaves),
             }
-            seal(unfinished, about)
-            if final.exists():
-                final.rename(final.with_name(final.name + _REPLACED))
-            unfinished.rename(final)
-            sync_folder(self.folder)
+            distributed.barrier("arrays written")
+            distributed.by_first(finish)
         except (OSError, ValueError) as error:
             reason = _refusal(error)
             if reason is None:
@@ -108,8 +118,9 @@ class Checkpoints:
                 f"{self.latest()}"
             ) from error
         finally:
-            self._sweep()
-        self._prune()
+            if distributed.is_first():
+                self._sweep()
+        distributed.by_first(self._prune)
 
     def restore(self, template: TrainState, step: int | None = None) -> TrainState:
         """The saved state, laid out over devices as the template is; the template itself if nothing is saved yet.
@@ -121,15 +132,23 @@ class Checkpoints:
           step: a certain step, instead of the newest; then damage is an error.
         Raises: UserError if no saved step is intact, or if the saved state has other leaves, shapes or dtypes.
         """
+        chosen = distributed.from_first(lambda: self._intact(step))
+        if chosen is None:
+            return template
+        path = self.folder / _name(chosen)
+        return _restore(path, _manifest(path), template)
+
+    def _intact(self, step: int | None) -> int | None:
+        """The newest intact step, or the one asked for; None if nothing is saved yet. See `restore`."""
         steps = self.steps()
         if step is not None and step not in steps:
             raise UserError(f"{self.folder}: no checkpoint of step {step}; there are {steps}")
         if not steps:
-            return template
+            return None
         for candidate in [step] if step is not None else reversed(steps):
             path = self.folder / _name(candidate)
             try:
-                manifest = verify(path)
+                verify(path)
             except Damaged as damage:
                 if step is not None:
                     raise UserError(f"{path}: damaged: {damage}") from None
@@ -140,7 +159,7 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
                 continue
-            return _restore(path, manifest, template)
+            return candidate
         raise UserError(
             f"{self.folder}: none of the checkpoints {steps} is intact; remove the run's folder to start from the "
             f"beginning, or give another --name"
@@ -148,7 +167,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Removes what a killed process left behind."""
-        if self.folder.is_dir():
+        if self.folder.is_dir() and distributed.is_first():
             self._sweep()
 
     def _prune(self) -> None:
@@ -264,7 +283,7 @@ def _leaves(state: TrainState) -> dict[str, jax.Array]:
             raise TypeError(f"{name}: weakly typed; make it with jnp.{array.dtype}(…)")
         if name in leaves:
             raise TypeError(f"{name}: two leaves of the state have this name")
-        leaves[name] = array
+        leaves[name] = distributed.everywhere(array)
     for path, _ in jax.tree_util.tree_leaves_with_path(state.params):
         # A later stage reads the parameters without a template, from their names.
         if not all(isinstance(key, jax.tree_util.DictKey) and "." not in str(key.key) for key in path):

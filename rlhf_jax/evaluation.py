@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_jax.arrays import Array, Params, RankingBatch, TokenBatch
 from rlhf_jax.data.batches import RaggedRows, RankingRows, TokenRows
+from rlhf_jax.distributed import fetch
 from rlhf_jax.losses import ordered_pairs
 from rlhf_jax.model import Transformer
 from rlhf_jax.scoring import last_token_scores, ranking_scores, target_losses
@@ -57,7 +58,7 @@ def scores_of(model: Transformer, params: Params, rows: RankingRows, *, batch_si
     """Reward-model scores [N, K] of all rows; what stands where a response is missing means nothing."""
     out = np.zeros((len(rows), rows.responses), np.float32)
     for batch, indices, counted_B in _in_batches(rows, batch_size):
-        out[indices[counted_B]] = np.asarray(_scores(model, params, batch))[counted_B]
+        out[indices[counted_B]] = fetch(_scores(model, params, batch))[counted_B]
     return out
 
 
@@ -65,7 +66,7 @@ def row_scores(model: Transformer, params: Params, rows: RaggedRows, *, batch_si
     """Reward-model scores [N] of all rows, each a prompt with a response."""
     out = np.zeros(len(rows), np.float32)
     for batch, indices, counted_B in _in_batches(rows, batch_size):
-        out[indices[counted_B]] = np.asarray(_row_scores(model, params, batch))[counted_B]
+        out[indices[counted_B]] = fetch(_row_scores(model, params, batch))[counted_B]
     return out
 
 

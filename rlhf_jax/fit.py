@@ -8,12 +8,14 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax import distributed
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
 from rlhf_jax.metrics import Throughput, Writer, matmul_peak
@@ -76,36 +78,53 @@ def fit(
     guard = _Guard(writers, checkpoints)
     kind = _kind(state)
     pending: list[Metrics] = []
+    met: set[str] = set()
+    pace = _Pace()
     try:
         writers.start(step, steps)
-        with _signals() as received:
+        with _signals() as received, distributed.steps():
             while step < steps:
+                distributed.phase("reading the batch", step + 1)
                 batch = batch_at(step)
+                shapes = _shapes(batch)
+                new = shapes not in met
+                distributed.phase(
+                    "computing", step + 1, waits=True, limit=pace.limit(len(pending) + 1, new), may_compile=new
+                )
+                met.add(shapes)
                 compiled = compile_seconds()
                 state, metrics = update(state, batch)
                 step += 1
                 compiled = compile_seconds() - compiled
+                pace.begin(compiled)
                 if step == first:
                     _refuse_drift(kind, _kind(state))
                 elif compiled > 0:
                     throughput.exclude(compiled)
-                    writers.event(step, f"recompiled in {compiled:.1f} s for a batch of {_shapes(batch)}")
+                    writers.event(step, f"recompiled in {compiled:.1f} s for a batch of {shapes}")
                 pending.append(metrics)
+                if distributed.count() > 1 and distributed.stop_asked(step):
+                    received.append(signal.SIGTERM)
                 stopping = bool(received)
                 saving = checkpoints is not None and _due(step, save_every, steps)
                 evaluating = evaluate is not None and _due(step, eval_every, steps) and not (stopping and step < steps)
                 if stopping or saving or evaluating or step == 1 or _due(step, log_every, steps):
+                    distributed.phase("waiting for the devices", step, waits=True, limit=pace.limit(len(pending)))
                     rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(pending)]
                     pending = []
+                    pace.lap(len(rows))
                     guard.check_metrics(step, rows)
                     row = _means(rows)
                     if "tokens" in row and first <= step - len(rows):
                         row |= throughput.lap(sum(r["tokens"] for r in rows))
                     if evaluate is not None and evaluating:
+                        distributed.phase("evaluating", step)
                         row |= {f"eval/{name}": float(value) for name, value in jax.device_get(evaluate(state)).items()}
-                        stopping = bool(received)
+                        if distributed.count() == 1:
+                            stopping = bool(received)
                     writers.row(step, row)
                     if checkpoints is not None and (saving or stopping):
+                        distributed.phase("saving", step, limit=_saving_limit(state))
                         guard.check_state(step, state)
                         checkpoints.save(step, state, row)
                     throughput.restart()
@@ -170,20 +189,30 @@ def _sound(state: TrainState) -> tuple[jax.Array, jax.Array]:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. At the end the handlers from before are back."""
+    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. At the end the handlers from before are back.
+
+    Of several processes each may be asked at another step, so jax's own handler of SIGTERM stays and agrees on one
+    (distributed.stop_asked); Ctrl-C is handed to it.
+    """
     received: list[int] = []
+    interrupted: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        if (received or interrupted) and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
+        if distributed.count() > 1:
+            received.clear()
+            interrupted.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
         os.write(2, b"\nstopping after this step\n")
 
     # Elsewhere Python allows no handlers, and signals go to the main thread anyway.
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    handled = (signal.SIGTERM, signal.SIGINT) if distributed.count() == 1 else (signal.SIGINT,)
+    before = {number: signal.signal(number, handle) for number in handled}
     try:
         yield received
     finally:
@@ -230,6 +259,36 @@ def _refuse_drift(before: dict[str, str], after: dict[str, str]) -> None:
         found, wanted = after.get(path, "nothing"), before.get(path, "nothing")
         if found != wanted:
             raise TypeError(f"update changed state{path}: found {found}, wanted {wanted} as before the step")
+
+
+class _Pace:
+    """How long the devices take for a step at most, and so how long waiting for them may last."""
+
+    def __init__(self) -> None:
+        self.slowest: float | None = None
+        self._since: float | None = None
+
+    def begin(self, compiled: float) -> None:
+        """A step is on its way. compiled: seconds that went into the compiler first."""
+        if self._since is None:
+            self._since = time.monotonic()
+        elif compiled > 0:
+            self._since += compiled
+
+    def lap(self, steps: int) -> None:
+        """So many steps are done."""
+        if self._since is not None:
+            self.slowest = max(self.slowest or 0.0, (time.monotonic() - self._since) / steps)
+        self._since = None
+
+    def limit(self, steps: int, new: bool = False) -> float:
+        """Seconds for so many steps. new: one of them has to be compiled."""
+        return distributed.slowest(None if new or self.slowest is None else self.slowest * steps)
+
+
+def _saving_limit(state: TrainState) -> float:
+    """Seconds that writing, syncing and hashing a state may take, on a disk of a tenth of today's speed."""
+    return 300.0 + sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 20e6
 
 
 def _shapes(batch: Any) -> str:

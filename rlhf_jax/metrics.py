@@ -306,7 +306,7 @@ def matmul_peak() -> float:
 
     float32 on a CPU, where one device has all cores; bfloat16 elsewhere, the faster of the two that training may use.
     """
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     size, dtype = (1024, jnp.float32) if device.platform == "cpu" else (8192, jnp.bfloat16)
     multiply = jax.jit(jnp.matmul)
     a = jax.device_put(jnp.ones((size, size), dtype), device)

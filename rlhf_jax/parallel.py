@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax import distributed
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import AXES, DATA, FSDP, parameter_axes, spec
@@ -56,30 +57,98 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """A state, or parameters, laid out on the mesh."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    return _put(tree, shardings(tree, mesh))
 
 
 def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
     """(dotted path, host array) -> the array on the mesh: how a reader of files puts one tensor after the other."""
-    return lambda path, host: jax.device_put(host, sharding_of(path, host.shape, mesh))
+    return lambda path, host: _put(host, sharding_of(path, host.shape, mesh))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Every array of a tree whole on every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
+
+
+def near(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every device holds whole, on one device of this process: evaluation wants no more of them."""
+    if distributed.count() == 1:
+        return jax.device_put(tree, mesh.devices.flat[0])
+    return jax.tree.map(lambda leaf: leaf if leaf.is_fully_addressable else leaf.addressable_data(0), tree)
+
+
+def _put(tree: Any, layout: Any) -> Any:
+    """`jax.device_put`, where other processes may hold a part of the devices; they put the same values."""
+    if distributed.count() == 1:
+        return jax.device_put(tree, layout)
+
+    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        return distributed.spread(leaf, sharding)
+
+    return jax.tree.map(one, tree, layout)
+
+
+def use_all(mesh: Mesh) -> None:
+    """Raises: UserError where one of several processes has no part in the mesh, or has an idle device."""
+    idle = set(jax.devices()) - set(mesh.devices.flat)
+    if distributed.count() > 1 and idle:
+        raise UserError(
+            f"mesh: found {mesh.devices.size} devices in {dict(mesh.shape)}, wanted all {len(jax.devices())} of "
+            f"{distributed.count()} processes; use --devices {len(jax.devices())}"
+        )
+
+
+def _row_layout(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
+def row_places(mesh: Mesh) -> Callable[[int], np.ndarray] | None:
+    """Rows of the batch -> places of those that this process's devices hold, ascending; None if it is all of them."""
+    if distributed.count() == 1:
+        return None
+
+    def places(rows: int) -> np.ndarray:
+        parts = _row_layout(mesh).addressable_devices_indices_map((rows,)).values()
+        return np.unique(np.concatenate([np.arange(rows)[part] for part in parts if part is not None]))
+
+    return places
 
 
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
-    """A batch spread by rows over the axes `data` and `fsdp`.
+    """A batch spread by rows over the axes `data` and `fsdp`; of several processes, each gives its rows (`row_places`).
 
     Raises: UserError where the rows do not divide.
     """
+    if distributed.count() > 1:
+        return _gather_rows(batch, mesh)
     rows, devices = jax.tree.leaves(batch)[0].shape[0], mesh.shape[DATA] * mesh.shape[FSDP]
     if rows % devices:
         raise UserError(
             f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
         )
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec((DATA, FSDP))))
+    return jax.device_put(batch, _row_layout(mesh))
+
+
+def _gather_rows(batch: Any, mesh: Mesh) -> Any:
+    """The global batch of which every process gives its rows."""
+    shards, places = mesh.shape[DATA] * mesh.shape[FSDP], row_places(mesh)
+    own = range(shards) if places is None else places(shards).tolist()
+
+    def one(leaf: Any) -> jax.Array:
+        local = np.asarray(leaf)
+        size = local.shape[0] // len(own)
+        shape = (size * shards, *local.shape[1:])
+
+        def part(index: Any) -> np.ndarray:
+            # The number of a shard, and where it stands among those that this process has read.
+            at = own.index((index[0].start or 0) // size) * size
+            return local[at : at + size]
+
+        return jax.make_array_from_callback(shape, _row_layout(mesh), part)
+
+    return jax.tree.map(one, batch)
 
 
 def jit_update(update: Update, mesh: Mesh) -> Update:

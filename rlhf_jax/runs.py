@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, Literal
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import rich.console
 
+from rlhf_jax import distributed
 from rlhf_jax.arrays import Params, TrainState
 from rlhf_jax.checkpoint import Checkpoints, load_params
 from rlhf_jax.config import RunConfig, from_plain, to_plain
@@ -19,7 +22,17 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.fit import fit
 from rlhf_jax.metrics import Console, JsonLines, TensorBoard, Writer, Writers
 from rlhf_jax.model import ModelConfig
-from rlhf_jax.parallel import Update, is_replicated, jit_update, make_mesh, place, pmap_update
+from rlhf_jax.parallel import (
+    Update,
+    is_replicated,
+    jit_update,
+    make_mesh,
+    near,
+    place,
+    pmap_update,
+    row_places,
+    use_all,
+)
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.sharding import DATA
 from rlhf_jax.tokenizer import TextTokenizer
@@ -45,17 +58,38 @@ def create_run(
     origin: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> RunFolder:
-    """The folder of a stage's run, new or to be gone on with."""
-    return RunFolder.create(
-        config.folder,
-        stage=stage,
-        config=to_plain(config),
-        model=to_plain(model),
-        tokenizer=tokenizer,
-        inputs=inputs,
-        origin=origin,
-        base=base,
-    )
+    """The folder of a stage's run, new or to be gone on with.
+
+    Raises: UserError as `RunFolder.create`, and where processes of one run have not read the same.
+    """
+    created: list[RunFolder] = []
+
+    def create() -> None:
+        created.append(
+            RunFolder.create(
+                config.folder,
+                stage=stage,
+                config=to_plain(config),
+                model=to_plain(model),
+                tokenizer=tokenizer,
+                inputs=inputs,
+                origin=origin,
+                base=base,
+            )
+        )
+
+    distributed.by_first(create)
+    if created:
+        return created[0]
+    run = RunFolder.open(config.folder, stages=(stage,))
+    for name, found in inputs.items():
+        wanted = run.inputs.get(name, "nothing")
+        if found != wanted:
+            raise UserError(
+                f"inputs.{name}: found {found[:12]} in this process, wanted {wanted[:12]} as in the first; all "
+                "processes of a run read the same files"
+            )
+    return run
 
 
 def model_of(run: RunFolder) -> ModelConfig:
@@ -68,7 +102,7 @@ def train(
     config: RunConfig,
     state: TrainState,
     make_update: Callable[[str | None], Update],
-    batch_at: Callable[[int], Any],
+    batch_at: Callable[..., Any],
     *,
     frozen: Sequence[Any] = (),
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
@@ -82,45 +116,64 @@ def train(
 
     Args:
       make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
+      batch_at: step -> its batch; of several processes, with places=… -> the rows of it that are this one's.
       frozen: networks that the update reads; they lie on every device and are not saved.
       writers: further writers beside the console and metrics.jsonl.
     Raises: UserError for a setting that does not fit the devices; Stopped after SIGTERM, with the state saved.
     """
     mesh = make_mesh(**config.mesh_shape)
+    use_all(mesh)
+    places = row_places(mesh)
+    if config.pmap and places is not None:
+        raise UserError("pmap: found it with several processes, wanted --no-pmap, which gives the same results")
     if config.pmap:
         update = pmap_update(make_update(DATA), config.device_count)
     else:
         update = jit_update(make_update(None), mesh)
     held = tuple(place(network, mesh) for network in frozen)
     checkpoints = Checkpoints(run.checkpoints, config.keep_last, best_metric, best_mode)
-    outputs: list[Writer] = [Console(run.stage, show), JsonLines(run.metrics), *writers]
-    if config.tensorboard:
-        outputs.append(TensorBoard(run.path / "tensorboard"))
-    with run.lock():
+    outputs: list[Writer] = []
+    if distributed.is_first():
+        outputs += [Console(run.stage, show), JsonLines(run.metrics), *writers]
+        if config.tensorboard:
+            outputs.append(TensorBoard(run.path / "tensorboard"))
+    replicated = is_replicated(mesh)
+
+    def figures(state: TrainState) -> Mapping[str, Any]:
+        # Each process for itself, where it can: the others would only wait.
+        here = near(state, mesh) if replicated and places is not None else state
+        return {} if evaluate is None else evaluate(here)
+
+    with run.lock() if distributed.is_first() else contextlib.nullcontext():
         # A copy, since the update is given the state's buffers and the frozen networks may share them.
         state = checkpoints.restore(jax.tree.map(lambda x: x.copy(), place(state, mesh)))
         state = fit(
             state,
             lambda state, batch: update(state, batch, *held),
-            batch_at,
+            batch_at if places is None else functools.partial(batch_at, places=places),
             steps=config.steps,
             writers=Writers(outputs),
             checkpoints=checkpoints,
             save_every=config.save_every,
             log_every=config.log_every,
-            evaluate=evaluate,
+            evaluate=None if evaluate is None else figures,
             eval_every=config.eval_every,
             flops_per_token=flops_per_token,
         )
         checkpoints.close()
+    distributed.barrier("trained")
     # One copy on the first device is what evaluation and the next stage want, where it has room for it.
-    return jax.device_put(state, mesh.devices.flat[0]) if is_replicated(mesh) else state
+    return near(state, mesh) if replicated else state
 
 
 def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger) -> Finished:
     """Marks a run as finished, with its figures and its ledger."""
-    ledger.save(run.path / "ledger.json")
-    run.finish(summary)
+
+    def write() -> None:
+        ledger.save(run.path / "ledger.json")
+        run.finish(summary)
+
+    distributed.by_first(write)
     return Finished(run, dict(summary))
 
 
@@ -173,14 +226,15 @@ def _content(record: Any) -> bytes:
 
 def say(text: str) -> None:
     """A line for the person at the console, on standard error like the progress."""
-    rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    if distributed.is_first():
+        rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def release(run: RunFolder, params: Params, step: int) -> None:
     """Stores the parameters that later stages take, where they are not those of the last checkpoint."""
     state = TrainState(jnp.asarray(step, jnp.int32), params, {}, jax.random.key(0), {})
     released = Checkpoints(run.path / _RELEASED, keep_last=1)
-    if step not in released.steps():
+    if distributed.from_first(lambda: step not in released.steps()):
         released.save(step, state, {})
 
 

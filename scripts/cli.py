@@ -27,6 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_jax import distributed
 from rlhf_jax.config import RunConfig, coerce_fields, over_defaults
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit import Stopped
@@ -46,7 +47,10 @@ def main(
       argv: the arguments, without the program's name; None for those of this process.
     """
     try:
-        run(parse(config_class, description, argv))
+        config, cluster = _parse(config_class, description, argv)
+        if cluster.distributed:
+            cluster.join(config)
+        run(config)
     except UserError as error:
         _exit(2, f"error: {error}")
     except BrokenPipeError:
@@ -63,7 +67,7 @@ def main(
     except Stopped as stop:
         saved = f"saved after step {stop.step}; to go on:" if stop.saved else "nothing was saved; to start again:"
         arguments = sys.argv[1:] if argv is None else argv
-        _exit(128 + stop.signal, f"stopped, {saved} {shlex.join(['python', sys.argv[0], *arguments])}")
+        _exit(128 + stop.signal, f"stopped, {saved} {shlex.join(['python', sys.argv[0], *arguments])}", together=True)
     sys.exit(0)
 
 
@@ -71,9 +75,11 @@ def reported(run: Callable[[S], Finished]) -> Callable[[S], None]:
     """A stage's run that prints the figures of its summary when it is done."""
 
     def work(config: S) -> None:
-        again = (config.folder / "summary.json").exists()
+        again = distributed.from_first((config.folder / "summary.json").exists)
         use_cpu_devices(config.device_count)
         finished = run(config)
+        if not distributed.is_first():
+            return
         state = "was finished before; nothing was trained" if again else "finished"
         table = Table("figure", box=box.SIMPLE)
         table.add_column("value", justify="right")
@@ -95,7 +101,11 @@ def peak_memory() -> int:
 
 def use_cpu_devices(count: int) -> None:
     """Lets a CPU count as `count` devices, which --devices asks for; other machines have the devices they have."""
-    if count > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if (
+        count > 1
+        and distributed.count() == 1
+        and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
+    ):
         jax.config.update("jax_num_cpu_devices", count)
 
 
@@ -111,14 +121,41 @@ def use_compilation_cache() -> None:
 
 
 def parse(config_class: type[C], description: str = "", argv: Sequence[str] | None = None) -> C:
-    """A config from flags, over the defaults of `--config FILE`, over the class's own.
+    """A config from flags, over the defaults of `--config FILE`, over the class's own. See `_parse`."""
+    return _parse(config_class, description, argv)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Flags that say where the other processes are; they are no part of a run's settings."""
+
+    distributed: bool = False
+    """One of several processes that run this command; on a TPU pod, under Slurm or MPI they find each other."""
+    coordinator: str = ""
+    """With --distributed elsewhere: HOST:PORT of process 0, the same for all."""
+    processes: int | None = None
+    """With --distributed elsewhere: how many processes there are."""
+    process: int | None = None
+    """With --distributed elsewhere: number of this one, from 0."""
+
+    def join(self, config: Any) -> None:
+        """Finds the other processes. config: of the script; a CPU then counts as a part of its devices."""
+        if isinstance(config, RunConfig) and self.processes:
+            use_cpu_devices(config.device_count // self.processes)
+        distributed.initialize(self.coordinator, self.processes, self.process)
+
+
+def _parse(config_class: type[C], description: str, argv: Sequence[str] | None) -> tuple[C, Cluster]:
+    """What the script is told, and where the other processes are, for scripts whose settings have devices.
 
     A list may be given as `--data a b` or as `--data a --data b`; it replaces the default.
 
     Raises: UserError for a file that does not fit and for a wrong flag or value; SystemExit for --help.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    flags = _flags(config_class)
+    fields = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
+    bases = (config_class, Cluster) if "devices" in fields else (config_class,)
+    flags = {flag: many for base in bases for flag, many in _flags(base).items()}
     _refuse_unknown(arguments, {*flags, "--config", "--help"})
     arguments = _join_repeated(arguments, [flag for flag, is_list in flags.items() if is_list])
     file = _config_file(arguments)
@@ -128,7 +165,7 @@ def parse(config_class: type[C], description: str = "", argv: Sequence[str] | No
     with_file = dataclasses.make_dataclass(
         config_class.__name__,
         [("config", Annotated[str, tyro.conf.arg(help="YAML or JSON file of defaults; flags override them.")], "")],
-        bases=(config_class,),
+        bases=bases,
         # tyro would put a refused config into its own words; the checks run below, and `main` prints their line.
         namespace={"__post_init__": lambda self: None},
         frozen=True,
@@ -145,13 +182,17 @@ def parse(config_class: type[C], description: str = "", argv: Sequence[str] | No
         if end.code:
             raise UserError(_without_box(said.getvalue())) from None
         raise
-    fields = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
-    return config_class(**{name: getattr(given, name) for name in fields})
+    config = config_class(**{name: getattr(given, name) for name in fields})
+    if Cluster not in bases:
+        return config, Cluster()
+    cluster = Cluster(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Cluster)})
+    if cluster != Cluster() and not cluster.distributed:
+        raise UserError("coordinator, processes, process: found one of them alone, wanted --distributed beside it")
+    return config, cluster
 
 
-def _exit(status: int, line: str) -> NoReturn:
-    print(line, file=sys.stderr)
-    sys.exit(status)
+def _exit(status: int, line: str, *, together: bool = False) -> NoReturn:
+    distributed.leave(status, line, together=together)
 
 
 def _without_box(text: str) -> str:

@@ -11,7 +11,9 @@ PACKAGE = ROOT / "rlhf_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOOR = {
-    **dict.fromkeys(["errors", "arrays", "masked", "config"], 0),
+    **dict.fromkeys(["errors", "arrays", "masked", "config", "witness"], 0),
+    # Which of several processes this is: below all that asks.
+    **dict.fromkeys(["watchdog", "distributed"], 1),
     **dict.fromkeys(["losses", "returns", "kl", "rope", "sharding"], 1),
     **dict.fromkeys(
         ["lora", "model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2
@@ -40,6 +42,7 @@ NEIGHBOURS = {
     ("hf_tokenizer", "tokenizer"),
     ("hf_export", "hf_tokenizer"),
     ("hf_export", "tokenizer"),
+    ("distributed", "watchdog"),
     ("masked", "arrays"),  # the array names are for all,
     ("config", "errors"),  # and so is the exception
     ("returns", "kl"),  # the KL in the reward is the one of kl.py

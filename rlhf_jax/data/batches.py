@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -73,7 +73,14 @@ def global_indices(rows: int, *, batch_size: int, seed: int, step: int) -> Indic
 
 
 def batch_at(
-    rows: Rows[Batch], *, batch_size: int, seed: int, step: int, process: int = 0, processes: int = 1
+    rows: Rows[Batch],
+    *,
+    batch_size: int,
+    seed: int,
+    step: int,
+    process: int = 0,
+    processes: int = 1,
+    places: Callable[[int], Indices] | None = None,
 ) -> Batch:
     """This process's share, a contiguous block, of the global batch of a step.
 
@@ -81,6 +88,8 @@ def batch_at(
       batch_size: rows of the global batch, over all processes.
       seed: of the order of the rows, 0 or more.
       step: updates done so far.
+      places: rows of the global batch -> the places in it that are wanted, in place of a contiguous block; the devices
+        of a process may hold others (`parallel.row_places`).
     Raises: UserError if there are no rows; ValueError if the batch does not divide among the processes.
     """
     if len(rows) == 0:
@@ -91,6 +100,8 @@ def batch_at(
     if not 0 <= process < processes:
         raise ValueError(f"process {process} is not one of {processes}")
     everyone = global_indices(len(rows), batch_size=batch_size, seed=seed, step=step)
+    if places is not None:
+        return rows.batch(everyone[places(batch_size)], among=everyone)
     share = batch_size // processes
     return rows.batch(everyone[process * share : (process + 1) * share], among=everyone)
 

@@ -399,11 +399,11 @@ def run(
             eos_id=tokenizer.eos_id,
         )
 
-    def batch(step: int) -> Batch:
+    def batch(step: int, **share: Any) -> Batch:
         text = None
         if text_rows is not None:
-            text = batch_at(text_rows, batch_size=config.pretraining_batch, seed=config.seed, step=step)
-        return Batch(batch_at(rows, batch_size=config.batch, seed=config.seed, step=step), text)
+            text = batch_at(text_rows, batch_size=config.pretraining_batch, seed=config.seed, step=step, **share)
+        return Batch(batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share), text)
 
     frozen = Frozen(
         reference=policy.params,

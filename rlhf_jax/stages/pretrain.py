@@ -162,7 +162,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         lambda axis: make_update(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
-        lambda step: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step),
+        lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model_config.flops_per_token(config.row_length),

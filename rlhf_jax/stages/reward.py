@@ -207,7 +207,7 @@ def run(
         lambda axis: make_update(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
-        lambda step: batch_at(rankings, batch_size=config.batch, seed=config.seed, step=step),
+        lambda step, **share: batch_at(rankings, batch_size=config.batch, seed=config.seed, step=step, **share),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit, language_head=False),
