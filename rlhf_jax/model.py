@@ -462,8 +462,11 @@ def to_scalar_head(params: Params, model: Transformer, key: Array) -> Params:
 def stack_blocks(params: Params, config: ModelConfig) -> Params:
     """Parameters (or an adapter) as scanned layers want them: the blocks' under "blocks", stacked [layers, …]."""
     names = [f"block_{i}" for i in range(config.layers)]
-    if any(name not in params for name in names):
+    missing = [name for name in names if name not in params]
+    if len(missing) == len(names):
         return params
+    if missing:
+        raise ValueError(f"{missing[0]} is missing beside {len(names) - len(missing)} other blocks: they cannot be stacked")
     blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
     return {name: value for name, value in params.items() if name not in names} | {"blocks": blocks}
 
