@@ -38,7 +38,7 @@ format: setup ## let ruff rewrite what it can
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
-	  --no-emit-index-url --extra dev --extra notebook --extra tensorboard --extra hf pyproject.toml --output-file requirements.lock
+	  --no-emit-index-url --extra dev --extra notebook --extra tensorboard --extra hf --extra ui pyproject.toml --output-file requirements.lock
 
 clean: ## remove .venv and every cache; runs/ stays
 	@rm -rf .venv .venv-interop .pytest_cache .mypy_cache .ruff_cache .jax_cache build dist *.egg-info

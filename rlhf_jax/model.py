@@ -466,7 +466,7 @@ def stack_blocks(params: Params, config: ModelConfig) -> Params:
     if len(missing) == len(names):
         return params
     if missing:
-        raise ValueError(f"{missing[0]} is missing beside {len(names) - len(missing)} other blocks: they cannot be stacked")
+        raise ValueError(f"{missing[0]} is missing: blocks are stacked all together, found {len(names) - len(missing)}")
     blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
     return {name: value for name, value in params.items() if name not in names} | {"blocks": blocks}
 
