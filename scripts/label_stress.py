@@ -65,6 +65,7 @@ class Server:
             self.port = free.getsockname()[1]
         self._command = [sys.executable, str(SCRIPT), str(folder), "--port", str(self.port), *flags]
         self._process: subprocess.Popen[str] | None = None
+        self.links: dict[str, str] = {}
 
     def start(self) -> None:
         """Returns once it serves. Raises: RuntimeError with what it said if it ended instead."""
@@ -72,6 +73,8 @@ class Server:
         said = []
         for line in self._process.stdout or ():
             said.append(line)
+            name, _, link = line.rstrip().partition(": http")
+            self.links[name] = f"http{link}"
             if line.startswith("serving"):
                 return
         raise RuntimeError("".join(said))

@@ -37,14 +37,16 @@ export function draggable(chip, { drop, tap }) {
   });
   chip.addEventListener("pointermove", (event) => {
     if (!start) return;
-    const [x, y] = [event.clientX - start.x, event.clientY - start.y];
-    if (!start.moved && Math.hypot(x, y) < FAR) return;
+    if (!start.moved && Math.hypot(event.clientX - start.x, event.clientY - start.y) < FAR) return;
     if (!start.moved) {
-      start.moved = true;
+      const before = chip.getBoundingClientRect();
       chip.classList.add("dragged");
       document.body.classList.add("dragging");
+      // The places to drop on grow and push the chip aside; it stays under the finger.
+      const after = chip.getBoundingClientRect();
+      start = { x: start.x + after.x - before.x, y: start.y + after.y - before.y, moved: true };
     }
-    chip.style.transform = `translate(${x}px, ${y}px)`;
+    chip.style.transform = `translate(${event.clientX - start.x}px, ${event.clientY - start.y}px)`;
     mark(target(event));
   });
   chip.addEventListener("pointerup", (event) => {
@@ -53,13 +55,11 @@ export function draggable(chip, { drop, tap }) {
     const found = moved ? target(event) : null;
     end();
     if (found) drop(found.dataset.drop);
-    if (moved) chip.dataset.moved = "1";
+    else if (!moved) tap();
   });
   chip.addEventListener("pointercancel", end);
   chip.addEventListener("lostpointercapture", () => start && end());
-  // A click comes after every press, and from a keyboard or a screen reader alone: a drag is none.
-  chip.addEventListener("click", () => {
-    if (chip.dataset.moved) delete chip.dataset.moved;
-    else tap();
-  });
+  // A pointer's click was a press already, and a browser may keep it back after a fling; others come from a keyboard or
+  // a screen reader.
+  chip.addEventListener("click", (event) => event.detail === 0 && tap());
 }

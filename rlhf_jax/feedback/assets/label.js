@@ -229,7 +229,7 @@ function drawRanking(focus = null) {
   $("tiers").replaceChildren(gap(0), ...tiers.flatMap((tier, number) => [tier, gap(number + 1)]), ...(empty ? [empty] : []));
   $("tray").dataset.drop = "tray";
   $("tray").replaceChildren(...ranking.unplaced.map(chip));
-  show($("tray"), !ranking.complete || ranking.count === 0);
+  $("tray").classList.toggle("empty", ranking.complete);
   $("submit").disabled = !ranking.complete;
   $("by-ratings").disabled = marks.ratings.every((rating) => rating === null);
   task.responses.forEach((_, place) => ($(`where-${place}`).textContent = pair() ? "" : ranking.words(place)));

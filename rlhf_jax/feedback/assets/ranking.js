@@ -39,10 +39,11 @@ export class Ranking {
   // Into a tier of the ranking as it is now.
   join(place, tier) {
     if (this.tiers[tier].includes(place)) return;
-    const others = this.tiers[tier];
+    const friend = this.tiers[tier][0];
     this.remove(place);
-    others.push(place);
-    others.sort((a, b) => a - b);
+    const joined = this.tiers[this.tierOf(friend)];
+    joined.push(place);
+    joined.sort((a, b) => a - b);
   }
 
   // Between tiers: before the one with this number now.
