@@ -133,10 +133,10 @@ def items_of(config: Config) -> Iterator[Item]:
     if config.run:
         # Models take seconds to import.
         from rlhf_jax.feedback.sampled import sample_items
-        from rlhf_jax.sources import open_source
+        from rlhf_jax.sources import LANGUAGE, open_source
 
         yield from sample_items(
-            [open_source(spec, stages=("pretrain", "sft", "ppo")) for spec in config.run],
+            [open_source(spec, stages=LANGUAGE) for spec in config.run],
             read_records(config.prompts, "prompts", Ledger()),
             samples=config.samples,
             max_new_tokens=config.max_new_tokens,

@@ -111,6 +111,12 @@ def test_judgements_that_fit_no_item_are_refused(store: Store, judgement: Judgem
     assert store.judgements() == []
 
 
+def test_every_commit_is_synced_to_the_disk(store: Store) -> None:
+    assert store.db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert store.db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert store.db.execute("PRAGMA foreign_keys").fetchone() == (1,)
+
+
 def test_tokens_are_kept_as_hashes_only(store: Store) -> None:
     ann, bob = store.add_labeller("ann"), store.add_labeller("bob", "admin")
     token, other = store.new_token(ann), store.new_token(bob)
