@@ -20,12 +20,12 @@ Pair = tuple[bytes, bytes]
 
 # How text is cut before anything is merged; the names are those of the models that brought the patterns up.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
+LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_O200K = (
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,7 +33,7 @@ _O200K = (
 _OURS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 # They match every character, so nothing is lost between two matches, and mean the same to Oniguruma, which Hugging
 # Face uses, as to the Rust engine below tiktoken.
-PATTERNS = frozenset((GPT2, _LLAMA3, _QWEN2, _O200K, _OURS))
+PATTERNS = frozenset((GPT2, LLAMA3, QWEN2, O200K, _OURS))
 # GPT-2's pattern where each digit was cut off before: a digit ends a run of white space as the end of the text does.
 # Hugging Face counts as digits a few that are too new for the engine's \p{N}.
 _DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
@@ -220,7 +220,7 @@ def to_oniguruma(pattern: str) -> str | None:
     for ours, theirs in _TO_ONIGURUMA.items():
         pattern = pattern.replace(ours, theirs)
     odd = "$" in pattern or "(?s" in pattern or "(?x" in pattern or "[[" in pattern or "&&" in pattern
-    return None if odd or re.search(r"\}\+|\^(?<!\[\^)", pattern) else pattern
+    return None if odd or re.search(r"\{[\d,]+\}\+|(?<!\[)\^", pattern) else pattern
 
 
 def nfc(text: str) -> str:

@@ -217,6 +217,7 @@ class _Tokens:
         self._end = re.compile(rf"(?P<text>.*?)(?P<end>(?:{one})(?:\s*(?:{one}))*)\s*\Z", re.DOTALL)
         self._heads = {text[:size] for text in longest_first for size in range(1, len(text))}
         self._tails = {text[-size:] for text in longest_first for size in range(1, len(text))}
+        self._texts = "\0".join(longest_first)
         self._longest = len(longest_first[0]) if longest_first else 0
 
     @classmethod
@@ -232,6 +233,9 @@ class _Tokens:
                 places.add(len(text) - size)
             if text[:size] in self._tails:
                 places.add(size - 1)
+        # A template may even write both ends of a token around a message.
+        if 0 < len(text) < self._longest and text in self._texts:
+            places.add(0)
         return places
 
     def split_end(self, text: str) -> tuple[str, str]:

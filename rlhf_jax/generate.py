@@ -166,7 +166,10 @@ def _generate(
             logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
         token_B = jnp.where(ended_B, pad_id, token_B)
         stopped_B = functools.reduce(jnp.logical_or, [token_B == stop for stop in stop_ids], jnp.zeros(rows, bool))
-        return token_B, jnp.where(ended_B, 0.0, logp_B), ended_B | stopped_B
+        # Drawn on all devices, and back to where the model reads its rows.
+        drawn = (token_B, jnp.where(ended_B, 0.0, logp_B), ended_B | stopped_B)
+        token_B, logp_B, ended_B = (constrain(x_B, "batch") for x_B in drawn)
+        return token_B, logp_B, ended_B
 
     cache = empty_cache(model.config, rows, prompt_length + max_new_tokens)
     logits_BV, cache = extend(model, params, tokens_BP, mask_BP, cache)

@@ -5,7 +5,6 @@ Both leave the texts of special tokens as they are: they look for added tokens t
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -126,14 +125,16 @@ class PackageEncoder:
     def __init__(self, content: Content, name: str):
         self._content = {**content, "truncation": None, "padding": None, "post_processor": None}
         self._name = name
+        self._made: dict[Place, tokenizers.Tokenizer] = {}
         self.at("start")
 
-    @functools.cache  # noqa: B019, one object holds three of them as long as it lives
     def at(self, place: Place) -> tokenizers.Tokenizer:
         """The tokenizer for text at a place: only a text's start gets a space put before it.
 
         Raises: UserError if the package is not installed or cannot read the file.
         """
+        if place in self._made:
+            return self._made[place]
         try:
             import tokenizers
         except ImportError:
@@ -152,6 +153,7 @@ class PackageEncoder:
         except Exception as error:  # noqa: BLE001
             raise UserError(f"{self._name}: tokenizer.json: {' '.join(str(error).split())[:200]}") from None
         tokenizer.encode_special_tokens = True
+        self._made[place] = tokenizer
         return tokenizer
 
     def encode(self, text: str, place: Place) -> list[int]:

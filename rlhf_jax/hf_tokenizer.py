@@ -21,7 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.hf_encoders import Added, PackageEncoder, Place, RankEncoder, bytes_of, steps
 from rlhf_jax.tokenizer import Token, pieces, write_saved
 
-ROLES = ("bos", "eos", "pad")
+ROLES = ("eos", "bos", "pad")
 Ids = Mapping[str, int | Sequence[int] | None]
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # tiktoken's regex engine overflows near a million characters of white space; Hugging Face's does not.
@@ -56,7 +56,9 @@ class HuggingFaceTokenizer:
             self._roles(config)
             self.backend: Literal["tiktoken", "tokenizers"] = "tokenizers"
             self._encoder = self._choose_encoder()
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise UserError(f"{name}: tokenizer.json: {type(error).__name__}: {error}; is the file whole?") from None
 
     @classmethod
@@ -99,6 +101,8 @@ class HuggingFaceTokenizer:
         """What `save` wrote, parsed; `Tokenizer.load` calls it. Raises: UserError naming path."""
         try:
             tokenizer = cls(dict(saved["files"]), rows=saved["rows"], name=saved["name"], ids=saved["ids"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: damaged tokenizer file: {type(error).__name__}: {error}") from None
         if tokenizer.fingerprint != saved.get("fingerprint"):
@@ -191,9 +195,8 @@ class HuggingFaceTokenizer:
         return found | {added.id: added.content.encode("utf-8") for added in self._added}
 
     def _encode(self, text: str, place: Place) -> list[int]:
-        return [
-            id for piece in pieces(text, _LONGEST_SPACE) for id in self._refused(self._encoder.encode(piece, place))
-        ]
+        longest = _LONGEST_SPACE if self.backend == "tiktoken" else max(len(text), 1)
+        return [id for piece in pieces(text, longest) for id in self._refused(self._encoder.encode(piece, place))]
 
     def _refused(self, ids: list[int]) -> list[int]:
         """The ids. Raises: UserError if there is a special one among them, which only some models' own tables make."""
@@ -229,48 +232,48 @@ class HuggingFaceTokenizer:
         names = {**self._vocab, **{added.content: added.id for added in self._added}}
         texts = {id: text for text, id in names.items()}
         variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}
-        roles: dict[str, int | None] = {}
-        for role in ROLES:
-            id = names.get(variables.get(f"{role}_token", ""))
-            # A null is an answer for bos: Qwen's config.json names a bos that the model never saw.
-            unsaid = role != "bos" or "bos_token" not in config
-            if id is None and unsaid and self._ids[role]:
-                id = self._ids[role][0]
-            roles[role] = id if id is not None and id < self.rows and id in texts else None
-        if roles["eos"] is None:
+        eos, bos, pad = (self._role(role, config, names.get(variables.get(f"{role}_token", ""))) for role in ROLES)
+        if eos is None or eos not in texts:
             raise UserError(
-                f"{self.name}: found no end-of-text token that has a row in the model, wanted 'eos_token' in "
-                "tokenizer_config.json or 'eos_token_id' in config.json"
+                f"{self.name}: found no end-of-text token, wanted 'eos_token' in tokenizer_config.json or "
+                "'eos_token_id' in config.json"
             )
-        for role, id in roles.items():
-            if id is not None:
-                variables.setdefault(f"{role}_token", texts[id])
-        known = [id for id in names.values() if id < self.rows]
-        above = [added for added in self._added if added.id >= self.rows and not added.special]
+        self.eos_id: int = eos
+        self.bos_id: int | None = bos if bos is not None and bos in texts else None
+        self.start_ids = self._starts()
+        self.stop_ids = tuple(dict.fromkeys([eos, *(id for id in self._ids["eos"] if id in texts)]))
+        taken = {*self.start_ids, *self.stop_ids} | ({self.bos_id} if self.bos_id is not None else set())
+        marked = {added.id for added in self._added if added.special}
+        above = [id for id in texts if id >= self.rows and (id not in marked or id in taken)]
         if above:
             raise UserError(
-                f"{self.name}: tokenizer.json: found id {above[0].id} of {above[0].content!r}, wanted one below "
+                f"{self.name}: tokenizer.json: found id {above[0]} of {texts[above[0]]!r}, wanted one below "
                 f"{self.rows}, the rows of the model's embedding"
             )
-        self.vocab_size = max(known) + 1
-        self.eos_id, self.bos_id = roles["eos"], roles["bos"]
-        self.start_ids = self._starts(config)
-        self.stop_ids = tuple(dict.fromkeys([self.eos_id, *(id for id in self._ids["eos"] if id in texts)]))
-        taken = {self.eos_id, self.bos_id, *self.start_ids, *self.stop_ids}
-        self.pad_id = roles["pad"] if roles["pad"] is not None and roles["pad"] not in taken else self.rows
-        used = {id for id in (self.eos_id, self.bos_id, roles["pad"]) if id is not None}
-        marked = {added.id for added in self._added if added.special and added.id < self.rows}
-        self.special_tokens = {texts[id]: id for id in sorted(used | marked)}
+        self.vocab_size = max(id for id in texts if id < self.rows) + 1
+        # Some models pad with a token of ordinary text; it is no pad to us.
+        self.pad_id = self.rows if pad is None or pad not in marked - taken or pad >= self.rows else pad
+        special = marked | taken
+        self.special_tokens = {texts[id]: id for id in sorted(texts) if id in special and id < self.rows}
         self.special_ids = frozenset(self.special_tokens.values()) | {self.pad_id}
         # A character that the model does not know is its <unk>, which is no way to end or hide anything.
-        unknown = names.get(variables.get("unk_token", ""))
-        self._never = self.special_ids - ({unknown} - {self.eos_id, self.bos_id} if unknown is not None else set())
+        model = self._content["model"]
+        unknown = model.get("unk_id") if model.get("unk_token") is None else names.get(model["unk_token"])
+        self._never = frozenset(special) - ({unknown} - taken)
+        for role, id in (("eos", eos), ("bos", self.bos_id)):
+            if id is not None:
+                variables.setdefault(f"{role}_token", texts[id])
         self.chat_template = self._template(config, variables)
 
-    def _starts(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        """What the tokenizer itself puts before a text: tokenizer_config.json may overrule tokenizer.json."""
-        if "add_bos_token" in config or "add_eos_token" in config:
-            return (self.bos_id,) if config.get("add_bos_token") and self.bos_id is not None else ()
+    def _role(self, role: str, config: Mapping[str, Any], named: int | None) -> int | None:
+        """The id that tokenizer_config.json names, else the one of the model's configuration."""
+        # A null is an answer for bos: Qwen's config.json names a bos that the model never saw.
+        if named is not None or (role == "bos" and "bos_token" in config) or not self._ids[role]:
+            return named
+        return self._ids[role][0]
+
+    def _starts(self) -> tuple[int, ...]:
+        """What tokenizer.json puts before a text. transformers, too, asks no `add_bos_token` beside it."""
         starts: list[int] = []
         for step in steps(self._content.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
@@ -295,7 +298,7 @@ class HuggingFaceTokenizer:
         pattern = pattern_of(self._content.get("pre_tokenizer"))
         odd = any(a.single_word or a.lstrip or a.rstrip for a in self._added if not a.special)
         if pattern is not None and not odd and (normalizer is None or normalizer.get("type") == "NFC"):
-            table = table_of(self._content["model"], self.special_ids)
+            table = table_of(self._content["model"], self.special_ids | self._never)
             if table is not None:
                 self.backend = "tiktoken"
                 return RankEncoder(pattern, table, self._added, composes=normalizer is not None, package=package)

@@ -211,8 +211,10 @@ class Attention(nn.Module):
             key = rotate(key, row.positions_BT, layer.frequency, layer.amplitude)
         buffers = None
         if layer.keys is not None and layer.values is not None:
-            keys, key = layer.cached(layer.keys, key, row.filled)
-            values, value = layer.cached(layer.values, value, row.filled)
+            # Said here too: what becomes of the logits must not decide where attention is computed.
+            query = constrain_cache(query, groups)
+            keys, key = layer.cached(layer.keys, constrain_cache(key), row.filled)
+            values, value = layer.cached(layer.values, constrain_cache(value), row.filled)
             buffers = (keys, values)
         allowed_BTS = row.allowed_BTS
         if any(config.windows):

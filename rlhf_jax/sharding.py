@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -88,22 +90,36 @@ def constrain(x: Array, *axes: str) -> Array:
     mesh = _mesh()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, dict(mesh.shape)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, dict(mesh.shape))))
 
 
 def constrain_rows(x: Array) -> Array:
     """The array with its first axis spread over all devices, and the others whole; over fewer where it must."""
-    return constrain(x, "rows" if _divides("rows", x.shape[0]) else "batch", *("none",) * (x.ndim - 1))
+    mesh = _mesh()
+    devices = 1 if mesh is None else math.prod(mesh.shape[name] for name in MESH_AXES["rows"])
+    return constrain(x, "batch" if x.shape[0] % devices else "rows", *("none",) * (x.ndim - 1))
 
 
-def constrain_cache(x: Array) -> Array:
+def constrain_cache(x: Array, key_heads: int | None = None) -> Array:
     """Keys or values of a cache, [..., B, key heads, S, head]: rows as in a batch, key heads over the axis `tensor`.
 
     Where the key heads do not divide, rows are spread over that axis as well rather than held by all of it.
+
+    Args:
+      key_heads: where `x` are queries instead, which lie as their keys do.
     """
-    rows, heads = x.shape[-4:-2]
-    axes = ("batch", "heads") if _divides("heads", heads) or not _divides("rows", rows) else ("rows", "none")
-    return constrain(x, *("none",) * (x.ndim - 4), *axes, "none", "none")
+    mesh = _mesh()
+    if mesh is None:
+        return x
+    rows, heads = x.shape[-4], x.shape[-3] if key_heads is None else key_heads
+    return constrain(x, *("none",) * (x.ndim - 4), *cache_axes(rows, heads, dict(mesh.shape)))
+
+
+def cache_axes(rows: int, heads: int, sizes: dict[str, int]) -> tuple[str, str, str, str]:
+    """Logical axes of keys or values [B, key heads, S, head] on a mesh of these sizes."""
+    if heads % sizes[TENSOR] and not rows % math.prod(sizes[name] for name in MESH_AXES["rows"]):
+        return "rows", "none", "none", "none"
+    return "batch", "heads", "none", "none"
 
 
 @contextlib.contextmanager
@@ -113,8 +129,11 @@ def decoding(parts: int) -> Iterator[None]:
     if mesh is None or not parts:
         yield
         return
-    with jax.sharding.use_abstract_mesh(_regrouped(dict(mesh.shape), parts, named=False)):
+    token = _REGROUPED.set(_regrouped(dict(mesh.shape), parts, named=False))
+    try:
         yield
+    finally:
+        _REGROUPED.reset(token)
 
 
 def decoding_params(params: Any, parts: int, dtype: str) -> Any:
@@ -143,6 +162,8 @@ def decoding_params(params: Any, parts: int, dtype: str) -> Any:
 
 
 _PART = "part"
+# The mesh of `decoding`; JAX's own stays set, for arrays that came in under it may not meet another.
+_REGROUPED: contextvars.ContextVar[AbstractMesh | None] = contextvars.ContextVar("regrouped", default=None)
 
 
 def _regrouped(sizes: dict[str, int], parts: int, *, named: bool) -> AbstractMesh:
@@ -160,13 +181,7 @@ def _regrouped(sizes: dict[str, int], parts: int, *, named: bool) -> AbstractMes
 def _mesh() -> AbstractMesh | None:
     """The mesh that is set, None where there is none of ours or each device computes for itself."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or set(AXES) - set(mesh.axis_names) or mesh.manual_axes else mesh
-
-
-def _divides(axis: str, length: int) -> bool:
-    """Whether the mesh that is set cuts an axis of this length evenly."""
-    mesh = _mesh()
-    count = 1
-    for name in MESH_AXES[axis]:
-        count *= 1 if mesh is None else mesh.shape[name]
-    return length % count == 0
+    if mesh.empty or set(AXES) - set(mesh.axis_names) or mesh.manual_axes:
+        return None
+    regrouped = _REGROUPED.get()
+    return mesh if regrouped is None else regrouped

@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.data.encode import (
     chat_ids,
@@ -17,8 +19,10 @@ from rlhf_jax.data.encode import (
 )
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.packing import pack_text
-from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Ranking, Text
+from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Text
+from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizer import Tokenizer
+from tests.tiny_tokenizers import CHATML, GEMMA, THINKS, load
 
 BYTES = Tokenizer.bytes()
 BOS, EOS, PAD = BYTES.bos_id, BYTES.eos_id, BYTES.pad_id
@@ -104,11 +108,76 @@ def test_special_text_in_a_prompt_is_plain_text() -> None:
     assert row == [BOS, *ids("<|endoftext|>")]
 
 
+ASK = (Message("user", "u"),)
+
+
+def test_a_published_chat_template_writes_messages() -> None:
+    tokenizer = load("gpt2", {"eos_token": "<|im_end|>", "chat_template": CHATML})
+    start, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
+    prompt = [
+        start,
+        *tokenizer.encode("user\nu"),
+        end,
+        *tokenizer.encode("\n"),
+        start,
+        *tokenizer.encode("assistant\n"),
+    ]
+    answer = [*tokenizer.encode("a"), end]
+    assert chat_ids(ASK, tokenizer) == prompt_ids(Prompt("any", turns=ASK), tokenizer) == prompt
+    assert response_ids(" a", tokenizer, turns=ASK) == answer
+    assert response_ids(" a", tokenizer, turns=ASK, ended=False) == answer[:-1]
+    records: list[Demonstration | Dialogue] = [
+        Demonstration("any", " a", "f:1", turns=ASK),
+        Dialogue((*ASK, Message("assistant", "a"), Message("user", "left out")), "f:2"),
+    ]
+    rows = encode_demonstrations(records, tokenizer, max_tokens=50, ledger=Ledger()).rows
+    assert rows[0] == (prompt + answer, [False] * len(prompt) + [True] * len(answer))
+    newline = tokenizer.encode("\n")
+    assert rows[1] == (rows[0][0] + newline, rows[0][1] + [False] * len(newline))
+    rankings = encode_rankings([Comparison("any", " a", " b", turns=ASK)], tokenizer, max_tokens=50, ledger=Ledger())
+    assert rankings.rows[0][0] == [prompt + answer, [*prompt, *tokenizer.encode("b"), end]]
+
+
+def test_a_prompt_of_text_stays_text() -> None:
+    tokenizer = load("gpt2", {"eos_token": "</s>", "chat_template": CHATML})
+    assert prompt_ids(Prompt("a cat"), tokenizer) == tokenizer.encode("a cat")
+    assert response_ids(" sat", tokenizer) == [*tokenizer.encode(" sat"), tokenizer.eos_id]
+    metaspace = load("metaspace", {"eos_token": "</s>"})
+    assert prompt_ids(Prompt("a cat"), metaspace) == [metaspace.special_tokens["<s>"], *metaspace.encode("a cat")]
+    assert metaspace.decode(prompt_ids(Prompt("a c"), metaspace) + response_ids("at", metaspace)) == "a cat"
+
+
+def test_without_a_template_messages_are_written_as_ever() -> None:
+    tokenizer = load("gpt2", {"eos_token": "</s>"})
+    row, mask = dialogue_row((*ASK, Message("assistant", "a"), *ASK), tokenizer)
+    before, answer, after = (tokenizer.encode(text) for text in ("\n\nHuman: u\n\nAssistant:", " a", "\n\nHuman: u"))
+    assert row == [*before, *answer, tokenizer.eos_id, *after]
+    assert mask == [False] * len(before) + [True] * (len(answer) + 1) + [False] * len(after)
+
+
+def test_answers_that_a_template_rewrites_are_remarked() -> None:
+    tokenizer = load("gpt2", {"eos_token": "<|im_end|>", "chat_template": THINKS})
+    ledger = Ledger()
+    twice = Dialogue((*ASK, Message("assistant", "a"), *ASK, Message("assistant", "b")), "f:1")
+    assert len(encode_demonstrations([twice], tokenizer, max_tokens=99, ledger=ledger)) == 1
+    assert [tuple(decision) for decision in ledger.decisions] == [
+        ("f:1", "remarked", "answers without loss: 1, which the chat template rewrites once others follow")
+    ]
+
+
+def test_messages_that_a_template_refuses_are_named() -> None:
+    tokenizer = load("gpt2", {"eos_token": "<end_of_turn>", "chat_template": GEMMA})
+    with pytest.raises(UserError, match=r"^f:3: chat template: System role not supported"):
+        encode_prompts([Prompt("any", "f:3", turns=CHAT)], tokenizer, max_tokens=99, ledger=Ledger())
+    with pytest.raises(UserError, match=r"^f:4: chat template: Roles must alternate"):
+        encode_demonstrations([Dialogue((*ASK, *ASK), "f:4")], tokenizer, max_tokens=99, ledger=Ledger())
+
+
 def test_two_megabytes_in_about_a_second() -> None:
     tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog, and so on. " * 50], 400)
     records = [Text(f"{n} jumps over the dog, and so on. " * 30, f"f:{n}") for n in range(2000)]
     start = time.perf_counter()
     docs = encode_text(records, tokenizer, ledger=Ledger())
-    rows = pack_text(docs, length=64, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+    rows = pack_text(docs, length=64, start_ids=tokenizer.start_ids, eos_id=tokenizer.eos_id)
     assert time.perf_counter() - start < 5  # takes 0.4 s; the rest is for a busy machine
     assert rows.targets == sum(len(doc) + 1 for doc in docs)

@@ -27,6 +27,7 @@ FLOOR = {
     **dict.fromkeys(["fit", "runs", "report", "sampling", "bigram", "sources", "convert"], 4),
     "feedback": 5,
     **dict.fromkeys(["stages.pretrain", "stages.sft", "stages.reward", "stages.ppo", "feedback"], 5),
+    "plan": 6,
     # These two hold the public names and nothing else, and nothing below may import through them.
     "stages": 6,
     "rlhf_jax": 6,
@@ -69,7 +70,7 @@ NEIGHBOURS = {
 }
 
 # Folders whose files may import each other.
-ONE_ROOM = {"data", "report", "feedback"}
+ONE_ROOM = {"data", "plan", "report", "feedback"}
 
 ONLY_IN = {"flax": "model.py", "orbax": "checkpoint.py"}
 # The arrays and the maths on them know these, the standard library's plainest and each other.

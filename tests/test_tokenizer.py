@@ -9,7 +9,7 @@ import requests
 import tiktoken
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.tokenizer import Tokenizer, write_tokenizer
 
 CORPUS = ["The cat sat on the mat. ", "the other cat, the better cat\n", "naïve café — 你好 0123"] * 20
 
@@ -25,6 +25,9 @@ def test_bytes_are_their_own_ids() -> None:
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id, tokenizer.vocab_size) == (256, 257, 258, 259)
     assert tokenizer.token_bytes(0xC3) == b"\xc3"
     assert tokenizer.decode([257, 65, 0xC3, 256, 258]) == "A�"
+    assert (tokenizer.start_ids, tokenizer.stop_ids, tokenizer.chat_template) == ((257,), (256,), None)
+    assert tokenizer.encode_continuation("A") == [65]
+    assert tokenizer.encode_sections(["A", "<|pad|>x"], {ord("x"): "B"}) == [[65], [*b"<|pad|>B"]]
 
 
 def test_training_counts_every_id(trained: Tokenizer) -> None:
@@ -120,6 +123,9 @@ def test_save_and_load(trained: Tokenizer, tmp_path: Path) -> None:
     assert loaded.encode("the café") == trained.encode("the café")
     assert (loaded.eos_id, loaded.bos_id, loaded.pad_id) == (trained.eos_id, trained.bos_id, trained.pad_id)
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+    write_tokenizer(trained, tmp_path / "published")
+    files = sorted(file.name for file in (tmp_path / "published").iterdir())
+    assert files == ["tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.mark.parametrize(

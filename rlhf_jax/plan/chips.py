@@ -1,0 +1,118 @@
+"""What a TPU chip has, and how the chips of a pod are wired."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from rlhf_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip, by Google's own figures.
+
+    flops: bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: bytes/s of HBM. wire: bytes/s of all links between chips
+    together, one way: the published Gbit/s / 8. links: how many those are. dimensions: of the torus.
+    wrap: the length from which an axis closes to a ring, and of which it is a multiple.
+    Source: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture", read in 2026; rings: the same,
+    "TPU configurations", and jax-ml.github.io/scaling-book/tpus.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+    wire: float
+    links: int
+    dimensions: int
+    wrap: int
+
+    @property
+    def link(self) -> float:
+        """Bytes/s of one link, one way."""
+        return self.wire / self.links
+
+
+CHIPS = {
+    "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 2400e9 / 8, 6, 3, 4),
+    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 1600e9 / 8, 4, 2, 16),
+    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 4800e9 / 8, 6, 3, 4),
+    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1640e9, 3584e9 / 8, 4, 2, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips of one kind in a block. shape: chips along each axis of the torus."""
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        """In all."""
+        return math.prod(self.shape)
+
+    @property
+    def name(self) -> str:
+        """As it is written: v5e:16x16."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    def links(self, coordinates: list[tuple[int, ...]]) -> int:
+        """Links over which a chip of a group receives: two on each axis where the group fills a ring, else one.
+
+        Args:
+          coordinates: of the group's chips.
+        """
+        count = 0
+        for axis, length in enumerate(self.shape):
+            seen = len({place[axis] for place in coordinates})
+            ring = seen == length and length % self.chip.wrap == 0
+            count += 0 if seen <= 1 else 2 if ring else 1
+        return max(count, 1)
+
+
+def read_topology(text: str) -> Topology:
+    """`v5e:16x16` as a topology.
+
+    Raises: UserError for a kind or a shape that libtpu does not know, with the nearest one.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
+    if match is None or match[1] not in CHIPS:
+        raise UserError(
+            f"topology: found {text!r}, wanted one of {', '.join(CHIPS)} with its chips along each axis, such as "
+            "v5e:16x16 or v5p:4x4x8"
+        )
+    chip = CHIPS[match[1]]
+    shape = tuple(int(n) for n in match[2].split("x"))
+    if len(shape) != chip.dimensions:
+        usual = "4x4x4" if chip.dimensions == 3 else "8x8"
+        raise UserError(f"topology: found {text!r}, wanted {chip.dimensions} axes, such as {chip.name}:{usual}")
+    # Hosts hold 2 x 2 chips; smaller blocks are not described by libtpu without a host of their own.
+    whole = tuple(max(n + n % 2, 2) for n in shape[:2]) + tuple(max(n, 1) for n in shape[2:])
+    if shape != whole:
+        raise UserError(
+            f"topology: found {text!r}, wanted whole hosts of 2x2 chips; use {chip.name}:{'x'.join(map(str, whole))}"
+        )
+    return Topology(chip, shape)
+
+
+def check_mesh(mesh: dict[str, int], topology: Topology) -> None:
+    """Raises UserError where the mesh does not use every chip, with the nearest that does."""
+    wanted = math.prod(mesh.values())
+    if wanted == topology.chips:
+        return
+    tensor = math.gcd(mesh["tensor"], topology.chips)
+    data = math.gcd(mesh["data"], topology.chips // tensor)
+    near = {"data": data, "fsdp": topology.chips // (data * tensor), "tensor": tensor}
+    raise UserError(
+        f"mesh: found {written(mesh)}, {wanted} devices, wanted the {topology.chips} of {topology.name}; "
+        f"use --mesh {written(near)}"
+    )
+
+
+def written(mesh: dict[str, int]) -> str:
+    """A mesh as --mesh takes it, axes of 1 left out."""
+    return ",".join(f"{name}={size}" for name, size in mesh.items() if size > 1) or "data=1"

@@ -1,0 +1,152 @@
+"""What the chips of a compiled program send each other, read from its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One operation between chips.
+
+    kind: of KINDS. shapes: (type, lengths) of its results. times: how often a run of the program does it.
+    group: the devices of the first group, by their number in the mesh.
+    """
+
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    times: int
+    group: tuple[int, ...]
+
+    @property
+    def received(self) -> float:
+        """Bytes that a chip must receive from others, each time.
+
+        All but its own part of a gathered array; a scattered sum brings as much as gathering its parts; a sum that all
+        get is both.
+        """
+        size, devices = sum(BYTES.get(kind, 4) * math.prod(shape) for kind, shape in self.shapes), len(self.group)
+        others = (devices - 1) / devices if devices else 0.0
+        if self.kind == "reduce-scatter":
+            return size * (devices - 1)
+        if self.kind == "collective-permute":
+            return size
+        return size * others * (2 if self.kind == "all-reduce" else 1)
+
+
+def collectives(text: str, loops: Callable[[str], int] | None = None) -> list[Collective]:
+    """Every collective of a compiled program.
+
+    A collective that the compiler spreads over several fusions has one channel and counts once.
+
+    Args:
+      loops: text of a loop without a known number of rounds -> that number; 1 if not given.
+    """
+    bodies = _computations(text)
+    times = _times(bodies, loops)
+    found: dict[str, Collective] = {}
+    for name, lines in bodies.items():
+        scattered = "all-reduce-scatter" in name
+        for line in lines:
+            match = re.search(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+            if match is None or not times[name]:
+                continue
+            kind = "reduce-scatter" if scattered and match[2] == "all-reduce" else match[2]
+            group = _group(line)
+            shapes = [
+                (kind, tuple(int(n) for n in dims.split(",") if n))
+                for kind, dims in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", match[1])
+                if kind in BYTES
+            ]
+            if match[3] and len(shapes) > 1:
+                shapes = shapes[len(shapes) // 2 :]  # a start gives its operands beside its results
+            if kind == "reduce-scatter" and scattered:
+                # Inside such a fusion the sum is whole; what leaves it is a part.
+                shapes = [(kind, (math.prod(dims) // max(len(group), 1),)) for kind, dims in shapes]
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = channel[1] if channel else line
+            one = Collective(kind, tuple(shapes), times[name], group)
+            if key not in found or found[key].times < one.times:
+                found[key] = one
+    return list(found.values())
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            name = "ENTRY" if head[1] else head[2]
+            bodies[name] = []
+        elif name and line.startswith(" "):
+            bodies[name].append(line)
+    return bodies
+
+
+def _times(bodies: dict[str, list[str]], loops: Callable[[str], int] | None) -> dict[str, int]:
+    """How often each computation runs in a run of the program."""
+    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for name, lines in bodies.items():
+        for line in lines:
+            rounds = 1
+            if " while(" in line:
+                known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
+                rounds = int(known[1]) if known else loops(line) if loops else 1
+            for kind, names in re.findall(
+                r"(calls|body|condition|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)",
+                line,
+            ):
+                for called in names.strip("{}").split(","):
+                    calls[name].append((called.strip(" %"), rounds if kind in ("body", "condition") else 1))
+    times: dict[str, int] = defaultdict(int)
+
+    def walk(name: str, count: int) -> None:
+        times[name] += count
+        for called, rounds in calls[name]:
+            if called in bodies:
+                walk(called, count * rounds)
+
+    walk("ENTRY", 1)
+    return times
+
+
+def _group(line: str) -> tuple[int, ...]:
+    """Devices of a collective's first group."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", line)
+    if listed:
+        return tuple(int(n) for n in listed[1].split(","))
+    axes = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))?\s*\{(.*?)\}", line)
+    if axes:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+        used = re.findall(r"'(\w+)'", axes[3])
+        order = [list(sizes).index(name) for name in used if name in sizes]
+        devices = _counted(axes[2]) if axes[2] else np.arange(math.prod(sizes.values()))
+        grid = devices.reshape(tuple(sizes.values()))
+        return tuple(int(n) for n in np.moveaxis(grid, order, range(len(order))).reshape(_size(sizes, used), -1)[:, 0])
+    counted = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line)
+    if counted:
+        groups = tuple(int(n) for n in counted[1].split(","))
+        return tuple(int(n) for n in _counted(counted[2]).reshape(groups)[0])
+    return ()
+
+
+def _counted(text: str) -> np.ndarray:
+    """Device numbers as `[2,4]T(1,0)` orders them: counted over a grid, whose axes are then exchanged."""
+    lengths, _, order = text.partition("T")
+    shape = tuple(int(n) for n in re.findall(r"\d+", lengths))
+    grid = np.arange(math.prod(shape)).reshape(shape)
+    return grid.transpose(tuple(int(n) for n in re.findall(r"\d+", order))) if order else grid
+
+
+def _size(sizes: dict[str, int], used: list[str]) -> int:
+    return math.prod(sizes[name] for name in used if name in sizes)

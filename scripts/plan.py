@@ -1,0 +1,269 @@
+"""Size and price a stage on a TPU pod, from its programs compiled for that pod on this machine. No TPU is needed.
+
+.venv-pods/bin/python scripts/plan.py --model llama3-8b --stage ppo --topology v5e:16x16 --mesh fsdp=256
+
+libtpu, the compiler, is in an environment of its own: `sh .ci/setup-pods` makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+# Before jax is imported: the compiler is asked for a pod that is not there, and nobody for its address.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["TPU_LOG_DIR"] = os.environ.get("TPU_LOG_DIR", "disabled")
+
+# The root, which holds the package `scripts`: a script finds its own folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from rlhf_jax.config import RunConfig, at_least
+from rlhf_jax.errors import UserError
+from rlhf_jax.plan.chips import read_topology, written
+from rlhf_jax.plan.estimate import GIB, bill, make_plan
+from rlhf_jax.plan.models import read_model
+from rlhf_jax.plan.programs import Work
+from scripts import cli
+
+# What --search tries: all in memory that fits there, or nothing.
+REMAT: tuple[Literal["dots", "full"], ...] = ("dots", "full")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a plan."""
+
+    model: str
+    """llama3-8b, llama3-70b, gpt2, smollm2-135m, a config.json of ours or of Hugging Face, or hf:FOLDER."""
+    stage: Literal["pretrain", "sft", "reward", "ppo"] = "ppo"
+    """Which stage."""
+    topology: str
+    """Kind of chip and chips along each axis, such as v5e:16x16 or v5p:4x4x8."""
+    mesh: str = ""
+    """Axes of devices, such as data=2,fsdp=128; fsdp over all chips if not given."""
+    batch: int = 0
+    """Rows of a step over all chips (PPO: episodes of an iteration); one row (PPO: two) a chip and part if 0."""
+    row_length: int = 0
+    """Tokens of a row outside PPO; up to 2,048 if 0."""
+    prompt_length: int = 512
+    """Tokens of a prompt of PPO."""
+    response_length: int = 512
+    """Tokens of a response of PPO; every response is taken to be that long."""
+    responses: int = 2
+    """Responses to a prompt of the reward model."""
+    pretraining_batch: int = -1
+    """Rows of pretraining text in an iteration of PPO, as long as its episodes; as many as episodes if -1."""
+    minibatches: int = 2
+    """Optimizer steps of an epoch of PPO."""
+    microbatches: int = 1
+    """Parts of each, one after the other."""
+    epochs: int = 1
+    """Of PPO."""
+    remat: Literal["none", "full", "dots"] = "dots"
+    """What a layer computes anew in the backward pass."""
+    head_chunk: int = 512
+    """Positions of a row whose logits are held at a time; 0 holds all."""
+    decode_parts: int = -1
+    """Devices of the axis fsdp among which one copy of the weights lies while sampling; 0 leaves them cut by fsdp; one
+    for each key head if -1."""
+    price: float = 0.0
+    """Of a chip for an hour, in any currency."""
+    tokens: float = 0.0
+    """Tokens of the whole run, prompts and padding included; for chip-hours and the bill."""
+    json: str = ""
+    """File for the figures."""
+    search: bool = False
+    """Try meshes and rematerialisations, and rank those that fit."""
+    only: Literal["", "memory", "time"] = ""
+    """Leave out the other half of the compilations; empty for both."""
+
+    def __post_init__(self) -> None:
+        for field in ("batch", "row_length", "price", "tokens", "head_chunk"):
+            at_least(self, field, 0)
+        for field in ("prompt_length", "response_length", "responses", "minibatches", "microbatches", "epochs"):
+            at_least(self, field, 1)
+        for field in ("pretraining_batch", "decode_parts"):
+            at_least(self, field, -1)
+
+
+def work_of(config: Config, mesh: dict[str, int], remat: Literal["none", "full", "dots"]) -> Work:
+    """What is planned, on a mesh."""
+    model = dataclasses.replace(
+        read_model(config.model),
+        dtype="bfloat16",
+        scan_layers=True,
+        remat=remat,
+        head_chunk=config.head_chunk,
+        dropout=0.0,
+    )
+    same = {field.name for field in dataclasses.fields(Work)} - {"model", "stage", "mesh"}
+    settings = {name: value for name, value in vars(config).items() if name in same}
+    return Work(model=model, stage=config.stage, mesh=mesh, **settings)
+
+
+def meshes(chips: int) -> Iterator[dict[str, int]]:
+    """Those worth a try: fsdp over all chips, or tensor over a few neighbours, or whole replicas."""
+    for tensor in (1, 4, 8):
+        for data in (1, 4, 16):
+            if chips % (tensor * data) == 0 and chips // (tensor * data) >= 1:
+                yield {"data": data, "fsdp": chips // (tensor * data), "tensor": tensor}
+
+
+def run(config: Config) -> None:
+    """Plans and prints."""
+    topology = read_topology(config.topology)
+    chosen = RunConfig(batch=1, steps=1).mesh_shape | {"fsdp": topology.chips}
+    if config.mesh:
+        chosen = _mesh(config.mesh)
+    if config.search:
+        search(config, topology)
+        return
+    started = time.monotonic()
+    plan: dict[str, Any] = {"model": config.model, "remat": config.remat, "head_chunk": config.head_chunk}
+    work = work_of(config, chosen, config.remat)
+    plan |= make_plan(work, topology, only=config.only, say=_say)
+    if config.tokens and config.only != "memory":
+        plan |= bill(plan, config.tokens, config.price)
+    plan["wall_seconds"] = time.monotonic() - started
+    plan["host_peak_bytes"] = cli.peak_memory()
+    _show(plan)
+    if config.json:
+        Path(config.json).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    if not plan["fits"]:
+        worst = max(plan["programs"], key=lambda name: plan["programs"][name]["hbm_bytes"])
+        found = plan["programs"][worst]["hbm_bytes"] / GIB
+        raise UserError(
+            f"{worst}: found {found:.1f} GiB a chip, wanted at most {topology.chip.memory / GIB:.0f}; use "
+            f"--microbatches {2 * config.microbatches}, --remat full, a smaller --batch, or more chips"
+        )
+
+
+def search(config: Config, topology: Any) -> None:
+    """Plans each mesh and rematerialisation, and prints those that fit, the fastest first."""
+    found: list[tuple[float, str, dict[str, Any]]] = []
+    for mesh in meshes(topology.chips):
+        for remat in REMAT:
+            label = f"{written(mesh)} remat={remat}"
+            try:
+                plan = make_plan(work_of(config, mesh, remat), topology, only=config.only)
+            except UserError as error:
+                _say(f"{label}: {error}")
+                continue
+            most = _most(plan)
+            _say(f"{label}: {'fits' if plan['fits'] else 'does not fit'}, {most / GIB:.1f} GiB a chip")
+            if plan["fits"]:
+                found.append((-plan.get("tokens_per_second", -most), label, {"mesh": mesh, "remat": remat} | plan))
+    if not found:
+        raise UserError(f"{config.model} {config.stage}: nothing tried fits {topology.name}; use more chips")
+    found.sort(key=lambda one: one[0])
+    table = Table("mesh and remat", "tokens/s", "utilisation", "GiB a chip", box=box.SIMPLE)
+    for _, label, plan in found:
+        most = _most(plan)
+        speed, share = plan.get("tokens_per_second"), plan.get("utilisation")
+        table.add_row(
+            label,
+            "-" if speed is None else f"{speed:,.0f}",
+            "-" if share is None else f"{share:.1%}",
+            f"{most / GIB:.1f}",
+        )
+    Console(highlight=False).print(table)
+    if config.json:
+        text = json.dumps([plan for _, _, plan in found], indent=1)
+        Path(config.json).write_text(text + "\n", encoding="utf-8")
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Devices along each axis, by the same rules as a run's --mesh."""
+    config: Any = object.__new__(RunConfig)
+    object.__setattr__(config, "mesh", text)
+    object.__setattr__(config, "devices", 1)
+    shape: dict[str, int] = config.mesh_shape
+    return shape
+
+
+def _most(plan: dict[str, Any]) -> float:
+    """Bytes of a chip in the program that takes most."""
+    return max((row["hbm_bytes"] for row in plan["programs"].values() if "hbm_bytes" in row), default=0)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show(plan: dict[str, Any]) -> None:
+    """Two tables and the figures of a step."""
+    console = Console(highlight=False)
+    held = ", ".join(
+        f"{name} {plan[f'{name}_bytes'] / GIB:.2f}"
+        for name in ("parameters", "optimizer", "frozen")
+        if plan[f"{name}_bytes"]
+    )
+    console.print(
+        f"{plan['model']} {plan['stage']} on {plan['topology']}, mesh {written(plan['mesh'])}: "
+        f"{plan['parameters']:,} parameters; GiB a chip all the time: {held}",
+        soft_wrap=True,
+    )
+    table = Table("program", box=box.SIMPLE)
+    for name in ("GiB a chip", "limit", "temporaries", "cache", "compiled in s", "seconds", "roofline", "utilisation"):
+        table.add_column(name, justify="right")
+    for name, row in plan["programs"].items():
+        sizes = [f"{row[key] / GIB:.2f}" if key in row else "-" for key in ("temporaries_bytes", "cache_bytes")]
+        timed = [f"{row[key]:.3g}" if key in row else "-" for key in ("estimate_seconds", "roofline_seconds")]
+        table.add_row(
+            name,
+            f"{row['hbm_bytes'] / GIB:.2f}" if "hbm_bytes" in row else "-",
+            f"{plan['limit_bytes'] / GIB:.0f}",
+            *sizes,
+            f"{row['compile_seconds']:.0f}" if "compile_seconds" in row else "-",
+            *timed,
+            f"{row['utilisation']:.1%}" if "utilisation" in row else "-",
+        )
+    console.print(table)
+    if not plan["pieces"]:
+        return
+    table = Table("piece", box=box.SIMPLE)
+    for name in ("times", "TFLOP", "GB of HBM", "GB received", "ms: roofline", "compiler", "links", "utilisation"):
+        table.add_column(name, justify="right")
+    for name, row in plan["pieces"].items():
+        table.add_row(
+            name,
+            str(row["times"]),
+            f"{row['flops'] / 1e12:.4g}",
+            f"{row['bytes'] / 1e9:.4g}",
+            f"{row['collective_bytes'] / 1e9:.4g}",
+            *(f"{row[key] * 1e3:.4g}" for key in ("roofline_seconds", "compiler_seconds", "wire_seconds")),
+            f"{row['utilisation']:.1%}",
+        )
+    console.print(table)
+    if "decode" in plan["pieces"]:
+        row = plan["pieces"]["decode"]
+        print(
+            f"decoding: {row['estimate_seconds'] * 1e3:.2f} ms a token, {row['over_limit']:.2f} times the "
+            f"{row['limit_seconds'] * 1e3:.2f} ms that reading weights and cache takes"
+        )
+    print(
+        f"a step: {plan['step_seconds']:.3g} s (roofline {plan['roofline_seconds']:.3g}), "
+        f"{plan['tokens_per_second']:,.0f} tokens/s, {plan['utilisation']:.1%} of the chips' peak"
+    )
+    if "bill" in plan:
+        print(f"{plan['tokens']:.3g} tokens: {plan['chip_hours']:,.0f} chip-hours, {plan['bill']:,.2f} in all")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Plans and exits. argv: arguments without the program's name; None for those of this process."""
+    cli.main(run, Config, __doc__, argv)
+
+
+if __name__ == "__main__":
+    main()

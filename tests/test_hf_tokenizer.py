@@ -1,0 +1,380 @@
+"""Published tokenizers give the ids that Hugging Face's own package gives, and no special id for any text."""
+
+import importlib
+import json
+import random
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Package
+from tokenizers import models, normalizers
+
+from rlhf_jax.byte_bpe import PATTERNS, from_letters, last_pair, nfc, table_of, to_letters, to_oniguruma
+from rlhf_jax.errors import UserError
+from rlhf_jax.hf_export import to_hugging_face, write_folder
+from rlhf_jax.hf_tokenizer import HuggingFaceTokenizer
+from rlhf_jax.tokenizer import WORDS_PATTERN, Tokenizer
+from tests.tiny_tokenizers import BYTE_LEVEL, CHATML, CORPUS, SENTENCEPIECE, SPECIAL, content_of, load, package, strings
+
+BYTES = {to_letters(bytes([byte])): byte for byte in range(256)}
+EOS = {"eos_token": "<E>"}
+
+
+def content(merges: list[list[str]], vocab: dict[str, int] | None = None, **model: Any) -> dict[str, Any]:
+    """tokenizer.json of GPT-2's kind with these merges, and <E> to end a text."""
+    if vocab is None:
+        vocab = dict(BYTES)
+        for left, right in merges:
+            vocab.setdefault(left + right, len(vocab))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": max(vocab.values()) + 1, "content": "<E>", "special": True, **flags}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "ignore_merges": False, "vocab": vocab, "merges": merges} | model,
+    }
+
+
+@pytest.mark.parametrize("kind", [*BYTE_LEVEL, *SENTENCEPIECE])
+def test_ids_are_those_of_the_package(kind: str) -> None:
+    ours, theirs = load(kind), package(content_of(kind))
+    assert ours.backend == ("tokenizers" if kind in SENTENCEPIECE else "tiktoken")
+    for text in [*strings(500), "x" + " " * 10_000 + "y", ""]:
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids, repr(text)
+        assert ours.special_ids.isdisjoint(ids) and max(ids, default=0) < ours.vocab_size
+        assert ours.decode(ids) == theirs.decode(ids)
+        if kind not in ("qwen2", *SENTENCEPIECE):
+            assert ours.decode(ids) == text
+
+
+def test_the_pair_that_a_token_comes_down_to() -> None:
+    ranks = {b"ab": 1, b"bc": 0, b"abc": 2, b"cd": 3}
+    assert last_pair(b"ab", ranks) == (b"a", b"b")
+    assert last_pair(b"abc", ranks) == (b"a", b"bc")
+    assert last_pair(b"abcd", ranks) == (b"abc", b"d")
+    assert last_pair(b"abd", {}) is None
+
+
+@pytest.mark.parametrize(
+    ("merges", "backend"),
+    [
+        ([["a", "b"], ["ab", "c"]], "tiktoken"),
+        # abc alone comes down to ab, c, which the list does not merge; a table would.
+        ([["a", "b"], ["b", "c"], ["a", "bc"]], "tokenizers"),
+        # Of several ways to one token that which it comes down to counts, if the order of tokens is the same.
+        ([["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]], "tiktoken"),
+        ([["a", "b"], ["b", "c"], ["a", "bc"], ["c", "d"], ["ab", "c"]], "tokenizers"),
+        ([["a", "b"], ["a", "b"]], "tokenizers"),
+        # No text ever comes to a, bcd: ab is merged first. The token is left out.
+        ([["a", "b"], ["b", "c"], ["bc", "d"], ["a", "bcd"]], "tiktoken"),
+    ],
+)
+def test_which_lists_of_merges_are_a_table(merges: list[list[str]], backend: str) -> None:
+    ours = HuggingFaceTokenizer.from_content(content(merges), EOS, rows=999, name="tiny")
+    theirs = package(content(merges))
+    rng = random.Random(0)
+    assert ours.backend == backend
+    for text in ["abcd", *("".join(rng.choices("abcd", k=rng.randrange(9))) for _ in range(200))]:
+        assert ours.encode(text) == theirs.encode(text).ids, text
+
+
+def test_a_token_that_nothing_is_merged_into() -> None:
+    vocab = {**BYTES, "ab": 300, "xyz": 301}
+    for ignore_merges, ids in ((False, [*b"xyz"]), (True, [301])):
+        made = content([["a", "b"]], vocab, ignore_merges=ignore_merges)
+        ours = HuggingFaceTokenizer.from_content(made, EOS, rows=999, name="tiny")
+        assert ours.backend == "tiktoken"
+        assert ours.encode("xyz") == ids == package(made).encode("xyz").ids
+        assert ours.encode("xyzxyz") == [*b"xyzxyz"]
+        assert ours.decode([301]) == "xyz"
+
+
+def random_list(rng: random.Random) -> dict[str, Any]:
+    """Merges of a, b and c in any order, whole or with every way to each token; ids in any order."""
+    vocab, merges, tokens = dict(BYTES), [], ["a", "b", "c"]
+    for _ in range(rng.randrange(1, 12)):
+        left, right = rng.choice(tokens), rng.choice(tokens)
+        if len(left + right) <= 8 and [left, right] not in merges:
+            merges.append([left, right])
+            if left + right not in vocab:
+                vocab[left + right] = len(vocab)
+                tokens.append(left + right)
+    if rng.random() < 0.3:
+        rng.shuffle(merges)
+    elif rng.random() < 0.5:
+        merges = [[t[:at], t[at:]] for t in tokens for at in range(1, len(t)) if t[:at] in vocab and t[at:] in vocab]
+    if rng.random() < 0.5:
+        vocab = dict(zip(vocab, rng.sample(range(len(vocab)), len(vocab))))
+    return content(merges, vocab, ignore_merges=rng.random() < 0.5)
+
+
+def test_random_lists_of_merges() -> None:
+    rng = random.Random(1)
+    tables = 0
+    for _ in range(150):
+        made = random_list(rng)
+        ours = HuggingFaceTokenizer.from_content(made, EOS, rows=999, name="tiny")
+        tables += ours.backend == "tiktoken"
+        theirs = package(made)
+        for length in (3, 6, 12, 60):
+            text = "".join(rng.choices("abc ", [9, 9, 9, 1], k=length))
+            assert ours.encode(text) == theirs.encode(text).ids, (text, made["model"]["merges"])
+    assert 50 < tables < 150
+
+
+def test_a_character_without_a_token_is_for_the_package() -> None:
+    made = content([["!", "!"]])
+    del made["model"]["vocab"][to_letters(b"\x04")], made["model"]["vocab"][to_letters(b"\xf1")]
+    ours, theirs = HuggingFaceTokenizer.from_content(made, EOS, rows=999, name="tiny"), package(made)
+    assert ours.backend == "tiktoken"
+    for text in ("a!!b", "a!\x04!b", "\U00040000é", "\U0010ffff"):
+        assert ours.encode(text) == theirs.encode(text).ids
+    assert ours.encode("a!\x04!b") == ours.encode("a!!b")
+
+
+def test_letters() -> None:
+    assert to_letters(b" a\n\xff\x00") == "ĠaĊÿĀ"
+    assert from_letters("ĠaĊÿĀ") == b" a\n\xff\x00" and from_letters("a b") is None
+
+
+def test_composed_as_the_package_composes() -> None:
+    theirs = normalizers.NFC()
+    marks = [chr(code) for code in range(0x300, 0x1F000) if unicodedata.combining(chr(code))]
+    parts = [chr(code) for code in range(0xC0, 0x1F000) if unicodedata.decomposition(chr(code))[:1] not in ("", "<")]
+    rng = random.Random(0)
+    for mark in marks:
+        for text in (f"a{mark}\u0301", f"e\u0315{mark}\u0334", rng.choice(parts) + mark + rng.choice(marks)):
+            assert nfc(text) == theirs.normalize_str(text), ascii(text)
+
+
+def test_no_text_is_a_special_token() -> None:
+    for kind in ("gpt2", "qwen2", *SENTENCEPIECE):
+        tokenizer = load(kind)
+        for special in SPECIAL:
+            for text in (special, f"a{special}b", special * 2):
+                assert tokenizer.special_ids.isdisjoint(tokenizer.encode(text))
+                assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_special_token_that_is_a_word_is_no_whole_piece() -> None:
+    made = content([["a", "b"]], {**BYTES, "ab": 256, "END": 257}, ignore_merges=True)
+    made["added_tokens"][0] |= {"id": 257, "content": "END"}
+    tokenizer = HuggingFaceTokenizer.from_content(made, {"eos_token": "END"}, rows=999, name="tiny")
+    assert (tokenizer.eos_id, tokenizer.backend) == (257, "tiktoken")
+    assert tokenizer.encode("END") == [*b"END"]
+
+
+def test_a_model_that_makes_a_special_token_of_text_is_refused() -> None:
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), ("a", -1.0), ("<", -9.0), ("/", -9.0), ("s", -9.0), (">", -9.0)]
+    made = Package(models.Unigram(pieces, unk_id=0))
+    made.add_special_tokens(["</s>"])
+    tokenizer = HuggingFaceTokenizer.from_content(
+        json.loads(made.to_str()), {"eos_token": "</s>", "unk_token": "<unk>"}, rows=9, name="uni"
+    )
+    assert tokenizer.encode("a</a") == [2, 3, 4, 2]
+    assert tokenizer.encode("b") == [0]
+    with pytest.raises(UserError, match="tokenizer uni: found '</s>' in a text"):
+        tokenizer.encode("a</s>")
+
+
+ROWS = 800
+SIZE = package(content_of("gpt2")).get_vocab_size()
+FIRST = {token: id for id, token in enumerate(SPECIAL)}
+
+
+def roles(config: dict[str, Any], rows: int = ROWS, **ids: Any) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer.from_content(content_of("gpt2"), config, rows=rows, name="m", ids=ids)
+
+
+def test_roles() -> None:
+    tokenizer = roles({"bos_token": {"content": "<s>"}, "eos_token": "</s>", "pad_token": "<|endoftext|>"})
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+    assert tokenizer.stop_ids == (2,) and tokenizer.start_ids == ()
+    assert tokenizer.vocab_size == SIZE < tokenizer.rows
+    assert tokenizer.special_tokens == FIRST and tokenizer.special_ids == set(FIRST.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "ids", "bos", "pad", "stop"),
+    [
+        ({"eos_token": "</s>", "pad_token": "</s>"}, {}, None, ROWS, (2,)),  # pad is eos
+        ({"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<s>"}, {}, 1, ROWS, (2,)),
+        ({"eos_token": "</s>", "pad_token": "<s>"}, {"eos": [2, 1]}, None, ROWS, (2, 1)),  # pad ends a response
+        ({"eos_token": "</s>", "pad_token": "!"}, {}, None, ROWS, (2,)),  # text pads
+        ({}, {"bos": 0, "eos": 0}, 0, ROWS, (0,)),  # GPT-2
+        ({"bos_token": None}, {"bos": 0, "eos": [7, 2], "pad": 3}, None, 3, (7, 2)),  # Qwen
+    ],
+)
+def test_roles_that_are_missing_or_shared(
+    config: dict[str, Any], ids: dict[str, Any], bos: int | None, pad: int, stop: tuple[int, ...]
+) -> None:
+    tokenizer = roles(config, **ids)
+    assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.stop_ids) == (bos, pad, stop)
+    assert tokenizer.eos_id == stop[0] and pad in tokenizer.special_ids
+    assert tokenizer.token_bytes(pad) == b"" and tokenizer.decode([*tokenizer.encode("a"), pad]) == "a"
+    assert tokenizer.encode("wow!!") == package(content_of("gpt2")).encode("wow!!").ids
+
+
+def test_what_is_wrong_is_named() -> None:
+    with pytest.raises(UserError, match="m: found no end-of-text token, wanted 'eos_token'"):
+        roles({"bos_token": "<s>"})
+    with pytest.raises(UserError, match=r"found id 400 of .*, wanted one below 400, the rows"):
+        roles({"eos_token": "</s>"}, rows=400)
+    with pytest.raises(UserError, match="eos_token_id: found 'x'"):
+        roles({}, eos="x")
+    with pytest.raises(UserError, match=r"m: tokenizer\.json: KeyError: 'model'; is the file whole\?"):
+        HuggingFaceTokenizer.from_content({}, {}, rows=9, name="m")
+    tokenizer = roles({"eos_token": "</s>"})
+    with pytest.raises(UserError, match=f"token id {SIZE} is outside the vocabulary of {SIZE} ids"):
+        tokenizer.decode([SIZE])
+    with pytest.raises(UserError, match=r"lone surrogate U\+DC80 at character 2"):
+        tokenizer.encode("ab\udc80")
+
+
+def test_start_ids_are_what_the_file_puts_before_a_text() -> None:
+    assert load("llama3", start="<|begin_of_text|>").start_ids == (FIRST["<|begin_of_text|>"],)
+    assert load("llama2").start_ids == (package(content_of("llama2")).token_to_id("<s>"),)
+
+
+def write(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_bytes(text.encode())
+    return folder
+
+
+def test_a_folder_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    files = {
+        "tokenizer__json": json.dumps(content_of("llama2"), indent=3),
+        "tokenizer_config__json": '{"bos_token":  "<s>", "chat_template": "old"}\r\n',
+        "special_tokens_map__json": '{"eos_token": "</s>"}',
+        "chat_template__jinja": "{{ bos_token }}{{ messages[0].content }}\n",
+    }
+    folder = write(tmp_path / "m", **files, generation_config__json='{"eos_token_id": [3, 4]}', config__json="{}")
+    tokenizer = HuggingFaceTokenizer.from_folder(folder, rows=ROWS)
+    assert (tokenizer.name, tokenizer.eos_id, tokenizer.stop_ids) == ("m", 3, (3, 4))
+    assert tokenizer.chat_template is not None and tokenizer.chat_template.render([("user", "x")]) == "<s>x"
+    tokenizer.save(tmp_path / "saved.json")
+    loaded = Tokenizer.load(tmp_path / "saved.json")
+    assert isinstance(loaded, HuggingFaceTokenizer) and loaded == tokenizer and hash(loaded) == hash(tokenizer)
+    assert (loaded.stop_ids, loaded.pad_id, loaded.chat_template) == ((3, 4), ROWS, tokenizer.chat_template)
+    assert loaded.encode("a cat") == tokenizer.encode("a cat")
+    write_folder(loaded, tmp_path / "out")
+    assert {f.name.replace(".", "__"): f.read_bytes().decode() for f in (tmp_path / "out").iterdir()} == files
+
+
+def test_a_damaged_saved_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    load("gpt2").save(path)
+    saved = json.loads(path.read_text())
+    for change, message in (
+        ({"fingerprint": "0"}, "does not match its fingerprint"),
+        ({"files": {}}, "KeyError"),
+        ({"rows": 5}, "wanted one below 5"),
+        ({"files": {"tokenizer.json": "{"}}, "not readable JSON"),
+    ):
+        path.write_text(json.dumps(saved | change))
+        with pytest.raises(UserError, match=rf"tokenizer\.json: .*{message}"):
+            Tokenizer.load(path)
+
+
+def test_a_folder_without_the_file_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer\.json in it; let transformers write one"):
+        HuggingFaceTokenizer.from_folder(tmp_path, rows=9)
+
+
+def test_the_fingerprint_is_of_what_decides_the_ids() -> None:
+    first = roles({"eos_token": "</s>", "pad_token": "<s>"})
+    assert first == roles({"eos_token": {"content": "</s>"}, "pad_token": "<s>", "model_max_length": 9}, rows=900)
+    assert first != roles({"eos_token": "</s>"})
+    assert first != roles({"eos_token": "</s>", "pad_token": "<s>", "chat_template": CHATML})
+    assert first != roles({"eos_token": "</s>", "pad_token": "<s>"}, eos=[2, 3])
+
+
+def test_spaces_of_sentencepiece() -> None:
+    for kind, whole, middle in (("llama2", b" the", b"the"), ("metaspace", b" the", b"the"), ("gemma", b"the", b"the")):
+        tokenizer = load(kind)
+        read = lambda ids: b"".join(map(tokenizer.token_bytes, ids))  # noqa: B023, E731
+        assert read(tokenizer.encode("the")) == whole
+        assert read(tokenizer.encode_continuation("the")) == middle
+        assert read(tokenizer.encode_continuation(" the")) == b" the"
+        assert tokenizer.decode(tokenizer.encode("the\x01é")) == "the\x01é"
+        ids = tokenizer.encode_sections(["a", "b</s>", "c", "d"], {ord("d"): "the"})
+        assert [read(row) for row in ids[:2]] == [b" a" if kind != "gemma" else b"a", b"b"]
+        assert ids[1][-1] == tokenizer.special_tokens["</s>"]
+        # After a special token the space comes again where the normalizer puts it, as in one call to the package.
+        assert read(ids[2]) == (b" c" if kind == "llama2" else b"c") and read(ids[3]) == b"the"
+    newline = tokenizer.encode("\x02")
+    assert [tokenizer.token_bytes(id) for id in newline] == [b"\x02"]
+
+
+def test_a_special_token_may_take_white_space_away() -> None:
+    made = content([])
+    made["added_tokens"][0] |= {"rstrip": True}
+    tokenizer = HuggingFaceTokenizer.from_content(made, EOS, rows=999, name="tiny")
+    assert tokenizer.encode_sections(["a <E> \n", "b"], {}) == [[97, 32, 256], [98]]
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert load("gpt2").decode(load("gpt2").encode("a cat")) == "a cat"
+    with pytest.raises(UserError, match=r'gemma: its tokenizer\.json needs .* pip install "rlhf_jax\[hf\]"'):
+        load("gemma")
+
+
+def tiny_ranks(pattern: str) -> Tokenizer:
+    """A table with a gap, and with a token that no pair comes down to."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {b"  ": 256, b"he": 257, b" the": 300, b"12": 301, b"123": 302, b"\n\n": 303}
+    return Tokenizer("tiny", pattern, ranks)
+
+
+def named_patterns() -> list[str]:
+    """The patterns of tiktoken's encodings, whose tables would have to be downloaded."""
+    module = importlib.import_module("tiktoken_ext.openai_public")
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_tiktoken_bpe", lambda *args, **kwargs: {})
+        patch.setattr(module, "data_gym_to_mergeable_bpe_ranks", lambda *args, **kwargs: {})
+        for name, make in module.ENCODING_CONSTRUCTORS.items():
+            if name != "gpt2":  # it counts the ranks that it has just downloaded
+                found.append(make()["pat_str"])
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "trained", "tiny", *named_patterns()])
+def test_our_own_tokenizer_in_hugging_faces_layout(kind: str) -> None:
+    tokenizer = {
+        "bytes": Tokenizer.bytes,
+        "trained": lambda: Tokenizer.train(CORPUS * 3, 450),
+        "tiny": lambda: tiny_ranks(WORDS_PATTERN),
+    }.get(kind, lambda: tiny_ranks(kind))()
+    made = to_hugging_face(tokenizer)
+    theirs = package(made)
+    assert theirs.get_vocab_size() == len(tokenizer._bytes) + 3
+    assert theirs.token_to_id("<|pad|>") == tokenizer.pad_id
+    for text in [*strings(300, seed=4), "  the 1234\n\n\n", "the", "a  ", "12"]:
+        assert theirs.encode(text).ids == [tokenizer.bos_id, *tokenizer.encode(text)], repr(text)
+    if to_oniguruma(tokenizer.pattern) in PATTERNS or kind == "bytes":
+        back = HuggingFaceTokenizer.from_content(made, {"eos_token": "<|endoftext|>"}, rows=999, name="back")
+        assert back.backend == "tiktoken"
+        assert all(back.encode(text) == tokenizer.encode(text) for text in strings(100, seed=5))
+
+
+def test_a_pattern_that_may_mean_something_else_is_refused() -> None:
+    for pattern in (r"a$|(?s).", r"\p{N}{1,2}+|(?s:.)", "^a|[^a]"):
+        with pytest.raises(UserError, match="tokenizer tiny: found the pattern"):
+            to_hugging_face(tiny_ranks(pattern))
+    with pytest.raises(UserError, match=r"found a token '<\|pad\|>'"):
+        to_hugging_face(Tokenizer("x", WORDS_PATTERN, {bytes([b]): b for b in range(256)} | {b"<|pad|>": 256}))
+
+
+def test_a_table_of_a_real_size_takes_a_moment() -> None:
+    words = Tokenizer.train(["".join(map(chr, range(0x4E00, 0x5E00)))], 4000)
+    assert WORDS_PATTERN in PATTERNS
+    assert table_of(to_hugging_face(words)["model"], words.special_ids) is not None

@@ -1,0 +1,287 @@
+"""Plans without the TPU compiler: what is read, the arithmetic by hand, refusals; and the chunked loss behind them."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.arrays import PromptBatch, TokenBatch
+from rlhf_jax.episodes import EpisodeConfig, sample
+from rlhf_jax.errors import UserError
+from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
+from rlhf_jax.parallel import make_mesh, place, shard_rows
+from rlhf_jax.plan.chips import CHIPS, Chip, Topology, check_mesh, read_topology, written
+from rlhf_jax.plan.estimate import bill, check_fit, counted, extrapolated, timed
+from rlhf_jax.plan.hlo import collectives
+from rlhf_jax.plan.models import read_model
+from rlhf_jax.plan.programs import Programs, Work, bytes_of
+from rlhf_jax.scoring import response_losses, target_losses
+from scripts.plan import Config, run
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SMALL = ModelConfig(vocab_size=64, context=64, width=16, layers=2, heads=2, ffn_width=32, tied=False)
+EVERY = {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_a_topology_is_read() -> None:
+    assert read_topology("v5e:16x16").chips == 256
+    assert read_topology("v5p:4x4x8") == Topology(CHIPS["v5p"], (4, 4, 8))
+    for text, wanted in {
+        "v9:2x2": "one of v4, v5e",
+        "v5e": "such as",
+        "v5p:8x8": "wanted 3 axes",
+        "v5e:3x4": "use v5e:4x4",
+    }.items():
+        with pytest.raises(UserError, match=wanted):
+            read_topology(text)
+
+
+def test_a_mesh_that_does_not_fit_names_the_nearest() -> None:
+    with pytest.raises(
+        UserError, match="found fsdp=128, 128 devices, wanted the 256 of v5e:16x16; use --mesh fsdp=256"
+    ):
+        check_mesh({"data": 1, "fsdp": 128, "tensor": 1}, read_topology("v5e:16x16"))
+    with pytest.raises(UserError, match="use --mesh data=2,fsdp=2,tensor=2"):
+        check_mesh({"data": 2, "fsdp": 3, "tensor": 2}, read_topology("v5e:2x4"))
+    check_mesh({"data": 2, "fsdp": 2, "tensor": 2}, read_topology("v5e:2x4"))
+
+
+def test_links_by_hand() -> None:
+    pod = read_topology("v5e:16x16")
+    assert pod.links([(x, y) for x in range(16) for y in range(16)]) == 4  # two rings
+    assert pod.links([(0, y) for y in range(16)]) == 2
+    assert pod.links([(0, y) for y in range(8)]) == 1  # a line: its ends have one neighbour
+    assert read_topology("v5e:2x4").links([(x, y) for x in range(2) for y in range(4)]) == 2
+    assert CHIPS["v5e"].link == 50e9
+
+
+def test_a_model_is_read(tmp_path: Path) -> None:
+    model = read_model("llama3-8b")
+    # 32 (2 · 4096² + 2 · 4096 · 1024 + 3 · 4096 · 14336) + 2 · 128256 · 4096, without norms.
+    assert model.matmul_parameters() + model.vocab_rows * model.width == 8_029_995_008
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"vocab_size": 64, "width": 16, "heads": 2}))
+    assert read_model(str(file)).width == 16
+    file.write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "vocab_size": 64,
+                "max_position_embeddings": 32,
+                "hidden_size": 16,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+            }
+        )
+    )
+    assert read_model(f"hf:{tmp_path}").layers == 3
+    for text in ("llama9", f"hf:{tmp_path / 'none'}"):
+        with pytest.raises(UserError, match="wanted one of llama3-8b"):
+            read_model(text)
+    file.write_text("{")
+    with pytest.raises(UserError, match="unreadable"):
+        read_model(str(file))
+    file.write_text('{"model_type": "rnn"}')
+    with pytest.raises(UserError, match="found model_type 'rnn'"):
+        read_model(str(file))
+
+
+def test_rows_that_do_not_divide_or_are_too_long() -> None:
+    work = Work(model=SMALL, stage="sft", mesh=EVERY)
+    assert dataclasses.replace(work, microbatches=2).filled().batch == 16
+    assert work.filled().row_length == 64
+    with pytest.raises(UserError, match=r"batch 12 is not divisible by 8 devices .* x 1 parts; use --batch 8"):
+        dataclasses.replace(work, batch=12).filled()
+    with pytest.raises(UserError, match="longer than the model's context 64; use --row-length 64"):
+        dataclasses.replace(work, row_length=65).filled()
+    ppo = Work(model=SMALL, stage="ppo", mesh=EVERY, prompt_length=8, response_length=8)
+    filled = ppo.filled()
+    assert (filled.batch, filled.pretraining_batch, filled.row_length, filled.decode_parts) == (32, 32, 16, 2)
+    with pytest.raises(UserError, match="pretraining-batch 8 is not divisible"):
+        dataclasses.replace(ppo, pretraining_batch=8).filled()
+    with pytest.raises(UserError, match="decode_parts 3 does not divide fsdp 8; use --decode-parts 1"):
+        dataclasses.replace(ppo, decode_parts=3).filled()
+
+
+def test_bytes_by_hand_and_a_model_that_does_not_fit() -> None:
+    work = Work(model=SMALL, stage="ppo", mesh=EVERY, prompt_length=8, response_length=8).filled()
+    programs = Programs(work, jax.devices())
+    blocks = 2 * (4 * 16 * 16 + 3 * 16 * 32)
+    # Cut by eight: blocks, embedding and unembedding; norms and the score head are whole.
+    policy = 4 * ((blocks + 2 * 64 * 16) // 8 + 5 * 16)
+    critic = 4 * ((blocks + 64 * 16) // 8 + 5 * 16 + 16 + 1)
+    assert bytes_of(programs.trained()) == policy + critic
+    assert bytes_of(programs.frozen()) == policy + critic + 8
+    # Rows over 8 devices: 32 rows x 2 key heads x 16 slots x 8 x 4 bytes x 2 layers, keys and values, and the mask.
+    cache = programs.cache()
+    assert bytes_of((cache.keys, cache.values)) == 2 * 2 * 32 * 2 * 16 * 8 * 4 // 8
+    tiny = Topology(dataclasses.replace(CHIPS["v5e"], memory=2000.0), (2, 4))
+    with pytest.raises(UserError, match=r"before any work, wanted at most .*; wanted about 128 chips of v5e, found 8"):
+        check_fit(programs, tiny)
+    alone = Programs(dataclasses.replace(work, mesh={"data": 8, "fsdp": 1, "tensor": 1}, decode_parts=0), jax.devices())
+    roomy = Topology(dataclasses.replace(CHIPS["v5e"], memory=90_000.0), (2, 4))
+    with pytest.raises(UserError, match="use --mesh fsdp=8"):
+        check_fit(alone, roomy)
+
+
+HLO = """HloModule jit_f
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %all-gather.1 = bf16[32,8]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%all-reduce-scatter.1 (p: f32[32,8]) -> f32[4,8] {
+  %all-reduce.9 = f32[32,8]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+
+%again (p: f32[32,8]) -> f32[32,8] {
+  %all-gather.2 = bf16[32,8]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %while.1 = (s32[], f32[4,8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %fusion.1 = f32[4,8] fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.2 = f32[32,8] fusion(%y), kind=kCustom, calls=%again
+  %all-reduce.3 = f32[16]{0} all-reduce(%z), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add
+  %all-to-all.4 = bf16[8,16]{1,0} all-to-all(%z), channel_id=4, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+}
+"""
+
+
+def test_collectives_by_hand() -> None:
+    found = {one.kind: one for one in collectives(HLO)}
+    gather, scatter = found["all-gather"], found["reduce-scatter"]
+    # 5 rounds of the loop; the copy in another fusion is the same channel. Three quarters come from others.
+    assert (gather.times, gather.group, gather.received) == (5, (0, 1, 2, 3), 32 * 8 * 2 * 3 / 4)
+    assert (scatter.group, scatter.received) == (tuple(range(8)), 32 * 8 * 4 / 8 * 7)
+    assert (found["all-reduce"].group, found["all-reduce"].received) == ((0, 4), 2 * 16 * 4 / 2)
+    third = HLO.replace("mesh['a'=2,'b'=4] {'a'}", "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}")
+    assert {one.kind: one for one in collectives(third)}["all-reduce"].group == (0, 1, 2, 3)
+    assert (found["all-to-all"].group, found["all-to-all"].received) == ((0, 4), 8 * 16 * 2 / 2)
+
+
+class Binary:
+    """What a compiled program says of itself."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def cost_analysis(self) -> dict[str, float]:
+        return {"flops": 197e12 * 0.01, "bytes accessed": 819e9 * 0.02, "optimal_seconds": self.seconds}
+
+    def as_text(self) -> str:
+        return HLO
+
+
+def test_the_roofline_by_hand() -> None:
+    figures = counted(Binary(0.025 - 7), read_topology("v5e:2x4"), jax.devices()[:0])
+    np.testing.assert_allclose(figures["compiler_seconds"], 0.025)
+    wire = 5 * 384 + 896 + 64 + 128
+    assert figures["collective_bytes"] == wire
+    np.testing.assert_allclose(figures["wire_seconds"], wire / 50e9)
+    one, two = {"x": 3.0}, {"x": 5.0}
+    assert extrapolated(one, two, 1) == {"x": 3.0}
+    assert extrapolated(one, two, 10) == {"x": 21.0}
+    chip = Chip("none", 10.0, 1.0, 5.0, 1.0, 1, 1, 1)
+    row = timed({"flops": 20.0, "bytes": 20.0, "wire_seconds": 3.0, "compiler_seconds": 3.5}, chip)
+    assert (row["roofline_seconds"], row["estimate_seconds"]) == (4.0, 4.0)
+    assert timed({**row, "compiler_seconds": 6.0}, chip)["estimate_seconds"] == 6.0
+    plan = {"tokens_per_second": 1000.0, "chips": 36}
+    assert bill(plan, 1e6, 2.0) == {"tokens": 1e6, "chip_hours": 10.0, "price": 2.0, "bill": 20.0}
+
+
+def test_the_command_refuses_before_it_compiles() -> None:
+    def plan(**settings: Any) -> None:
+        run(Config(**({"model": "gpt2", "stage": "sft", "topology": "v5e:2x4"} | settings)))
+
+    for settings, wanted in [
+        ({"mesh": "fsdp=4"}, "use --mesh fsdp=8"),
+        ({"mesh": "depth=4"}, "mesh: found 'depth=4'"),
+        ({"batch": 9}, "use --batch 8"),
+        ({"row_length": 4096}, "use --row-length 1024"),
+        ({"model": "gpt9"}, "wanted one of llama3-8b"),
+    ]:
+        with pytest.raises(UserError, match=wanted):
+            plan(**settings)
+    assert written({"data": 2, "fsdp": 4, "tensor": 1}) == "data=2,fsdp=4"
+
+
+def rows() -> TokenBatch:
+    tokens = jax.random.randint(jax.random.key(3), (8, 14), 0, 64)
+    return TokenBatch(tokens, jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("chunk", [4])
+def test_the_loss_in_chunks_is_the_loss(chunk: int, scan: bool) -> None:
+    config = dataclasses.replace(SMALL, scan_layers=scan)
+    plain, chunked = Transformer(config), Transformer(dataclasses.replace(config, head_chunk=chunk))
+    params = init_params(plain, jax.random.key(0))
+
+    def of(model: Transformer) -> Any:
+        def loss(params: Any) -> Any:
+            losses, _ = target_losses(model, params, rows())
+            response, entropy = response_losses(
+                model, params, rows().tokens_BT, jnp.ones((8, 14), bool), response_length=13, temperature=0.7
+            )
+            weights = jnp.sin(jnp.arange(8.0 * 13)).reshape(8, 13)
+            return jnp.sum(losses * weights) + jnp.sum(response * weights) + 0.1 * jnp.sum(entropy), (losses, response)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (one, losses), gradient = of(plain)
+    (other, parts), other_gradient = of(chunked)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), losses, parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), gradient, other_gradient)
+
+
+@pytest.mark.parametrize("chunk", [-1])
+def test_a_chunk_is_checked(chunk: int) -> None:
+    with pytest.raises(UserError, match="head_chunk -1"):
+        dataclasses.replace(SMALL, head_chunk=chunk)
+
+
+@pytest.mark.parametrize("parts", [0, 2, 4])
+def test_weights_laid_out_for_decoding_sample_the_same(parts: int) -> None:
+    # Two key heads: over four parts the rows of the cache are spread instead.
+    config = dataclasses.replace(SMALL, scan_layers=True)
+    model = Transformer(config)
+    params = stack_blocks(init_params(Transformer(SMALL), jax.random.key(0)), config)
+    prompts = PromptBatch(jax.random.randint(jax.random.key(1), (16, 5), 2, 64), jnp.ones((16, 5), bool))
+
+    def sampled(params: Any, prompts: PromptBatch, parts: int) -> Any:
+        config = EpisodeConfig(response_length=9, decode_parts=parts)
+        return sample(model, params, prompts, jax.random.key(2), config, eos_id=0, pad_id=1)
+
+    alone = sampled(params, prompts, 0)
+    mesh = make_mesh(data=2, fsdp=4)
+    placed, spread = place(params, mesh), shard_rows(prompts, mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda params, prompts: sampled(params, prompts, parts))
+        out = step(placed, spread)
+        text = step.lower(placed, spread).compile().as_text()
+    np.testing.assert_array_equal(alone.tokens, out.tokens)
+    np.testing.assert_allclose(alone.logp, out.logp, atol=1e-5)
+    in_loops = [one for one in collectives(text, lambda _: 8) if one.times >= 8 and one.kind == "all-gather"]
+    # What fsdp cuts is gathered at each token only where it is left so.
+    weights = [one for one in in_loops if any(sorted(shape)[-2:] == [16, 32] for _, shape in one.shapes)]
+    assert bool(weights) == (parts == 0), weights
+
+
+def test_parts_that_do_not_divide() -> None:
+    params = init_params(Transformer(SMALL), jax.random.key(0))
+    mesh = make_mesh(fsdp=8)
+    prompts = PromptBatch(jnp.ones((8, 4), jnp.int32), jnp.ones((8, 4), bool))
+    config = EpisodeConfig(response_length=4, decode_parts=3)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="decode_parts 3 does not divide the axis fsdp of 8"):
+        sample(Transformer(SMALL), place(params, mesh), prompts, jax.random.key(0), config, eos_id=0, pad_id=1)
+    with pytest.raises(UserError, match="decode_parts: found -1"):
+        EpisodeConfig(decode_parts=-1)

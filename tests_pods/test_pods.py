@@ -1,0 +1,118 @@
+"""A small model planned for eight chips: its programs compile, its figures add up, and its chips send what they should."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.model import ModelConfig
+from rlhf_jax.plan.chips import read_topology
+from rlhf_jax.plan.estimate import compiled, make_plan, pod_devices
+from rlhf_jax.plan.hlo import Collective, collectives
+from rlhf_jax.plan.programs import Programs, Work
+from scripts.plan import Config, run
+
+POD = read_topology("v5e:2x4")
+MODEL = ModelConfig(
+    vocab_size=2048,
+    context=256,
+    width=256,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    ffn_width=512,
+    tied=False,
+    dtype="bfloat16",
+    scan_layers=True,
+    remat="full",
+    head_chunk=64,
+)
+WORK = Work(
+    model=MODEL,
+    stage="ppo",
+    mesh={"data": 1, "fsdp": 8, "tensor": 1},
+    prompt_length=64,
+    response_length=64,
+)
+
+
+def shapes(found: list[Collective]) -> list[tuple[int, ...]]:
+    return [dims for one in found for _, dims in one.shapes]
+
+
+@pytest.fixture(scope="module")
+def plan() -> dict[str, Any]:
+    return make_plan(WORK, POD)
+
+
+def test_every_program_of_ppo_compiles_and_adds_up(plan: dict[str, Any]) -> None:
+    assert set(plan["programs"]) == {"rollout", "scoring", "update"}
+    assert plan["fits"]
+    for row in plan["programs"].values():
+        held = plan["parameters_bytes"] + plan["optimizer_bytes"] + plan["frozen_bytes"]
+        assert held < row["hbm_bytes"] < plan["limit_bytes"]
+        assert row["estimate_seconds"] >= row["roofline_seconds"] > 0
+        mine = [piece for piece in plan["pieces"].values() if piece["program"] in plan["programs"]]
+        assert row["estimate_seconds"] <= sum(piece["estimate_seconds"] * piece["times"] for piece in mine) + 1e-9
+    assert math.isclose(plan["step_seconds"], sum(row["estimate_seconds"] for row in plan["programs"].values()))
+    assert math.isclose(plan["tokens_per_second"] * plan["step_seconds"], plan["tokens_per_step"])
+    decode = plan["pieces"]["decode"]
+    assert decode["over_limit"] > 1.0
+    # One pass reads each weight at least once.
+    assert decode["bytes"] >= decode["limit_bytes"]
+
+
+def test_arithmetic_is_what_the_shape_says(plan: dict[str, Any]) -> None:
+    gradient = plan["pieces"]["pretraining"]
+    # The forward pass is done again in the backward: four thirds, and what attends is not halved by the mask.
+    assert 1.0 < gradient["flops"] / gradient["model_flops"] < 1.6
+
+
+@pytest.fixture(scope="module")
+def update() -> list[Collective]:
+    programs = Programs(dataclasses.replace(WORK, stage="pretrain", row_length=128).filled(), pod_devices(POD))
+    return collectives(compiled(programs.whole()["update"], programs.mesh).as_text())
+
+
+def test_layers_are_gathered_one_at_a_time(update: list[Collective]) -> None:
+    gathered = [one for one in update if one.kind == "all-gather"]
+    assert any(one.times >= MODEL.layers for one in gathered)
+    assert not [dims for dims in shapes(gathered) if MODEL.layers in dims[:1] and math.prod(dims) > 256 * 512]
+
+
+def test_logits_are_never_gathered(update: list[Collective]) -> None:
+    # Rows of 128 tokens, in chunks of 64: with the vocabulary beside them they would be logits.
+    assert not [dims for dims in shapes(update) if 2048 in dims and (64 in dims or 128 in dims)]
+
+
+def test_decoding_gathers_weights_once() -> None:
+    programs = Programs(WORK.filled(), pod_devices(POD))
+    found = collectives(compiled(programs.whole()["rollout"], programs.mesh).as_text(), lambda _: 63)
+    in_loop = [one for one in found if one.times >= 63]
+    assert in_loop
+    assert max(one.received for one in in_loop) < 256 * 512, [one for one in in_loop if one.received >= 256 * 512]
+
+
+def test_a_program_that_takes_too_much_memory_is_one_line() -> None:
+    work = dataclasses.replace(
+        WORK, stage="sft", row_length=256, batch=8192, model=dataclasses.replace(MODEL, head_chunk=0)
+    )
+    with pytest.raises(UserError, match=r"update: .*HBM") as caught:
+        make_plan(work, POD, only="memory")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    shape = tmp_path / "config.json"
+    shape.write_text(json.dumps({"vocab_size": 512, "context": 64, "width": 64, "layers": 2, "heads": 2}))
+    run(Config(model=str(shape), stage="sft", topology="v5e:2x4", json=str(file), price=1.2, tokens=1e9))
+    plan = json.loads(file.read_text())
+    assert plan["programs"]["update"]["hbm_bytes"] < plan["limit_bytes"] == 16 * 2**30
+    assert math.isclose(plan["bill"], plan["chip_hours"] * 1.2)
+    assert math.isclose(plan["chip_hours"], 1e9 / plan["tokens_per_second"] * 8 / 3600)
+    assert "chip-hours" in capsys.readouterr().out
