@@ -19,7 +19,8 @@ from typing import Any, Literal, NoReturn
 # Before jax is imported: the compiler is asked for a pod that is not there, and nobody for its address.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-os.environ["TPU_LOG_DIR"] = os.environ.get("TPU_LOG_DIR", "disabled")
+# No chip is opened, so two plans need not wait for each other.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 # The root, which holds the package `scripts`: a script finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

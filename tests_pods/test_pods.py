@@ -1,4 +1,4 @@
-"""A small model planned for eight chips: its programs compile, its figures add up, and its chips send what they should."""
+"""A small model planned for eight chips: its programs compile, its figures add up, its chips send what they should."""
 
 import dataclasses
 import json
