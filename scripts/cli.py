@@ -140,8 +140,9 @@ class Cluster:
 
     def join(self, config: Any) -> None:
         """Finds the other processes. config: of the script; a CPU then counts as a part of its devices."""
-        if isinstance(config, RunConfig) and self.processes:
-            use_cpu_devices(config.device_count // self.processes)
+        if self.processes:
+            wanted: int = config.device_count if isinstance(config, RunConfig) else config.devices
+            use_cpu_devices(wanted // self.processes)
         distributed.initialize(self.coordinator, self.processes, self.process)
 
 

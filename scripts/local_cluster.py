@@ -25,6 +25,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from rlhf_jax.distributed import PEER_LOST
 
+KEPT = 200
+"""Lines of output that are remembered."""
 PATIENCE = 30.0
 """Seconds that the others have to end by themselves when one has ended badly."""
 # The user's mistake and a stop on demand: the same again would end the same, or is not wanted.
@@ -32,9 +34,14 @@ FINAL = {0, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 
 
 class Cluster:
-    """The processes of one start of the script."""
+    """The processes of one start of the script.
 
-    def __init__(self, command: Sequence[str], processes: int, devices: int) -> None:
+    Args:
+      echo: print what they print; it is kept in `lines`, by process, in any case.
+    """
+
+    def __init__(self, command: Sequence[str], processes: int, devices: int, *, echo: bool = True) -> None:
+        self.lines: list[list[str]] = [[] for _ in range(processes)]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -42,7 +49,7 @@ class Cluster:
         kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
         environment = os.environ | {"XLA_FLAGS": " ".join((*kept, *flags)), "JAX_PLATFORMS": "cpu"}
         self.children: list[subprocess.Popen[str]] = []
-        self._echoes: list[threading.Thread] = []
+        self._readers: list[threading.Thread] = []
         for process in range(processes):
             place = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", f"{processes}")
             child = subprocess.Popen(
@@ -58,9 +65,12 @@ class Cluster:
             )
             self.children.append(child)
             for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
-                echo = threading.Thread(target=_echo, args=(process, source, target), daemon=True)
-                echo.start()
-                self._echoes.append(echo)
+                if source is None:
+                    continue
+                reader = threading.Thread(target=self._read, args=(process, source, target if echo else None))
+                reader.daemon = True
+                reader.start()
+                self._readers.append(reader)
 
     def wait(self) -> list[int]:
         """Exit statuses, -N for a signal N. When one ends badly the others have PATIENCE, and are then killed."""
@@ -71,8 +81,8 @@ class Cluster:
             if deadline is not None and time.monotonic() > deadline:
                 self.kill()
             time.sleep(0.05)
-        for echo in self._echoes:
-            echo.join(5.0)
+        for reader in self._readers:
+            reader.join(5.0)
         return [child.returncode for child in self.children]
 
     def signal(self, number: int) -> None:
@@ -85,13 +95,16 @@ class Cluster:
         """Ends all at once."""
         self.signal(signal.SIGKILL)
 
-
-def _echo(process: int, source: IO[str] | None, target: IO[str]) -> None:
-    for line in source or ():
-        # gloo counts its connections aloud, from C++, and not by whole lines.
-        if "connected peer ranks" not in line:
-            target.write(f"[{process}] {line}")
-            target.flush()
+    def _read(self, process: int, source: IO[str], target: IO[str] | None) -> None:
+        for line in source:
+            # gloo counts its connections aloud, from C++, and not by whole lines.
+            if "connected peer ranks" in line:
+                continue
+            self.lines[process] = [*self.lines[process][-KEPT:], line.rstrip("\n")]
+            if target is not None:
+                target.write(f"[{process}] {line}")
+                target.flush()
+        source.close()
 
 
 def status_of(statuses: Sequence[int]) -> int:

@@ -29,6 +29,7 @@ import rich.console
 import rich.table
 import rich.text
 
+from rlhf_jax import distributed
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.bigram import bigram_nats
 from rlhf_jax.config import RunConfig, at_least
@@ -162,13 +163,15 @@ def run(config: Config) -> None:
         for key, value in summaries[0].items()
         if isinstance(value, int | float) and key != "seed"
     }
+    if not distributed.is_first():
+        return
     write_json(config.folder / "summary.json", medians | nested(medians) | {"seeds": [s["seed"] for s in summaries]})
     rich.console.Console().print(figures_table(medians, f"medians over {config.seeds} seeds"))
 
 
 def run_seed(config: Config) -> None:
     """Runs what is not done yet, then tells what came out."""
-    size, console = SIZES[config.size], rich.console.Console()
+    size, console = SIZES[config.size], rich.console.Console(quiet=not distributed.is_first())
     config.folder.mkdir(parents=True, exist_ok=True)
     clock = Clock(config.folder / "seconds.json")
 
@@ -271,12 +274,17 @@ def run_seed(config: Config) -> None:
         config, corpus, sampler, judge, heldout_prompts, pretrained, tuned, judged, scratch, optimised
     ) | {"reward.labeller_agreement": agreement, "seed": config.seed}
     clock.lap("measure")
+    distributed.by_first(lambda: tell(config, console, clock, summary))
+    console.print(f"try it: python scripts/generate.py {optimised.run.path} --prompt ' find longest match (a, b) ->'")
+
+
+def tell(config: Config, console: rich.console.Console, clock: Clock, summary: dict[str, Any]) -> None:
+    """Writes and prints what came out."""
     summary |= {"wall_seconds": clock.total, "stage_seconds": clock.seconds}
     write_json(config.folder / "summary.json", summary | nested(summary))
     print_summary(console, config.folder, summary)
     report = write_report(config.folder)
     console.print(f"report: {report}   figures: {config.folder / 'summary.json'}")
-    console.print(f"try it: python scripts/generate.py {optimised.run.path} --prompt ' find longest match (a, b) ->'")
 
 
 class Clock:
@@ -284,7 +292,9 @@ class Clock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = distributed.from_first(
+            lambda: json.loads(path.read_text()) if path.exists() else {}
+        )
         self._last = time.monotonic()
 
     def lap(self, part: str) -> None:
@@ -292,7 +302,8 @@ class Clock:
         now = time.monotonic()
         self.seconds[part] = max(self.seconds.get(part, 0.0), now - self._last)
         self._last = now
-        write_json(self.path, self.seconds)
+        if distributed.is_first():
+            write_json(self.path, self.seconds)
 
     @property
     def total(self) -> float:
@@ -334,7 +345,8 @@ def label(
         json.dumps({"prompt": p.prompt, "responses": [judge.tokenizer.decode(ids) for ids in row], "ranks": r.tolist()})
         for p, row, r in zip(chosen.sources, responses, ranks, strict=True)
     ]
-    (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if distributed.is_first():
+        (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     limit = prompts.width + sampler.response_tokens
     return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,)), float(same[differ].mean())
 

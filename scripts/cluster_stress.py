@@ -1,0 +1,167 @@
+"""Strikes one of two processes of a run, twenty times: what becomes of the other, and of the run started again.
+
+python scripts/cluster_stress.py [--strikes 20]
+
+A strike kills a process (SIGKILL), stops it with all its threads (SIGSTOP), or makes it stuck with its heartbeats
+alive, after a random step. The other must end within 30 s, not with status 0 and with the step named; started again,
+the run must end with the same bits and the same rows of metrics as the one that was left in peace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import rich.console
+import rich.table
+
+from rlhf_jax.metrics import read_rows
+from rlhf_jax.run_folder import RunFolder
+from scripts.local_cluster import Cluster
+
+STRIKES = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "stuck": signal.SIGUSR1}
+LIMIT = 30.0
+"""Seconds that the other process may take to end."""
+STEPS = 40
+SETTINGS = (
+    *("--tokenizer", "bytes", "--model.width", "16", "--model.layers", "1", "--model.heads", "2"),
+    *("--model.context", "32", "--row-length", "24", "--batch", "8", "--devices", "4"),
+    *("--steps", f"{STEPS}", "--save-every", "10", "--log-every", "1"),
+)
+
+
+# Fingerprint of the parameters of a finished run, and its losses by step.
+Result = tuple[str, list[tuple[int, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Of one strike.
+
+    seconds: until the other process ended. status, said: its exit status, and its lines of error. struck_at: the last
+    step in the metrics. result: of the run started again, None if that failed.
+    """
+
+    seconds: float
+    status: int
+    said: str
+    struck_at: int
+    result: Result | None
+
+    @property
+    def ended_well(self) -> bool:
+        """All that is asked of the other process."""
+        return self.seconds <= LIMIT and self.status != 0 and "step " in self.said and 0 < self.struck_at < STEPS
+
+
+def write_data(folder: Path) -> Path:
+    """A few lines to train on."""
+    words = ("red", "blue", "green", "cat")
+    rows = [json.dumps({"text": f"{a} and {b}, {b} and {a}. " * 3}) for a in words for b in words]
+    (folder / "texts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder / "texts.jsonl"
+
+
+def start(folder: Path, name: str, *, devices: int = 2) -> Cluster:
+    """The run `name` in two processes that can be made stuck."""
+    me = str(Path(__file__).resolve())
+    flags = ("--data", str(folder / "texts.jsonl"), "--out", str(folder / name), *SETTINGS)
+    return Cluster([me, "--be-struck", *flags], processes=2, devices=devices, echo=False)
+
+
+def steps_done(folder: Path) -> int:
+    """By the metrics of a run."""
+    return max((row["step"] for row in read_rows(folder / "metrics.jsonl")), default=0)
+
+
+def result(folder: Path) -> Result:
+    """Of a finished run."""
+    run = RunFolder.open(folder, stages=("pretrain",))
+    return run.fingerprint, [(row["step"], row["loss"]) for row in read_rows(run.metrics)]
+
+
+def undisturbed(folder: Path) -> Result:
+    """The result of a run that is left in peace."""
+    statuses = start(folder, "undisturbed").wait()
+    if any(statuses):
+        raise RuntimeError(f"the undisturbed run ended with {statuses}")
+    return result(folder / "undisturbed")
+
+
+def strike(folder: Path, kind: str, victim: int, after: int) -> Outcome:
+    """One run that is struck once `after` steps are done, and started again; its folder before that is NAME_struck."""
+    name = f"{kind}_{victim}_{after}"
+    cluster = start(folder, name)
+    struck, other = cluster.children[victim], cluster.children[1 - victim]
+    while steps_done(folder / name) < after and struck.poll() is None:
+        time.sleep(0.01)
+    began = time.monotonic()
+    struck.send_signal(STRIKES[kind])
+    at = steps_done(folder / name)
+    try:
+        status = other.wait(LIMIT + 30)
+    except subprocess.TimeoutExpired:
+        status = 0
+    seconds = time.monotonic() - began
+    cluster.kill()
+    cluster.wait()
+    shutil.copytree(folder / name, folder / f"{name}_struck")
+    again = start(folder, name).wait()
+    said = " | ".join(line for line in cluster.lines[1 - victim] if "error:" in line)
+    return Outcome(seconds, status, said, at, None if any(again) else result(folder / name))
+
+
+def be_struck(arguments: list[str]) -> None:
+    """The pretraining script, which SIGUSR1 makes stuck for ever, in its main thread alone."""
+    from scripts import cli, pretrain
+
+    signal.signal(signal.SIGUSR1, lambda *_: time.sleep(1e6))
+    cli.use_compilation_cache()
+    sys.argv[0] = "scripts/pretrain.py"
+    pretrain.main(arguments)
+
+
+def main() -> None:
+    """All strikes and their table."""
+    if sys.argv[1:2] == ["--be-struck"]:
+        be_struck(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strikes", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the steps at which it strikes")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    kinds = list(STRIKES)
+    table = rich.table.Table("process", "was", "after step", "the other ended in", "status", "said", "again: same bits")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_data(folder)
+        wanted = undisturbed(folder)
+        good = 0
+        for number in range(arguments.strikes):
+            kind, victim = kinds[number % 3], number // 3 % 2
+            outcome = strike(folder, kind, victim, rng.randrange(1, STEPS - 10))
+            same = outcome.result == wanted
+            good += outcome.ended_well and same
+            said = re.sub(r"^.*?error: ", "", outcome.said)[:120]
+            row = (f"{victim}", kind, f"{outcome.struck_at}", f"{outcome.seconds:.1f} s", f"{outcome.status}", said)
+            table.add_row(*row, "yes" if same else "NO")
+            print(*row, same, flush=True)
+    rich.console.Console(width=200).print(table)
+    print(f"{good} of {arguments.strikes} as wanted")
+    sys.exit(0 if good == arguments.strikes else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Several processes: the same gradients and rows as one; a lost one is noticed; the run goes on, also elsewhere."""
+
+import json
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.checkpoint import Checkpoints, load_params
+from rlhf_jax.data.batches import batch_at
+from rlhf_jax.fit import fit
+from rlhf_jax.metrics import read_rows
+from rlhf_jax.model import Transformer
+from rlhf_jax.parallel import jit_update, make_mesh, place
+from rlhf_jax.stages import pretrain
+from rlhf_jax.watchdog import FIRST_TIME, STUCK, Beat, Watchdog, verdict
+from scripts import cluster_stress, local_cluster
+from scripts import pretrain as pretrain_script
+from tests.test_data_batches import numbered_rows
+from tests.test_fit import Recorder
+from tests.test_scripts import call
+from tests.test_sharding import CONFIG, OPTIMIZER, batch, fresh_state
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def at(step: int, age: float, limit: float = STUCK, **changes: Any) -> Beat:
+    return Beat("reading the batch", step, False, age, limit, **({"compiles": False} | changes))
+
+
+def waiting(step: int, age: float, limit: float = STUCK) -> Beat:
+    return Beat("waiting for the devices", step, True, age, limit, compiles=False)
+
+
+@pytest.mark.parametrize(
+    ("beats", "silence", "wrong"),
+    [
+        ({0: waiting(5, 19), 1: at(5, 19)}, {0: 1, 1: 1}, None),
+        ({0: waiting(5, 300), 1: at(5, 19)}, {0: 1, 1: 1}, None),  # the devices wait for 1, which is in time
+        ({0: waiting(5, 300), 1: at(5, 300, FIRST_TIME, compiles=True)}, {0: 1, 1: 1}, None),  # it compiles
+        ({0: waiting(5, 300), 1: Beat()}, {0: 1, 1: 1}, None),  # it has not come to the loop yet
+        (
+            {0: waiting(5, 21), 1: at(5, 21)},
+            {0: 1, 1: 1},
+            r"process 1 is stuck in step 5 \(reading the batch\) for 21 s",
+        ),
+        ({0: waiting(5, 21), 1: waiting(4, 21)}, {0: 1, 1: 1}, "the devices are stuck in step 4 .* of process 1"),
+        ({0: waiting(5, 21, 600), 1: waiting(4, 21)}, {0: 1, 1: 1}, "the devices are stuck in step 4 .* of process 1"),
+        ({0: at(5, 1), 1: at(6, 1)}, {0: 1, 1: 11}, r"process 1 has said nothing for 11 s, the last thing in step 6"),
+        ({0: at(5, 1), 1: at(6, 1, compiles=True)}, {0: 1, 1: 11}, None),
+    ],
+)
+def test_who_is_lost(beats: dict[int, Beat], silence: dict[int, float], wrong: str | None) -> None:
+    found = verdict(beats, silence)
+    if wrong is None:
+        assert found is None
+    else:
+        assert found is not None and re.match(wrong, found), found
+
+
+class Table:
+    """A board in memory."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+
+    def write(self, key: str, text: str) -> None:
+        self.texts[key] = text
+
+    def read(self, folder: str) -> dict[str, str]:
+        return {key.rpartition("/")[2]: text for key, text in self.texts.items() if key.startswith(folder + "/")}
+
+
+def test_a_process_that_leaves_is_named_and_a_limit_is_learned() -> None:
+    table = Table()
+    ends: list[str] = []
+    watchdog = Watchdog(table, 0, 2, ends.append)
+    watchdog.enter("reading the batch", 1)
+    first = watchdog.now
+    watchdog.enter("reading the batch", 2)
+    second = watchdog.now
+    assert [(now.limit, now.compiles) for now in (first, second)] == [(FIRST_TIME, True), (STUCK, False)]
+    with watchdog.waiting("for the first process"):
+        assert watchdog.now.waits and watchdog.now.step == 2 and math.isinf(watchdog.now.limit)
+    assert watchdog.now.what == "reading the batch"
+    table.write("farewell/1", "bad.jsonl:3: not JSON")
+    watchdog.start()
+    for _ in range(50):
+        if ends:
+            break
+        watchdog._over.wait(0.1)
+    assert ends == ["process 1 has ended: bad.jsonl:3: not JSON"]
+    assert json.loads(table.texts["beat/0"])["step"] == 2
+    watchdog.stop()
+
+
+def test_processes_read_the_rows_of_their_devices() -> None:
+    def rows(places: Any) -> list[int]:
+        read = batch_at(numbered_rows(20), batch_size=8, seed=1, step=3, places=places)
+        return [int(i) for i in read.tokens_BT[:, 0]]
+
+    whole = rows(None)
+    assert rows(lambda size: np.arange(size)[[0, 1, 4, 5]]) == [whole[i] for i in (0, 1, 4, 5)]
+
+
+def test_one_status_for_all() -> None:
+    assert local_cluster.status_of([0, 0]) == 0
+    assert local_cluster.status_of([75, 2]) == 2
+    assert local_cluster.status_of([-9, 75]) == 137
+    assert local_cluster.status_of([75, 75]) == 75
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--process", "1"), "found one of them alone, wanted --distributed beside it"),
+        (("--distributed", "--processes", "2"), "wanted all three, or none on a pod"),
+        (("--distributed", "--coordinator", "h:1", "--processes", "2", "--process", "2"), "process: found 2, wanted a"),
+        (("--distributed", "--coordinator", "h", "--processes", "2", "--process", "1"), "wanted HOST:PORT"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str) -> None:
+    assert call(pretrain_script.main, "--name", "x", *flags) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_nine_pairs_of_device_counts(tmp_path: Path) -> None:
+    steps = {n: jit_update(pretrain.make_update(Transformer(CONFIG), OPTIMIZER), make_mesh(n)) for n in (1, 2, 4)}
+
+    def train(devices: int, folder: Path, until: int) -> tuple[TrainState, list[float]]:
+        checkpoints, recorder, asked = Checkpoints(folder), Recorder(), []
+
+        def at_step(step: int) -> Any:
+            asked.append(step)
+            return batch(step)
+
+        state = checkpoints.restore(place(fresh_state(), make_mesh(devices)))
+        state = fit(state, steps[devices], at_step, steps=until, writers=recorder, checkpoints=checkpoints, log_every=1)
+        assert asked == list(range(until - 2, until))
+        return state, [row["loss"] for _, row in recorder.rows]
+
+    for first in (1, 2, 4):
+        train(first, tmp_path / f"{first}", 2)
+    ends = {}
+    for first in (1, 2, 4):
+        for second in (1, 2, 4):
+            folder = tmp_path / f"{first}_{second}"
+            folder.mkdir()
+            os.symlink(tmp_path / f"{first}" / "00000002", folder / "00000002")
+            ends[first, second] = train(second, folder, 4)
+    right, losses = ends[1, 1]
+    for state, other in ends.values():
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), right.params, state.params)
+        assert other == pytest.approx(losses, abs=1e-5)
+
+
+def gradients() -> list[dict[str, tuple[float, int]]]:
+    cluster = local_cluster.Cluster(["-m", "tests.two_processes"], 2, 4, echo=False)
+    assert cluster.wait() == [0, 0], cluster.lines
+    return [json.loads(lines[-1]) for lines in cluster.lines]
+
+
+@pytest.fixture(scope="module")
+def clusters(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What takes processes of its own, side by side: most of it is waiting."""
+    folder = tmp_path_factory.mktemp("clusters")
+    cluster_stress.write_data(folder)
+    with ThreadPoolExecutor(4) as pool, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+        patch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        jobs: dict[str, Any] = {
+            "undisturbed": pool.submit(cluster_stress.undisturbed, folder),
+            "gradients": pool.submit(gradients),
+            "killed": pool.submit(cluster_stress.strike, folder, "killed", 0, 12),
+            "stopped": pool.submit(cluster_stress.strike, folder, "stopped", 1, 5),
+        }
+        return folder, {name: job.result() for name, job in jobs.items()}
+
+
+def test_gradients_and_a_step_are_those_of_one_process(clusters: Any) -> None:
+    for found in clusters[1]["gradients"]:
+        assert set(found) == {"pretrain", "sft", "reward", "ppo"}
+        for name, (error, rows) in found.items():
+            assert error < 1e-5, name
+            assert rows == 8  # of 16
+
+
+@pytest.mark.parametrize("kind", ["killed", "stopped"])
+def test_a_lost_process_ends_the_other_and_the_run_goes_on_with_the_same_bits(clusters: Any, kind: str) -> None:
+    outcome = clusters[1][kind]
+    assert outcome.ended_well, outcome
+    assert outcome.result == clusters[1]["undisturbed"]
+
+
+def test_a_run_of_two_processes_goes_on_in_one(clusters: Any) -> None:
+    folder, results = clusters
+    struck = folder / "killed_0_12_struck"
+    flags = ["--data", str(folder / "texts.jsonl"), "--out", str(struck), *cluster_stress.SETTINGS]
+    assert Checkpoints(struck / "checkpoints").latest() == 10
+    assert call(pretrain_script.main, *flags, "--devices", "1") == 0
+    losses = [(row["step"], row["loss"]) for row in read_rows(struck / "metrics.jsonl")]
+    assert [step for step, _ in losses] == list(range(1, cluster_stress.STEPS + 1))
+    assert losses == [(step, pytest.approx(loss, abs=1e-4)) for step, loss in results["undisturbed"][1]]
+    alone, together = (load_params(path / "checkpoints") for path in (struck, folder / "undisturbed"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, together)
