@@ -1,5 +1,6 @@
 """Several processes: the same gradients and rows as one; a lost one is noticed; the run goes on, also elsewhere."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from rlhf_jax.data.batches import batch_at
 from rlhf_jax.fit import fit
 from rlhf_jax.metrics import read_rows
 from rlhf_jax.model import Transformer
+from rlhf_jax.optim import new_state
 from rlhf_jax.parallel import jit_update, make_mesh, place
 from rlhf_jax.stages import pretrain
 from rlhf_jax.watchdog import FIRST_TIME, STUCK, Beat, Watchdog, verdict
@@ -133,16 +135,20 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flags: tuple[
 
 
 def test_nine_pairs_of_device_counts(tmp_path: Path) -> None:
-    steps = {n: jit_update(pretrain.make_update(Transformer(CONFIG), OPTIMIZER), make_mesh(n)) for n in (1, 2, 4)}
+    config = dataclasses.replace(CONFIG, layers=1)
+    made = fresh_state(config)
+    params, opt_state = jax.tree.map(np.asarray, (made.params, made.opt_state))
+    steps = {n: jit_update(pretrain.make_update(Transformer(config), OPTIMIZER), make_mesh(n)) for n in (1, 2, 4)}
+    batches = [jax.tree.map(np.asarray, batch(seed)) for seed in range(4)]
 
     def train(devices: int, folder: Path, until: int) -> tuple[TrainState, list[float]]:
         checkpoints, recorder, asked = Checkpoints(folder), Recorder(), []
 
         def at_step(step: int) -> Any:
             asked.append(step)
-            return batch(step)
+            return batches[step]
 
-        state = checkpoints.restore(place(fresh_state(), make_mesh(devices)))
+        state = checkpoints.restore(place(new_state(params, opt_state, 0), make_mesh(devices)))
         state = fit(state, steps[devices], at_step, steps=until, writers=recorder, checkpoints=checkpoints, log_every=1)
         assert asked == list(range(until - 2, until))
         return state, [row["loss"] for _, row in recorder.rows]
