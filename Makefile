@@ -1,7 +1,7 @@
 # The doors of the project; `make help` lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe test test-interop lint format lock clean
+.PHONY: help setup recipe test test-interop test-pods lint format lock clean
 
 BIN := .venv/bin
 # The Python that makes .venv; empty: the first of python3, python3.14 … python3.11 that is 3.11 or newer.
@@ -29,6 +29,10 @@ test-interop: setup ## the tests against torch and transformers, in .venv-intero
 	@sh .ci/setup-interop
 	@.venv-interop/bin/python -m pytest -q tests_interop $(ARGS)
 
+test-pods: setup ## the tests that compile for TPUs, which need none, in .venv-pods
+	@sh .ci/setup-pods
+	@.venv-pods/bin/python -m pytest -q tests_pods $(ARGS)
+
 lint: setup ## ruff and mypy
 	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1; exit $$failed
 
@@ -41,5 +45,5 @@ lock: setup ## resolve requirements.lock anew from pyproject.toml
 	  --no-emit-index-url --extra dev --extra notebook --extra tensorboard --extra hf --extra ui pyproject.toml --output-file requirements.lock
 
 clean: ## remove .venv and every cache; runs/ stays
-	@rm -rf .venv .venv-interop .pytest_cache .mypy_cache .ruff_cache .jax_cache build dist *.egg-info
+	@rm -rf .venv .venv-interop .venv-pods .pytest_cache .mypy_cache .ruff_cache .jax_cache build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
