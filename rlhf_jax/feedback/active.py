@@ -1,0 +1,187 @@
+"""Which pairs to ask people about next: those on which an ensemble of reward models disagrees, and no two alike.
+
+The members may be whole reward models, each trained on its own, or all the heads that the labels so far allow on one
+backbone whose features stand still: `Heads`. Either way a pair has a mean probability p that its first response is
+preferred, and deviations d from it whose products are covariances: C = dᵀd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+_LEAST_NOISE = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Beliefs:
+    """What an ensemble says of N pairs.
+
+    mean: [N], the mean probability that the first response is preferred. deviation: [M, N], with dᵀd the covariance.
+    """
+
+    mean: Floats
+    deviation: Floats
+
+    @classmethod
+    def of_members(cls, probability_MN: Floats) -> Beliefs:
+        """Those of M members, from each one's probabilities."""
+        mean = probability_MN.mean(axis=0)
+        return cls(mean, (probability_MN - mean) / np.sqrt(len(probability_MN)))
+
+    @property
+    def disagreement(self) -> Floats:
+        """Variance of the probability of each pair, [N]."""
+        return np.einsum("mn,mn->n", self.deviation, self.deviation)
+
+    @property
+    def noise(self) -> Floats:
+        """Variance p (1 - p) of one person's answer if p were known, [N]."""
+        return np.maximum(self.mean * (1 - self.mean), _LEAST_NOISE)
+
+    def take(self, places: NDArray[np.int64]) -> Beliefs:
+        """Those of some of the pairs."""
+        return Beliefs(self.mean[places], self.deviation[:, places])
+
+
+def preference_probabilities(scores_first: NDArray[np.floating], scores_second: NDArray[np.floating]) -> Floats:
+    """σ(r_a - r_b), the probability that a is preferred, in float64.
+
+    Raises: ValueError if the shapes differ.
+    """
+    if scores_first.shape != scores_second.shape:
+        raise ValueError(f"shapes differ: {scores_first.shape} and {scores_second.shape}")
+    return _sigmoid(np.asarray(scores_first, np.float64) - np.asarray(scores_second, np.float64))
+
+
+def bald(probability_MN: Floats) -> Floats:
+    """What a label tells about which member is right, in nats, [N]: H(mean p) - mean H(p).
+
+    Source: Houlsby et al. 2011, Bayesian active learning for classification and preference learning (arXiv:1112.5745).
+    """
+
+    def entropy(p: Floats) -> Floats:
+        p = np.clip(p, 1e-12, 1 - 1e-12)
+        return np.asarray(-p * np.log(p) - (1 - p) * np.log(1 - p))
+
+    return entropy(probability_MN.mean(axis=0)) - entropy(probability_MN).mean(axis=0)
+
+
+def choose(
+    beliefs: Beliefs, count: int, *, targets: Beliefs | None = None, candidates: int | None = None
+) -> NDArray[np.int64]:
+    """The pairs to ask about together, [count], the most telling first.
+
+    Greedy. Without targets the next pair n has the largest v_n / (p_n (1 - p_n)): disagreement against noise. With
+    targets t it has the largest Σ_t C_nt² / (v_n + p_n (1 - p_n)), by which an answer lowers their summed variance: a
+    pair that is merely odd teaches nothing about the others. After each choice c the covariances are those that its
+    answer will leave, C ← C - C_c C_cᵀ / (v_c + p_c (1 - p_c)), so what one answer will tell is asked once only. The
+    first of equals is taken.
+
+    Args:
+      targets: pairs that the reward model is to get right, by the same members.
+      candidates: look at this many pairs only, those best before anything is chosen; all if not given.
+    Raises: ValueError if there are fewer pairs than `count`.
+    Source: MacKay 1992, Information-based objective functions for active data selection; Cohn, Ghahramani and Jordan
+      1996, Active learning with statistical models, for the targets.
+    """
+    if not 0 <= count <= len(beliefs.mean):
+        raise ValueError(f"count {count}, wanted 0 to {len(beliefs.mean)}, the pairs there are")
+    # Σ_t (d_n · d_t)² = d_nᵀ (Σ_t d_t d_tᵀ) d_n: of the targets no more than this sum is needed.
+    target = None if targets is None else targets.deviation @ targets.deviation.T
+    places = np.arange(len(beliefs.mean))
+    if candidates is not None and candidates < len(places):
+        worth = _worth(beliefs.deviation, beliefs.noise, target)
+        places = np.sort(np.argsort(-worth, kind="stable")[: max(candidates, count)])
+    beliefs = beliefs.take(places)
+    deviation, noise = beliefs.deviation.copy(), beliefs.noise
+    free = np.ones(len(places), bool)
+    chosen = np.zeros(count, np.int64)
+    for turn in range(count):
+        best = int(np.argmax(np.where(free, _worth(deviation, noise, target), -np.inf)))
+        chosen[turn], free[best] = places[best], False
+        column = deviation[:, best].copy()
+        v = float(column @ column)
+        if v > 0:
+            # A square root of the update: the deviations stay [M, N], and C is never formed.
+            shrink = (1 - np.sqrt(noise[best] / (v + noise[best]))) / v
+            deviation -= np.outer(shrink * column, column @ deviation)
+            if target is not None:
+                along = target @ column
+                target = target - shrink * (np.outer(column, along) + np.outer(along, column))
+                target += shrink**2 * float(column @ along) * np.outer(column, column)
+    return chosen
+
+
+def _worth(deviation: Floats, noise: Floats, target: Floats | None) -> Floats:
+    variance = np.einsum("mn,mn->n", deviation, deviation)
+    if target is None:
+        return variance / noise
+    return np.einsum("mn,mn->n", deviation, target @ deviation) / (variance + noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """All linear reward heads r(x) = w · φ(x) that some comparisons allow: w ~ N(mean, H⁻¹), Laplace's approximation.
+
+    mean: [D], the minimum of Σ_n -log σ(w · (φ_chosen - φ_rejected)) + λ/2 |w|². root: lower Cholesky factor of the
+    Hessian H there, [D, D].
+    Source: MacKay 1992, The evidence framework applied to classification networks.
+    """
+
+    mean: Floats
+    root: Floats
+
+    @classmethod
+    def fit(cls, gap_ND: NDArray[np.floating], *, precision: float, start: Floats | None = None) -> Heads:
+        """Newton's method, to a gradient below 1e-8.
+
+        Args:
+          gap_ND: φ of the chosen less φ of the rejected response of each comparison.
+          precision: λ, the prior's; more than 0.
+          start: a head to begin with, such as that of fewer comparisons.
+        """
+        gap = np.asarray(gap_ND, np.float64)
+        head = np.zeros(gap.shape[1]) if start is None else start.copy()
+
+        def loss(head: Floats) -> float:
+            return float(np.sum(np.logaddexp(0.0, -gap @ head)) + 0.5 * precision * head @ head)
+
+        while True:
+            right = _sigmoid(gap @ head)
+            gradient = precision * head - (1 - right) @ gap
+            hessian = (gap * (right * (1 - right))[:, None]).T @ gap
+            hessian.flat[:: len(head) + 1] += precision
+            root = np.asarray(np.linalg.cholesky(hessian), np.float64)
+            if np.max(np.abs(gradient), initial=0.0) < 1e-8:
+                return cls(head, root)
+            step = np.linalg.solve(root.T, np.linalg.solve(root, gradient))
+            size, now = 1.0, loss(head)
+            # The loss is convex: once a step is too small to matter, what is left of the gradient is rounding.
+            while loss(head - size * step) > now and size > 1e-6:
+                size /= 2
+            if size <= 1e-6:
+                return cls(head, root)
+            head = head - size * step
+
+    def beliefs(self, gap_ND: NDArray[np.floating]) -> Beliefs:
+        """Of pairs, φ of the first response less φ of the second: p = σ(w · gap), d = p (1 - p) R⁻¹ gap, R Rᵀ = H.
+
+        That is the ensemble of all heads, to first order; one of 30 draws knows each variance to a quarter only, and
+        the best of many pairs by such a figure is the luckiest one.
+        """
+        gap = np.asarray(gap_ND, np.float64)
+        mean = _sigmoid(gap @ self.mean)
+        return Beliefs(mean, np.linalg.solve(self.root, gap.T) * (mean * (1 - mean)))
+
+    def draw(self, members: int, random: np.random.Generator) -> Floats:
+        """Heads [M, D] drawn from the distribution."""
+        noise = random.standard_normal((len(self.mean), members))
+        return self.mean + np.linalg.solve(self.root.T, noise).T
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return np.asarray(0.5 * (1.0 + np.tanh(x / 2)))
