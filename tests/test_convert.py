@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The four stages with the recipe's kind of model; SFT trains an adapter, the others whole networks."""
     root = tmp_path_factory.mktemp("runs")
     model = ModelConfig(context=48, width=16, layers=2, heads=4, kv_heads=2, qk_norm=True, embedding_scale=4.0)
-    common = {"batch": 4, "steps": 2, "log_every": 1}
+    common: dict[str, Any] = {"batch": 4, "steps": 2, "log_every": 1}
     config = pretrain.Config(out=str(root / "base"), tokenizer="bytes", model=model, row_length=16, **common)
     pretrain.run(config, texts=[Text("red blue green grey " * 8)], heldout=[])
     lora = LoraConfig(rank=2, alpha=4.0)
@@ -100,8 +101,8 @@ def test_an_adapter_alone_goes_out_and_comes_in(runs: Path, tmp_path: Path) -> N
         open_source(str(runs / "sft"), stages=("sft",)),
         open_source(f"peft:{tmp_path / 'adapter'}", stages=("sft",)),
     )
-    values = [jax.jit(s.network().apply)({"params": s.params()}, TOKENS) for s in (before, after)]
-    np.testing.assert_allclose(*values, atol=1e-5)
+    first, second = (jax.jit(s.network().apply)({"params": s.params()}, TOKENS) for s in (before, after))
+    np.testing.assert_allclose(first, second, atol=1e-5)
     with pytest.raises(UserError, match="found a whole network, wanted a run that trained an adapter"):
         export(str(runs / "base"), tmp_path / "other", adapter=True)
 

@@ -84,7 +84,7 @@ def test_the_step_gathers_a_layer_at_a_time_and_never_the_logits(axes: dict[str,
     step = jax.jit(pretrain.make_update(Transformer(CONFIG), OPTIMIZER), out_shardings=(shardings(state, mesh), None))
     with jax.set_mesh(mesh):
         text = step.lower(state, shard_rows(batch(), mesh)).compile().as_text()
-    gathered = [shapes for name, shapes in collectives(text) if name == "all-gather"]
+    gathered = [shapes for name, shapes in collectives(str(text)) if name == "all-gather"]
     assert gathered
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     for shapes in gathered:
