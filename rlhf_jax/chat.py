@@ -79,6 +79,15 @@ class ChatTemplate:
         except (jinja2.TemplateError, *_FAULTS) as error:
             raise UserError(f"chat template: {_one_line(error)}") from None
 
+    def turn_end(self, special: Collection[str]) -> str | None:
+        """The first of the special tokens that end an answer; None if none does, or the template refuses to say."""
+        try:
+            prompt = self.render([("user", "a")], add_generation_prompt=True)
+            whole = self.render([("user", "a"), ("assistant", "b")])
+        except UserError:
+            return None
+        return _Tokens.of(tuple(special)).first_of_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
         environment = _environment()
@@ -213,6 +222,7 @@ class _Tokens:
     def __init__(self, texts: Collection[str]):
         longest_first = sorted(filter(None, texts), key=len, reverse=True)
         one = "|".join(map(re.escape, longest_first)) if longest_first else "(?!)"
+        self._one = re.compile(one)
         self._opening = re.compile(f"(?={one})")
         self._end = re.compile(rf"(?P<text>.*?)(?P<end>(?:{one})(?:\s*(?:{one}))*)\s*\Z", re.DOTALL)
         self._heads = {text[:size] for text in longest_first for size in range(1, len(text))}
@@ -242,6 +252,10 @@ class _Tokens:
         """(what was said, the special tokens at the end); white space that a template puts after them is left out."""
         match = self._end.fullmatch(text)
         return (match["text"], match["end"]) if match else (text, "")
+
+    def first_of_end(self, text: str) -> str | None:
+        match = self._one.match(self.split_end(text)[1])
+        return match[0] if match else None
 
 
 @functools.cache

@@ -41,7 +41,7 @@ class HuggingFaceTokenizer:
           rows: rows of the model's embedding.
           name: what a report calls it; not part of the fingerprint.
           ids: "bos", "eos" and "pad" as the model's configuration has them, for what the files do not say; a list
-            of several eos ids adds to stop_ids.
+            of several eos ids adds to stop_ids, as does the end of a turn in the chat template.
         Raises: UserError naming the file and what is missing or wrong in it.
         """
         self.name = name
@@ -111,7 +111,8 @@ class HuggingFaceTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes everything it is as one JSON text; `Tokenizer.load` needs nothing else."""
-        content = {"kind": "huggingface", "backend": self.backend, "rows": self.rows, "ids": self._ids}
+        ids = self._ids | {"eos": list(self.stop_ids)}
+        content = {"kind": "huggingface", "backend": self.backend, "rows": self.rows, "ids": ids}
         write_saved(path, self, {**content, "files": self.files})
 
     def write_folder(self, folder: str | Path) -> None:
@@ -240,10 +241,19 @@ class HuggingFaceTokenizer:
             )
         self.eos_id: int = eos
         self.bos_id: int | None = bos if bos is not None and bos in texts else None
+        for role, id in (("eos", self.eos_id), ("bos", self.bos_id)):
+            if id is not None:
+                variables.setdefault(f"{role}_token", texts[id])
+        self.chat_template = self._template(config, variables)
         self.start_ids = self._starts()
-        self.stop_ids = tuple(dict.fromkeys([eos, *(id for id in self._ids["eos"] if id in texts)]))
-        taken = {*self.start_ids, *self.stop_ids} | ({self.bos_id} if self.bos_id is not None else set())
         marked = {added.id for added in self._added if added.special}
+        stops = [eos, *(id for id in self._ids["eos"] if id in texts)]
+        if self.chat_template is not None:
+            # Gemma's turns end otherwise than its texts, and not every file says so.
+            end = self.chat_template.turn_end([texts[id] for id in sorted(texts) if id in marked or id == eos])
+            stops += [names[end]] if end is not None else []
+        self.stop_ids = tuple(dict.fromkeys(stops))
+        taken = {*self.start_ids, *self.stop_ids} | ({self.bos_id} if self.bos_id is not None else set())
         above = [id for id in texts if id >= self.rows and (id not in marked or id in taken)]
         if above:
             raise UserError(
@@ -260,10 +270,6 @@ class HuggingFaceTokenizer:
         model = self._content["model"]
         unknown = model.get("unk_id") if model.get("unk_token") is None else names.get(model["unk_token"])
         self._never = frozenset(special) - ({unknown} - taken)
-        for role, id in (("eos", eos), ("bos", self.bos_id)):
-            if id is not None:
-                variables.setdefault(f"{role}_token", texts[id])
-        self.chat_template = self._template(config, variables)
 
     def _role(self, role: str, config: Mapping[str, Any], named: int | None) -> int | None:
         """The id that tokenizer_config.json names, else the one of the model's configuration."""

@@ -111,6 +111,14 @@ def test_what_a_template_marks_is_the_target() -> None:
     assert targets(speaker(CHATML, source=some), TALK) == ["Yes.", "So it is"]
 
 
+def test_the_end_of_a_turn_ends_a_response() -> None:
+    tokenizer = load("gpt2", {"eos_token": "<|endoftext|>", "bos_token": "<bos>", "chat_template": GEMMA})
+    assert tokenizer.stop_ids == (0, tokenizer.special_tokens["<end_of_turn>"])
+    assert load("gpt2", {"eos_token": "</s>", "chat_template": "{{ raise_exception('no') }}"}).stop_ids == (2,)
+    assert ChatTemplate(ZEPHYR, {"eos_token": "</s>"}).turn_end(["<s>", "</s>"]) == "</s>"
+    assert ChatTemplate(ZEPHYR, {"eos_token": "."}).turn_end(["<s>", "</s>"]) is None
+
+
 @EVERY
 def test_a_prompt_and_its_response_are_what_a_dialogue_trains(template: str) -> None:
     tokenizer = speaker(template)

@@ -113,7 +113,8 @@ def encode_demonstrations(
         ledger.keep(record.where, tokens=len(row[0]))
         unlearned = _answers(record) - _targets(row[1])
         if unlearned > 0:
-            ledger.remark(record.where, f"answers without loss: {unlearned}, which the chat template rewrites once others follow")
+            reason = f"answers without loss: {unlearned}, which the chat template rewrites once others follow"
+            ledger.remark(record.where, reason)
         rows.append(row)
         kept.append(record)
     return RaggedRows(rows, max_tokens, tokenizer.pad_id, buckets, kept)
