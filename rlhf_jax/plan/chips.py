@@ -14,10 +14,12 @@ class Chip:
     """One chip, by Google's own figures.
 
     flops: bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: bytes/s of HBM. wire: bytes/s of all links between chips
-    together, one way: the published Gbit/s / 8. links: how many those are. dimensions: of the torus.
+      together, one way: the published Gbit/s / 8. links: how many those are. dimensions: of the torus.
     wrap: the length from which an axis closes to a ring, and of which it is a multiple.
-    Source: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture", read in 2026; rings: the same,
-    "TPU configurations", and jax-ml.github.io/scaling-book/tpus.
+    clock: Hz, for the compiler's cycles: peak FLOP/s over those of a cycle (v4: 8 units of 128 x 128 multipliers); of
+      v6e, whose units are not all published, v5p's.
+    Source: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture"; rings: the same, "TPU
+    configurations", and jax-ml.github.io/scaling-book/tpus.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Chip:
     links: int
     dimensions: int
     wrap: int
+    clock: float
 
     @property
     def link(self) -> float:
@@ -36,10 +39,10 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 2400e9 / 8, 6, 3, 4),
-    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 1600e9 / 8, 4, 2, 16),
-    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 4800e9 / 8, 6, 3, 4),
-    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1640e9, 3584e9 / 8, 4, 2, 16),
+    "v4": Chip("v4", 275e12, 32 * 2**30, 1228e9, 2400e9 / 8, 6, 3, 4, 1.05e9),
+    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 1600e9 / 8, 4, 2, 16, 1.5e9),
+    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 4800e9 / 8, 6, 3, 4, 1.75e9),
+    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1640e9, 3584e9 / 8, 4, 2, 16, 1.75e9),
 }
 
 

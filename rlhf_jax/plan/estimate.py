@@ -15,6 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.plan.chips import Chip, Topology, check_mesh, written
 from rlhf_jax.plan.hlo import Collective, collectives
 from rlhf_jax.plan.programs import Piece, Program, Programs, Work, bytes_of
+from rlhf_jax.plan.traffic import cycles, hbm_bytes
 from rlhf_jax.sharding import AXES
 
 # A collective that is spread over the fusions around it has its buffers counted in each of them: for counting, not.
@@ -114,23 +115,15 @@ def wire_seconds(found: list[Collective], topology: Topology, devices: Sequence[
 
 
 def counted(program: Any, topology: Topology, devices: Sequence[Any]) -> dict[str, float]:
-    """What the compiler counts in a program without loops, a chip.
-
-    Its own time has -1 s for each operation that it cannot time, collectives above all: as many whole seconds are
-    added as bring it nearest to the time of the arithmetic and the memory, one after the other.
-    """
-    analysis = program.cost_analysis()
-    flops, moved = analysis["flops"], analysis["bytes accessed"]
-    rough = flops / topology.chip.flops + moved / topology.chip.bandwidth
-    seconds = analysis["optimal_seconds"]
-    seconds += max(round(rough / 2 - seconds), math.ceil(-seconds))
-    found = collectives(program.as_text())
+    """What a program without loops takes of a chip."""
+    text = program.as_text()
+    found = collectives(text)
     return {
-        "flops": flops,
-        "bytes": moved,
+        "flops": program.cost_analysis()["flops"],
+        "bytes": hbm_bytes(text),
         "collective_bytes": sum(one.received * one.times for one in found),
         "wire_seconds": wire_seconds(found, topology, devices),
-        "compiler_seconds": seconds,
+        "compiler_seconds": cycles(text) / topology.chip.clock,
     }
 
 
@@ -139,15 +132,18 @@ def extrapolated(one: dict[str, float], two: dict[str, float], layers: int) -> d
     return {name: max(one[name] + (layers - 1) * (two[name] - one[name]), 0.0) for name in one}
 
 
-def timed(figures: dict[str, float], chip: Chip) -> dict[str, float]:
+def timed(figures: dict[str, float], chip: Chip, *, hidden: bool) -> dict[str, float]:
     """The same with the two times of a piece, in seconds.
 
     roofline_seconds: the longest of arithmetic, memory and links, all at their peak and at once.
-    estimate_seconds: the slower of that and of the compiler's own time, which has operations one after the other and
-      links beside them.
+    estimate_seconds: the slower of that and of the compiler's own cycles, operation after operation; where links are
+      not hidden behind arithmetic, their time comes on top.
     """
-    roofline = max(figures["flops"] / chip.flops, figures["bytes"] / chip.bandwidth, figures["wire_seconds"])
-    return {**figures, "roofline_seconds": roofline, "estimate_seconds": max(roofline, figures["compiler_seconds"])}
+    here = max(figures["flops"] / chip.flops, figures["bytes"] / chip.bandwidth)
+    wire = figures["wire_seconds"]
+    slower = max(here, figures["compiler_seconds"])
+    estimate = max(slower, wire) if hidden else slower + wire
+    return {**figures, "roofline_seconds": max(here, wire), "estimate_seconds": estimate}
 
 
 def piece_figures(piece: Piece, layers: int, topology: Topology) -> dict[str, float]:
@@ -158,7 +154,8 @@ def piece_figures(piece: Piece, layers: int, topology: Topology) -> dict[str, fl
         for depth in ((1, 2) if piece.deep and layers > 1 else (1,))
     ]
     figures = counts[0] if len(counts) == 1 else extrapolated(counts[0], counts[1], layers)
-    return timed(figures, topology.chip)
+    # A token waits for every sum over heads; training gathers the next layer while this one is computed.
+    return timed(figures, topology.chip, hidden=piece.program != "rollout")
 
 
 def check_compiled(name: str, error: Exception) -> UserError:

@@ -51,7 +51,7 @@ def collectives(text: str, loops: Callable[[str], int] | None = None) -> list[Co
     Args:
       loops: text of a loop without a known number of rounds -> that number; 1 if not given.
     """
-    bodies = _computations(text)
+    bodies = computations(text)
     times = _times(bodies, loops)
     found: dict[str, Collective] = {}
     for name, lines in bodies.items():
@@ -80,7 +80,8 @@ def collectives(text: str, loops: Callable[[str], int] | None = None) -> list[Co
     return list(found.values())
 
 
-def _computations(text: str) -> dict[str, list[str]]:
+def computations(text: str) -> dict[str, list[str]]:
+    """Lines of each computation of a program; that of the program itself is ENTRY."""
     bodies: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
