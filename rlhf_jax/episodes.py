@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -78,6 +79,11 @@ class EpisodeConfig:
             raise UserError(f"missing_end_score: found {self.missing_end_score}, wanted 0 or less: it is a penalty")
 
 
+def end_ids(eos_id: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The ids that end a response: end of text, and with some chat templates the end of a turn."""
+    return (eos_id,) if isinstance(eos_id, int) else eos_id
+
+
 def collect(
     networks: Networks,
     params: dict[str, Params],
@@ -87,7 +93,7 @@ def collect(
     kl_coef: Array,
     config: EpisodeConfig,
     *,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
     pad_id: int,
     axis_name: str | None = None,
 ) -> tuple[Rollout, dict[str, Array]]:
@@ -114,7 +120,7 @@ def sample(
     key: Array,
     config: EpisodeConfig,
     *,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
     pad_id: int,
 ) -> Generation:
     """The first half of `collect`: a response to each prompt."""
@@ -125,7 +131,7 @@ def sample(
         prompts.mask_BP,
         key,
         max_new_tokens=config.response_length,
-        stop_ids=(eos_id,),
+        stop_ids=end_ids(eos_id),
         pad_id=pad_id,
         temperature=config.temperature,
         decode_parts=config.decode_parts,
@@ -141,7 +147,7 @@ def score(
     kl_coef: Array,
     config: EpisodeConfig,
     *,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
     axis_name: str | None = None,
 ) -> tuple[Rollout, dict[str, Array]]:
     """The second half of `collect`: what the four networks say of the responses."""
@@ -149,7 +155,8 @@ def score(
     tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
     mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
     mask_BR = sampled.mask
-    ended_B = jnp.any((sampled.tokens == eos_id) & mask_BR, axis=1)
+    ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in end_ids(eos_id)])
+    ended_B = jnp.any(ends_BR & mask_BR, axis=1)
 
     def log_probabilities(network_params: Params) -> tuple[Array, Array]:
         loss_BR, entropy_BR = response_losses(

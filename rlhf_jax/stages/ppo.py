@@ -258,7 +258,7 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
 
 
 def make_update(
-    networks: Networks, config: Config, *, eos_id: int, pad_id: int, axis_name: str | None = None
+    networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
 ) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
     """One iteration as a pure function: collect → score → returns → epochs × minibatches of optimizer steps."""
     optimizer_step = make_optimizer_step(networks, config, axis_name)
@@ -418,7 +418,7 @@ def run(
         folder,
         config,
         initial_state(config, policy.params, rescaled(scorer.params, judge.score_mean, judge.score_scale)),
-        lambda axis: make_update(networks, config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, axis_name=axis),
+        lambda axis: make_update(networks, config, eos_id=tokenizer.stop_ids, pad_id=tokenizer.pad_id, axis_name=axis),
         batch,
         frozen=(frozen,),
         evaluate=evaluate,
