@@ -163,6 +163,10 @@ def test_collectives_by_hand() -> None:
     assert (gather.times, gather.group, gather.received) == (5, (0, 1, 2, 3), 32 * 8 * 2 * 3 / 4)
     assert (scatter.group, scatter.received) == (tuple(range(8)), 32 * 8 * 4 / 8 * 7)
     assert (found["all-reduce"].group, found["all-reduce"].received) == ((0, 4), 2 * 16 * 4 / 2)
+    unsaid = HLO.replace(', backend_config={"known_trip_count":{"n":"5"}}', "").replace(
+        "\n%again", "\n%cond (p: s32[]) -> pred[] {\n  %c.1 = s32[]{:T(128)} constant(7)\n}\n\n%again"
+    )
+    assert {one.kind: one for one in collectives(unsaid)}["all-gather"].times == 7
     third = HLO.replace("mesh['a'=2,'b'=4] {'a'}", "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}")
     assert {one.kind: one for one in collectives(third)}["all-reduce"].group == (0, 1, 2, 3)
     assert (found["all-to-all"].group, found["all-to-all"].received) == ((0, 4), 8 * 16 * 2 / 2)
@@ -306,7 +310,7 @@ def test_weights_laid_out_for_decoding_sample_the_same(parts: int) -> None:
         text = str(step.lower(placed, spread).compile().as_text())
     np.testing.assert_array_equal(alone.tokens, out.tokens)
     np.testing.assert_allclose(alone.logp, out.logp, atol=1e-5)
-    in_loops = [one for one in collectives(text, lambda _: 8) if one.times >= 8 and one.kind == "all-gather"]
+    in_loops = [one for one in collectives(text) if one.times >= 8 and one.kind == "all-gather"]
     # What fsdp cuts is gathered at each token only where it is left so.
     weights = [one for one in in_loops if any(sorted(shape)[-2:] == [16, 32] for _, shape in one.shapes)]
     assert bool(weights) == (parts == 0), weights

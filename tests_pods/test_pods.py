@@ -91,7 +91,7 @@ def test_logits_are_never_gathered(update: list[Collective]) -> None:
 
 def test_decoding_gathers_weights_once() -> None:
     programs = Programs(WORK.filled(), pod_devices(POD))
-    found = collectives(compiled(programs.whole()["rollout"], programs.mesh).as_text(), lambda _: 63)
+    found = collectives(compiled(programs.whole()["rollout"], programs.mesh).as_text())
     in_loop = [one for one in found if one.times >= 63]
     assert in_loop
     assert max(one.received for one in in_loop) < 256 * 512, [one for one in in_loop if one.received >= 256 * 512]

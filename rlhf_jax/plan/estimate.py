@@ -208,15 +208,16 @@ def make_plan(
         "pieces": {},
     }
     for name, program in programs.whole().items() if only != "time" else ():
-        started = time.monotonic()
+        started, worked = time.monotonic(), time.process_time()
         try:
             binary = compiled(program, programs.mesh)
         except jax.errors.JaxRuntimeError as error:
             raise check_compiled(name, error) from None
         seconds = time.monotonic() - started
-        found = collectives(binary.as_text(), lambda _: work.response_length - 1)
+        found = collectives(binary.as_text())
         plan["programs"][name] = {
             "compile_seconds": seconds,
+            "compile_cpu_seconds": time.process_time() - worked,
             **memory_of(binary, program.arguments, resident, cache if name == "rollout" else 0),
             "collective_bytes": sum(one.received * one.times for one in found),
             "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

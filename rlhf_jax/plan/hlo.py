@@ -6,7 +6,6 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
 
 import numpy as np
 
@@ -43,16 +42,14 @@ class Collective:
         return size * others * (2 if self.kind == "all-reduce" else 1)
 
 
-def collectives(text: str, loops: Callable[[str], int] | None = None) -> list[Collective]:
+def collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program.
 
     A collective that the compiler spreads over several fusions has one channel and counts once.
-
-    Args:
-      loops: text of a loop without a known number of rounds -> that number; 1 if not given.
+    A loop that may end early, as sampling does, counts with the rounds that it may take.
     """
     bodies = computations(text)
-    times = _times(bodies, loops)
+    times = _times(bodies)
     found: dict[str, Collective] = {}
     for name, lines in bodies.items():
         scattered = "all-reduce-scatter" in name
@@ -94,15 +91,14 @@ def computations(text: str) -> dict[str, list[str]]:
     return bodies
 
 
-def _times(bodies: dict[str, list[str]], loops: Callable[[str], int] | None) -> dict[str, int]:
+def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
     """How often each computation runs in a run of the program."""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in bodies.items():
         for line in lines:
             rounds = 1
             if " while(" in line:
-                known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
-                rounds = int(known[1]) if known else loops(line) if loops else 1
+                rounds = _rounds(line, bodies)
             for kind, names in re.findall(
                 r"(calls|body|condition|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)",
                 line,
@@ -119,6 +115,16 @@ def _times(bodies: dict[str, list[str]], loops: Callable[[str], int] | None) -> 
 
     walk("ENTRY", 1)
     return times
+
+
+def _rounds(line: str, bodies: dict[str, list[str]]) -> int:
+    """Of a loop: what the text says of it, else the number that its condition compares its counter with."""
+    known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = bodies.get(condition[1], []) if condition else []
+    return max((int(n) for one in lines for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", one)), default=1)
 
 
 def _group(line: str) -> tuple[int, ...]:
