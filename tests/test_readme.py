@@ -30,7 +30,8 @@ def exists(name: str, *folders: str) -> bool:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_have_the_flags_of_their_script(command: str) -> None:
-    script, *arguments = shlex.split(command)
+    # What a launcher starts stands behind its own flags.
+    script, *arguments = shlex.split(command.rpartition(" -- ")[2])
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     stage = module if hasattr(module, "Config") else vars(module)[Path(script).stem]
     assert cli.parse(stage.Config, argv=arguments)
