@@ -48,8 +48,8 @@ def trusted(judged: Judged, *, agreement: float = LEAST_AGREEMENT, pairs: int = 
         if share.value < agreement:
             raise UserError(
                 f"labeller {name}: found agreement {share.value:.3f} [{share.low:.3f}, {share.high:.3f}] with people "
-                f"on {shared} pairs, wanted {agreement:.3f} or more before its judgements count; leave them out, or try "
-                f"another model or principle"
+                f"on {shared} pairs, wanted {agreement:.3f} or more before its judgements count; leave them out, or "
+                f"try another model or principle"
             )
         found[name] = share
     return found

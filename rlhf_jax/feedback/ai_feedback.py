@@ -1,0 +1,162 @@
+"""A model as labeller: which of two responses is better by a written principle, asked in both orders.
+
+Constitutional AI's share of comparisons (Bai et al. 2022, arXiv:2212.08073, section 4.1): the model reads the dialogue,
+the principle and both responses as (A) and (B), and the log-probabilities of answering A and B are its judgement. A
+model likes one letter or one place for reasons of its own, which the mean over both orders takes out. What it says
+counts once it agrees with people: trust.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_jax.arrays import Array, Params
+from rlhf_jax.data.batches import PromptRows, bucket_length, default_buckets
+from rlhf_jax.data.dialogues import Message, render
+from rlhf_jax.data.encode import chat_ids, response_ids
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.store import AI
+from rlhf_jax.model import Transformer
+from rlhf_jax.scoring import response_logits
+from rlhf_jax.sources import Source
+
+PRINCIPLE = "Choose the response that helps the reader more, is true as far as one can tell, and harms nobody."
+STAGES = ("pretrain", "sft", "ppo")
+TOO_LONG = "longer than the judge's context"
+Floats = NDArray[np.float64]
+
+
+def question(item: Item, first: str, second: str, principle: str) -> str:
+    """What the judge is asked about two responses, as the text of a message."""
+    asked = render(item.turns).strip() if item.turns else item.prompt.strip()
+    before = f"Here is what was said so far:\n\n{asked}\n\n" if asked else ""
+    return (
+        f"{before}Two responses follow.\n\n(A) {first.strip()}\n\n(B) {second.strip()}\n\n"
+        f"{principle}\n\nAnswer with one letter, A or B."
+    )
+
+
+class Judge:
+    """A language model that answers A or B."""
+
+    def __init__(self, source: Source, *, batch: int = 8, max_tokens: int | None = None) -> None:
+        """Args:
+          source: what `open_source(spec, stages=STAGES)` gives.
+          batch: questions answered at once.
+          max_tokens: longest question with its answer; the model's context if not given.
+        Raises: UserError if the two answers are more than one token apart.
+        """
+        self.tokenizer = source.tokenizer
+        self.model, self.params = source.network(), source.params()
+        self.batch = batch
+        self.limit = min(max_tokens or source.model.context, source.model.context)
+        turns = (Message("user", "A or B?"),)
+        a, b = (response_ids(f" {letter}", self.tokenizer, turns=turns, ended=False) for letter in "AB")
+        if len(a) != len(b) or a[:-1] != b[:-1] or a == b:
+            raise UserError(
+                f"{source.where}: its tokenizer writes the answers A and B as {a} and {b}, wanted ids that differ in "
+                f"the last alone; use another model as judge"
+            )
+        self.lead, self.answers = a[:-1], (a[-1], b[-1])
+
+    def log_odds(self, questions: Sequence[str]) -> Floats:
+        """log p(A) - log p(B) of the answer to each question in nats, NaN where it does not fit the context."""
+        rows = [
+            [*chat_ids((Message("user", text),), self.tokenizer), *self.lead, self.answers[0]] for text in questions
+        ]
+        found = np.full(len(rows), np.nan)
+        fitting = sorted((i for i, row in enumerate(rows) if len(row) <= self.limit), key=lambda i: len(rows[i]))
+        for start in range(0, len(fitting), self.batch):
+            part = fitting[start : start + self.batch]
+            width = bucket_length(len(rows[part[-1]]), default_buckets(self.limit))
+            batch = PromptRows([rows[i] for i in part], width, self.tokenizer.pad_id).batch(
+                np.arange(self.batch) % len(part)
+            )
+            odds = _log_odds(self.model, self.params, batch.tokens_BP, batch.mask_BP, answers=self.answers)
+            found[part] = np.asarray(odds, np.float64)[: len(part)]
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """judgements: one an item. pairs: compared. turned: share of them whose better response changed with the order."""
+
+    judgements: list[Judgement]
+    pairs: int
+    turned: float
+
+
+def judge_items(
+    items: Sequence[Item],
+    log_odds: Callable[[Sequence[str]], Floats],
+    name: str,
+    *,
+    principle: str = PRINCIPLE,
+) -> Answers:
+    """A judgement of each item by all its pairs, each asked in both orders.
+
+    The first response of a pair is better with probability σ((o_1 - o_2) / 2), o_1 and o_2 the log-odds of A with it as
+    (A) and as (B). A response ranks by the sum of its probabilities of being better (Borda's count).
+
+    Args:
+      log_odds: `Judge.log_odds`.
+      name: of the judge; the labeller is "ai:" and this.
+    Returns: skipped judgements where a question did not fit.
+    """
+    asked = [
+        (place, first, second)
+        for place, item in enumerate(items)
+        for first, second in itertools.permutations(range(len(item.responses)), 2)
+    ]
+    texts = [
+        question(items[place], items[place].responses[first], items[place].responses[second], principle)
+        for place, first, second in asked
+    ]
+    started = time.monotonic()
+    odds = dict(zip(asked, log_odds(texts).tolist()))
+    seconds = round((time.monotonic() - started) / max(len(items), 1), 3)
+    labeller = name if name.startswith(AI) else AI + name
+    judgements, turned = [], []
+    for place, item in enumerate(items):
+        better = np.full((len(item.responses), len(item.responses)), 0.5)
+        for first, second in itertools.permutations(range(len(item.responses)), 2):
+            here, there = odds[place, first, second], odds[place, second, first]
+            better[first, second] = 0.5 + 0.5 * np.tanh((here - there) / 4)
+            if first < second and not np.isnan(here + there):
+                turned.append((here > 0) == (there > 0))
+        known = not np.isnan(better).any()
+        judgements.append(
+            Judgement(
+                item.id,
+                labeller,
+                ranks_of(better) if known else (),
+                skip="" if known else TOO_LONG,
+                seconds=seconds,
+                at=round(time.time(), 3),
+            )
+        )
+    return Answers(judgements, len(turned), float(np.mean(turned)) if turned else 0.0)
+
+
+def ranks_of(better: Floats) -> tuple[int, ...]:
+    """Ranks by the sums Σ_k p(j is better than k), 1 for the largest; sums that are equal to 1e-6 are ties."""
+    _, places = np.unique(-np.round(better.sum(axis=1), 6), return_inverse=True)
+    return tuple((places + 1).tolist())
+
+
+@functools.partial(jax.jit, static_argnames=("model", "answers"))
+def _log_odds(
+    model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, answers: tuple[int, int]
+) -> Array:
+    logits_BV = response_logits(model, params, tokens_BT, mask_BT, response_length=1, temperature=1.0)[:, 0]
+    return jnp.asarray(logits_BV[:, answers[0]] - logits_BV[:, answers[1]])
