@@ -16,6 +16,7 @@ from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
 from rlhf_jax.data.lines import describe, read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import FLAGS, MOST_RESPONSES, RATINGS, Item, Judgement
+from rlhf_jax.feedback.tasks import read_tasks
 
 KINDS = ("task", "calibration", "quiz")
 
@@ -63,8 +64,18 @@ def join(items: Iterable[Item], judgements: Iterable[Judgement]) -> Judged:
 
 
 def read_items(paths: Iterable[str | Path]) -> list[Item]:
-    """Items of JSONL files. Raises: UserError with file, line and field."""
-    return [_item(where, row) for path in paths for where, row in read_rows(path)]
+    """Items of JSONL files; those without ids, by the file's first row, are what `read_tasks` makes of them.
+
+    Raises: UserError with file, line and field.
+    """
+    items: list[Item] = []
+    for path in paths:
+        first = next(read_rows(path), None)
+        if first is not None and "id" not in first[1]:
+            items += read_tasks([path])
+        else:
+            items += [_item(where, row) for where, row in read_rows(path)]
+    return items
 
 
 def read_judgements(paths: Iterable[str | Path]) -> list[Judgement]:

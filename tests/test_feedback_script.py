@@ -1,0 +1,112 @@
+"""scripts/feedback.py: its commands from files or a labelling folder to figures and files."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from rlhf_jax import sources
+from rlhf_jax.feedback.judged import item_row, judgement_row, read_items, read_judgements
+from rlhf_jax.feedback.records import Judgement
+from rlhf_jax.feedback.store import Store
+from rlhf_jax.feedback.tasks import make_item
+from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.tokenizer import Tokenizer
+from scripts import feedback
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ITEMS = [make_item(f"p{n}", [" a", " bb", f" c{n}"]) for n in range(6)]
+SAID = [
+    Judgement(item.id, name, ranks, flags=(frozenset({"other"} if n % 2 else ()), frozenset(), frozenset()))
+    for n, item in enumerate(ITEMS[:4])
+    for name, ranks in (("ann", (1, 2, 3)), ("bob", (1, 3, 2) if n else (1, 2, 3)), ("cy", (1, 2, 2)))
+]
+
+
+def run(*arguments: str | Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        feedback.main([str(argument) for argument in arguments])
+    assert end.value.code == 0
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    items, said = tmp_path / "items.jsonl", tmp_path / "said.jsonl"
+    items.write_text("".join(json.dumps(item_row(item)) + "\n" for item in ITEMS))
+    said.write_text("".join(json.dumps(judgement_row(one)) + "\n" for one in SAID))
+    return ["--items", str(items), "--judgements", str(said)]
+
+
+def tiny(spec: str, *, stages: tuple[str, ...]) -> sources.Source:
+    """A model whose parameters are those of the seed that it is named by."""
+    scalar = set(stages) == {"reward"}
+    tokenizer = Tokenizer.bytes()
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, context=256, width=16, layers=1, heads=2)
+    params = init_params(Transformer(config, scalar=scalar), jax.random.key(int(spec)))
+    about: dict[str, Any] = {"where": spec, "spec": spec, "stage": "sft", "origin": None, "identify": lambda: ""}
+    return sources.Source(model=config, tokenizer=tokenizer, scalar=scalar, own=lambda: params, **about)
+
+
+def test_agreement_and_export(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("agreement", *files, "--out", tmp_path / "found.json", "--resamples", "50")
+    said = capsys.readouterr().out
+    # ann and bob differ on 3 of 12 pairs, and with cy, who ties one of three, nobody does.
+    assert "12 judgements of 4 items by 3 labellers" in said and "agreement  0.893" in said and "0.726" in said
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["pairs"]["agreement"]["value"] == pytest.approx(25 / 28)
+    assert set(found["reliability"]["labellers"]) == {"ann", "bob", "cy"}
+    assert set(found["reliability"]["flags"]) == {"other"}
+    for consensus, ranks in (("majority", [1, 2, 2]), ("reliability", [1, 2, 3])):
+        run("export", *files, "--out", tmp_path / "out", "--consensus", consensus)
+        rows = [json.loads(line) for line in (tmp_path / "out" / "rankings.jsonl").read_text().splitlines()]
+        assert len(rows) == 4 and ranks in [row["ranks"] for row in rows]
+
+
+def test_a_model_judges_into_the_labelling_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "open_source", tiny)
+    with contextlib.closing(Store(tmp_path / "labels")) as store:
+        store.add_items(ITEMS)
+        store.record(SAID)
+    for judged in (6, 0):  # what it has judged is not asked again
+        run("ai", "--labels", tmp_path / "labels", "--judge", "0", "--name", "tiny")
+        assert f"ai:tiny: {judged} items judged" in capsys.readouterr().out
+    with contextlib.closing(Store(tmp_path / "labels", read_only=True)) as store:
+        assert sum(one.labeller == "ai:tiny" for one in store.judgements()) == 6
+    with pytest.raises(SystemExit) as end:
+        feedback.main(["export", "--labels", str(tmp_path / "labels"), "--out", str(tmp_path / "out"), "--models"])
+    assert end.value.code == 2 and "pairs that people ordered too, wanted 100" in capsys.readouterr().err
+
+
+def test_models_judge_files_and_disagree(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "open_source", tiny)
+    run("ai", *files, "--judge", "1", "--out", tmp_path / "ai.jsonl")
+    assert {one.labeller for one in read_judgements([tmp_path / "ai.jsonl"])} == {"ai:1"}
+    run("active", *files, "--run", "1", "--run", "2", "--count", "1", "--out", tmp_path / "next.jsonl")
+    (chosen,) = read_items([tmp_path / "next.jsonl"])
+    assert chosen in ITEMS[4:]  # the others were judged
+    assert "1 of 2 items; 0 too long to score" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["agreements"], "command: found agreements, wanted one of agreement, export, ai, active"),
+        (["agreement"], "labels: wanted either --labels FOLDER or --items FILE"),
+        (["active", "--items", "x", "--out", "y", "--run", "z"], "run: found 1 reward models, wanted two or more"),
+        (["ai", "--items", "x", "--judge", "y"], "out: found nothing, wanted a file for the judgements"),
+        (["export", "--labels", "/nowhere", "--out", "x"], "no labels.sqlite in it; wanted a labelling folder"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        feedback.main(arguments)
+    said = capsys.readouterr()
+    assert end.value.code == 2 and message in said.err and said.err.count("\n") == 1
