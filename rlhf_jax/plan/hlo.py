@@ -123,8 +123,14 @@ def _rounds(line: str, bodies: dict[str, list[str]]) -> int:
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = bodies.get(condition[1], []) if condition else []
-    return max((int(n) for one in lines for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", one)), default=1)
+    names = [condition[1]] if condition else []
+    found = [1]
+    # On a CPU the comparison stands in a computation that the condition calls.
+    for name in names:
+        for one in bodies.get(name, []):
+            found += [int(number) for number in re.findall(r"= s32\[\]\S* constant\((\d+)\)", one)]
+            names += [called for called in re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", one) if called not in names]
+    return max(found)
 
 
 def _group(line: str) -> tuple[int, ...]:
