@@ -16,7 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
 from rlhf_jax.parallel import make_mesh, place, shard_rows
 from rlhf_jax.plan.chips import CHIPS, Chip, Topology, check_mesh, read_topology, written
-from rlhf_jax.plan.estimate import bill, check_fit, counted, extrapolated, timed
+from rlhf_jax.plan.estimate import bill, check_compiled, check_fit, counted, extrapolated, timed
 from rlhf_jax.plan.hlo import collectives
 from rlhf_jax.plan.models import read_model
 from rlhf_jax.plan.programs import Programs, Work, bytes_of
@@ -234,6 +234,18 @@ def test_the_roofline_by_hand() -> None:
     assert timed({**row, "compiler_seconds": 6.0}, chip, hidden=False)["estimate_seconds"] == 9.0
     plan = {"tokens_per_second": 1000.0, "chips": 36}
     assert bill(plan, 1e6, 2.0) == {"tokens": 1e6, "chip_hours": 10.0, "price": 2.0, "bill": 20.0}
+
+
+def test_the_compilers_words_in_ours() -> None:
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (19.69G) exceeds "
+        "available HBM (15.75G)."
+    )
+    assert "update: found 19.69G of HBM a chip, wanted at most 15.75G; use" in str(
+        check_compiled("update", RuntimeError(said))
+    )
+    assert "Used" not in str(check_compiled("update", RuntimeError("Used 17.2G of 15.75G hbm. Exceeded")))
+    assert str(check_compiled("update", RuntimeError("other\nwords"))) == "update: the compiler refused it: other words"
 
 
 def test_the_command_refuses_before_it_compiles() -> None:

@@ -99,7 +99,7 @@ def test_decoding_gathers_weights_once() -> None:
 
 def test_a_program_that_takes_too_much_memory_is_one_line() -> None:
     work = dataclasses.replace(
-        WORK, stage="sft", row_length=256, batch=8192, model=dataclasses.replace(MODEL, head_chunk=0)
+        WORK, stage="sft", row_length=256, batch=65536, model=dataclasses.replace(MODEL, head_chunk=0)
     )
     with pytest.raises(UserError, match=r"update: .*HBM") as caught:
         make_plan(work, POD, only="memory")

@@ -162,6 +162,7 @@ def check_compiled(name: str, error: Exception) -> UserError:
     """The line for a program that the compiler refuses, its memory above all."""
     text = " ".join(str(error).split())
     used = re.search(r"[Uu]sed ([\d.]+\w) of ([\d.]+\w) hbm", text)
+    used = used or re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", text)
     if used is None:
         return UserError(f"{name}: the compiler refused it: {text[:300]}")
     return UserError(
