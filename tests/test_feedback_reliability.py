@@ -76,7 +76,7 @@ def test_known_reliabilities_are_in_the_intervals(
     precision: list[float], items: int, responses: int, each: int
 ) -> None:
     hits, values = [], []
-    for seed in range(12):
+    for seed in range(6):
         judged, scores = simulated(seed, precision, items=items, responses=responses, each=each)
         found = rel.estimate(judged)
         own = [found.labellers[f"labeller {n}"] for n in range(len(precision))]
@@ -86,8 +86,8 @@ def test_known_reliabilities_are_in_the_intervals(
         estimated = np.array([found.scores[id][0] for id in judged.items])
         apart = (array - array.mean(axis=1, keepdims=True) for array in (estimated, scores))
         assert np.corrcoef(*(array.ravel() for array in apart))[0, 1] > 0.6
-    # 95% of 60 or 72 intervals, give or take three deviations of 2.6%.
-    assert 0.87 <= np.mean(hits) <= 1.0
+    # 95% of 36 or 30 intervals, give or take three deviations of 4%.
+    assert 0.83 <= np.mean(hits) <= 1.0
     np.testing.assert_allclose(np.median(values, axis=0), precision, rtol=0.3, atol=0.3)
 
 
