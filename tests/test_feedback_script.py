@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax import sources
 from rlhf_jax.feedback.judged import item_row, judgement_row, read_items, read_judgements
+from rlhf_jax.feedback.queue import Answer, Queue, Rules
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item
@@ -92,7 +93,41 @@ def test_models_judge_files_and_disagree(
     run("active", *files, "--run", "1", "--run", "2", "--count", "1", "--out", tmp_path / "next.jsonl")
     (chosen,) = read_items([tmp_path / "next.jsonl"])
     assert chosen in ITEMS[4:]  # the others were judged
-    assert "1 of 2 items; 0 too long to score" in capsys.readouterr().out
+    assert "1 of 2 items; 0 too long to read" in capsys.readouterr().out
+
+
+def test_labels_decide_what_is_asked_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "open_source", tiny)
+    folder = tmp_path / "labels"
+    items = [make_item(f"p{n}", [f"answer {n * n}", f"no {n}"]) for n in range(12)]
+    items.append(make_item("x" * 300, ["a", "b"]))
+    asked: list[str] = []
+    with contextlib.closing(Store(folder)) as store:
+        store.add_items(items)
+    for turn in range(2):
+        choose = ["active", "--labels", folder, "--features", "3", "--count", "4"]
+        run(*choose, "--out", tmp_path / "next.jsonl")
+        run(*choose)
+        assert f"4 of {13 - len(asked)} items; 1 too long to read" in capsys.readouterr().out
+        wanted = [item.id for item in read_items([tmp_path / "next.jsonl"])]
+        assert not set(wanted) & set(asked)
+        with contextlib.closing(Store(folder)) as store:
+            queue, ann = Queue(store, Rules()), store.add_labeller("ann")
+            for number in range(4):
+                assignment = queue.assign(ann)
+                assert assignment is not None
+                asked.append(assignment.item.id)
+                queue.judge(ann, f"{turn} {number}", Answer(asked[-1], (1, 2)))
+        assert asked[-4:] == wanted
+    # The order of the file is not what was asked, nor what is asked without labels.
+    with contextlib.closing(Store(tmp_path / "new")) as store:
+        store.add_items(item for item in items if item.id not in asked[:4])
+    run("active", "--labels", tmp_path / "new", "--features", "3", "--count", "4")
+    with contextlib.closing(Store(tmp_path / "new", read_only=True)) as store:
+        assert [item.id for item in store.items()][:4] != asked[4:]
+    assert asked != [item.id for item in items][:8]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +135,9 @@ def test_models_judge_files_and_disagree(
     [
         (["agreements"], "command: found agreements, wanted one of agreement, export, ai, active"),
         (["agreement"], "labels: wanted either --labels FOLDER or --items FILE"),
-        (["active", "--items", "x", "--out", "y", "--run", "z"], "run: found 1 reward models, wanted two or more"),
+        (["active", "--items", "x", "--out", "y", "--run", "z"], "run: found 1 reward model, wanted two or more"),
+        (["active", "--items", "x", "--out", "y"], "features: wanted either --features MODEL or --run FOLDER"),
+        (["active", "--items", "x", "--features", "z"], "out: found nothing, wanted a file for the items"),
         (["ai", "--items", "x", "--judge", "y"], "out: found nothing, wanted a file for the judgements"),
         (["export", "--labels", "/nowhere", "--out", "x"], "no labels.sqlite in it; wanted a labelling folder"),
     ],

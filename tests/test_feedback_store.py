@@ -366,6 +366,33 @@ def test_models_keep_no_item_from_people(store: Store) -> None:
     assert queue.assign(ann) is None and queue.judged == 2
 
 
+def test_what_is_asked_first_changes_nothing_that_was_said(store: Store) -> None:
+    store.add_items([*items(3), *items(1, "calibration"), *items(9)[3:]])
+    ann, bob = store.add_labeller("ann"), store.add_labeller("bob")
+    queue = Queue(store, Rules(2))
+    assert [rank(queue, ann, request) for request in ("1", "2", "3")] == ["calibration0", "task0", "task1"]
+    queue.undo(ann, "4")
+    queue.save_draft(ann, "task1", {"tiers": [[2], [0, 1]]}, 9)
+    assert rank(queue, bob, "1") == "calibration0"
+    store.record([Judgement("task4", "ai:judge", (1, 2, 3))])
+    said = store.judgements()
+    store.ask_first(["task7", "task4", "task0"])
+    assert [item.id for item in store.items() if item.kind == "task"] == [
+        f"task{n}" for n in (7, 4, 0, 1, 2, 3, 5, 6, 8)
+    ]
+    assert store.judgements() == said and store.db.execute("PRAGMA foreign_key_check").fetchall() == []
+    assert store.db.execute("SELECT i.id FROM withdrawn w JOIN items i ON i.number = w.item").fetchall() == [("task1",)]
+    invariants(store)
+    queue = Queue(store, Rules(2))
+    # What she has before her stays there, with its draft; then the new order, without what she has answered.
+    assert given(queue, ann).draft == {"tiers": [[2], [0, 1]]}
+    assert [rank(queue, ann, request) for request in "5678"] == ["task1", "task7", "task4", "task2"]
+    assert [rank(queue, bob, request) for request in "2345"] == ["task7", "task4", "task0", "task1"]
+    for wrong in ("calibration0", "task99"):
+        with pytest.raises(UserError, match=f"item {wrong}: found it in the order to ask in, wanted one of the"):
+            store.ask_first([wrong])
+
+
 def invariants(store: Store) -> None:
     wrong = store.db.execute(
         "SELECT i.id, i.held FROM items i WHERE i.held <> (SELECT count(*) FROM judgements j JOIN labellers l "

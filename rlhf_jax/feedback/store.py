@@ -83,8 +83,34 @@ class Store:
                     raise UserError(f"item {item.id}: found gold ranks {list(item.gold)}, others than it had before")
         return added
 
+    def ask_first(self, ids: Sequence[str]) -> None:
+        """Puts tasks at the front of the queue in this order; the others follow as they stood.
+
+        Raises: UserError for an id that is no task's.
+        """
+        with transaction(self.db):
+            rows = self.db.execute("SELECT id, number FROM items WHERE kind = 'task' ORDER BY number")
+            numbers: dict[str, int] = dict(rows)
+            for id in ids:
+                if id not in numbers:
+                    raise UserError(f"item {id}: found it in the order to ask in, wanted one of the folder's tasks")
+            order = dict.fromkeys([*ids, *numbers])
+            self.db.execute("CREATE TEMP TABLE moves (old INTEGER PRIMARY KEY, new INTEGER NOT NULL)")
+            self.db.executemany("INSERT INTO moves VALUES (?, ?)", zip((numbers[id] for id in order), numbers.values()))
+            # Rows of other tables name an item by its number. Less than 0 on the way, no two have the same one.
+            self.db.execute("PRAGMA defer_foreign_keys = ON")
+            for table in ("items", "leases", "judgements", "withdrawn"):
+                column = "number" if table == "items" else "item"
+                self.db.execute(
+                    f"UPDATE {table} SET {column} = -(SELECT new FROM moves WHERE old = {column}) "
+                    f"WHERE {column} IN (SELECT old FROM moves)"
+                )
+                self.db.execute(f"UPDATE {table} SET {column} = -{column} WHERE {column} < 0")
+            self.db.execute("DROP TABLE moves")
+            self.db.execute("UPDATE labellers SET cursor = 0")
+
     def items(self) -> list[Item]:
-        """All items, in the order in which they came."""
+        """All items, in the order in which they are asked."""
         rows = self.db.execute("SELECT id, kind, content FROM items ORDER BY number")
         return [item_of(*row) for row in rows]
 

@@ -1,0 +1,76 @@
+"""What a linear reward head reads: a model's last hidden state at the end of a response, once for all labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_jax.arrays import Array, Params
+from rlhf_jax.data.batches import bucket_length, default_buckets
+from rlhf_jax.data.encode import prompt_ids, ranking_rows, response_ids
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.feedback.active import Floats
+from rlhf_jax.feedback.records import Item
+from rlhf_jax.model import Transformer
+from rlhf_jax.runs import say
+from rlhf_jax.sources import Source
+from rlhf_jax.tokenizer import TextTokenizer
+
+ROWS = 32
+_EVERY = 50
+
+
+def rows_of(item: Item, tokenizer: TextTokenizer, *, ended: bool) -> list[list[int]]:
+    """Ids of the prompt with each response, and what ends a response if it `ended`."""
+    # What follows a prompt of messages is written after a space, as everywhere in data/.
+    texts = [f" {text}" for text in item.responses] if item.turns else item.responses
+    answers = [response_ids(text, tokenizer, turns=item.turns, ended=ended) for text in texts]
+    return ranking_rows(prompt_ids(Prompt(item.prompt, turns=item.turns), tokenizer), answers)
+
+
+def hidden_states(source: Source, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    """The last hidden state at the last token of each row, [N, D]; rows fit the model's context."""
+    model, params = source.network(), source.params()
+    order = np.argsort([len(row) for row in ids], kind="stable")
+    states = np.zeros((len(ids), source.model.width), np.float32)
+    for start in range(0, len(order), ROWS):
+        part = order[np.minimum(np.arange(start, start + ROWS), len(order) - 1)]
+        width = bucket_length(max(len(ids[i]) for i in part), default_buckets(source.model.context))
+        tokens, mask = np.full((ROWS, width), source.tokenizer.pad_id, np.int32), np.zeros((ROWS, width), bool)
+        for place, i in enumerate(part):
+            tokens[place, : len(ids[i])], mask[place, : len(ids[i])] = ids[i], True
+        states[part] = np.asarray(_last_hidden(model, params, jnp.asarray(tokens), jnp.asarray(mask)))
+        if start // ROWS % _EVERY == _EVERY - 1:
+            say(f"features of {start + ROWS:,} of {len(ids):,} responses")
+    return states
+
+
+def _last_hidden_impl(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
+    hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
+    return jnp.take_along_axis(hidden_BTD, jnp.sum(mask_BT, axis=1)[:, None, None] - 1, axis=1)[:, 0]
+
+
+_last_hidden: Callable[..., Array] = jax.jit(_last_hidden_impl, static_argnums=0)
+
+
+def standardized(states_ND: NDArray[np.floating], dimensions: int = 0) -> Floats:
+    """Each feature less its mean, by its deviation and √D: a mean square of 1 a row.
+
+    dimensions: keep so many leading principal components; 0 for all features as they are.
+    """
+    features = np.asarray(states_ND, np.float64)
+    features = features - features.mean(axis=0)
+    features /= np.maximum(features.std(axis=0), 1e-6) * np.sqrt(features.shape[1])
+    return principal(features, dimensions)
+
+
+def principal(features_ND: Floats, dimensions: int) -> Floats:
+    """The leading principal components about 0, the largest first; all features as they are for 0."""
+    if not 0 < dimensions < features_ND.shape[1]:
+        return features_ND
+    _, axes = np.linalg.eigh(features_ND.T @ features_ND)
+    return np.asarray(features_ND @ axes[:, : -dimensions - 1 : -1])

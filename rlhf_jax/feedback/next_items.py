@@ -1,0 +1,88 @@
+"""Which items to ask people about next: from the labels so far and one backbone, or from several reward models."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_jax.feedback.active import Beliefs, Heads, choose, preference_probabilities
+from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.store import AI
+
+PRECISION = 1.0
+"""Of the prior of a head's weights, on features of mean square 1 a row."""
+Indices = NDArray[np.int64]
+
+
+def asked(judgements: Iterable[Judgement]) -> set[str]:
+    """Ids of the items that a person has answered or skipped."""
+    return {judgement.item for judgement in judgements if not judgement.labeller.startswith(AI)}
+
+
+def next_by_heads(
+    items: Sequence[Item], features_RD: NDArray[np.floating], judgements: Iterable[Judgement], count: int
+) -> list[Item]:
+    """The items whose answers lower most what all heads that fit people's answers so far leave open about all pairs.
+
+    Args:
+      features_RD: of each response of each item in turn.
+      judgements: those by models or of other items are left out.
+    Returns: at most `count` tasks that no person has answered, the most telling first.
+    """
+    item_N, first_N, second_N = _pairs(items)
+    start = dict(zip((item.id for item in items), _starts(items)))
+    judgements = [one for one in judgements if one.item in start and not one.labeller.startswith(AI)]
+    better, worse = [], []
+    for one in judgements:
+        for a, b in itertools.permutations(range(len(one.ranks)), 2):
+            if one.ranks[a] < one.ranks[b]:
+                better.append(start[one.item] + a)
+                worse.append(start[one.item] + b)
+    heads = Heads.fit(features_RD[better] - features_RD[worse], precision=PRECISION)
+    beliefs = heads.beliefs(features_RD[first_N] - features_RD[second_N])
+    return _best(items, item_N, beliefs, asked(judgements), count, targets=beliefs)
+
+
+def next_by_ensemble(
+    items: Sequence[Item], scores_MR: NDArray[np.floating], judgements: Iterable[Judgement], count: int
+) -> list[Item]:
+    """The tasks on which M reward models disagree. scores_MR: of each response of each item in turn."""
+    item_N, first_N, second_N = _pairs(items)
+    beliefs = Beliefs.of_members(preference_probabilities(scores_MR[:, first_N], scores_MR[:, second_N]))
+    return _best(items, item_N, beliefs, asked(judgements), count)
+
+
+def _best(
+    items: Sequence[Item],
+    item_N: Indices,
+    beliefs: Beliefs,
+    done: set[str],
+    count: int,
+    targets: Beliefs | None = None,
+) -> list[Item]:
+    open_N = np.flatnonzero([items[place].kind == "task" and items[place].id not in done for place in item_N])
+    if not len(open_N):
+        return []
+    # Pairs are chosen and items are asked: `count` items have at most this many pairs.
+    most = max(len(items[place].responses) for place in item_N[open_N])
+    pairs = min(count * most * (most - 1) // 2, len(open_N))
+    order = choose(beliefs.take(open_N), pairs, targets=targets)
+    return [items[place] for place in dict.fromkeys(item_N[open_N[order]].tolist())][:count]
+
+
+def _starts(items: Sequence[Item]) -> list[int]:
+    return [0, *itertools.accumulate(len(item.responses) for item in items)][: len(items)]
+
+
+def _pairs(items: Sequence[Item]) -> tuple[Indices, Indices, Indices]:
+    """(item, first response, second response) of all pairs, the responses of all items counted through."""
+    found = [
+        (number, start + a, start + b)
+        for number, (item, start) in enumerate(zip(items, _starts(items)))
+        for a, b in itertools.combinations(range(len(item.responses)), 2)
+    ]
+    item_N, first_N, second_N = np.array(found, np.int64).reshape(-1, 3).T
+    return item_N, first_N, second_N
