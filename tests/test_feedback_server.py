@@ -86,9 +86,22 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # It takes a fifth of a second to end, while the next test goes on: `ended` waits for all.
         self.server.should_exit = True
-        self.thread.join()
-        self.listening.close()
+        ENDING.append(self)
+
+
+ENDING: list[Running] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended() -> Iterator[None]:
+    """Every server of this module has ended."""
+    yield
+    for server in ENDING:
+        server.thread.join()
+        server.listening.close()
+    ENDING.clear()
 
 
 @pytest.fixture
