@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_scores(case: tuple[Any, Path], side: str) -> None:
         ).logits
     read = read_folder(folder)
     assert read.scalar
-    ours = last_token_scores(Transformer(read.model, scalar=True), read.load(), tokens, mask)
+    ours = last_token_scores(Transformer(read.model, scalar=True), read.load(), *map(jnp.asarray, (tokens, mask)))
     assert np.ptp(ours) > 0.1
     np.testing.assert_allclose(ours, theirs[:, 0], atol=1e-4)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_scores(case: tuple[str, ModelConfig], tmp_path: Path) -> None:
     written = write_folder(tmp_path / "out", params, model, special_ids=SPECIAL)
     assert written == f"{name}{text}ForSequenceClassification"
     there = loaded(tr.AutoModelForSequenceClassification, tmp_path / "out")
-    wanted = last_token_scores(Transformer(model, scalar=True), params, *rows())
+    wanted = last_token_scores(Transformer(model, scalar=True), params, *map(jnp.asarray, rows()))
     bias = params["score"]["bias"]
     assert there.config.rlhf_jax == {"score_bias": float(bias[0])}
     np.testing.assert_allclose(theirs(there, *rows())[:, 0], wanted - bias, atol=1e-4)

@@ -119,7 +119,8 @@ def counted(program: Any, topology: Topology, devices: Sequence[Any]) -> dict[st
     text = program.as_text()
     found = collectives(text)
     return {
-        "flops": program.cost_analysis()["flops"],
+        # Not there where arrays are only moved.
+        "flops": program.cost_analysis().get("flops", 0.0),
         "bytes": hbm_bytes(text),
         "collective_bytes": sum(one.received * one.times for one in found),
         "wire_seconds": wire_seconds(found, topology, devices),
