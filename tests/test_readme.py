@@ -33,8 +33,12 @@ def test_the_commands_have_the_flags_of_their_script(command: str) -> None:
     # What a launcher starts stands behind its own flags.
     script, *arguments = shlex.split(command.rpartition(" -- ")[2])
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    stage = module if hasattr(module, "Config") else vars(module)[Path(script).stem]
-    assert cli.parse(stage.Config, argv=arguments)
+    if hasattr(module, "COMMANDS"):
+        config_class = module.COMMANDS[arguments.pop(0)][1]
+    else:
+        stage = module if hasattr(module, "Config") else vars(module)[Path(script).stem]
+        config_class = stage.Config
+    assert cli.parse(config_class, argv=arguments)
 
 
 @pytest.mark.parametrize(("kind", "row"), list(zip(KINDS, block("json").splitlines(), strict=True)), ids=KINDS)
