@@ -77,8 +77,11 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: found a file, wanted a folder for the run; give another --name or --out")
         path.mkdir(parents=True, exist_ok=True)
+        # Before the lock, whose file would stay behind in a folder of someone else's.
+        _refuse_foreign(path)
         run = cls(path, about)
         with run.lock():
+            _refuse_foreign(path)
             if (path / "config.json").exists():
                 saved = _read(path)
                 _refuse_other_stage(path, saved, (stage,))
@@ -87,10 +90,6 @@ class RunFolder:
                         f"{path}: {field}: found {found} from an earlier run, wanted {wanted}; give the same settings "
                         f"to go on with it, or another --name to start anew"
                     )
-            elif others := sorted({child.name for child in path.iterdir()} - _BEFORE_CONFIG):
-                raise UserError(
-                    f"{path}: found {others[0]} but no config.json, wanted an empty folder; give another --name"
-                )
             # The tokenizer first: a folder with a config.json is whole.
             tokenizer.save(path / "tokenizer.json")
             write_json(path / "config.json", about)
@@ -232,6 +231,13 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(about.get(field), kind):
             raise UserError(f"{path}: config.json: field {field!r}: found {about.get(field)!r}, wanted {kind.__name__}")
     return about
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raises UserError for a folder that holds other files and is no run's."""
+    found = {child.name for child in path.iterdir()}
+    if "config.json" not in found and (others := sorted(found - _BEFORE_CONFIG)):
+        raise UserError(f"{path}: found {others[0]} but no config.json, wanted an empty folder; give another --name")
 
 
 def _refuse_other_stage(path: Path, about: Mapping[str, Any], stages: tuple[str, ...]) -> None:

@@ -109,6 +109,7 @@ def test_no_folder_of_a_run(tmp_path: Path) -> None:
     for path, message in [("notes", "found todo.txt but no config.json"), ("file", "found a file")]:
         with pytest.raises(UserError, match=message):
             create(tmp_path / path)
+    assert [child.name for child in (tmp_path / "notes").iterdir()] == ["todo.txt"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format_version": 1, "stage": 3}'])
