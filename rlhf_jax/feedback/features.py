@@ -1,7 +1,11 @@
-"""What a linear reward head reads: a model's last hidden state at the end of a response, once for all labels."""
+"""What the reward heads of active choice read: a model's hidden states half-way up, once for all labels.
+
+Half-way, a language model has read the text and has not yet turned to the next token.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -33,28 +37,41 @@ def rows_of(item: Item, tokenizer: TextTokenizer, *, ended: bool) -> list[list[i
 
 
 def hidden_states(source: Source, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-    """The last hidden state at the last token of each row, [N, D]; rows fit the model's context."""
-    model, params = source.network(), source.params()
+    """Hidden states after half of the blocks, [N, 2 D]: their mean over each row, and that at its last token."""
+    model, params = lower_half(source.network(), source.params())
     order = np.argsort([len(row) for row in ids], kind="stable")
-    states = np.zeros((len(ids), source.model.width), np.float32)
+    states = np.zeros((len(ids), 2 * source.model.width), np.float32)
     for start in range(0, len(order), ROWS):
         part = order[np.minimum(np.arange(start, start + ROWS), len(order) - 1)]
         width = bucket_length(max(len(ids[i]) for i in part), default_buckets(source.model.context))
         tokens, mask = np.full((ROWS, width), source.tokenizer.pad_id, np.int32), np.zeros((ROWS, width), bool)
         for place, i in enumerate(part):
             tokens[place, : len(ids[i])], mask[place, : len(ids[i])] = ids[i], True
-        states[part] = np.asarray(_last_hidden(model, params, jnp.asarray(tokens), jnp.asarray(mask)))
+        states[part] = np.asarray(_mean_and_last(model, params, jnp.asarray(tokens), jnp.asarray(mask)))
         if start // ROWS % _EVERY == _EVERY - 1:
             say(f"features of {start + ROWS:,} of {len(ids):,} responses")
     return states
 
 
-def _last_hidden_impl(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
+def lower_half(model: Transformer, params: Params) -> tuple[Transformer, Params]:
+    """The first half of the blocks, the middle one among them, under the same norm."""
+    config = model.config
+    layers = (config.layers + 1) // 2
+    if "blocks" in params:
+        params = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:layers], params["blocks"])}
+    config = dataclasses.replace(config, layers=layers, windows=config.windows[:layers])
+    return Transformer(config, scalar=model.scalar), params
+
+
+def _mean_and_last_impl(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
     hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
-    return jnp.take_along_axis(hidden_BTD, jnp.sum(mask_BT, axis=1)[:, None, None] - 1, axis=1)[:, 0]
+    length_B1 = jnp.sum(mask_BT, axis=1)[:, None]
+    mean_BD = jnp.sum(jnp.where(mask_BT[:, :, None], hidden_BTD, 0.0), axis=1) / length_B1
+    last_BD = jnp.take_along_axis(hidden_BTD, length_B1[:, :, None] - 1, axis=1)[:, 0]
+    return jnp.concatenate([mean_BD, last_BD], axis=1)
 
 
-_last_hidden: Callable[..., Array] = jax.jit(_last_hidden_impl, static_argnums=0)
+_mean_and_last: Callable[..., Array] = jax.jit(_mean_and_last_impl, static_argnums=0)
 
 
 def standardized(states_ND: NDArray[np.floating], dimensions: int = 0) -> Floats:

@@ -32,7 +32,7 @@ def next_by_heads(
       judgements: those by models or of other items are left out.
     Returns: at most `count` tasks that no person has answered, the most telling first.
     """
-    item_N, first_N, second_N = _pairs(items)
+    _, first_N, second_N = _pairs(items)
     start = dict(zip((item.id for item in items), _starts(items)))
     judgements = [one for one in judgements if one.item in start and not one.labeller.startswith(AI)]
     better, worse = [], []
@@ -43,33 +43,37 @@ def next_by_heads(
                 worse.append(start[one.item] + b)
     heads = Heads.fit(features_RD[better] - features_RD[worse], precision=PRECISION)
     beliefs = heads.beliefs(features_RD[first_N] - features_RD[second_N])
-    return _best(items, item_N, beliefs, asked(judgements), count, targets=beliefs)
+    return _best(items, beliefs, asked(judgements), count, targets=beliefs)
 
 
 def next_by_ensemble(
     items: Sequence[Item], scores_MR: NDArray[np.floating], judgements: Iterable[Judgement], count: int
 ) -> list[Item]:
     """The tasks on which M reward models disagree. scores_MR: of each response of each item in turn."""
-    item_N, first_N, second_N = _pairs(items)
+    _, first_N, second_N = _pairs(items)
     beliefs = Beliefs.of_members(preference_probabilities(scores_MR[:, first_N], scores_MR[:, second_N]))
-    return _best(items, item_N, beliefs, asked(judgements), count)
+    return _best(items, beliefs, asked(judgements), count)
 
 
 def _best(
-    items: Sequence[Item],
-    item_N: Indices,
-    beliefs: Beliefs,
-    done: set[str],
-    count: int,
-    targets: Beliefs | None = None,
+    items: Sequence[Item], beliefs: Beliefs, done: set[str], count: int, targets: Beliefs | None = None
 ) -> list[Item]:
+    item_N, first_N, second_N = _pairs(items)
     open_N = np.flatnonzero([items[place].kind == "task" and items[place].id not in done for place in item_N])
     if not len(open_N):
         return []
     # Pairs are chosen and items are asked: `count` items have at most this many pairs.
     most = max(len(items[place].responses) for place in item_N[open_N])
     pairs = min(count * most * (most - 1) // 2, len(open_N))
-    order = choose(beliefs.take(open_N), pairs, targets=targets)
+    numbers: dict[tuple[str, str], int] = {}
+    key_R = np.array(
+        [numbers.setdefault((item.prompt, text), len(numbers)) for item in items for text in item.responses]
+    )
+    used = [numbers[item.prompt, text] for item in items if item.id in done for text in item.responses]
+    texts_N2 = np.stack([key_R[first_N], key_R[second_N]], axis=1)
+    order = choose(
+        beliefs.take(open_N), pairs, targets=targets, responses=texts_N2[open_N], used=np.array(used, np.int64)
+    )
     return [items[place] for place in dict.fromkeys(item_N[open_N[order]].tolist())][:count]
 
 
