@@ -99,7 +99,9 @@ def parse(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     constants, quants = gguf_package()
     try:
         data = np.memmap(path, np.uint8, "r").data
-    except (OSError, ValueError) as error:  # an empty file is a ValueError
+    except OSError as error:
+        raise UserError(f"{path}: not a readable file: {error.strerror}") from None
+    except ValueError as error:  # an empty file
         raise UserError(f"{path}: not a readable file: {error}") from None
     cursor = _Cursor(path, data)
     if bytes(data[:4]) != b"GGUF":
