@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import os
+import re
 import resource
 import shlex
 import signal
@@ -117,7 +118,8 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "rlhf_jax" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def parse(config_class: type[C], description: str = "", argv: Sequence[str] | None = None) -> C:
@@ -204,7 +206,10 @@ def _without_box(text: str) -> str:
         if words and inside and not inside.strip("─"):
             break
         words += inside.split()
-    return " ".join(words).removeprefix("Error parsing ")
+    said = " ".join(words).removeprefix("Error parsing ")
+    # Python's own words for what is no number.
+    said = re.sub(r"invalid literal for int\(\) with base 10: (.+)", r"found \1, wanted a whole number", said)
+    return re.sub(r"could not convert string to float: (.+)", r"found \1, wanted a number", said)
 
 
 def _unchecked(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
@@ -220,7 +225,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: {error}") from None
     except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--config {path}: unreadable: {' '.join(str(error).split())}") from None
