@@ -67,6 +67,7 @@ def write_tensors(folder: Path, shards: Sequence[Sequence[str]], tensor: Callabl
         # safetensors writes the memory behind an array as it lies: a transposed view would come out wrong.
         values = {name: np.ascontiguousarray(tensor(name)) for name in names}
         save_file(values, folder / file, metadata={"format": "pt"})
+        readable_like_its_folder(folder / file)
         with (folder / file).open("rb") as written:
             os.fsync(written.fileno())
         weight_map |= dict.fromkeys(names, file)
@@ -74,6 +75,11 @@ def write_tensors(folder: Path, shards: Sequence[Sequence[str]], tensor: Callabl
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / INDEX, index)
+
+
+def readable_like_its_folder(file: Path) -> None:
+    """Lets those who may read a folder read a file in it: safetensors makes files for their owner alone."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

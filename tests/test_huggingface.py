@@ -114,6 +114,8 @@ def test_the_recipes_kind_is_an_untied_qwen3(tmp_path: Path) -> None:
     assert config["architectures"] == [architecture] and config["model_type"] == "qwen3"
     assert (config["vocab_size"], config["tie_word_embeddings"], config["eos_token_id"]) == (48, False, 2)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": 2}
+    # Whoever may read the one may read the other.
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 def test_bfloat16(tmp_path: Path) -> None:

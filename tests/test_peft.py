@@ -87,6 +87,7 @@ def test_what_is_written_for_gpt2(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text()) == {
         "base_model_name_or_path": "gpt2",
         "peft_type": "LORA",
