@@ -46,3 +46,9 @@ def test_summary() -> None:
         "  cut 1: half of it",
         "  dropped 2: empty",
     ]
+    few = Ledger()
+    few.keep("a.jsonl:1", tokens=2_941)
+    assert few.summary(parameters=134_515_584).splitlines() == [
+        "1 rows: 1 kept, 0 cut, 0 dropped",
+        "2,941 tokens, as many as in 0.044 books, 2.2e-05 for each of 134,515,584 parameters",
+    ]

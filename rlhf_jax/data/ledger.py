@@ -117,9 +117,9 @@ class Ledger:
         rows = f"{self.total:,} rows: {self._sum('kept'):,} kept, {self._sum('cut'):,} cut, {self.rejected:,} dropped"
         if self.undecided:
             rows += f", {self.undecided:,} undecided"
-        tokens = f"{self.tokens:,} tokens, as many as in {self.tokens / TOKENS_PER_BOOK:,.1f} books"
+        tokens = f"{self.tokens:,} tokens, as many as in {_short(self.tokens / TOKENS_PER_BOOK, 1)} books"
         if parameters is not None:
-            tokens += f", {self.tokens / parameters:,.2f} for each of {parameters:,} parameters"
+            tokens += f", {_short(self.tokens / parameters, 2)} for each of {parameters:,} parameters"
         lines = [rows, tokens]
         for what, reasons in self.reasons().items():
             lines += [f"  {what} {count:,}: {reason}" for reason, count in reasons.items()]
@@ -131,3 +131,8 @@ class Ledger:
 
     def _sum(self, name: str) -> int:
         return sum(counts[name] for counts in self._counts.values())
+
+
+def _short(value: float, decimals: int) -> str:
+    """A figure with so many decimals, or two digits where those would hide it."""
+    return f"{value:,.{decimals}f}" if value >= 10**-decimals else f"{value:.2g}"
