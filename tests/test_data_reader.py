@@ -151,7 +151,7 @@ def test_rows_that_teach_nothing_are_in_the_ledger(read: Any, kind: Kind, row: d
         ("comparisons", {"prompt": "p", "chosen": "c", "rejected": True},
          "'rejected': found the truth value true, wanted"),
         ("comparisons", {"chosen": [USER, says("x")], "rejected": "x"}, "'chosen': found a list of 2, wanted text"),
-        ("rankings", {"prompt": "p"}, "field 'responses': missing"),
+        ("rankings", {"prompt": "p"}, "field 'chosen' and 'rejected', or 'responses' and 'ranks': missing"),
         ("rankings", {"prompt": "p", "responses": "ab", "ranks": [1, 2]},
          "'responses': found the text \"ab\", wanted a list"),
         ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1]},

@@ -138,7 +138,9 @@ def _record(row: _Row, kind: Kind) -> Record:
             return _dialogue(row)
         case "comparisons" | "rankings":
             has_ranks = "responses" in row or "ranks" in row
-            return _ranking(row) if has_ranks or (kind == "rankings" and "chosen" not in row) else _comparison(row)
+            if not has_ranks and "chosen" not in row and "rejected" not in row:
+                raise row.missing("'chosen' and 'rejected', or 'responses' and 'ranks'")
+            return _ranking(row) if has_ranks else _comparison(row)
         case "prompts":
             return _prompt(row)
         case _:
