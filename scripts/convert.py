@@ -44,6 +44,8 @@ class Config:
         at_least(self, "shard_bytes", 1)
         if self.target.startswith(("gguf:", "pypi:")):
             raise UserError(f"target: found {self.target!r}, wanted hf:FOLDER, peft:FOLDER or the folder of a new run")
+        if self.target in ("", "hf:", "peft:"):
+            raise UserError(f"target: found {self.target!r} without a folder, wanted one such as hf:FOLDER")
 
 
 def run(config: Config) -> None:

@@ -16,6 +16,7 @@ from rlhf_jax.model import ModelConfig
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.sources import open_source
 from rlhf_jax.stages import ppo, pretrain, reward, sft
+from scripts import convert
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -122,3 +123,9 @@ def test_a_folder_in_use_is_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "note").write_text("mine")
     with pytest.raises(UserError, match="found something there, wanted a new or empty folder"):
         export(str(runs / "base"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["gguf:out", "pypi:out", "hf:", "peft:", ""])
+def test_a_target_that_cannot_be_written_is_refused(target: str) -> None:
+    with pytest.raises(UserError, match=f"^target: found '{target}'.* wanted .*hf:FOLDER"):
+        convert.Config(source="runs/base", target=target)
