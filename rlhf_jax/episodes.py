@@ -9,13 +9,22 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, pytree
+from rlhf_jax.config import at_least
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import kl_estimate
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
+from rlhf_jax.packing import PackedEpisodes, over_rows, pack_episodes, unpack
 from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
-from rlhf_jax.scoring import last_token_scores, response_losses, state_values
+from rlhf_jax.scoring import (
+    last_token_scores,
+    packed_losses,
+    packed_scores,
+    packed_values,
+    response_losses,
+    state_values,
+)
 
 
 class Networks(NamedTuple):
@@ -67,12 +76,20 @@ class EpisodeConfig:
     decode_parts: int = 0
     """Devices of the axis fsdp among which one copy of the policy's weights lies while sampling, gathered once an
     iteration; 0 gathers what fsdp cuts at each token."""
+    slots: int = 0
+    """Rows that are sampled at a time: one that has ended gives its place to the next prompt. For responses of
+    different lengths, on one device or with --pmap; 0 samples all rows together."""
+    pack: int = 0
+    """Rows of prompt_length + response_length tokens that are computed at a time, with the episodes laid end to end in
+    them, so that padding is not; a divisor of the episodes of a minibatch, for one device or --pmap. 0 pads each."""
 
     def __post_init__(self) -> None:
         if self.response_length < 1:
             raise UserError(f"response_length: found {self.response_length}, wanted 1 or more")
         if self.temperature <= 0:
             raise UserError(f"temperature: found {self.temperature}, wanted more than 0: PPO samples a distribution")
+        for field in ("slots", "pack"):
+            at_least(self, field, 0)
         if self.decode_parts < 0:
             raise UserError(f"decode_parts: found {self.decode_parts}, wanted 0 or a divisor of the mesh's axis fsdp")
         if self.missing_end_score > 0:
@@ -135,6 +152,7 @@ def sample(
         pad_id=pad_id,
         temperature=config.temperature,
         decode_parts=config.decode_parts,
+        slots=config.slots,
     )
 
 
@@ -151,23 +169,16 @@ def score(
     axis_name: str | None = None,
 ) -> tuple[Rollout, dict[str, Array]]:
     """The second half of `collect`: what the four networks say of the responses."""
-    length = config.response_length
     tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
     mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
     mask_BR = sampled.mask
     ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in end_ids(eos_id)])
     ended_B = jnp.any(ends_BR & mask_BR, axis=1)
 
-    def log_probabilities(network_params: Params) -> tuple[Array, Array]:
-        loss_BR, entropy_BR = response_losses(
-            networks.policy, network_params, tokens_BT, mask_BT, response_length=length, temperature=config.temperature
-        )
-        return jnp.where(mask_BR, -loss_BR, 0.0), entropy_BR
-
-    logp_BR, entropy_BR = log_probabilities(params["policy"])
-    ref_logp_BR, _ = log_probabilities(frozen.reference)
-    value_BR = state_values(networks.scorer, params["critic"], tokens_BT, mask_BT, response_length=length)
-    raw_B = last_token_scores(networks.scorer, frozen.reward, tokens_BT, mask_BT)
+    said = _said_packed if config.pack else _said
+    logp_BR, entropy_BR, ref_logp_BR, value_BR, raw_B = said(
+        networks, params, frozen, tokens_BT, mask_BT, mask_BR, config
+    )
     score_B = (raw_B - frozen.score_mean) / frozen.score_scale
     if config.missing_end == "replace":
         score_B = jnp.where(ended_B, score_B, config.missing_end_score)
@@ -206,3 +217,60 @@ def score(
         "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - logp_BR), mask_BR, axis_name),
     }
     return rollout, metrics
+
+
+Said = tuple[Array, Array, Array, Array, Array]
+
+
+def _said(
+    networks: Networks,
+    params: dict[str, Params],
+    frozen: Frozen,
+    tokens_BT: Array,
+    mask_BT: Array,
+    mask_BR: Array,
+    config: EpisodeConfig,
+) -> Said:
+    """(log-probability, entropy, the reference's log-probability, value), each [B, R], and the raw score [B]."""
+    length = config.response_length
+
+    def log_probabilities(network_params: Params) -> tuple[Array, Array]:
+        loss_BR, entropy_BR = response_losses(
+            networks.policy, network_params, tokens_BT, mask_BT, response_length=length, temperature=config.temperature
+        )
+        return jnp.where(mask_BR, -loss_BR, 0.0), entropy_BR
+
+    logp_BR, entropy_BR = log_probabilities(params["policy"])
+    ref_logp_BR, _ = log_probabilities(frozen.reference)
+    value_BR = state_values(networks.scorer, params["critic"], tokens_BT, mask_BT, response_length=length)
+    return (
+        logp_BR,
+        entropy_BR,
+        ref_logp_BR,
+        value_BR,
+        last_token_scores(networks.scorer, frozen.reward, tokens_BT, mask_BT),
+    )
+
+
+def _said_packed(
+    networks: Networks,
+    params: dict[str, Params],
+    frozen: Frozen,
+    tokens_BT: Array,
+    mask_BT: Array,
+    mask_BR: Array,
+    config: EpisodeConfig,
+) -> Said:
+    """The same from packed rows."""
+    packed, places = pack_episodes(tokens_BT, mask_BT, mask_BR, None)
+
+    def all_four(part: PackedEpisodes) -> tuple[Array, ...]:
+        loss_BR, entropy_BR = packed_losses(networks.policy, params["policy"], part, temperature=config.temperature)
+        ref_loss_BR, _ = packed_losses(networks.policy, frozen.reference, part, temperature=config.temperature)
+        value_BR = packed_values(networks.scorer, params["critic"], part)
+        return -loss_BR, entropy_BR, -ref_loss_BR, value_BR, packed_scores(networks.scorer, frozen.reward, part)
+
+    found = over_rows(all_four, packed, places.rows, config.pack)
+    logp_BR, entropy_BR, ref_logp_BR, value_BR, score_BR = (unpack(x, places, mask_BR) for x in found)
+    last_B1 = jnp.maximum(jnp.sum(mask_BR, axis=1, keepdims=True) - 1, 0)
+    return logp_BR, entropy_BR, ref_logp_BR, value_BR, jnp.take_along_axis(score_BR, last_B1, axis=1)[:, 0]

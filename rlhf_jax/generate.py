@@ -1,14 +1,16 @@
-"""Sampling: one jitted program of prefill and a loop over the KV cache that ends when every row has."""
+"""Sampling: one jitted program of prefill and a loop over the KV cache, all rows together or through a few slots."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rlhf_jax.arrays import Array, Params
+from rlhf_jax.arrays import Array, Params, pytree
 from rlhf_jax.masked import at_least_float32
 from rlhf_jax.model import MASKED, Cache, Transformer, empty_cache
 from rlhf_jax.sharding import constrain, constrain_rows, decoding, decoding_params
@@ -50,20 +52,19 @@ def filter_logits(logits_BV: Array, *, temperature: float, top_k: int, top_p: fl
     return jax.nn.log_softmax(logits_BV, axis=-1)
 
 
-def draw(logp_BV: Array, key: Array) -> Array:
+def draw(logp_BV: Array, uniform_B: Array) -> Array:
     """One id a row, [B] int32, from log-probabilities [B, V], by the inverse of the distribution function.
 
-    It takes one uniform number a row; a Gumbel number for every entry of the vocabulary would cost a third of the
-    sampling time.
+    It takes one number a row, uniform in [0, 1); a Gumbel number for every entry of the vocabulary would cost a third
+    of the sampling time.
     """
     probability_BV = jnp.exp(logp_BV)
     # The parallel sum of float32 moves by its last bit also where nothing is added: such ids must not catch a draw.
     cumulative_BV = jnp.where(probability_BV > 0.0, jnp.cumsum(probability_BV, axis=-1), 0.0)
-    # In (0, 1], so that the target is above 0 and is reached.
-    uniform_B1 = 1.0 - jax.random.uniform(key, (logp_BV.shape[0], 1), logp_BV.dtype)
-    reached_BV = cumulative_BV >= uniform_B1 * jnp.max(cumulative_BV, axis=-1, keepdims=True)
+    # 1 - u is in (0, 1], so that the target is above 0 and is reached.
+    target_B1 = (1.0 - uniform_B)[:, None] * jnp.max(cumulative_BV, axis=-1, keepdims=True)
     ids_1V = jnp.arange(logp_BV.shape[-1], dtype=jnp.int32)[None]
-    return jnp.min(jnp.where(reached_BV, ids_1V, logp_BV.shape[-1] - 1), axis=-1)
+    return jnp.min(jnp.where(cumulative_BV >= target_B1, ids_1V, logp_BV.shape[-1] - 1), axis=-1)
 
 
 def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, cache: Cache) -> tuple[Array, Cache]:
@@ -76,7 +77,17 @@ def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array,
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "max_new_tokens", "stop_ids", "pad_id", "temperature", "top_k", "top_p", "decode_parts"),
+    static_argnames=(
+        "model",
+        "max_new_tokens",
+        "stop_ids",
+        "pad_id",
+        "temperature",
+        "top_k",
+        "top_p",
+        "decode_parts",
+        "slots",
+    ),
 )
 def generate(
     model: Transformer,
@@ -92,8 +103,11 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     decode_parts: int = 0,
+    slots: int = 0,
 ) -> Generation:
     """Samples a response to each prompt; a row ends with its first stop token, the batch with its last row.
+
+    What is drawn for a row depends on its prompt, its number and the key, not on the rows beside it.
 
     Args:
       model: language-head transformer.
@@ -108,47 +122,57 @@ def generate(
         probability ratio and the KL would be of another distribution than the one that was sampled.
       decode_parts: of the axis fsdp, devices among which one copy of the weights lies while sampling, gathered once and
         not at each token; 0 leaves them where they are.
+      slots: rows that are computed at a time: one that has ended gives its slot to the next prompt, and when no prompt
+        is left the live rows move together. It pays where lengths differ. 0 computes all rows until the last has ended.
     Returns: Generation of R columns.
     Raises: ValueError where P + R exceeds the context, or for a temperature, top_k or top_p out of range.
     """
+    _check(model, tokens_BP.shape[1], max_new_tokens, temperature, top_k, top_p)
     params = decoding_params(params, decode_parts, model.config.dtype)
+    prompts = (constrain(tokens_BP, "batch", "none"), constrain(mask_BP, "batch", "none"))
+    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p)
     with decoding(decode_parts):
-        out = _generate(
-            model,
-            params,
-            constrain(tokens_BP, "batch", "none"),
-            constrain(mask_BP, "batch", "none"),
-            key,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            pad_id=pad_id,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+        out = _in_slots(how, params, *prompts, key, slots) if slots else _together(how, params, *prompts, key)
     return Generation(*(constrain(x, "batch", "none") for x in out))
 
 
-def _generate(
-    model: Transformer,
-    params: Params,
-    tokens_BP: Array,
-    mask_BP: Array,
-    key: Array,
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> Generation:
-    rows, prompt_length = tokens_BP.shape
+class _How(NamedTuple):
+    """The settings of `generate`."""
+
+    model: Transformer
+    length: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def next_tokens(self, logits_BV: Array, uniform_B: Array, ended_B: Array) -> tuple[Array, Array, Array]:
+        """(token, its log-probability, whether the row has ended), each [B]."""
+        if self.temperature == 0.0:
+            token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+            logp_B = jnp.zeros(token_B.shape, jnp.float32)
+        else:
+            logp_BV = filter_logits(logits_BV, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+            token_B = draw(logp_BV, uniform_B)
+            logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+        token_B = jnp.where(ended_B, self.pad_id, token_B)
+        stops_V = np.zeros(self.model.config.vocab_size, bool)
+        stops_V[[stop for stop in self.stop_ids if 0 <= stop < len(stops_V)]] = True
+        stopped_B = jnp.asarray(stops_V)[token_B] if stops_V.any() else jnp.zeros(token_B.shape, bool)
+        # Drawn on all devices, and back to where the model reads its rows.
+        drawn = (token_B, jnp.where(ended_B, 0.0, logp_B), ended_B | stopped_B)
+        token_B, logp_B, ended_B = (constrain(x_B, "batch") for x_B in drawn)
+        return token_B, logp_B, ended_B
+
+
+def _check(
+    model: Transformer, prompt_length: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float
+) -> None:
     if prompt_length + max_new_tokens > model.config.context:
         raise ValueError(
             f"prompt of {prompt_length} + {max_new_tokens} new tokens exceeds the context {model.config.context}"
         )
-
     if temperature < 0.0:
         raise ValueError(f"temperature {temperature}: wanted 0 or more")
     if top_k < 0:
@@ -156,27 +180,17 @@ def _generate(
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p {top_p}: wanted above 0, at most 1")
 
-    def next_tokens(logits_BV: Array, index: Array, ended_B: Array) -> tuple[Array, Array, Array]:
-        if temperature == 0.0:
-            token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-            logp_B = jnp.zeros(rows, jnp.float32)
-        else:
-            logp_BV = filter_logits(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p)
-            token_B = draw(logp_BV, jax.random.fold_in(key, index))
-            logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
-        token_B = jnp.where(ended_B, pad_id, token_B)
-        stopped_B = functools.reduce(jnp.logical_or, [token_B == stop for stop in stop_ids], jnp.zeros(rows, bool))
-        # Drawn on all devices, and back to where the model reads its rows.
-        drawn = (token_B, jnp.where(ended_B, 0.0, logp_B), ended_B | stopped_B)
-        token_B, logp_B, ended_B = (constrain(x_B, "batch") for x_B in drawn)
-        return token_B, logp_B, ended_B
 
-    cache = empty_cache(model.config, rows, prompt_length + max_new_tokens)
-    logits_BV, cache = extend(model, params, tokens_BP, mask_BP, cache)
-    token_B, logp_B, ended_B = next_tokens(logits_BV, jnp.zeros((), jnp.int32), jnp.zeros(rows, bool))
-    shape = (rows, max_new_tokens)
+def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, key: Array) -> Generation:
+    """All rows, one column after the other, until the last row has ended."""
+    rows, prompt_length = tokens_BP.shape
+    uniform_BR = _uniform(key, rows, how.length)
+    cache = empty_cache(how.model.config, rows, prompt_length + how.length)
+    logits_BV, cache = extend(how.model, params, tokens_BP, mask_BP, cache)
+    token_B, logp_B, ended_B = how.next_tokens(logits_BV, uniform_BR[:, 0], jnp.zeros(rows, bool))
+    shape = (rows, how.length)
     out = Generation(
-        jnp.full(shape, pad_id, jnp.int32).at[:, 0].set(token_B),
+        jnp.full(shape, how.pad_id, jnp.int32).at[:, 0].set(token_B),
         jnp.zeros(shape, bool).at[:, 0].set(True),
         jnp.zeros(shape, jnp.float32).at[:, 0].set(logp_B),
     )
@@ -185,17 +199,185 @@ def _generate(
 
     def unfinished(carry: Carry) -> Array:
         index, _, _, ended_B, _ = carry
-        return (index < max_new_tokens) & ~jnp.all(ended_B)
+        return (index < how.length) & ~jnp.all(ended_B)
 
     def step(carry: Carry) -> Carry:
         index, cache, token_B, ended_B, out = carry
         # A row that has ended feeds a pad; nothing reads what it computes.
-        logits_BV, cache = extend(model, params, token_B[:, None], ~ended_B[:, None], cache)
+        logits_BV, cache = extend(how.model, params, token_B[:, None], ~ended_B[:, None], cache)
         alive_B = ~ended_B
-        token_B, logp_B, ended_B = next_tokens(logits_BV, index, ended_B)
+        uniform_B = jax.lax.dynamic_index_in_dim(uniform_BR, index, axis=1, keepdims=False)
+        token_B, logp_B, ended_B = how.next_tokens(logits_BV, uniform_B, ended_B)
         columns = zip(out, (token_B, alive_B, logp_B), strict=True)
         out = Generation(*(jax.lax.dynamic_update_slice_in_dim(a, c[:, None], index, axis=1) for a, c in columns))
         return index + 1, cache, token_B, ended_B, out
 
     carry = (jnp.ones((), jnp.int32), cache, token_B, ended_B, out)
     return jax.lax.while_loop(unfinished, step, carry)[-1]
+
+
+def _uniform(key: Array, rows: int, length: int) -> Array:
+    """The numbers that the tokens are drawn with, [N, R]: a row's do not depend on how many rows there are."""
+    return jax.random.uniform(key, (rows, length), jnp.float32)
+
+
+@pytree
+class _Slots:
+    """S rows in the making, of N prompts.
+
+    cache: P slots for each row's prompt, then a ring of R that all rows write at one place, each in its turn.
+    token_S: the newest token. ended_S: nothing is to come. row_S: the prompt, N for none. count_S: tokens so far.
+    step: tokens written to the ring. taken: prompts begun. tokens_NR: -1 where there is none yet. logp_NR.
+    """
+
+    cache: Cache
+    token_S: Array
+    ended_S: Array
+    row_S: Array
+    count_S: Array
+    step: Array
+    taken: Array
+    tokens_NR: Array
+    logp_NR: Array
+
+
+def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, key: Array, slots: int) -> Generation:
+    """The same responses as `_together`, S rows at a time."""
+    rows, prompt_length = tokens_NP.shape
+    slots = min(slots, rows)
+    # Prompts are read several at a time: the more, the better used the processor, the longer wait the rows that ended.
+    refill = max(slots // 4, 1)
+    uniform_NR = _uniform(key, rows, how.length)
+    config = how.model.config
+
+    def written(state: _Slots, token_S: Array, logp_S: Array, alive_S: Array) -> tuple[Array, Array]:
+        row_S = jnp.where(alive_S, state.row_S, rows)  # past the end: dropped
+        place = (row_S, state.count_S)
+        return (
+            state.tokens_NR.at[place].set(token_S, mode="drop"),
+            state.logp_NR.at[place].set(logp_S, mode="drop"),
+        )
+
+    def uniform(row_S: Array, count_S: Array) -> Array:
+        return uniform_NR[jnp.minimum(row_S, rows - 1), jnp.minimum(count_S, how.length - 1)]
+
+    def begun(row_S: Array, slots_each: int) -> tuple[Cache, Array, Array, Array]:
+        """(cache, first token, its log-probability, ended) of prompts; those past the end have ended."""
+        real_S = row_S < rows
+        place_S = jnp.minimum(row_S, rows - 1)
+        cache = empty_cache(config, len(row_S), slots_each)
+        logits_SV, cache = extend(how.model, params, tokens_NP[place_S], mask_NP[place_S], cache)
+        token_S, logp_S, ended_S = how.next_tokens(logits_SV, uniform(row_S, jnp.zeros_like(row_S)), ~real_S)
+        return cache, token_S, logp_S, ended_S | (how.length == 1)
+
+    def first() -> _Slots:
+        row_S = jnp.arange(slots, dtype=jnp.int32)
+        cache, token_S, logp_S, ended_S = begun(row_S, prompt_length + how.length)
+        none = _Slots(
+            cache=cache,
+            token_S=token_S,
+            ended_S=ended_S,
+            row_S=row_S,
+            count_S=jnp.zeros(slots, jnp.int32),
+            step=jnp.zeros((), jnp.int32),
+            taken=jnp.asarray(slots, jnp.int32),
+            tokens_NR=jnp.full((rows, how.length), -1, jnp.int32),
+            logp_NR=jnp.zeros((rows, how.length), jnp.float32),
+        )
+        tokens_NR, logp_NR = written(none, token_S, logp_S, row_S < rows)
+        return dataclasses.replace(none, count_S=none.count_S + 1, tokens_NR=tokens_NR, logp_NR=logp_NR)
+
+    def step(state: _Slots) -> _Slots:
+        alive_S = ~state.ended_S
+        cache = dataclasses.replace(state.cache, filled=prompt_length + state.step % how.length)
+        logits_SV, cache = extend(how.model, params, state.token_S[:, None], alive_S[:, None], cache)
+        token_S, logp_S, ended_S = how.next_tokens(logits_SV, uniform(state.row_S, state.count_S), state.ended_S)
+        tokens_NR, logp_NR = written(state, token_S, logp_S, alive_S)
+        count_S = state.count_S + alive_S
+        return dataclasses.replace(
+            state,
+            cache=cache,
+            token_S=token_S,
+            ended_S=ended_S | (count_S >= how.length),
+            count_S=count_S,
+            step=state.step + 1,
+            tokens_NR=tokens_NR,
+            logp_NR=logp_NR,
+        )
+
+    def refilled(state: _Slots) -> _Slots:
+        """Prompts take the slots of the first rows that have ended."""
+        place_F = jnp.argsort(~state.ended_S, stable=True)[:refill]
+        row_F = jnp.minimum(state.taken + jnp.arange(refill, dtype=jnp.int32), rows)
+        new, token_F, logp_F, ended_F = begun(row_F, prompt_length)
+
+        def put(old: Array, fresh: Array) -> Array:
+            # [(layers,) S, heads, slots, head]: of a row the slots of the prompt only; the ring says by places_BS that
+            # nothing in it is this row's.
+            lead = (slice(None),) * (old.ndim - 4)
+            return old.at[(*lead, place_F, slice(None), slice(0, prompt_length))].set(fresh)
+
+        places = jnp.pad(new.places_BS, ((0, 0), (0, how.length)), constant_values=-1)
+        cache = Cache(
+            jax.tree.map(put, state.cache.keys, new.keys),
+            jax.tree.map(put, state.cache.values, new.values),
+            state.cache.places_BS.at[place_F].set(places),
+            state.cache.filled,
+        )
+        state = dataclasses.replace(
+            state,
+            cache=cache,
+            token_S=state.token_S.at[place_F].set(token_F),
+            ended_S=state.ended_S.at[place_F].set(ended_F),
+            row_S=state.row_S.at[place_F].set(row_F),
+            count_S=state.count_S.at[place_F].set(1),
+            taken=state.taken + refill,
+        )
+        place = (row_F, jnp.zeros_like(row_F))
+        return dataclasses.replace(
+            state,
+            tokens_NR=state.tokens_NR.at[place].set(token_F, mode="drop"),
+            logp_NR=state.logp_NR.at[place].set(logp_F, mode="drop"),
+        )
+
+    def live(state: _Slots) -> Array:
+        return jnp.sum(~state.ended_S)
+
+    def until(alive: int, state: _Slots) -> _Slots:
+        return jax.lax.while_loop(lambda state: live(state) > alive, step, state)
+
+    state = first()
+    if slots < rows:
+        state = jax.lax.while_loop(
+            lambda state: state.taken < rows, lambda state: refilled(until(slots - refill, state)), state
+        )
+    size = slots
+    while size > 4:
+        size //= 2
+        state = _kept(until(size, state), size)
+    state = until(0, state)
+    mask_NR = state.tokens_NR >= 0
+    return Generation(jnp.where(mask_NR, state.tokens_NR, how.pad_id), mask_NR, state.logp_NR)
+
+
+def _kept(state: _Slots, size: int) -> _Slots:
+    """So many of the slots, the live ones among them."""
+    place = jnp.argsort(state.ended_S, stable=True)[:size]
+
+    def rows(buffer: Array) -> Array:
+        return jnp.take(buffer, place, axis=buffer.ndim - 4)
+
+    cache = Cache(
+        jax.tree.map(rows, state.cache.keys),
+        jax.tree.map(rows, state.cache.values),
+        state.cache.places_BS[place],
+        state.cache.filled,
+    )
+    return dataclasses.replace(
+        state,
+        cache=cache,
+        token_S=state.token_S[place],
+        ended_S=state.ended_S[place],
+        row_S=state.row_S[place],
+        count_S=state.count_S[place],
+    )

@@ -41,24 +41,26 @@ class Cache:
     """Keys and values of the tokens already seen.
 
     keys, values: tuples of [B, key heads, S, head], one a layer; with scanned layers one array, stacked.
-    mask_BS: slots that hold a real token.
-    filled: scalar, slots written.
+    places_BS: which of its row's real tokens a slot holds, counted from 0; -1 for none. What a token may see is told by
+      these and not by the order of the slots, so that slots can be written anew.
+    filled: scalar, the slot where the next tokens are written.
     """
 
     keys: Any
     values: Any
-    mask_BS: Array
+    places_BS: Array
     filled: Array
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
     """A cache of `slots` tokens for each of `rows` rows."""
     shape = (rows, config.key_heads, slots, config.head_size)
+    places_BS, filled = jnp.full((rows, slots), -1, jnp.int32), jnp.zeros((), jnp.int32)
     if config.scan_layers:
         stacked = constrain_cache(jnp.zeros((config.layers, *shape), config.dtype))
-        return Cache(stacked, stacked, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
+        return Cache(stacked, stacked, places_BS, filled)
     buffers = tuple(constrain_cache(jnp.zeros(shape, config.dtype)) for _ in range(config.layers))
-    return Cache(buffers, buffers, jnp.zeros((rows, slots), bool), jnp.zeros((), jnp.int32))
+    return Cache(buffers, buffers, places_BS, filled)
 
 
 def count_parameters(params: Params) -> int:
@@ -82,6 +84,11 @@ def positions_of(segment_ids_BT: Array) -> Array:
 def _places(real_BT: Array) -> Array:
     """How many real tokens stand before each, [B, T] int32."""
     return (jnp.cumsum(real_BT, axis=1) - real_BT).astype(jnp.int32)
+
+
+def _seen(cache: Cache) -> Array:
+    """Real tokens that each row of a cache has, [B, 1]."""
+    return jnp.max(cache.places_BS, axis=1, keepdims=True) + 1
 
 
 class OffsetRMSNorm(nn.Module):
@@ -141,12 +148,20 @@ class Row:
     positions_BT: for the rotation. allowed_BTS: which keys a token may see.
     behind_BTS: how many real tokens further back they are, for the windows.
     filled: scalar, slots of the cache that were written before, or None without a cache.
+    at_BQ: columns whose output the last block is asked for, or None for all.
     """
 
     positions_BT: Array
     allowed_BTS: Array
     behind_BTS: Array
     filled: Any
+    at_BQ: Any
+
+    def asked(self, x: Array, last: int) -> Array:
+        """Of what stands for each column, [B, T, …], the last ones or those at `at_BQ`; all with neither."""
+        if self.at_BQ is not None:
+            return jnp.take_along_axis(x, self.at_BQ.reshape(self.at_BQ.shape + (1,) * (x.ndim - 2)), axis=1)
+        return x[:, -last:]
 
 
 @pytree
@@ -191,23 +206,25 @@ class Attention(nn.Module):
     """Grouped-query attention over the allowed keys."""
 
     config: ModelConfig
+    last: int = 0
 
     @nn.compact
     def __call__(self, x_BTD: Array, row: Row, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
         config = self.config
-        rows, length, _ = x_BTD.shape
         groups, head = config.key_heads, config.head_size
+        asked_BTD = row.asked(x_BTD, self.last)
+        rows, length, _ = asked_BTD.shape
 
-        def split(name: str, heads: int) -> Array:
-            flat = _dense(config, heads * head, name, bias=config.qkv_bias)(x_BTD)
-            return flat.reshape(rows, length, heads, head).transpose(0, 2, 1, 3)
+        def split(name: str, heads: int, x: Array = x_BTD) -> Array:
+            flat = _dense(config, heads * head, name, bias=config.qkv_bias)(x)
+            return flat.reshape(rows, -1, heads, head).transpose(0, 2, 1, 3)
 
-        query, key, value = split("query", config.heads), split("key", groups), split("value", groups)
+        query, key, value = split("query", config.heads, asked_BTD), split("key", groups), split("value", groups)
         if config.qk_norm:
             query = _norm(config, "query_norm")(query).astype(config.dtype)
             key = _norm(config, "key_norm")(key).astype(config.dtype)
         if config.positions == "rotary":
-            query = rotate(query, row.positions_BT, layer.frequency, layer.amplitude)
+            query = rotate(query, row.asked(row.positions_BT, self.last), layer.frequency, layer.amplitude)
             key = rotate(key, row.positions_BT, layer.frequency, layer.amplitude)
         buffers = None
         if layer.keys is not None and layer.values is not None:
@@ -220,6 +237,7 @@ class Attention(nn.Module):
         if any(config.windows):
             window_111 = jnp.reshape(layer.window, (1, 1, 1))
             allowed_BTS = allowed_BTS & ((row.behind_BTS < window_111) | (window_111 == 0))
+        allowed_BTS = row.asked(allowed_BTS, self.last)
         # Fold the query heads of a group into its rows: one product a key head, and no copy of the keys.
         query = query.reshape(rows, groups, (config.heads // groups) * length, head)
         scale = head**-0.5 if config.query_scale is None else config.query_scale
@@ -254,10 +272,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block. last: columns that are asked for, from the end; 0 for all."""
 
     config: ModelConfig
     deterministic: bool = True
+    last: int = 0
 
     @nn.compact
     def __call__(self, x_BTD: Array, row: Row, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
@@ -268,7 +287,8 @@ class Block(nn.Module):
             return _norm(config, name)(x).astype(config.dtype)
 
         normed = norm("attention_norm", x_BTD)
-        mixed, buffers = Attention(config, name="attention")(normed, row, layer)
+        mixed, buffers = Attention(config, self.last, name="attention")(normed, row, layer)
+        x_BTD, normed = row.asked(x_BTD, self.last), row.asked(normed, self.last)
         if config.post_norms:
             mixed = norm("attention_post_norm", mixed)
         attended = x_BTD + dropout(mixed)
@@ -348,8 +368,15 @@ class Transformer(nn.Module):
         positions: Array | None = None,
         cache: Cache | None = None,
         deterministic: bool = True,
+        last: int = 0,
+        at_BQ: Array | None = None,
     ) -> Any:
-        """The normed residual stream [B, T, D] float32 under the head, as in `__call__`."""
+        """The normed residual stream [B, T, D] float32 under the head, as in `__call__`.
+
+        Args:
+          last: return the last columns only, [B, last, D]; 0 for all. at_BQ: or these columns, [B, Q, D]. The last
+            block computes nothing else for the others than their keys and values.
+        """
         config = self.config
         length = tokens_BT.shape[1]
         if length > config.context:
@@ -362,7 +389,7 @@ class Transformer(nn.Module):
         if positions is None:
             positions = positions_of(segment_ids)
             if cache is not None:
-                positions += jnp.sum(cache.mask_BS, axis=1, dtype=jnp.int32)[:, None]
+                positions += _seen(cache)
         slot_T = jnp.arange(length)
         # Places in the row, real tokens counted, for the windows: a gap of padding makes no token further.
         place_BT = _places(real_BT)
@@ -371,26 +398,27 @@ class Transformer(nn.Module):
             allowed_BTS = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real_BT[:, None, :]
             allowed_BTS &= slot_T[None, :, None] >= slot_T[None, None, :]
         else:
-            keys_mask_BS = jax.lax.dynamic_update_slice_in_dim(cache.mask_BS, real_BT, cache.filled, axis=1)
-            slot_S = jnp.arange(keys_mask_BS.shape[1])
-            place_BS = _places(keys_mask_BS)
-            place_BT = place_BT + jnp.sum(cache.mask_BS, axis=1, dtype=jnp.int32)[:, None]
-            allowed_BTS = keys_mask_BS[:, None, :] & (cache.filled + slot_T[None, :, None] >= slot_S[None, None, :])
+            place_BT += _seen(cache)
+            new_BT = jnp.where(real_BT, place_BT, -1)
+            place_BS = jax.lax.dynamic_update_slice_in_dim(cache.places_BS, new_BT, cache.filled, axis=1)
+            allowed_BTS = (place_BS[:, None, :] >= 0) & (place_BS[:, None, :] <= place_BT[:, :, None])
         x_BTD = self.embedding[tokens_BT] * config.embedding_scale
         if config.positions == "learned":
             x_BTD += self.position_embedding[jnp.minimum(positions, config.context - 1)]
         x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "none", "none")
         x_BTD = self.dropout(x_BTD, deterministic=deterministic)
         behind_BTS = place_BT[:, :, None] - place_BS[:, None, :]
-        row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled)
-        x_BTD, keys, values = self._blocks(x_BTD, row, cache, deterministic)
+        row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled, None)
+        x_BTD, keys, values = self._blocks(x_BTD, row, cache, deterministic, last, at_BQ)
         x_BTD = self.final_norm(x_BTD)
         if cache is None:
             return x_BTD
-        return x_BTD, Cache(keys, values, keys_mask_BS, cache.filled + length)
+        return x_BTD, Cache(keys, values, place_BS, cache.filled + length)
 
     @nn.compact
-    def _blocks(self, x_BTD: Array, row: Row, cache: Cache | None, deterministic: bool) -> tuple[Array, Any, Any]:
+    def _blocks(
+        self, x_BTD: Array, row: Row, cache: Cache | None, deterministic: bool, last: int, at_BQ: Array | None
+    ) -> tuple[Array, Any, Any]:
         """(the stream behind the last block, the cache's keys, its values), block by block or as one loop."""
         config = self.config
         kind: Any = Block
@@ -423,12 +451,15 @@ class Transformer(nn.Module):
                 length=config.layers,
             )
             caches = (None, None) if cache is None else (cache.keys, cache.values)
-            carry, _ = loop(kind(config, deterministic, name="blocks"), (x_BTD, *caches), row, stacked)
-            return carry
+            (x_BTD, *buffers), _ = loop(kind(config, deterministic, name="blocks"), (x_BTD, *caches), row, stacked)
+            return dataclasses.replace(row, at_BQ=at_BQ).asked(x_BTD, last), buffers[0], buffers[1]
         keys, values = [], []
         for i, (window, frequency, amplitude) in enumerate(layers):
             cached = (None, None) if cache is None else (cache.keys[i], cache.values[i])
-            block = kind(config, deterministic, name=f"block_{i}")
+            final = i == config.layers - 1
+            block = kind(config, deterministic, last if final else 0, name=f"block_{i}")
+            if final:
+                row = dataclasses.replace(row, at_BQ=at_BQ)
             x_BTD, buffer = block(x_BTD, row, Layer(window, frequency, amplitude, *cached))
             if buffer is not None:
                 keys.append(buffer[0])

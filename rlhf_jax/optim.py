@@ -13,6 +13,7 @@ import optax
 from rlhf_jax.arrays import Array, Params, TrainState
 from rlhf_jax.config import at_least, within
 from rlhf_jax.errors import UserError
+from rlhf_jax.packing import take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,40 @@ def summed_gradients(
         total, _ = jax.lax.scan(
             lambda sum, part: (jax.tree.map(jnp.add, sum, shares(*part)), None), zero, (sliced, keys)
         )
+    return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+
+def looped_gradients(
+    objective: Objective,
+    params: Params,
+    batch: Any,
+    key: Array,
+    *,
+    rows: Array,
+    size: int,
+    axis_name: str | None = None,
+) -> tuple[Params, dict[str, Array]]:
+    """`summed_gradients` over the first `rows` rows of a batch, `size` at a time; their number is known to the program
+    alone.
+
+    Args:
+      objective: shares again, so a row of padding counts for nothing.
+      rows: int32 scalar. size: a divisor of the rows of the batch.
+    """
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+
+    def shares(first: Array) -> tuple[Params, dict[str, Array]]:
+        part = take_rows(batch, first, size)
+        (loss, metrics), gradient = differentiate(params, part, jax.random.fold_in(key, first))
+        return gradient, {"loss": loss} | metrics
+
+    first = jnp.zeros((), jnp.int32)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shares, first))
+    _, total = jax.lax.while_loop(
+        lambda carry: carry[0] < rows,
+        lambda carry: (carry[0] + size, jax.tree.map(jnp.add, carry[1], shares(carry[0]))),
+        (first, zero),
+    )
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from rlhf_jax.arrays import Array, Params, RankingBatch, TokenBatch
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.model import Transformer
+from rlhf_jax.packing import PackedEpisodes
 
 
 def target_losses(
@@ -35,8 +37,7 @@ def response_logits(
 
     The head is computed on those positions only. Training takes `response_losses`, which need not hold all of them.
     """
-    hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
-    hidden_BRD = hidden_BTD[:, -response_length - 1 : -1]
+    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
     return model.apply({"params": params}, hidden_BRD, method="head") / temperature
 
 
@@ -47,9 +48,40 @@ def response_losses(
 
     The head is computed on the positions that predict them only.
     """
-    hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
-    hidden_BRD, tokens_BR = hidden_BTD[:, -response_length - 1 : -1], tokens_BT[:, -response_length:]
+    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
+    tokens_BR = tokens_BT[:, -response_length:]
 
+    return _losses_at(model, params, hidden_BRD, tokens_BR, temperature)
+
+
+def packed_losses(
+    model: Transformer, params: Params, packed: PackedEpisodes, *, temperature: float
+) -> tuple[Array, Array]:
+    """`response_losses` of packed episodes."""
+    return _losses_at(model, params, _packed_hidden(model, params, packed), packed.targets_BR, temperature)
+
+
+def packed_values(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
+    """`state_values` of packed episodes."""
+    return model.apply({"params": params}, _packed_hidden(model, params, packed), method="head")
+
+
+def packed_scores(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
+    """Score [B, R] at each response token itself, of which an episode's last one is its score."""
+    after = dataclasses.replace(packed, at_BR=jnp.minimum(packed.at_BR + 1, packed.tokens_BT.shape[1] - 1))
+    return packed_values(model, params, after)
+
+
+def _packed_hidden(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
+    segments_BT = packed.segment_ids_BT
+    return model.apply(
+        {"params": params}, packed.tokens_BT, segment_ids=segments_BT, at_BQ=packed.at_BR, method="hidden"
+    )
+
+
+def _losses_at(
+    model: Transformer, params: Params, hidden_BRD: Array, tokens_BR: Array, temperature: float
+) -> tuple[Array, Array]:
     def of_logits(logits: Array, ids: Array) -> tuple[Array, Array]:
         logits = logits / temperature
         return next_token_loss(logits, ids), entropy(logits)
@@ -98,8 +130,14 @@ def state_values(
     model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, response_length: int
 ) -> Array:
     """Value [B, R] of the state before each of the last R tokens, by a scalar-head model."""
-    hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
-    return model.apply({"params": params}, hidden_BTD[:, -response_length - 1 : -1], method="head")
+    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
+    return model.apply({"params": params}, hidden_BRD, method="head")
+
+
+def _before_responses(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, length: int) -> Array:
+    """Hidden states [B, R, D] of the columns before each of the last R; the last block computes no others."""
+    hidden = model.apply({"params": params}, tokens_BT, mask_BT, last=length + 1, method="hidden")
+    return hidden[:, :-1]
 
 
 def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
@@ -107,10 +145,9 @@ def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask
 
     Not at a pad behind it, which sees the same tokens but was never trained, nor one token too early or late.
     """
-    hidden_BTD = model.apply({"params": params}, tokens_BT, mask_BT, method="hidden")
-    last_B = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1)
-    hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    score_B = model.apply({"params": params}, hidden_BD, method="head")
+    last_B1 = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1, keepdims=True)
+    hidden_B1D = model.apply({"params": params}, tokens_BT, mask_BT, at_BQ=last_B1, method="hidden")
+    score_B = model.apply({"params": params}, hidden_B1D[:, 0], method="head")
     return jnp.where(jnp.any(mask_BT, axis=1), score_B, 0.0)
 
 

@@ -1,5 +1,6 @@
 """Sampling: the distribution it draws from, what it says of each token, and when it stops."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.generate import draw, filter_logits, generate
-from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
 
 MODEL = Transformer(ModelConfig(vocab_size=7, context=16, width=16, layers=2, heads=2, kv_heads=1, ffn_width=16))
 EOS, PAD = 5, 6
@@ -19,7 +20,7 @@ MASK = np.array([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1,
 @pytest.fixture(scope="module")
 def params() -> dict:
     # Large weights: a flat distribution would hide errors.
-    return jax.tree.map(lambda x: 3 * x, init_params(MODEL, jax.random.key(0)))
+    return jax.tree.map(lambda x: 2 * x, init_params(MODEL, jax.random.key(0)))
 
 
 def sample(params: dict, seed: int = 0, *, model=MODEL, prompts=PROMPTS, mask=MASK, **changes) -> Any:
@@ -85,6 +86,37 @@ def test_the_loop_ends_with_the_last_row(params: dict) -> None:
     assert len(seen) == longest
 
 
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(("changes", "slots"), [({}, 1), ({"windows": (3, 0)}, 8), ({"scan_layers": True}, 5)])
+def test_through_slots_each_row_is_what_it_is_with_all_others(params: dict, changes: dict, slots: int) -> None:
+    # 32 prompts through a few slots: prompts take the places of rows that ended, the ring of keys is written round and
+    # round (5 prompts and 4 x 8 tokens a slot), and at the end the live rows move together.
+    model = Transformer(dataclasses.replace(MODEL.config, **changes))
+    if model.config.scan_layers:
+        params = stack_blocks(params, model.config)
+    together, apart = sample(params, model=model), sample(params, model=model, slots=slots)
+    assert together.mask.any(axis=1).all() and 1 < together.mask.sum(axis=1).mean() < 8
+    np.testing.assert_array_equal(apart.tokens, together.tokens)
+    np.testing.assert_array_equal(apart.mask, together.mask)
+    np.testing.assert_allclose(apart.logp, together.logp, atol=1e-4)
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_slots_compute_few_columns(params: dict) -> None:
+    computed: list[int] = []
+
+    class Counted(Transformer):
+        def head(self, hidden_BTD: jax.Array) -> jax.Array:
+            jax.debug.callback(lambda: computed.append(len(hidden_BTD)))
+            return super().head(hidden_BTD)
+
+    out = sample(params, model=Counted(MODEL.config), stop_ids=(EOS, 0, 1), slots=8)
+    jax.effects_barrier()
+    tokens = int(out.mask.sum())
+    assert tokens < 0.5 * out.mask.sum(axis=1).max() * len(out.mask)
+    assert tokens <= sum(computed) < 1.4 * tokens
+
+
 def test_greedy_takes_the_most_likely(params: dict) -> None:
     out = sample(params, temperature=0.0)
     np.testing.assert_array_equal(out.tokens[out.mask], logits_after(params, out).argmax(axis=-1)[out.mask])
@@ -102,14 +134,14 @@ def test_left_padding_changes_no_answer(params: dict) -> None:
 def test_draws_follow_the_distribution() -> None:
     probability = np.array([0.4, 0.0, 0.3, 0.15, 0.0, 0.1, 0.045, 0.005, 0.0])
     logp = jnp.log(jnp.asarray(probability, jnp.float32))
-    draws = np.asarray(draw(jnp.broadcast_to(logp, (100_000, 9)), jax.random.key(3)))
+    draws = np.asarray(draw(jnp.broadcast_to(logp, (100_000, 9)), jax.random.uniform(jax.random.key(3), (100_000,))))
     counts = np.bincount(draws, minlength=9)
     assert counts.sum() == 100_000 and np.all(counts[probability == 0] == 0)
     expected = 100_000 * probability[probability > 0]
     # Chi-square with 5 degrees of freedom: above 20.5 once in 1,000 seeds.
     assert np.sum((counts[probability > 0] - expected) ** 2 / expected) < 20.5
     # Rows are drawn one by one, each from its own distribution.
-    own = np.asarray(draw(jnp.where(jnp.eye(9, dtype=bool), 0.0, -jnp.inf), jax.random.key(4)))
+    own = np.asarray(draw(jnp.where(jnp.eye(9, dtype=bool), 0.0, -jnp.inf), jnp.linspace(0.0, 1.0, 9, endpoint=False)))
     np.testing.assert_array_equal(own, np.arange(9))
 
 
@@ -118,7 +150,8 @@ def test_an_impossible_id_is_never_drawn() -> None:
     random = np.random.default_rng(0)
     logits = np.where(np.arange(20_000) % 7 == 3, random.normal(size=(8, 20_000)), -1e30).astype(np.float32)
     logp = jax.nn.log_softmax(jnp.asarray(logits))
-    draws = np.asarray(jax.jit(jax.vmap(draw, (None, 0)))(logp, jax.random.split(jax.random.key(0), 2_000)))
+    uniform = jax.random.uniform(jax.random.key(0), (2_000, 8))
+    draws = np.asarray(jax.jit(jax.vmap(draw, (None, 0)))(logp, uniform))
     assert np.all(draws % 7 == 3)
 
 

@@ -182,31 +182,35 @@ def test_rope_scalings_by_hand() -> None:
     assert yarn.amplitude == pytest.approx(0.1 * np.log(4) + 1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def gradient_and_logits(model: Transformer, params: Any, tokens: jax.Array) -> tuple[Any, jax.Array]:
+    """Of the sum of the sines of the logits, and these."""
+
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply({"params": params}, tokens)
+        return jnp.sum(jnp.sin(logits)), logits
+
+    return jax.grad(loss, has_aux=True)(params)
+
+
 @pytest.mark.parametrize(("name", "remat"), [("gpt2", "none"), ("gemma3", "full"), ("gemma3", "dots")])
 def test_scanned_layers_compute_the_same(name: str, remat: Any) -> None:
     plain = Transformer(KINDS[name])
     scanned = Transformer(dataclasses.replace(KINDS[name], scan_layers=True, remat=remat))
     params = init_params(plain, jax.random.key(0))
     stacked = stack_blocks(params, plain.config)
-    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, init_params(scanned, jax.random.key(0)))
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(lambda leaf: leaf.shape, shapes_of(scanned))
     jax.tree.map(np.testing.assert_array_equal, unstack_blocks(stacked, plain.config), params)
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 37)
-
-    def loss(model: Transformer, params: Any) -> jax.Array:
-        return jnp.sum(jnp.sin(model.apply({"params": params}, tokens)))
-
-    gradients = [
-        jax.jit(jax.grad(functools.partial(loss, model)))(p) for model, p in ((plain, params), (scanned, stacked))
-    ]
+    gradient, whole = gradient_and_logits(plain, params, tokens)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=1e-5),
-        unstack_blocks(gradients[1], plain.config),
-        gradients[0],
+        unstack_blocks(gradient_and_logits(scanned, stacked, tokens)[0], plain.config),
+        gradient,
     )
     step = jax.jit(lambda tokens, cache: scanned.apply({"params": stacked}, tokens, cache=cache))
     logits, cache = step(tokens[:, :4], empty_cache(scanned.config, 2, 8))
     rest, _ = step(tokens[:, 4:], cache)
-    whole = jax.jit(plain.apply)({"params": params}, tokens)
     np.testing.assert_allclose(np.concatenate([logits, rest], axis=1), whole, atol=1e-4)
 
 
@@ -310,3 +314,26 @@ def test_what_does_not_fit_is_refused() -> None:
     cache, tokens = empty_cache(model.config, 1, 4), jnp.ones((1, 2), jnp.int32)
     with pytest.raises(ValueError, match="segment_ids with a cache"):
         model.apply({"params": params}, tokens, segment_ids=tokens, cache=cache)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"windows": (3, 0), "qk_norm": True},
+        {"residual": "parallel_shared"},
+        {"scan_layers": True},
+        {"remat": "full", "positions": "learned", "norm": "layer", "activation": "gelu", "bias": True},
+    ],
+    ids=str,
+)
+def test_the_last_block_gives_the_columns_asked_for(changes: dict) -> None:
+    model = Transformer(ModelConfig(vocab_size=11, context=16, width=16, layers=2, heads=2, kv_heads=1, **changes))
+    params = init_params(model, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 0, 11)
+    mask = jnp.asarray(np.arange(9) >= np.array([[0], [2], [4]]))
+    at = jnp.array([[1, 8], [3, 5], [4, 8]])
+    hidden = functools.partial(model.apply, {"params": params}, tokens, mask, method="hidden")
+    whole = hidden()
+    np.testing.assert_allclose(hidden(last=4), whole[:, -4:], atol=1e-6)
+    np.testing.assert_allclose(hidden(at_BQ=at), np.take_along_axis(np.asarray(whole), at[:, :, None], 1), atol=1e-6)

@@ -462,7 +462,7 @@ class Programs:
         def step(params: Params, tokens: Any, mask: Any, cache: Cache, key: Any) -> Any:
             logits, cache = extend(model, params, tokens, mask, cache)
             logp = filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0)
-            token = draw(logp, key)
+            token = draw(logp, jax.random.uniform(key, (work.batch,)))
             return token, jnp.take_along_axis(logp, token[:, None], axis=-1), cache
 
         key = jax.ShapeDtypeStruct((), self.key().dtype, sharding=NamedSharding(self.decode_mesh, PartitionSpec()))

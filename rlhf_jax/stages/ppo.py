@@ -22,7 +22,16 @@ from rlhf_jax.lora import LoraConfig, attach
 from rlhf_jax.losses import clipped_surrogate, clipped_value_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.metrics import read_rows
-from rlhf_jax.optim import OptimConfig, apply_gradient, global_count, make_optimizer, new_state, summed_gradients
+from rlhf_jax.optim import (
+    OptimConfig,
+    apply_gradient,
+    global_count,
+    looped_gradients,
+    make_optimizer,
+    new_state,
+    summed_gradients,
+)
+from rlhf_jax.packing import PackedEpisodes, pack_episodes
 from rlhf_jax.runs import (
     Finished,
     complete,
@@ -33,7 +42,7 @@ from rlhf_jax.runs import (
     say,
     train,
 )
-from rlhf_jax.scoring import response_losses, state_values, target_losses
+from rlhf_jax.scoring import packed_losses, packed_values, response_losses, state_values, target_losses
 from rlhf_jax.sources import Source, Start, open_source, same_tokenizer, start_from
 
 STAGE = "ppo"
@@ -45,6 +54,16 @@ class Batch:
 
     prompts: PromptBatch
     pretraining: TokenBatch | None
+
+
+@pytree
+class Then:
+    """What the rollout said of each response token, [B, R], where episodes are packed."""
+
+    logp_BR: Array
+    value_BR: Array
+    advantage_BR: Array
+    target_BR: Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +143,23 @@ class Config(RunConfig):
                 f"batch {self.batch} is not divisible by minibatches {self.minibatches} x microbatches "
                 f"{self.microbatches} x devices {self.row_devices}; use --batch {nearest}"
             )
+        episodes = self.batch // self.minibatches // (self.row_devices if self.pmap else 1)
+        pack = self.episode.pack
+        if pack and episodes % pack:
+            raise UserError(
+                f"episode.pack: found {pack}, wanted a divisor of the {episodes} episodes of a minibatch on a device"
+            )
+        for field in ("slots", "pack"):
+            found = getattr(self.episode, field)
+            if found and self.device_count > 1 and not self.pmap:
+                raise UserError(
+                    f"episode.{field}: found {found} with {self.device_count} devices, wanted 0, one device or --pmap, "
+                    "where each device does so by itself"
+                )
+        if pack and self.microbatches > 1:
+            raise UserError(
+                f"microbatches: found {self.microbatches} with episode.pack {pack}, wanted 1: pack is the rows"
+            )
         if bool(self.pretraining_coef) != bool(self.pretraining_batch) or self.pretraining_batch % parts:
             raise UserError(
                 f"pretraining_batch: found {self.pretraining_batch} with pretraining_coef {self.pretraining_coef}, "
@@ -137,32 +173,35 @@ class Config(RunConfig):
 
 
 def objective(
-    networks: Networks, params: dict[str, Params], part: Rollout, count: Array, config: Config
+    networks: Networks, params: dict[str, Params], part: Rollout | PackedEpisodes, count: Array, config: Config
 ) -> tuple[Array, dict[str, Array]]:
     """Clipped surrogate plus weighted clipped value loss of a part of the episodes, as a share of the mean over tokens.
 
     Args:
       params: {"policy": …, "critic": …}.
+      part: episodes, or packed rows of them whose data is a `Then`.
       count: response tokens of the whole minibatch.
     """
     mask_BR = part.response_mask_BR
-    length = mask_BR.shape[1]
-    loss_BR, _ = response_losses(
-        networks.policy,
-        params["policy"],
-        part.tokens_BT,
-        part.mask_BT,
-        response_length=length,
-        temperature=config.episode.temperature,
-    )
-    log_ratio_BR = jnp.where(mask_BR, -loss_BR - part.logp_BR, 0.0)
-    value_BR = state_values(networks.scorer, params["critic"], part.tokens_BT, part.mask_BT, response_length=length)
+    temperature = config.episode.temperature
+    if isinstance(part, PackedEpisodes):
+        then = part.data
+        loss_BR, _ = packed_losses(networks.policy, params["policy"], part, temperature=temperature)
+        value_BR = packed_values(networks.scorer, params["critic"], part)
+    else:
+        then = part
+        rows, length = (part.tokens_BT, part.mask_BT), mask_BR.shape[1]
+        loss_BR, _ = response_losses(
+            networks.policy, params["policy"], *rows, response_length=length, temperature=temperature
+        )
+        value_BR = state_values(networks.scorer, params["critic"], *rows, response_length=length)
+    log_ratio_BR = jnp.where(mask_BR, -loss_BR - then.logp_BR, 0.0)
 
     def mean(x_BR: Array) -> Array:
         return masked_mean(x_BR, mask_BR, count=count)
 
-    policy_loss = mean(clipped_surrogate(log_ratio_BR, part.advantage_BR, clip=config.clip))
-    value_loss = mean(clipped_value_loss(value_BR, part.value_BR, part.target_BR, clip=config.value_clip))
+    policy_loss = mean(clipped_surrogate(log_ratio_BR, then.advantage_BR, clip=config.clip))
+    value_loss = mean(clipped_value_loss(value_BR, then.value_BR, then.target_BR, clip=config.value_clip))
     error_BR = jnp.abs(jnp.expm1(jax.lax.stop_gradient(log_ratio_BR)))
     metrics = {
         "policy_loss": policy_loss,
@@ -219,14 +258,20 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
         part, text, key = inputs
         key, text_key = jax.random.split(key)
         count = global_count(part.response_mask_BR, axis_name)
-        gradient, metrics = summed_gradients(
-            lambda p, rows, _: objective(networks, whole(p, frozen, scale), rows, count, config),
-            params,
-            part,
-            key,
-            microbatches=config.microbatches,
-            axis_name=axis_name,
-        )
+
+        def ppo_objective(p: dict[str, Params], rows: Any, _: Array) -> tuple[Array, dict[str, Array]]:
+            return objective(networks, whole(p, frozen, scale), rows, count, config)
+
+        if config.episode.pack:
+            then = Then(part.logp_BR, part.value_BR, part.advantage_BR, part.target_BR)
+            packed, places = pack_episodes(part.tokens_BT, part.mask_BT, part.response_mask_BR, then)
+            gradient, metrics = looped_gradients(
+                ppo_objective, params, packed, key, rows=places.rows, size=config.episode.pack, axis_name=axis_name
+            )
+        else:
+            gradient, metrics = summed_gradients(
+                ppo_objective, params, part, key, microbatches=config.microbatches, axis_name=axis_name
+            )
         if text is not None:
             targets = global_count(text.shifted()[3], axis_name)
 
