@@ -17,7 +17,7 @@ import shlex
 import signal
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -36,6 +36,7 @@ from rlhf_jax.runs import Finished
 
 C = TypeVar("C")
 S = TypeVar("S", bound=RunConfig)
+INTERRUPTED = "interrupted; the same command starts again, from its last checkpoint if it keeps any"
 
 
 def main(
@@ -48,10 +49,11 @@ def main(
       argv: the arguments, without the program's name; None for those of this process.
     """
     try:
-        config, cluster = _parse(config_class, description, argv)
-        if cluster.distributed:
-            cluster.join(config)
-        run(config)
+        with _interrupted_anywhere():
+            config, cluster = _parse(config_class, description, argv)
+            if cluster.distributed:
+                cluster.join(config)
+            run(config)
     except UserError as error:
         _exit(2, f"error: {error}")
     except BrokenPipeError:
@@ -64,7 +66,7 @@ def main(
         # A file that the user named, or a disk that is full: the system's words say it.
         _exit(2, f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
-        _exit(130, "interrupted; the same command goes on from the last checkpoint")
+        _exit(130, INTERRUPTED)
     except Stopped as stop:
         saved = f"saved after step {stop.step}; to go on:" if stop.saved else "nothing was saved; to start again:"
         arguments = sys.argv[1:] if argv is None else argv
@@ -192,6 +194,29 @@ def _parse(config_class: type[C], description: str, argv: Sequence[str] | None) 
     if cluster != Cluster() and not cluster.distributed:
         raise UserError("coordinator, processes, process: found one of them alone, wanted --distributed beside it")
     return config, cluster
+
+
+@contextlib.contextmanager
+def _interrupted_anywhere() -> Iterator[None]:
+    """Ends the process where Ctrl-C falls into a callback, such as JAX's of the garbage collector.
+
+    Python would print a traceback there and go on.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        sys.stderr.write(INTERRUPTED + "\n")
+        sys.stderr.flush()
+        os._exit(130)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _exit(status: int, line: str, *, together: bool = False) -> NoReturn:

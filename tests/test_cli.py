@@ -1,7 +1,10 @@
 """Flags, files of defaults and exit codes, on a script's config."""
 
 import dataclasses
+import gc
+import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -164,3 +167,25 @@ def test_how_a_script_ends(capsys: pytest.CaptureFixture[str], run: Any, code: i
     assert errors.startswith(line) and errors.count("\n") <= 1
     if "python" in line:
         assert """--data 'it'"'"'s here.jsonl'""" in errors
+
+
+def test_ctrl_c_in_a_callback_ends_the_script(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    interrupt = raising(KeyboardInterrupt())
+
+    def run(config: Config) -> None:
+        gc.callbacks.append(lambda phase, info: interrupt(config) if phase == "start" else None)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.pop()
+
+    before = sys.unraisablehook
+    with pytest.raises(SystemExit):
+        cli.main(run, Config, argv=["--data", "a"])
+    assert left == [130]
+    assert capsys.readouterr().err == cli.INTERRUPTED + "\n"
+    assert sys.unraisablehook is before
