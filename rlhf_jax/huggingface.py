@@ -165,6 +165,8 @@ def read_folder(folder: str | Path) -> Pretrained:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json in it; wanted a model's folder in Hugging Face's layout")
     config, generation = read_json(folder / "config.json"), None
+    if isinstance(config, dict) and "format_version" in config and "model_type" not in config:
+        raise UserError(f"{folder}: found a run's folder, wanted a published model's; for the run, leave out hf:")
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
         if not isinstance(generation, dict):

@@ -103,7 +103,8 @@ class RunFolder:
         """
         path = Path(path)
         if not path.is_dir():
-            raise UserError(f"{path}: no such folder; wanted the folder of a {' or '.join(stages)} run")
+            found = "found a file" if path.exists() else "no such folder"
+            raise UserError(f"{path}: {found}; wanted the folder of a {' or '.join(stages)} run")
         if not (path / "config.json").exists():
             raise UserError(f"{path}: no config.json in it; wanted the folder of a {' or '.join(stages)} run")
         about = _read(path)

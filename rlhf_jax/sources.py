@@ -114,10 +114,13 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
       stages: kinds of run that will do. A published model stands for any of them, with a score head for "reward" alone.
     Raises: UserError for what is not there, not whole, or of another kind.
     """
+    if spec in PUBLISHED:
+        raise UserError(f"{spec}: found nothing after the colon, wanted a folder, a file or a package")
     if spec.startswith("peft:"):
         return _adapter(spec, want_scalar=set(stages) == {"reward"})
     if spec.startswith(PUBLISHED):
         return _published(spec, want_scalar=set(stages) == {"reward"})
+    _refuse_bare(spec)
     run = RunFolder.open(spec, stages=tuple(stages))
     base, lora = None, None
     if run.base is not None:
@@ -243,6 +246,16 @@ def _adapter(spec: str, *, want_scalar: bool) -> Source:
 def _is_run(folder: str) -> bool:
     path = Path(folder) / "config.json"
     return path.exists() and "stage" in read_json(path)
+
+
+def _refuse_bare(spec: str) -> None:
+    """Raises UserError for a published model that is named as a run is."""
+    path = Path(spec)
+    if path.suffix == ".gguf" and path.is_file():
+        raise UserError(f"{spec}: found a GGUF file, wanted a run's folder; for the file, write gguf:{spec}")
+    config = path / "config.json"
+    if config.exists() and isinstance(about := read_json(config), dict) and "model_type" in about:
+        raise UserError(f"{spec}: found a published model, wanted a run's folder; for the model, write hf:{spec}")
 
 
 def _refuse_other_head(spec: str, scalar: bool, want_scalar: bool) -> None:

@@ -122,6 +122,15 @@ def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Pat
         open_source(str(runs / "judge"), stages=("sft",))
     with pytest.raises(UserError, match=r"nowhere: no such folder; wanted one with a config.json"):
         open_source("hf:nowhere", stages=("pretrain",))
+    with pytest.raises(UserError, match=r"base: found a run's folder, .* leave out hf:$"):
+        open_source(f"hf:{runs / 'base'}", stages=("pretrain",))
+    for name, content, hint in (("config.json", '{"model_type": "llama"}', "hf:"), ("a.gguf", "GGUF", "gguf:")):
+        (tmp_path / name).write_text(content)
+        named = tmp_path if name == "config.json" else tmp_path / name
+        with pytest.raises(UserError, match=f"wanted a run's folder; .* write {hint}{named}$"):
+            open_source(str(named), stages=("pretrain",))
+    with pytest.raises(UserError, match=r"^hf:: found nothing after the colon"):
+        open_source("hf:", stages=("pretrain",))
     moved = tmp_path / "moved"
     (runs / "base").rename(moved)
     try:
