@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -28,7 +27,7 @@ from rlhf_jax.huggingface import flattened, nested, parameter_shapes
 from rlhf_jax.layouts import Tensor, join, shape_in_file, split, tensors_of
 from rlhf_jax.lora import PLACES, LoraConfig
 from rlhf_jax.model_config import ModelConfig
-from rlhf_jax.safetensors_folder import readable_like_its_folder
+from rlhf_jax.safetensors_folder import write_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OURS = "rlhf_jax.json"
@@ -88,10 +87,7 @@ def write_adapter(
     unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    _package("safetensors.numpy").save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
-    readable_like_its_folder(unfinished / TENSORS)
-    with (unfinished / TENSORS).open("rb") as written:
-        os.fsync(written.fileno())
+    write_file(unfinished / TENSORS, tensors)
     write_json(unfinished / CONFIG, config)
     if bias:
         write_json(unfinished / OURS, {"score_bias": bias})

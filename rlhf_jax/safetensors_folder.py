@@ -59,17 +59,13 @@ class SafetensorsFolder:
 
 def write_tensors(folder: Path, shards: Sequence[Sequence[str]], tensor: Callable[[str], np.ndarray]) -> None:
     """Writes a file of each shard's tensors, onto the disk, and an index if there are several. Holds one shard."""
-    save_file = _module("safetensors.numpy").save_file
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         # safetensors writes the memory behind an array as it lies: a transposed view would come out wrong.
         values = {name: np.ascontiguousarray(tensor(name)) for name in names}
-        save_file(values, folder / file, metadata={"format": "pt"})
-        readable_like_its_folder(folder / file)
-        with (folder / file).open("rb") as written:
-            os.fsync(written.fileno())
+        write_file(folder / file, values)
         weight_map |= dict.fromkeys(names, file)
         total += sum(value.nbytes for value in values.values())
     if len(shards) > 1:
@@ -77,9 +73,16 @@ def write_tensors(folder: Path, shards: Sequence[Sequence[str]], tensor: Callabl
         write_json(folder / INDEX, index)
 
 
-def readable_like_its_folder(file: Path) -> None:
-    """Lets those who may read a folder read a file in it: safetensors makes files for their owner alone."""
+def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes contiguous tensors onto the disk. Raises: UserError, for example where the disk is full."""
+    try:
+        _module("safetensors.numpy").save_file(tensors, file, metadata={"format": "pt"})
+    except _module("safetensors").SafetensorError as error:
+        raise UserError(f"{file}: cannot be written: {error}") from None
+    # safetensors makes files for their owner alone: who may read the folder may read this too.
     file.chmod(file.parent.stat().st_mode & 0o666)
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -26,6 +26,7 @@ from rlhf_jax.huggingface import (
 from rlhf_jax.model import Transformer
 from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.rope import RopeScaling
+from rlhf_jax.safetensors_folder import write_file
 
 safetensors = pytest.importorskip("safetensors.numpy")
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -116,6 +117,13 @@ def test_the_recipes_kind_is_an_untied_qwen3(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": 2}
     # Whoever may read the one may read the other.
     assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be written: .*Is a directory") as error:
+        write_file(tmp_path / "model.safetensors", {"a": np.ones(2, np.float32)})
+    assert "\n" not in str(error.value)
 
 
 def test_bfloat16(tmp_path: Path) -> None:
