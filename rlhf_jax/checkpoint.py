@@ -113,10 +113,9 @@ class Checkpoints:
             reason = _refusal(error)
             if reason is None:
                 raise
-            raise UserError(
-                f"{self.folder}: step {step} could not be saved: {reason}; the last checkpoint is that of step "
-                f"{self.latest()}"
-            ) from error
+            latest = self.latest()
+            last = "there is no earlier one" if latest is None else f"the last checkpoint is that of step {latest}"
+            raise UserError(f"{self.folder}: step {step} could not be saved: {reason}; {last}") from error
         finally:
             if distributed.is_first():
                 self._sweep()

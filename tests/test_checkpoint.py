@@ -214,6 +214,11 @@ def test_a_full_disk_leaves_the_step_before(
     assert same(checkpoints.restore(make_state()), make_state(1))
 
 
+def test_a_full_disk_at_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with no_room_to_sync(monkeypatch), pytest.raises(UserError, match="left on device; there is no earlier one$"):
+        Checkpoints(tmp_path).save(1, make_state(1), {})
+
+
 def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), {})
