@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_the_step_before(
 
 
 def test_a_full_disk_at_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with no_room_to_sync(monkeypatch), pytest.raises(UserError, match="left on device; there is no earlier one$"):
+    with no_room_to_sync(monkeypatch), pytest.raises(UserError, match=r"left on device; there is no earlier one$"):
         Checkpoints(tmp_path).save(1, make_state(1), {})
 
 
