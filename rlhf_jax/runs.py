@@ -214,8 +214,11 @@ def refuse_empty(rows: Sized, what: str, ledger: Ledger) -> None:
         raise UserError(f"data: found no {what}, wanted 1 or more")
     reason, count = next(iter(dropped.items()))
     first = next(decision.where for decision in ledger.decisions if decision.reason == reason)
+    # A chat template alone, with its system message, can be longer than the default.
+    hint = "; --prompt-length allows more" if what == "prompts" and reason.startswith("longer than") else ""
     raise UserError(
-        f"data: none of {ledger.total:,} {what} is left to train on; {count:,} dropped, the first at {first}: {reason}"
+        f"data: none of {ledger.total:,} {what} is left to train on; {count:,} dropped, the first at {first}: "
+        f"{reason}{hint}"
     )
 
 

@@ -285,7 +285,7 @@ BAD_ROWS: dict[str, tuple[Callable[..., Any], tuple[str, ...], bytes, str]] = {
         ppo.main,
         PPO,
         json.dumps({"prompt": LONG}).encode(),
-        r"data: none of 1 prompts is left .* bad.jsonl:1: longer than 16 tokens",
+        r"data: none of 1 prompts is left .* bad.jsonl:1: longer than 16 tokens; --prompt-length allows more$",
     ),
 }
 
