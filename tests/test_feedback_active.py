@@ -1,5 +1,9 @@
 """Active choice: disagreement by hand, a greedy choice equal to a plain loop, heads at the optimum of our own loss."""
 
+import itertools
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 
 from rlhf_jax.feedback.active import Beliefs, Heads, choose, preference_probabilities
 from rlhf_jax.losses import pairwise_loss
+from scripts import active_choice
 from scripts.active_choice import Pairs, Split, labels_needed
 
 
@@ -108,3 +113,42 @@ def test_no_held_out_text_is_learned_from() -> None:
     held = {*chosen[split.heldout], *rejected[split.heldout], *split.by_mean[0], *split.by_mean[1]}
     assert not learned & held and len(split.pool) > 150 and len(split.heldout) > 20
     assert np.all(pairs.mean[split.by_mean[0]] > pairs.mean[split.by_mean[1]])
+
+
+def test_the_experiment_runs_from_a_file_to_its_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = np.random.default_rng(0).permutation([f"{a}{b}{c}" for a, b, c in itertools.product("abc", repeat=3)])
+    texts = [f"{one} {two}" for one, two in itertools.combinations(words[:20], 2)]
+    worth = {text: float(sum(ord(letter) for letter in text)) for text in texts}
+    rows = []
+    for one, two in np.random.default_rng(1).choice(texts, (600, 2)):
+        if worth[one] != worth[two]:
+            chosen, rejected = (one, two) if worth[one] > worth[two] else (two, one)
+            about = {"mean_chosen": worth[chosen], "mean_rejected": worth[rejected]}
+            rows.append({"prompt": "", "chosen": chosen, "rejected": rejected, **about})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        "--data",
+        "data.jsonl",
+        "--out",
+        "out",
+        "--labels",
+        "60",
+        "--first",
+        "10",
+        "--batch",
+        "10",
+        "--seeds",
+        "2",
+    ]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.chdir(tmp_path)
+        active_choice.main(arguments)
+    assert end.value.code == 0
+    found = json.loads((tmp_path / "out" / "curve.json").read_text())["summary"]
+    assert found["labels"] == [10, 20, 30, 40, 50, 60] and (tmp_path / "out" / "curve.png").stat().st_size > 1000
+    for measure in ("by_mean", "heldout"):
+        curves = {name: found[measure][name]["curve"] for name in active_choice.STRATEGIES}
+        assert len({curve[0] for curve in curves.values()}) == 1 and len({tuple(c) for c in curves.values()}) == 3
+        assert all(curve[-1] > curve[0] > 0.5 for curve in curves.values())
+        assert found[measure]["random"]["labels_for_target"] <= 60
+    assert "targeted: reaches random choice's" in capsys.readouterr().out

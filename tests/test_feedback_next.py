@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import Comparison, Ledger, Message, encode_rankings
-from rlhf_jax.feedback.features import hidden_states, rows_of, standardized
+from rlhf_jax.feedback.features import hidden_states, principal, rows_of, standardized
 from rlhf_jax.feedback.next_items import next_by_ensemble, next_by_heads
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.tasks import make_item
@@ -112,3 +112,7 @@ def test_features_are_standardized_and_turned_to_the_principal_axes() -> None:
     gram = leading.T @ leading
     values = np.linalg.eigvalsh(features.T @ features)[::-1]
     np.testing.assert_allclose(gram, np.diag(values[:2]), atol=1e-9)
+    # More features than rows: the same components, but for their signs.
+    wide = random.standard_normal((5, 8))
+    tall = np.concatenate([wide, np.zeros((4, 8))])
+    np.testing.assert_allclose(np.abs(principal(wide, 3)), np.abs(principal(tall, 3)[:5]), atol=1e-9)

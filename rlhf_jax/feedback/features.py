@@ -89,5 +89,10 @@ def principal(features_ND: Floats, dimensions: int) -> Floats:
     """The leading principal components about 0, the largest first; all features as they are for 0."""
     if not 0 < dimensions < features_ND.shape[1]:
         return features_ND
+    if len(features_ND) < features_ND.shape[1]:
+        # The same axes from the smaller of the two products.
+        squares, axes = np.linalg.eigh(features_ND @ features_ND.T)
+        leading = axes * np.sqrt(np.maximum(squares, 0.0))
+        return np.asarray(leading[:, : -dimensions - 1 : -1])
     _, axes = np.linalg.eigh(features_ND.T @ features_ND)
     return np.asarray(features_ND @ axes[:, : -dimensions - 1 : -1])
