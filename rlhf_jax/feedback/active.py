@@ -88,9 +88,10 @@ def choose(
         raise ValueError(f"count {count}, wanted 0 to {len(beliefs.mean)}, the pairs there are")
     # Σ_t (d_n · d_t)² = d_nᵀ (Σ_t d_t d_tᵀ) d_n: of the targets no more than this sum is needed.
     target = None if targets is None else targets.deviation @ targets.deviation.T
-    places, fresh = np.arange(len(beliefs.mean)), np.ones(len(beliefs.mean), bool)
+    places = np.arange(len(beliefs.mean))
+    fresh: NDArray[np.bool_] = np.ones(len(places), bool)
     if responses is not None and used is not None:
-        fresh = ~np.isin(responses, used).any(axis=1)
+        fresh = np.all(~np.isin(responses, used), axis=1)
     if candidates is not None and candidates < len(places):
         worth = _worth(beliefs.deviation, beliefs.noise, target)
         places = np.sort(np.lexsort((-worth, ~fresh))[: max(candidates, count)])
