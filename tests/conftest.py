@@ -1,7 +1,13 @@
 """Eight CPU devices and strict settings, before jax is imported; warnings are errors by pyproject.toml."""
 
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -12,6 +18,45 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+# What a process compiles that a test starts, the next ones find on the disk. Set after the import: this process, which
+# seldom compiles a program twice, would only write.
+COMPILED = tempfile.mkdtemp(prefix="compiled_")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+def pytest_unconfigure() -> None:
+    """Removes the compiled programs."""
+    shutil.rmtree(COMPILED, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def run_notebook(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """run_notebook(path): a notebook with the outputs of a run.
+
+    All start with the session and run beside the tests before theirs, with what these leave of the processor.
+    """
+    root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("notebooks")
+    wanted = any(item.path.stem == "test_notebooks" for item in request.session.items)
+    command = ["nice", sys.executable, "-m", "tests.run_notebook"]
+    running = {}
+    for path in sorted(root.glob("notebooks/*.ipynb") if wanted else ()):
+        out = folder / path.name
+        with open(out.with_suffix(".log"), "wb") as log:
+            running[path] = subprocess.Popen([*command, str(path), str(out)], cwd=root, stdout=log, stderr=log)
+
+    def finished(path: Path) -> Any:
+        import nbformat
+
+        out = folder / path.name
+        assert running[path].wait() == 0, out.with_suffix(".log").read_text()
+        return nbformat.read(out, as_version=4)
+
+    yield finished
+    for process in running.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Adapters: nothing at first, the merged network's logits later, gradients for them alone."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,9 +12,16 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.lora import LoraConfig, attach, init_adapter, merge
 from rlhf_jax.model import ModelConfig, Transformer, init_params, to_scalar_head
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SMALL: dict[str, Any] = {"vocab_size": 19, "context": 12, "width": 8, "layers": 2, "heads": 2}
 TOKENS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
 LORA = LoraConfig(rank=3, alpha=6.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model: Transformer, params: dict) -> jax.Array:
+    return model.apply({"params": params}, TOKENS)
 
 
 def shaken(tree: dict, seed: int = 0) -> dict:
@@ -27,14 +35,14 @@ def shaken(tree: dict, seed: int = 0) -> dict:
 def test_attached_is_nothing_at_first_and_then_what_is_merged(model: Transformer) -> None:
     base = init_params(model, jax.random.key(0))
     adapter = init_adapter(base, LORA, jax.random.key(1))
-    plain = model.apply({"params": base}, TOKENS)
-    np.testing.assert_array_equal(model.apply({"params": attach(base, adapter, LORA.scale)}, TOKENS), plain)
+    plain = forward(model, base)
+    np.testing.assert_array_equal(forward(model, attach(base, adapter, LORA.scale)), plain)
     trained = shaken(adapter)
-    attached = model.apply({"params": attach(base, trained, LORA.scale)}, TOKENS)
+    attached = forward(model, attach(base, trained, LORA.scale))
     assert np.abs(attached - plain).max() > 0.1
     merged = merge(base, trained, LORA.scale)
     assert str(jax.tree.structure(merged)) == str(jax.tree.structure(base))
-    np.testing.assert_allclose(model.apply({"params": merged}, TOKENS), attached, atol=1e-4)
+    np.testing.assert_allclose(forward(model, merged), attached, atol=1e-4)
 
 
 def test_the_product_by_hand() -> None:
@@ -70,10 +78,10 @@ def test_a_score_head_stands_beside_the_adapter() -> None:
     base = init_params(Transformer(ModelConfig(**SMALL)), jax.random.key(0))
     whole = to_scalar_head(base, model, jax.random.key(2))
     adapter = init_adapter(base, LORA, jax.random.key(1)) | {"score": whole["score"]}
-    expected = model.apply({"params": whole}, TOKENS)
-    np.testing.assert_array_equal(model.apply({"params": attach(base, adapter, LORA.scale)}, TOKENS), expected)
+    expected = forward(model, whole)
+    np.testing.assert_array_equal(forward(model, attach(base, adapter, LORA.scale)), expected)
     # A whole network in place of an adapter is itself, whatever it is laid over.
-    np.testing.assert_array_equal(model.apply({"params": attach(base, whole, LORA.scale)}, TOKENS), expected)
+    np.testing.assert_array_equal(forward(model, attach(base, whole, LORA.scale)), expected)
 
 
 def test_impossible_settings_are_refused() -> None:

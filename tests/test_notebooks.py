@@ -1,36 +1,15 @@
 """The notebooks run from top to bottom without a warning, and what they show is what their code gives."""
 
-import os
 import re
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-def run(path: Path) -> Any:
-    """The notebook with the outputs of a run in a fresh kernel of this Python, where a warning is an error."""
-    notebook: Any = nbformat.read(path, as_version=4)
-    strict = nbformat.v4.new_code_cell("import warnings\nwarnings.simplefilter('error')")
-    notebook.cells.insert(0, strict)
-    with tempfile.TemporaryDirectory() as folder:
-        # Sockets in a file: no port, no network. Their path must be short, so not below pytest's own folder.
-        manager = AsyncKernelManager(
-            kernel_name="python3", transport="ipc", connection_file=f"{folder}/kernel.json", ip=f"{folder}/kernel"
-        )
-        client = NotebookClient(
-            notebook, km=manager, timeout=300, resources={"metadata": {"path": str(ROOT)}}, store_widget_state=False
-        )
-        client.execute(cleanup_kc=True, env={**os.environ, "XLA_FLAGS": "", "JUPYTER_PREFER_ENV_PATH": "1"})
-    del notebook.cells[0]
-    return notebook
 
 
 def said(notebook: Any) -> list[str]:
@@ -43,15 +22,15 @@ def said(notebook: Any) -> list[str]:
     return [text for text in streams if text]
 
 
-def test_the_losses_are_what_they_are_by_hand() -> None:
+def test_the_losses_are_what_they_are_by_hand(run_notebook: Callable[[Path], Any]) -> None:
     path = ROOT / "notebooks" / "losses_by_hand.ipynb"
-    assert said(run(path)) == said(nbformat.read(path, as_version=4))
+    assert said(run_notebook(path)) == said(nbformat.read(path, as_version=4))
 
 
-def test_the_tiny_recipe_runs_and_gains() -> None:
+def test_the_tiny_recipe_runs_and_gains(run_notebook: Callable[[Path], Any]) -> None:
     # Its last cell asserts what it shows; samples differ in the last bits between machines and are not compared.
     path = ROOT / "notebooks" / "tiny_recipe.ipynb"
-    assert len(said(run(path))) == len(said(nbformat.read(path, as_version=4)))
+    assert len(said(run_notebook(path))) == len(said(nbformat.read(path, as_version=4)))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
