@@ -58,6 +58,21 @@ class RankingBatch:
 
 
 @pytree
+class SharedRankingBatch:
+    """The same with each prompt written once: a row is what its K responses have in common, then the rest of each.
+
+    tokens_BT: int32. segment_ids_BT: int32, 1 for the common part, k + 2 for the rest of response k, 0 for padding.
+    at_BK: the column of each response's last token. ranks_BK, mask_BK: as above.
+    """
+
+    tokens_BT: Array
+    segment_ids_BT: Array
+    at_BK: Array
+    ranks_BK: Array
+    mask_BK: Array
+
+
+@pytree
 class PromptBatch:
     """Prompts to sample responses for, left-padded. tokens_BP: int32. mask_BP: bool, True for real tokens."""
 

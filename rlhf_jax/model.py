@@ -370,16 +370,19 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         last: int = 0,
         at_BQ: Array | None = None,
+        shared_prompt: bool = False,
     ) -> Any:
         """The normed residual stream [B, T, D] float32 under the head, as in `__call__`.
 
         Args:
           last: return the last columns only, [B, last, D]; 0 for all. at_BQ: or these columns, [B, Q, D]. The last
             block computes nothing else for the others than their keys and values.
+          shared_prompt: segment 1 of a row is a prompt, and each other segment goes on behind it and sees it, as if it
+            were alone with it. Such a row may be longer than the context.
         """
         config = self.config
         length = tokens_BT.shape[1]
-        if length > config.context:
+        if length > config.context and not shared_prompt:
             raise ValueError(f"sequence of {length} tokens is longer than the context {config.context}")
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens_BT) if mask is None else mask.astype(jnp.int32)
@@ -390,12 +393,19 @@ class Transformer(nn.Module):
             positions = positions_of(segment_ids)
             if cache is not None:
                 positions += _seen(cache)
+            if shared_prompt:
+                prompt_B1 = jnp.sum(segment_ids == 1, axis=1, keepdims=True, dtype=jnp.int32)
+                positions += jnp.where(segment_ids > 1, prompt_B1, 0)
         slot_T = jnp.arange(length)
         # Places in the row, real tokens counted, for the windows: a gap of padding makes no token further.
         place_BT = _places(real_BT)
         if cache is None:
+            if shared_prompt:
+                place_BT = positions
             place_BS = place_BT
             allowed_BTS = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real_BT[:, None, :]
+            if shared_prompt:
+                allowed_BTS |= (segment_ids[:, None, :] == 1) & real_BT[:, :, None]
             allowed_BTS &= slot_T[None, :, None] >= slot_T[None, None, :]
         else:
             place_BT += _seen(cache)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.arrays import Array, Params, RankingBatch, TokenBatch
+from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TokenBatch
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.model import Transformer
 from rlhf_jax.packing import PackedEpisodes
@@ -151,8 +151,18 @@ def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask
     return jnp.where(jnp.any(mask_BT, axis=1), score_B, 0.0)
 
 
-def ranking_scores(model: Transformer, params: Params, batch: RankingBatch) -> Array:
-    """Scores [B, K] of the ranked responses, one forward for each."""
+def ranking_scores(model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch) -> Array:
+    """Scores [B, K] of the ranked responses; a shared prompt is computed once for all of them."""
+    if isinstance(batch, SharedRankingBatch):
+        hidden_BKD = model.apply(
+            {"params": params},
+            batch.tokens_BT,
+            segment_ids=batch.segment_ids_BT,
+            at_BQ=batch.at_BK,
+            shared_prompt=True,
+            method="hidden",
+        )
+        return jnp.where(batch.mask_BK, model.apply({"params": params}, hidden_BKD, method="head"), 0.0)
     rows, responses, length = batch.tokens_BKT.shape
     flat = (batch.tokens_BKT.reshape(rows * responses, length), batch.mask_BKT.reshape(rows * responses, length))
     return last_token_scores(model, params, *flat).reshape(rows, responses)

@@ -33,6 +33,7 @@ from rlhf_jax.config import RunConfig, coerce_fields, over_defaults
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit import Stopped
 from rlhf_jax.runs import Finished
+from scripts.huge_pages import give_back_what_compiling_took
 
 C = TypeVar("C")
 S = TypeVar("S", bound=RunConfig)
@@ -115,8 +116,10 @@ def use_cpu_devices(count: int) -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the next start of a script need not compile them again.
 
-    They lie in JAX_COMPILATION_CACHE_DIR if that is set, else below the user's cache folder.
+    They lie in JAX_COMPILATION_CACHE_DIR if that is set, else below the user's cache folder. The memory that compiling
+    took goes back to the system.
     """
+    give_back_what_compiling_took()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "rlhf_jax" / "compiled"))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.packing import pack_text
+from rlhf_jax.data.batches import RaggedRows
+from rlhf_jax.data.packing import pack_rows, pack_text
 
 BOS, EOS, PAD = 100, 101, 102
 
@@ -44,3 +45,33 @@ def test_no_documents_and_no_room() -> None:
     assert len(pack_text([], length=8, start_ids=[BOS], eos_id=EOS)) == 0
     with pytest.raises(ValueError, match="rows of 1 tokens hold no target"):
         pack_text([[1]], length=1, start_ids=[BOS], eos_id=EOS)
+
+
+def row(*ids: int) -> tuple[list[int], list[bool]]:
+    """The last token is a target."""
+    return list(ids), [False] * (len(ids) - 1) + [True]
+
+
+def test_best_fit_by_hand() -> None:
+    # The longest first: 4 4 fits behind 1 2 3 only; 10 fits behind either, and takes the row that was full first.
+    rows = RaggedRows([row(1, 2, 3), row(5, 6, 7, 8, 9), row(4, 4), row(10)], 6, PAD)
+    packed = pack_rows(rows, length=6)
+    assert packed.tokens.tolist() == [[5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 4, PAD]]
+    assert packed.segment_ids.tolist() == [[1, 1, 1, 1, 1, 2], [1, 1, 1, 2, 2, 0]]
+    # A row of one token has nothing to be predicted from.
+    assert packed.loss_mask.tolist() == [[False] * 4 + [True, False], [False, False, True, False, True, False]]
+    with pytest.raises(ValueError, match="row 1: 5 tokens, wanted at most 4"):
+        pack_rows(rows, length=4)
+
+
+def test_packed_rows_hold_every_row_once_and_little_padding() -> None:
+    rng = np.random.default_rng(0)
+    rows = [row(*rng.integers(0, 99, size).tolist()) for size in rng.integers(2, 20, 300)]
+    packed = pack_rows(RaggedRows(rows, 32, PAD), length=32)
+    found = []
+    for tokens, segments, mask in zip(packed.tokens, packed.segment_ids, packed.loss_mask, strict=True):
+        for segment in range(1, segments.max() + 1):
+            at = segments == segment
+            found.append((tokens[at].tolist(), mask[at].tolist()))
+    assert sorted(found) == sorted(rows)
+    assert np.mean(packed.segment_ids > 0) > 0.98

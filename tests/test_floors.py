@@ -14,7 +14,7 @@ FLOOR = {
     **dict.fromkeys(["errors", "arrays", "masked", "config", "witness"], 0),
     # Which of several processes this is: below all that asks.
     **dict.fromkeys(["watchdog", "distributed"], 1),
-    **dict.fromkeys(["losses", "returns", "kl", "rope", "sharding"], 1),
+    **dict.fromkeys(["losses", "returns", "kl", "rope", "sharding", "packing"], 1),
     **dict.fromkeys(
         ["lora", "model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2
     ),

@@ -336,4 +336,6 @@ def test_the_last_block_gives_the_columns_asked_for(changes: dict) -> None:
     hidden = functools.partial(model.apply, {"params": params}, tokens, mask, method="hidden")
     whole = hidden()
     np.testing.assert_allclose(hidden(last=4), whole[:, -4:], atol=1e-6)
-    np.testing.assert_allclose(hidden(at_BQ=at), np.take_along_axis(np.asarray(whole), at[:, :, None], 1), atol=1e-6)
+    np.testing.assert_allclose(
+        hidden(at_BQ=at), np.take_along_axis(np.asarray(whole), np.asarray(at)[:, :, None], 1), atol=1e-6
+    )

@@ -90,8 +90,7 @@ def iteration(**episode: Any) -> tuple[Any, dict[str, float]]:
         for n, network in enumerate((NETWORKS.policy, NETWORKS.scorer, NETWORKS.policy, NETWORKS.scorer))
     ]
     frozen = Frozen(nets[2], nets[3], jnp.float32(0.5), jnp.float32(2.0))
-    make = {"eos_id": (EOS, 3), "pad_id": PAD}
-    step = pmap_update(ppo.make_update(NETWORKS, config, axis_name="data", **make), 2)
+    step = pmap_update(ppo.make_update(NETWORKS, config, eos_id=(EOS, 3), pad_id=PAD, axis_name="data"), 2)
     state, metrics = step(ppo.initial_state(config, *nets[:2]), ppo.Batch(prompts, None), frozen)
     return jax.tree.map(np.asarray, state.params), {name: float(x) for name, x in metrics.items()}
 

@@ -63,7 +63,7 @@ def test_the_tree_is_that_of_the_repository() -> None:
     assert drawn is not None
     names = set(re.findall(r"[\w-]+\.py\b|[\w-]+/", drawn[1].replace("test_<module>.py", "")))
     for name in names:
-        assert exists(name, "", "rlhf_jax", "rlhf_jax/stages", "scripts", "tests"), name
+        assert exists(name, "", "rlhf_jax", "rlhf_jax/stages", "scripts", "tests", "benchmarks"), name
     package = {path.name for path in (ROOT / "rlhf_jax").glob("*.py")} - {"__init__.py"}
     assert not package - names, "in the package, not in the tree"
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_jax.arrays import PromptBatch, RankingBatch, TokenBatch
+from rlhf_jax.arrays import PromptBatch, RankingBatch, SharedRankingBatch, TokenBatch
 from rlhf_jax.errors import UserError
 
 Batch = TypeVar("Batch", covariant=True)
@@ -222,6 +222,51 @@ class RankingRows:
 
 
 @dataclasses.dataclass(frozen=True)
+class SharedRankingRows:
+    """The same prompts, with what the responses to one have in common written once, as a `SharedRankingBatch`."""
+
+    rankings: RankingRows
+
+    def __len__(self) -> int:
+        return len(self.rankings)
+
+    @functools.cached_property
+    def common(self) -> list[int]:
+        """Tokens that all responses to a prompt begin with, itself included."""
+        return [_common(responses) for responses, _ in self.rankings.rows]
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        rows = zip(self.rankings.rows, self.common, strict=True)
+        return [common + sum(len(ids) - common for ids in responses) for (responses, _), common in rows]
+
+    def batch(self, indices: Indices, among: Indices | None = None) -> SharedRankingBatch:
+        longest = max(self.lengths[i] for i in (indices if among is None else among))
+        buckets = self.rankings.buckets or default_buckets(max(self.lengths))
+        width = bucket_length(longest, (*buckets, *default_buckets(max(self.lengths))))
+        tokens = np.full((len(indices), width), self.rankings.pad_id, np.int32)
+        segment_ids = np.zeros(tokens.shape, np.int32)
+        at, ranks = (np.zeros((len(indices), self.rankings.responses), np.int32) for _ in range(2))
+        exists = np.zeros(at.shape, np.bool_)
+        for place, index in enumerate(indices):
+            responses, row_ranks = self.rankings.rows[index]
+            used = common = self.common[index]
+            tokens[place, :used], segment_ids[place, :used] = responses[0][:used], 1
+            for k, ids in enumerate(responses):
+                own = ids[common:]
+                tokens[place, used : used + len(own)] = own
+                segment_ids[place, used : used + len(own)] = k + 2
+                used += len(own)
+                # A response that another one only goes on from ends within the common part.
+                at[place, k] = used - 1 if len(own) else len(ids) - 1
+            ranks[place, : len(row_ranks)] = row_ranks
+            exists[place, : len(row_ranks)] = True
+        arrays: list[Any] = [tokens, segment_ids, at, ranks, exists]
+        return SharedRankingBatch(*arrays)
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptRows:
     """Prompts, left-padded to one width. sources: the record of each row, or nothing."""
 
@@ -248,6 +293,11 @@ class PromptRows:
             mask[place, self.width - len(ids) :] = True
         arrays: list[Any] = [tokens, mask]
         return PromptBatch(*arrays)
+
+
+def _common(rows: Sequence[Sequence[int]]) -> int:
+    columns = zip(*rows, strict=False)  # as long as the shortest row
+    return next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, rows)))
 
 
 def _token_batch(tokens: Any, segment_ids: Any, loss_mask: Any) -> TokenBatch:

@@ -1,4 +1,4 @@
-"""Pretraining documents laid end to end in rows of one length, without one attending to another."""
+"""Documents and demonstrations laid end to end in rows of one length, without one attending to another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rlhf_jax.data.batches import IGNORED, TokenRows
+from rlhf_jax.data.batches import IGNORED, RaggedRows, TokenRows
 
 
 def pack_text(
@@ -48,3 +48,39 @@ def pack_text(
     loss_mask_NT = np.zeros(shape, np.bool_)
     loss_mask_NT[:, 1:] = (segment_ids_NT[:, 1:] == segment_ids_NT[:, :-1]) & (segment_ids_NT[:, 1:] > 0)
     return TokenRows(tokens_NT, segment_ids_NT, loss_mask_NT)
+
+
+def pack_rows(rows: RaggedRows, *, length: int) -> TokenRows:
+    """Whole rows in rows of `length` tokens, each a segment of its own: best fit, the longest first.
+
+    Nothing is cut; where rows are equally long the order of the data decides.
+    Raises: ValueError for a row longer than `length`.
+    """
+    room: list[list[int]] = [[] for _ in range(length + 1)]  # by tokens left: rows that have so many
+    packed: list[list[int]] = []
+    order = sorted(range(len(rows)), key=lambda i: -len(rows.rows[i][0]))
+    for index in order:
+        size = len(rows.rows[index][0])
+        if size > length:
+            raise ValueError(f"row {index}: {size} tokens, wanted at most {length}")
+        left = next((left for left in range(size, length + 1) if room[left]), None)
+        if left is None:
+            packed.append([])
+            left, place = length, len(packed) - 1
+        else:
+            place = room[left].pop(0)
+        packed[place].append(index)
+        room[left - size].append(place)
+    tokens = np.full((len(packed), length), rows.pad_id, np.int32)
+    segment_ids = np.zeros(tokens.shape, np.int32)
+    loss_mask = np.zeros(tokens.shape, np.bool_)
+    for place, members in enumerate(packed):
+        used = 0
+        for segment, index in enumerate(members, start=1):
+            ids, mask = rows.rows[index]
+            part = slice(used, used + len(ids))
+            tokens[place, part], segment_ids[place, part], loss_mask[place, part] = ids, segment, mask
+            # The first token of a segment is never a target.
+            loss_mask[place, used] = False
+            used += len(ids)
+    return TokenRows(tokens, segment_ids, loss_mask)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.arrays import Array, Params, RankingBatch, TrainState
+from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TrainState
 from rlhf_jax.config import RunConfig, row_settings
 from rlhf_jax.data import (
     Demonstration,
@@ -24,6 +24,7 @@ from rlhf_jax.data import (
     encode_rankings,
     read_records,
 )
+from rlhf_jax.data.batches import Rows, SharedRankingRows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import pair_accuracy, row_scores, scores_of
 from rlhf_jax.lora import LoraConfig, attach
@@ -70,6 +71,9 @@ class Config(RunConfig):
     """Prompts with a longer row are dropped, with a line in the ledger; the model's context if not given."""
     buckets: tuple[int, ...] = ()
     """Row lengths that batches are padded to; each is compiled once. None means a few up to max_tokens."""
+    share_prompts: bool = False
+    """Compute what the responses to a prompt have in common once, not for each of them; the same scores, and faster
+    where prompts are long or responses many."""
     batch: int = 32
     """Prompts of an update, each with all its responses, over all devices."""
     steps: int = 0
@@ -86,7 +90,9 @@ class Config(RunConfig):
             raise UserError("lora.rank: found it with backbone scratch, wanted init: fresh weights are trained whole")
 
 
-def objective(model: Transformer, params: Params, batch: RankingBatch, count: Array) -> tuple[Array, dict[str, Array]]:
+def objective(
+    model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch, count: Array
+) -> tuple[Array, dict[str, Array]]:
     """Mean over prompts of the mean over a prompt's ordered pairs of -log σ(r_w - r_l), as this batch's share.
 
     Args:
@@ -116,7 +122,7 @@ def make_update(
     """
 
     def update(
-        state: TrainState, batch: RankingBatch, base: Params | None = None
+        state: TrainState, batch: RankingBatch | SharedRankingBatch, base: Params | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         useful_B = jnp.any(ordered_pairs(batch.ranks_BK, batch.mask_BK), axis=(1, 2))
         count = global_count(useful_B, axis_name)
@@ -128,7 +134,8 @@ def make_update(
             microbatches=microbatches,
             axis_name=axis_name,
         )
-        return state, metrics | {"tokens": global_count(batch.mask_BKT, axis_name)}
+        real = batch.segment_ids_BT > 0 if isinstance(batch, SharedRankingBatch) else batch.mask_BKT
+        return state, metrics | {"tokens": global_count(real, axis_name)}
 
     return update
 
@@ -192,6 +199,8 @@ def run(
     optimizer = make_optimizer(config.optimizer, config.steps)
     say(ledger.summary(count_parameters(start.base or start.params)))
 
+    rows: Rows[Any] = SharedRankingRows(rankings) if config.share_prompts else rankings
+
     def whole(params: Params) -> Params:
         return attach(start.base, params, config.lora.scale)
 
@@ -207,7 +216,7 @@ def run(
         lambda axis: make_update(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
-        lambda step, **share: batch_at(rankings, batch_size=config.batch, seed=config.seed, step=step, **share),
+        lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit, language_head=False),

@@ -10,9 +10,11 @@ import jax
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
-from rlhf_jax.config import RunConfig, row_settings, within
+from rlhf_jax.config import RunConfig, at_least, row_settings, within
 from rlhf_jax.data import Demonstration, Dialogue, Ledger, batch_at, encode_demonstrations, read_records
+from rlhf_jax.data.batches import Rows
 from rlhf_jax.data.embedded import load_corpus
+from rlhf_jax.data.packing import pack_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import mean_loss
 from rlhf_jax.lora import LoraConfig, attach
@@ -54,6 +56,9 @@ class Config(RunConfig):
     """Longer rows are dropped, with a line in the ledger; the model's context if not given."""
     buckets: tuple[int, ...] = ()
     """Row lengths that batches are padded to; each is compiled once. None means a few up to max_tokens."""
+    pack: int | None = None
+    """Lay demonstrations end to end, uncut and unseen by each other, in rows of so many tokens that predict the next
+    one; `batch` then counts those rows. Not given, each has a row of its own, padded to its bucket."""
     batch: int = 32
     """Rows of an update, over all devices."""
     steps: int = 1000
@@ -69,6 +74,8 @@ class Config(RunConfig):
         super().__post_init__()
         row_settings(self)
         within(self, "dropout", 0, 1)
+        if self.pack is not None:
+            at_least(self, "pack", 1)
 
 
 def objective(
@@ -138,6 +145,10 @@ def run(
     model = Transformer(dataclasses.replace(source.model, dropout=0.0))
     inputs = {"init": source.fingerprint, "records": fingerprint_of(records), "heldout": fingerprint_of(heldout)}
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
+    if config.pack is not None:
+        if config.pack > model.config.context:
+            raise UserError(f"pack: found {config.pack}, wanted at most the context of {model.config.context} tokens")
+        limit = min(limit, config.pack)
     rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     refuse_empty(rows, "demonstrations", ledger)
     start = start_from(source, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
@@ -159,6 +170,8 @@ def run(
     if start.base is not None:
         say(f"adapters of {count_parameters(start.params):,} parameters")
 
+    training: Rows[TokenBatch] = rows if config.pack is None else pack_rows(rows, length=config.pack + 1)
+
     def evaluate(state: TrainState) -> dict[str, float]:
         params = attach(start.base, state.params, config.lora.scale)
         return {"loss": mean_loss(model, params, heldout_rows, batch_size=config.batch)[0]}
@@ -171,7 +184,7 @@ def run(
         lambda axis: make_update(
             trained, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
-        lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
+        lambda step, **share: batch_at(training, batch_size=config.batch, seed=config.seed, step=step, **share),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit),

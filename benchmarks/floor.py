@@ -1,0 +1,96 @@
+"""What this machine can do: matrix products and copies, by JAX and, where --peer-python is given, by torch.
+
+python benchmarks/floor.py --peer-python .peers/bin/python
+
+The products are those of a training step of shape S (16 x 256 tokens) and of one decoding step of 32 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+SHAPES = {
+    "cube": (1024, 1024, 1024),
+    "train qkv": (4096, 256, 768),
+    "train up": (4096, 256, 1024),
+    "train head": (4096, 256, 4096),
+    "decode up": (32, 256, 1024),
+    "decode head": (32, 256, 4096),
+}
+FLOATS = 2**26  # of a copy, 256 MiB
+
+
+def timed(run: Callable[[], Any], work: float, repeats: int = 9) -> float:
+    """Median of work per second; each repeat takes long enough to be timed."""
+    run()
+    start = time.perf_counter()
+    run()
+    times = max(1, round(0.05 / max(time.perf_counter() - start, 1e-6)))
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(times):
+            run()
+        rates.append(work * times / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def by_jax() -> dict[str, float]:
+    import jax
+    import jax.numpy as jnp
+
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1.0)
+    found = {}
+    for name, (m, k, n) in SHAPES.items():
+        left, right = jnp.ones((m, k)), jnp.ones((k, n))
+        found[name] = timed(lambda a=left, b=right: product(a, b).block_until_ready(), 2e-9 * m * k * n)  # type: ignore[misc]
+    array = jnp.ones(FLOATS)
+    found["copy"] = timed(lambda: copy(array).block_until_ready(), 8e-9 * FLOATS)
+    return found
+
+
+def by_torch() -> dict[str, float]:
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    found = {}
+    with torch.inference_mode():
+        for name, (m, k, n) in SHAPES.items():
+            left, right = torch.ones(m, k), torch.ones(k, n)
+            found[name] = timed(lambda a=left, b=right: a @ b, 2e-9 * m * k * n)  # type: ignore[misc]
+        array, out = torch.ones(FLOATS), torch.empty(FLOATS)
+        found["copy"] = timed(lambda: torch.add(array, 1.0, out=out), 8e-9 * FLOATS)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", default="", help="an interpreter with torch")
+    parser.add_argument("--only", choices=("jax", "torch"), help="one line of JSON for this one")
+    given = parser.parse_args()
+    if given.only:
+        print(json.dumps(by_jax() if given.only == "jax" else by_torch()))
+        return
+    columns = {"jax": sys.executable} | ({"torch": given.peer_python} if given.peer_python else {})
+    found = {}
+    for name, python in columns.items():
+        command = [python, __file__, "--only", name]
+        found[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    print("| GFLOP/s (copy: GB/s), medians | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for row in [*SHAPES, "copy"]:
+        print(f"| {row} | " + " | ".join(f"{found[name][row]:.1f}" for name in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()

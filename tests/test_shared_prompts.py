@@ -1,0 +1,56 @@
+"""Rankings with each prompt written once against a row of its own for each response."""
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.data.batches import RankingRows, SharedRankingRows
+from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
+from rlhf_jax.scoring import ranking_scores
+from rlhf_jax.stages import reward
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def rankings() -> RankingRows:
+    random = np.random.default_rng(0)
+    rows = []
+    for _ in range(6):
+        prompt = random.integers(0, 11, random.integers(0, 6)).tolist()
+        count = int(random.integers(2, 5))
+        responses = [prompt + random.integers(0, 11, random.integers(1, 6)).tolist() for _ in range(count)]
+        rows.append((responses, random.integers(1, 4, count).tolist()))
+    # The first response is how the second begins: it ends within what they have in common.
+    rows += [([[1, 2, 3], [1, 2, 3, 4]], [1, 2]), ([[5], [6, 7]], [2, 1])]
+    return RankingRows(rows, 16, pad_id=10)
+
+
+def test_rows_by_hand() -> None:
+    rows = RankingRows([([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]], [2, 1, 3]), ([[7], [8, 9]], [1, 2])], 8)
+    batch = SharedRankingRows(rows).batch(np.arange(2))
+    assert batch.tokens_BT.tolist() == [[1, 2, 3, 4, 5, 3, 6], [7, 8, 9, 0, 0, 0, 0]]
+    assert batch.segment_ids_BT.tolist() == [[1, 1, 2, 2, 3, 4, 4], [2, 3, 3, 0, 0, 0, 0]]
+    assert batch.at_BK.tolist() == [[3, 4, 6], [0, 2, 0]]
+    assert batch.ranks_BK.tolist() == [[2, 1, 3], [1, 2, 0]]
+    assert batch.mask_BK.tolist() == [[True] * 3, [True, True, False]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"windows": (3, 0)}, {"positions": "learned"}], ids=str)
+def test_scores_and_an_update_are_the_same(changes: dict) -> None:
+    # 4 responses of up to 5 tokens behind a prompt of 5: a shared row may be longer than the context.
+    config = ModelConfig(vocab_size=11, context=16, width=16, layers=2, heads=2, kv_heads=1, **changes)
+    model = Transformer(config, scalar=True)
+    params = jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(0)))
+    apart, shared = rankings().batch(np.arange(8)), SharedRankingRows(rankings()).batch(np.arange(8))
+    assert shared.tokens_BT.shape[1] > config.context
+    found = [np.where(apart.mask_BK, ranking_scores(model, params, batch), 0.0) for batch in (apart, shared)]
+    assert np.abs(found[0]).max() > 1
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-4)
+    # ε large: where a gradient is 0 but for rounding, Adam would blow the rounding up.
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=0, epsilon=1e-2), 2)
+    update = jax.jit(reward.make_update(model, optimizer))
+    states, metrics = zip(*(update(new_state(params, optimizer.init(params), 0), b) for b in (apart, shared)))
+    assert float(metrics[1]["loss"]) == pytest.approx(float(metrics[0]["loss"]), rel=1e-5)
+    assert int(metrics[1]["tokens"]) < int(metrics[0]["tokens"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[1].params, states[0].params)
