@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -136,6 +137,37 @@ def generate(
     return Generation(*(constrain(x, "batch", "none") for x in out))
 
 
+def stream(
+    model: Transformer,
+    params: Params,
+    tokens_BP: Array,
+    mask_BP: Array,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What `generate` samples, as it is sampled: (tokens, those that belong to a response), [B] each, until all end.
+
+    Two compiled programs, for the prompt and for one more token; the arguments are those of `generate`.
+    """
+    _check(model, tokens_BP.shape[1], max_new_tokens, temperature, top_k, top_p)
+    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p)
+    uniform_BR = _uniform(key, tokens_BP.shape[0], max_new_tokens)
+    alive_B = np.ones(tokens_BP.shape[0], bool)
+    cache, token_B, ended_B = _begin(how, params, tokens_BP, mask_BP, uniform_BR[:, 0])
+    for index in range(1, max_new_tokens + 1):
+        yield np.asarray(token_B), alive_B
+        alive_B = ~np.asarray(ended_B)
+        if index == max_new_tokens or not alive_B.any():
+            return
+        cache, token_B, ended_B = _next(how, params, cache, token_B, ended_B, uniform_BR[:, index])
+
+
 class _How(NamedTuple):
     """The settings of `generate`."""
 
@@ -164,6 +196,24 @@ class _How(NamedTuple):
         drawn = (token_B, jnp.where(ended_B, 0.0, logp_B), ended_B | stopped_B)
         token_B, logp_B, ended_B = (constrain(x_B, "batch") for x_B in drawn)
         return token_B, logp_B, ended_B
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, uniform_B: Array) -> tuple[Cache, Array, Array]:
+    rows, prompt_length = tokens_BP.shape
+    cache = empty_cache(how.model.config, rows, prompt_length + how.length)
+    logits_BV, cache = extend(how.model, params, tokens_BP, mask_BP, cache)
+    token_B, _, ended_B = how.next_tokens(logits_BV, uniform_B, jnp.zeros(rows, bool))
+    return cache, token_B, ended_B
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _next(
+    how: _How, params: Params, cache: Cache, token_B: Array, ended_B: Array, uniform_B: Array
+) -> tuple[Cache, Array, Array]:
+    logits_BV, cache = extend(how.model, params, token_B[:, None], ~ended_B[:, None], cache)
+    token_B, _, ended_B = how.next_tokens(logits_BV, uniform_B, ended_B)
+    return cache, token_B, ended_B
 
 
 def _check(

@@ -7,6 +7,7 @@ function.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -491,9 +492,10 @@ class Transformer(nn.Module):
         return logits[..., : config.vocab_size]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(model: Transformer, key: Array) -> Params:
     """Fresh parameters: a nested dict of float32 arrays."""
-    return jax.jit(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])(key)
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def to_scalar_head(params: Params, model: Transformer, key: Array) -> Params:

@@ -27,7 +27,7 @@ from rlhf_jax.data import chat_ids
 from rlhf_jax.data.batches import PromptRows, bucket_length, default_buckets
 from rlhf_jax.data.dialogues import HEADERS, Message
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import generate
+from rlhf_jax.generate import generate, stream
 from rlhf_jax.runs import say
 from rlhf_jax.sources import open_source
 from scripts import cli
@@ -125,6 +125,35 @@ class Speaker:
         wholes = [decode([*ids, *row[mask].tolist()]) for ids, (row, mask) in zip(prompts, kept)]
         return [whole[len(decode(ids)) :] for ids, whole in zip(prompts, wholes)]
 
+    def spoken(self, ids: Sequence[int]) -> Iterator[str]:
+        """The text of a response to one prompt, in the pieces in which it is sampled."""
+        width = bucket_length(len(ids), default_buckets(self.room))
+        batch = PromptRows([list(ids)], width, self.tokenizer.pad_id).batch(np.arange(1))
+        self.key, key = jax.random.split(self.key)
+        config, decode = self.config, self.tokenizer.decode
+        columns = stream(
+            self.model,
+            self.params,
+            batch.tokens_BP,
+            batch.mask_BP,
+            key,
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            pad_id=self.tokenizer.pad_id,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+        before, said, text = [*ids], len(decode(ids)), ""
+        for token_B, _ in columns:
+            before.append(int(token_B[0]))
+            text = decode(before)
+            # A character of several tokens is none until its last one is there.
+            if not text.endswith("\ufffd"):
+                yield text[said:]
+                said = max(said, len(text))
+        yield text[said:]
+
 
 def run(config: Config) -> None:
     """Prints completions of the prompts, or holds a dialogue."""
@@ -148,6 +177,12 @@ def complete(speaker: Speaker, prompts: Sequence[tuple[str, str]]) -> None:
         ids = [*speaker.tokenizer.start_ids, *speaker.tokenizer.encode(checked(text, where))]
         speaker.refuse(ids, where)
         rows += [(text, ids)] * speaker.config.samples
+    if len(rows) == 1:
+        print(rows[0][0], end="", flush=True)
+        for piece in speaker.spoken(rows[0][1]):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        return
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
         for number, ((text, _), answer) in enumerate(zip(part, speaker.answers([ids for _, ids in part]))):
@@ -170,13 +205,18 @@ def chat(speaker: Speaker) -> None:
             say("(the oldest message and its answer no longer fit the context and are forgotten)")
         ids = chat_ids(said, speaker.tokenizer)
         speaker.refuse(ids, where)
-        answer = speaker.answers([ids])[0]
         if speaker.tokenizer.chat_template is None:
             # A model that never saw the end of a turn goes on with the other side's.
-            answer = answer.split(HEADERS["user"])[0]
-        answer = answer.strip()
+            answer = speaker.answers([ids])[0].split(HEADERS["user"])[0].strip()
+            print(answer, flush=True)
+        else:
+            answer, spoken = "", ""
+            for piece in speaker.spoken(ids):
+                spoken += piece
+                print(spoken.strip()[len(answer) :], end="", flush=True)
+                answer = spoken.strip()
+            print(flush=True)
         said.append(Message("assistant", answer))
-        print(answer, flush=True)
 
 
 def lines(invitation: str) -> Iterator[tuple[str, str]]:

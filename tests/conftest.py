@@ -35,20 +35,28 @@ def pytest_unconfigure() -> None:
 def run_notebook(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
     """run_notebook(path): a notebook with the outputs of a run.
 
-    All start with the session and run beside the tests before theirs, with what these leave of the processor.
+    All start with the session and run beside the tests before theirs, with what these leave of the processor; where
+    pytest has several workers, with the first test that asks.
     """
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("notebooks")
-    wanted = any(item.path.stem == "test_notebooks" for item in request.session.items)
     command = ["nice", sys.executable, "-m", "tests.run_notebook"]
-    running = {}
-    for path in sorted(root.glob("notebooks/*.ipynb") if wanted else ()):
-        out = folder / path.name
-        with open(out.with_suffix(".log"), "wb") as log:
-            running[path] = subprocess.Popen([*command, str(path), str(out)], cwd=root, stdout=log, stderr=log)
+    running: dict[Path, subprocess.Popen[bytes]] = {}
+
+    def start() -> None:
+        for path in sorted(root.glob("notebooks/*.ipynb")):
+            out = folder / path.name
+            with open(out.with_suffix(".log"), "wb") as log:
+                running[path] = subprocess.Popen([*command, str(path), str(out)], cwd=root, stdout=log, stderr=log)
+
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if alone and any(item.path.stem == "test_notebooks" for item in request.session.items):
+        start()
 
     def finished(path: Path) -> Any:
         import nbformat
 
+        if not running:
+            start()
         out = folder / path.name
         assert running[path].wait() == 0, out.with_suffix(".log").read_text()
         return nbformat.read(out, as_version=4)

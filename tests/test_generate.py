@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.generate import draw, filter_logits, generate
+from rlhf_jax.generate import draw, filter_logits, generate, stream
 from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
 
 MODEL = Transformer(ModelConfig(vocab_size=7, context=16, width=16, layers=2, heads=2, kv_heads=1, ffn_width=16))
@@ -86,6 +86,17 @@ def test_the_loop_ends_with_the_last_row(params: dict) -> None:
     assert len(seen) == longest
 
 
+def test_a_stream_is_the_same_column_by_column(params: dict) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 8, "stop_ids": (EOS, 0, 1), "pad_id": PAD, "temperature": 0.7}
+    whole = sample(params, **settings)
+    prompts = (jnp.asarray(PROMPTS), jnp.asarray(MASK))
+    columns = list(stream(MODEL, params, *prompts, jax.random.key(0), **settings))
+    assert len(columns) == whole.mask.sum(axis=1).max()
+    tokens, mask = (np.stack(column, axis=1) for column in zip(*columns, strict=True))
+    np.testing.assert_array_equal(mask, whole.mask[:, : len(columns)])
+    np.testing.assert_array_equal(tokens, whole.tokens[:, : len(columns)])
+
+
 @pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(("changes", "slots"), [({}, 1), ({"windows": (3, 0)}, 8), ({"scan_layers": True}, 5)])
 def test_through_slots_each_row_is_what_it_is_with_all_others(params: dict, changes: dict, slots: int) -> None:
@@ -134,10 +145,12 @@ def test_left_padding_changes_no_answer(params: dict) -> None:
 def test_draws_follow_the_distribution() -> None:
     probability = np.array([0.4, 0.0, 0.3, 0.15, 0.0, 0.1, 0.045, 0.005, 0.0])
     logp = jnp.log(jnp.asarray(probability, jnp.float32))
-    draws = np.asarray(draw(jnp.broadcast_to(logp, (100_000, 9)), jax.random.uniform(jax.random.key(3), (100_000,))))
+    draws = np.asarray(
+        draw(jnp.broadcast_to(logp, (1_000_000, 9)), jax.random.uniform(jax.random.key(3), (1_000_000,)))
+    )
     counts = np.bincount(draws, minlength=9)
-    assert counts.sum() == 100_000 and np.all(counts[probability == 0] == 0)
-    expected = 100_000 * probability[probability > 0]
+    assert counts.sum() == 1_000_000 and np.all(counts[probability == 0] == 0)
+    expected = 1_000_000 * probability[probability > 0]
     # Chi-square with 5 degrees of freedom: above 20.5 once in 1,000 seeds.
     assert np.sum((counts[probability > 0] - expected) ** 2 / expected) < 20.5
     # Rows are drawn one by one, each from its own distribution.

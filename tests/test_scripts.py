@@ -237,6 +237,11 @@ def test_completions(user: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         )
         seeds.append(capsys.readouterr().out)
     assert seeds[0] == seeds[1] != seeds[2]
+    # One answer alone is shown as it is sampled; it is the first of many.
+    assert call(generate.main, "--prompt", "red", "runs/aligned", "--max-new-tokens", "4", "--temperature", "1") == 0
+    alone = capsys.readouterr().out
+    assert call(generate.main, "--prompt", "red", "runs/aligned", *few, "1") == 0
+    assert capsys.readouterr().out.startswith(alone)
 
 
 @pytest.mark.usefixtures("user")
