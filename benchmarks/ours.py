@@ -31,7 +31,7 @@ from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks
 from rlhf_jax.generate import generate
 from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh
+from rlhf_jax.parallel import jit_update, make_mesh, place
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 from rlhf_jax.tokenizer import Tokenizer
 from scripts.huge_pages import give_back_what_compiling_took
@@ -56,8 +56,9 @@ def near_uniform(params: Any) -> Any:
 def trained(make: Callable[[Any], Any], params: Any, batch: Callable[[int], Any], work: Callable[[Any], float]) -> Any:
     """A sample that is one compiled update of the next batch."""
     optimizer = make_optimizer(OptimConfig(learning_rate=3e-4), 1000)
-    state = new_state(params, optimizer.init(params), 0)
-    update = jit_update(make(optimizer), make_mesh())
+    mesh = make_mesh()
+    state = place(new_state(params, optimizer.init(params), 0), mesh)
+    update = jit_update(make(optimizer), mesh)
     turn = 0
 
     def step() -> float:
@@ -169,12 +170,12 @@ def ppo_iteration(size: str, job: dict[str, Any], random: np.random.Generator, v
             response_length=job["response"], slots=job["batch"] if varied else 0, pack=PACKED_ROWS if varied else 0
         ),
     )
-    frozen = Frozen(policy, judge, jnp.zeros(()), jnp.ones(()))
-    copied = jax.tree.map(jnp.copy, (policy, judge))
-    state = ppo.initial_state(config, *copied)
+    mesh = make_mesh()
+    frozen = place(Frozen(policy, judge, jnp.zeros(()), jnp.ones(())), mesh)
+    state = place(ppo.initial_state(config, *jax.tree.map(jnp.copy, (policy, judge))), mesh)
     # No id of the vocabulary ends a response of the fixed length, as in TRL, whose end token lies past it.
     ends = tuple(stop_ids(vocabulary)) if varied else (vocabulary,)
-    update = jit_update(ppo.make_update(networks, config, eos_id=ends, pad_id=EOS), make_mesh())
+    update = jit_update(ppo.make_update(networks, config, eos_id=ends, pad_id=EOS), mesh)
 
     def step() -> float:
         nonlocal state

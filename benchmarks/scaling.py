@@ -33,7 +33,7 @@ from rlhf_jax.arrays import TokenBatch
 from rlhf_jax.generate import generate
 from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh
+from rlhf_jax.parallel import jit_update, make_mesh, place
 from rlhf_jax.stages import pretrain
 
 BASE = {"width": 256, "layers": 4, "batch": 16, "context": 256, "response": 64}
@@ -57,8 +57,9 @@ def training(size: dict[str, int]) -> tuple[Callable[[], Any], float]:
     network = model(size)
     params = init_params(network, jax.random.key(0))
     optimizer = make_optimizer(OptimConfig(), 1000)
-    state = new_state(params, optimizer.init(params), 0)
-    update = jit_update(pretrain.make_update(network, optimizer), make_mesh())
+    mesh = make_mesh()
+    state = place(new_state(params, optimizer.init(params), 0), mesh)
+    update = jit_update(pretrain.make_update(network, optimizer), mesh)
     shape = (size["batch"], size["context"] + 1)
     tokens = np.random.default_rng(0).integers(1, VOCABULARY, shape).astype(np.int32)
     batch = TokenBatch(*(tokens, np.ones(shape, np.int32), np.ones(shape, bool)))  # type: ignore[arg-type]
