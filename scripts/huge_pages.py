@@ -17,8 +17,7 @@ TUNABLES = ":".join(
     (
         "glibc.malloc.hugetlb=1",  # madvise(MADV_HUGEPAGE)
         "glibc.malloc.mmap_threshold=4294967296",  # blocks up to 4 GiB come from the heap,
-        "glibc.malloc.trim_threshold=8589934592",  # which keeps up to 8 GiB at its top,
-        "glibc.malloc.arena_max=1",  # and is one for all threads: less lies idle
+        "glibc.malloc.trim_threshold=8589934592",  # which keeps up to 8 GiB at its top
     )
 )
 
