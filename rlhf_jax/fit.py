@@ -53,6 +53,7 @@ def fit(
     evaluate: Callable[[TrainState], Metrics] | None = None,
     eval_every: int = 0,
     flops_per_token: float | None = None,
+    prepare: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
     """Updates the state until its step is `steps`.
 
@@ -66,6 +67,7 @@ def fit(
       batch_at: the batch of a step, a pure function of it.
       save_every, eval_every: 0 means at the end only.
       evaluate: figures of a state, written as "eval/…"; those of a checkpoint's step are saved with it.
+      prepare: called with the first state before the first step; it compiles what is to come, so that no step waits.
     Returns: the last state.
     Raises: Stopped after SIGTERM or SIGINT, at the next step, once the state is saved. UserError if the state is no
       longer finite, or if a loss or a reward was not for 3 steps in a row.
@@ -83,6 +85,10 @@ def fit(
     try:
         writers.start(step, steps)
         with _signals() as received, distributed.steps():
+            if prepare is not None:
+                distributed.phase("compiling", step + 1, may_compile=True)
+                prepare(state)
+            guard.check_start(state)
             while step < steps:
                 distributed.phase("reading the batch", step + 1)
                 batch = batch_at(step)
@@ -162,6 +168,11 @@ class _Guard:
                 self.writers.event(at, f"{lost[0]} is {row[lost[0]]}")
             if self.in_a_row == PATIENCE:
                 self._end(f"{lost[0]} was not finite for {PATIENCE} steps in a row, last at step {at}")
+
+    def check_start(self, state: TrainState) -> None:
+        """Raises UserError if training would start from a parameter that is not finite."""
+        if not bool(_sound(state)[0]):
+            raise UserError("a parameter is not finite before the first step; the model to start from is damaged")
 
     def check_state(self, step: int, state: TrainState) -> None:
         """Raises UserError if a parameter is not finite or anything else in the state is undefined."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -15,6 +15,16 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.sharding import AXES, DATA, FSDP, parameter_axes, spec
 
 Update = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+class CompiledUpdate(Protocol):
+    """update(state, batch, *frozen) for one mesh."""
+
+    def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]: ...
+
+    def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
+        """Compiles what a call with these arguments would, and runs nothing: no array is given away."""
+        ...
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -151,51 +161,82 @@ def _gather_rows(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, batch)
 
 
-def jit_update(update: Update, mesh: Mesh) -> Update:
+class _Jitted:
+    """What `jit_update` returns."""
+
+    def __init__(self, update: Update, mesh: Mesh) -> None:
+        self._update = update
+        self._mesh = mesh
+        self._compiled: Any = None
+
+    def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        with jax.set_mesh(self._mesh):
+            found: tuple[TrainState, dict[str, jax.Array]] = self._jit(state)(
+                state, shard_rows(batch, self._mesh), *frozen
+            )
+            return found
+
+    def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
+        with jax.set_mesh(self._mesh):
+            self._jit(state).lower(state, shard_rows(batch, self._mesh), *frozen).compile()
+
+    def _jit(self, state: TrainState) -> Any:
+        if self._compiled is None:
+            # Without this the compiler might return a state that lies otherwise, and the next step compile anew.
+            out = (shardings(state, self._mesh), None)
+            self._compiled = jax.jit(self._update, donate_argnums=0, out_shardings=out)
+        return self._compiled
+
+
+def jit_update(update: Update, mesh: Mesh) -> CompiledUpdate:
     """Compiles update(state, batch, *frozen) for a mesh: state and frozen networks by the table, the batch by rows.
 
     The arrays of `state` are given to the program (donated): use what it returns. The batch is global here, so the body
     needs no axis name.
     """
-    compiled: dict[str, Any] = {}
-
-    def step(state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        if "step" not in compiled:
-            # Without this the compiler might return a state that lies otherwise, and the next step compile anew.
-            out = (shardings(state, mesh), None)
-            compiled["step"] = jax.jit(update, donate_argnums=0, out_shardings=out)
-        with jax.set_mesh(mesh):
-            return compiled["step"](state, shard_rows(batch, mesh), *frozen)
-
-    return step
+    return _Jitted(update, mesh)
 
 
-def pmap_update(update: Update, devices: int) -> Update:
+class _Mapped:
+    """What `pmap_update` returns."""
+
+    def __init__(self, update: Update, mesh: Mesh) -> None:
+        self._update = update
+        self._mesh = mesh
+        self._compiled: dict[int, Any] = {}
+
+    def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = self._pmap(len(frozen))(state, self._split(batch), *frozen)
+        # Laid out as the first state was: pmap compiles anew for another layout.
+        return replicate(state, self._mesh), metrics
+
+    def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
+        self._pmap(len(frozen)).lower(state, self._split(batch), *frozen).compile()
+
+    def _pmap(self, frozen: int) -> Any:
+        if frozen not in self._compiled:
+            self._compiled[frozen] = jax.pmap(
+                self._update,
+                axis_name=DATA,
+                in_axes=(None, 0, *(None,) * frozen),
+                out_axes=(None, None),
+                devices=list(self._mesh.devices.flat),
+            )
+        return self._compiled[frozen]
+
+    def _split(self, batch: Any) -> Any:
+        rows, devices = jax.tree.leaves(batch)[0].shape[0], self._mesh.devices.size
+        if rows % devices:
+            raise UserError(
+                f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
+            )
+        return jax.tree.map(lambda x: np.asarray(x).reshape(devices, -1, *x.shape[1:]), batch)
+
+
+def pmap_update(update: Update, devices: int) -> CompiledUpdate:
     """Compiles update(state, batch, *frozen), made with axis_name="data", for one model replica a device.
 
     Takes and returns the same unmapped state as `jit_update`, so that checkpoints do not know which of them ran.
     Raises: UserError where there are fewer devices or the rows do not divide.
     """
-    mesh = make_mesh(devices)
-    compiled: dict[int, Any] = {}
-
-    def step(state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        if len(frozen) not in compiled:
-            compiled[len(frozen)] = jax.pmap(
-                update,
-                axis_name=DATA,
-                in_axes=(None, 0, *(None for _ in frozen)),
-                out_axes=(None, None),
-                devices=list(mesh.devices.flat),
-            )
-        rows = jax.tree.leaves(batch)[0].shape[0]
-        if rows % devices:
-            raise UserError(
-                f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
-            )
-        split = jax.tree.map(lambda x: np.asarray(x).reshape(devices, -1, *x.shape[1:]), batch)
-        state, metrics = compiled[len(frozen)](state, split, *frozen)
-        # Laid out as the first state was: pmap compiles anew for another layout.
-        return replicate(state, mesh), metrics
-
-    return step
+    return _Mapped(update, make_mesh(devices))

@@ -108,6 +108,7 @@ def train(
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
     flops_per_token: float | None = None,
     show: Sequence[str] = ("loss",),
+    new_shapes: Callable[[int], Iterable[int]] | None = None,
     best_metric: str | None = None,
     best_mode: Literal["min", "max"] = "min",
     writers: Sequence[Writer] = (),
@@ -118,6 +119,7 @@ def train(
       make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
       batch_at: step -> its batch; of several processes, with places=… -> the rows of it that are this one's.
       frozen: networks that the update reads; they lie on every device and are not saved.
+      new_shapes: first step -> the steps whose batch is of a shape that none from there on had, where they differ.
       writers: further writers beside the console and metrics.jsonl.
     Raises: UserError for a setting that does not fit the devices; Stopped after SIGTERM, with the state saved.
     """
@@ -144,13 +146,21 @@ def train(
         here = near(state, mesh) if replicated and places is not None else state
         return {} if evaluate is None else evaluate(here)
 
+    read = batch_at if places is None else functools.partial(batch_at, places=places)
+
+    def prepare(state: TrainState) -> None:
+        for step in () if new_shapes is None else new_shapes(int(state.step)):
+            update.prepare(state, read(step), *held)
+        if 0 < config.eval_every < config.steps:
+            figures(state)
+
     with run.lock() if distributed.is_first() else contextlib.nullcontext():
         # A copy, since the update is given the state's buffers and the frozen networks may share them.
         state = checkpoints.restore(jax.tree.map(lambda x: x.copy(), place(state, mesh)))
         state = fit(
             state,
             lambda state, batch: update(state, batch, *held),
-            batch_at if places is None else functools.partial(batch_at, places=places),
+            read,
             steps=config.steps,
             writers=Writers(outputs),
             checkpoints=checkpoints,
@@ -159,6 +169,7 @@ def train(
             evaluate=None if evaluate is None else figures,
             eval_every=config.eval_every,
             flops_per_token=flops_per_token,
+            prepare=prepare,
         )
         checkpoints.close()
     distributed.barrier("trained")

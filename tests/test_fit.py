@@ -1,5 +1,6 @@
 """The loop: exact resumption after any stop, rows by hand, and an end before nonsense is saved."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -234,3 +235,10 @@ def test_a_state_that_changes_its_types_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"extras\['kl_coef'\]: found bfloat16\[\], wanted float32\[\]"):
         fit(initial(), drifting, batch_at, steps=8, writers=Recorder())
+
+
+def test_training_does_not_start_from_a_parameter_that_is_not_finite() -> None:
+    state = initial()
+    damaged = dataclasses.replace(state, params={"w": state.params["w"].at[0, 0].set(jnp.nan)})
+    with pytest.raises(UserError, match="a parameter is not finite before the first step"):
+        fit(damaged, update, batch_at, steps=4, writers=Recorder())

@@ -1,6 +1,16 @@
 """From files to batches: records, the ledger, dialogues, encoding, packing, batches."""
 
-from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows, Rows, TokenRows, batch_at, bucket_length, order
+from rlhf_jax.data.batches import (
+    PromptRows,
+    RaggedRows,
+    RankingRows,
+    Rows,
+    TokenRows,
+    batch_at,
+    bucket_length,
+    new_lengths,
+    order,
+)
 from rlhf_jax.data.dialogues import Message, render, render_prompt, split_hh
 from rlhf_jax.data.encode import (
     chat_ids,
@@ -45,6 +55,7 @@ __all__ = [
     "encode_rankings",
     "encode_text",
     "extract_dialogues",
+    "new_lengths",
     "order",
     "pack_text",
     "prompt_ids",

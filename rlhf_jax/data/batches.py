@@ -34,6 +34,10 @@ class Rows(Protocol[Batch]):
         """
         ...
 
+    def row_length(self, indices: Indices) -> int:
+        """Tokens of a row in the batch of the rows at `indices`."""
+        ...
+
 
 def default_buckets(limit: int) -> tuple[int, ...]:
     """Row lengths to pad to: multiples of 16 up to 128, then 1.5 and 2 times a power of two, and `limit` itself last.
@@ -106,6 +110,14 @@ def batch_at(
     return rows.batch(everyone[process * share : (process + 1) * share], among=everyone)
 
 
+def new_lengths(rows: Rows[Any], *, batch_size: int, seed: int, first: int, steps: int) -> list[int]:
+    """Steps from `first` to before `steps` whose rows are of a length that no earlier one of them has."""
+    found: dict[int, int] = {}
+    for step in range(first, steps):
+        found.setdefault(rows.row_length(global_indices(len(rows), batch_size=batch_size, seed=seed, step=step)), step)
+    return list(found.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
     """Rows of one fixed length N x T, as packing makes them: int32 tokens, int32 segment ids, bool loss mask."""
@@ -127,8 +139,12 @@ class TokenRows:
         """Tokens that carry loss."""
         return int(self.loss_mask.sum())
 
+    def row_length(self, indices: Indices) -> int:
+        del indices  # one length for all
+        return self.tokens.shape[1]
+
     def batch(self, indices: Indices, among: Indices | None = None) -> TokenBatch:
-        del among  # one length for all
+        del among
         return _token_batch(self.tokens[indices], self.segment_ids[indices], self.loss_mask[indices])
 
 
@@ -159,9 +175,16 @@ class RaggedRows:
         """Tokens that carry loss."""
         return sum(sum(mask) for _, mask in self.rows)
 
+    @functools.cached_property
+    def lengths(self) -> Indices:
+        """Tokens of each row."""
+        return np.array([len(ids) for ids, _ in self.rows], np.int64)
+
+    def row_length(self, indices: Indices) -> int:
+        return bucket_length(int(self.lengths[indices].max()), self.buckets or default_buckets(self.limit))
+
     def batch(self, indices: Indices, among: Indices | None = None) -> TokenBatch:
-        longest = max(len(self.rows[i][0]) for i in (indices if among is None else among))
-        shape = (len(indices), bucket_length(longest, self.buckets or default_buckets(self.limit)))
+        shape = (len(indices), self.row_length(indices if among is None else among))
         tokens = np.full(shape, self.pad_id, np.int32)
         segment_ids = np.zeros(shape, np.int32)
         loss_mask = np.zeros(shape, np.bool_)
@@ -203,9 +226,16 @@ class RankingRows:
         """K: the most responses that a prompt of this data set has."""
         return max(len(ranks) for _, ranks in self.rows)
 
+    @functools.cached_property
+    def lengths(self) -> Indices:
+        """Tokens of each prompt's longest response, the prompt included."""
+        return np.array([max(map(len, responses)) for responses, _ in self.rows], np.int64)
+
+    def row_length(self, indices: Indices) -> int:
+        return bucket_length(int(self.lengths[indices].max()), self.buckets or default_buckets(self.limit))
+
     def batch(self, indices: Indices, among: Indices | None = None) -> RankingBatch:
-        longest = max(len(ids) for i in (indices if among is None else among) for ids in self.rows[i][0])
-        shape = (len(indices), self.responses, bucket_length(longest, self.buckets or default_buckets(self.limit)))
+        shape = (len(indices), self.responses, self.row_length(indices if among is None else among))
         tokens = np.full(shape, self.pad_id, np.int32)
         mask = np.zeros(shape, np.bool_)
         ranks = np.zeros(shape[:2], np.int32)
@@ -236,16 +266,20 @@ class SharedRankingRows:
         return [_common(responses) for responses, _ in self.rankings.rows]
 
     @functools.cached_property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Indices:
         """Tokens of each row."""
         rows = zip(self.rankings.rows, self.common, strict=True)
-        return [common + sum(len(ids) - common for ids in responses) for (responses, _), common in rows]
+        found = [common + sum(len(ids) - common for ids in responses) for (responses, _), common in rows]
+        return np.array(found, np.int64)
+
+    def row_length(self, indices: Indices) -> int:
+        most = int(self.lengths.max())
+        buckets = self.rankings.buckets or default_buckets(most)
+        return bucket_length(int(self.lengths[indices].max()), (*buckets, *default_buckets(most)))
 
     def batch(self, indices: Indices, among: Indices | None = None) -> SharedRankingBatch:
-        longest = max(self.lengths[i] for i in (indices if among is None else among))
-        buckets = self.rankings.buckets or default_buckets(max(self.lengths))
-        width = bucket_length(longest, (*buckets, *default_buckets(max(self.lengths))))
-        tokens = np.full((len(indices), width), self.rankings.pad_id, np.int32)
+        shape = (len(indices), self.row_length(indices if among is None else among))
+        tokens = np.full(shape, self.rankings.pad_id, np.int32)
         segment_ids = np.zeros(tokens.shape, np.int32)
         at, ranks = (np.zeros((len(indices), self.rankings.responses), np.int32) for _ in range(2))
         exists = np.zeros(at.shape, np.bool_)
@@ -283,8 +317,12 @@ class PromptRows:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def row_length(self, indices: Indices) -> int:
+        del indices  # one width for all
+        return self.width
+
     def batch(self, indices: Indices, among: Indices | None = None) -> PromptBatch:
-        del among  # one width for all
+        del among
         tokens = np.full((len(indices), self.width), self.pad_id, np.int32)
         mask = np.zeros(tokens.shape, np.bool_)
         for place, index in enumerate(indices):

@@ -22,6 +22,7 @@ from rlhf_jax.data import (
     batch_at,
     encode_demonstrations,
     encode_rankings,
+    new_lengths,
     read_records,
 )
 from rlhf_jax.data.batches import Rows, SharedRankingRows
@@ -217,6 +218,9 @@ def run(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
         lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
+        new_shapes=lambda first: new_lengths(
+            rows, batch_size=config.batch, seed=config.seed, first=first, steps=config.steps
+        ),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit, language_head=False),

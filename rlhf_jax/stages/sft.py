@@ -11,7 +11,15 @@ import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
 from rlhf_jax.config import RunConfig, at_least, row_settings, within
-from rlhf_jax.data import Demonstration, Dialogue, Ledger, batch_at, encode_demonstrations, read_records
+from rlhf_jax.data import (
+    Demonstration,
+    Dialogue,
+    Ledger,
+    batch_at,
+    encode_demonstrations,
+    new_lengths,
+    read_records,
+)
 from rlhf_jax.data.batches import Rows
 from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.data.packing import pack_rows
@@ -185,6 +193,9 @@ def run(
             trained, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
         lambda step, **share: batch_at(training, batch_size=config.batch, seed=config.seed, step=step, **share),
+        new_shapes=lambda first: new_lengths(
+            training, batch_size=config.batch, seed=config.seed, first=first, steps=config.steps
+        ),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit),
