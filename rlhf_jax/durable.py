@@ -23,6 +23,11 @@ class Damaged(Exception):
     """A sealed folder whose files are not those that were written."""
 
 
+def user_cache() -> Path:
+    """The folder for what can be made again: rlhf_jax below XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_jax"
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file whole or not at all.
 

@@ -30,6 +30,7 @@ from rich.table import Table
 
 from rlhf_jax import distributed
 from rlhf_jax.config import RunConfig, coerce_fields, over_defaults
+from rlhf_jax.durable import user_cache
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit import Stopped
 from rlhf_jax.runs import Finished
@@ -121,8 +122,7 @@ def use_compilation_cache() -> None:
     """
     give_back_what_compiling_took()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "rlhf_jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

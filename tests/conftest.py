@@ -23,6 +23,7 @@ jax.config.update("jax_debug_key_reuse", True)
 # seldom compiles a program twice, would only write.
 COMPILED = tempfile.mkdtemp(prefix="compiled_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
+os.environ["XDG_CACHE_HOME"] = COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 

@@ -1,13 +1,36 @@
 """The embedded corpus: prompts and sentences by hand, and a split that keeps the held-out side unseen."""
 
+import functools
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from rlhf_jax.data import embedded
 from rlhf_jax.data.embedded import Corpus, first_sentence, help_page, load_corpus, prompt_of, words_of
 
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
     return load_corpus()
+
+
+def test_the_second_start_parses_nothing(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    parsed: list[Path] = []
+    read = functools.cache(embedded._functions_of_library)
+
+    def counted(root: Path) -> Any:
+        parsed.append(root)
+        return read(root)
+
+    monkeypatch.setattr(embedded, "_functions_of_library", counted)
+    assert load_corpus() == load_corpus() == corpus
+    assert len(parsed) == 1
+    (kept,) = (tmp_path / "rlhf_jax").glob("library-*.json")
+    kept.write_text(kept.read_text()[:-1000])
+    assert load_corpus() == corpus
+    assert len(parsed) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ alone. Sources are parsed, never imported, so nothing of theirs runs.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_jax.data.records import Demonstration, Prompt, Text
+from rlhf_jax.durable import read_json, user_cache, write_json
 from rlhf_jax.errors import UserError
 
 # Written in C, so that no source file of theirs carries a docstring; importing them has no side effect.
@@ -37,6 +39,7 @@ _SKIPPED_FOLDERS = {
     "turtledemo",
 }
 _LEAST_DEMONSTRATIONS = 1000
+_READ_AS = 1  # counted up when _functions_of_source finds other things than before
 # What help() says of a function without a docstring is its name and its signature, and the second repeats the first.
 # Seen twice, these pages make a small model learn within minutes to speak of what it was asked (docs/lab-notebook.md).
 _TIMES_UNDOCUMENTED = 2
@@ -141,8 +144,35 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
+def _functions_of_library(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
+    """(where, docstring, name, arguments) of everything that the standard library's sources define."""
+    found: list[tuple[str, str | None, str, list[str]]] = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if not _SKIPPED_FOLDERS.intersection(relative.parts) and relative.parts[0] != "pydoc_data":
+            found.extend(_functions_of_source(path, str(relative)))
+    return found
+
+
+def _remembered(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
+    """The same, from the user's cache where an earlier start has left it: parsing takes seconds."""
+    key = hashlib.sha256(f"{_READ_AS} {sys.version} {root}".encode()).hexdigest()
+    path = user_cache() / f"library-{key[:16]}.json"
+    try:
+        rows = read_json(path)["functions"]
+        return [(str(where), docstring, str(name), list(arguments)) for where, docstring, name, arguments in rows]
+    except (UserError, KeyError, TypeError, ValueError):
+        pass  # not there, or not whole
+    found = _functions_of_library(root)
+    # A cache that cannot be written (a read-only home) is none.
+    with contextlib.suppress(OSError, ValueError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"functions": found})
+    return found
+
+
 def load_corpus() -> Corpus:
-    """Reads the corpus from the running Python in a few seconds.
+    """Reads the corpus from the running Python: in a few seconds, later in one.
 
     Raises: UserError where this Python has been stripped of its documentation.
     """
@@ -156,11 +186,7 @@ def load_corpus() -> Corpus:
     for topic, text in sorted(topics.items()):
         documents.setdefault(text.strip(), (f"pydoc_data.topics:{topic}", ""))
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: list[tuple[str, str | None, str, list[str]]] = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if not _SKIPPED_FOLDERS.intersection(relative.parts) and relative.parts[0] != "pydoc_data":
-            found.extend(_functions_of_source(path, str(relative)))
+    found = _remembered(root)
     for module in _C_MODULES:
         found.extend(_functions_of_c_module(module))
     for where, docstring, name, arguments in found:
