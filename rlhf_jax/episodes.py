@@ -15,7 +15,7 @@ from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import kl_estimate
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
-from rlhf_jax.packing import PackedEpisodes, over_rows, pack_episodes, unpack
+from rlhf_jax.packing import PackedEpisodes, by_parts, over_rows, pack_episodes, unpack
 from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
 from rlhf_jax.scoring import (
     last_token_scores,
@@ -112,6 +112,7 @@ def collect(
     *,
     eos_id: int | tuple[int, ...],
     pad_id: int,
+    parts: int = 1,
     axis_name: str | None = None,
 ) -> tuple[Rollout, dict[str, Array]]:
     """Samples an episode for each prompt and scores it.
@@ -123,11 +124,14 @@ def collect(
       params: {"policy": …, "critic": …}.
       key: typed; of this iteration (and device) alone.
       kl_coef: β, scalar.
+      parts: a divisor of the prompts; so many parts of the episodes are scored one after the other, which bounds memory.
       axis_name: a mapped axis over which the prompts are spread.
     Returns: (rollout, metrics); the metrics are shares, to be summed over the axis.
     """
     sampled = sample(networks.policy, params["policy"], prompts, key, config, eos_id=eos_id, pad_id=pad_id)
-    return score(networks, params, frozen, prompts, sampled, kl_coef, config, eos_id=eos_id, axis_name=axis_name)
+    return score(
+        networks, params, frozen, prompts, sampled, kl_coef, config, eos_id=eos_id, parts=parts, axis_name=axis_name
+    )
 
 
 def sample(
@@ -166,6 +170,7 @@ def score(
     config: EpisodeConfig,
     *,
     eos_id: int | tuple[int, ...],
+    parts: int = 1,
     axis_name: str | None = None,
 ) -> tuple[Rollout, dict[str, Array]]:
     """The second half of `collect`: what the four networks say of the responses."""
@@ -175,10 +180,13 @@ def score(
     ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in end_ids(eos_id)])
     ended_B = jnp.any(ends_BR & mask_BR, axis=1)
 
-    said = _said_packed if config.pack else _said
-    logp_BR, entropy_BR, ref_logp_BR, value_BR, raw_B = said(
-        networks, params, frozen, tokens_BT, mask_BT, mask_BR, config
-    )
+    if config.pack:
+        said = _said_packed(networks, params, frozen, tokens_BT, mask_BT, mask_BR, config)
+    else:
+        said = by_parts(
+            lambda rows: _said(networks, params, frozen, *rows, config), (tokens_BT, mask_BT, mask_BR), parts
+        )
+    logp_BR, entropy_BR, ref_logp_BR, value_BR, raw_B = said
     score_B = (raw_B - frozen.score_mean) / frozen.score_scale
     if config.missing_end == "replace":
         score_B = jnp.where(ended_B, score_B, config.missing_end_score)

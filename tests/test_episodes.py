@@ -141,6 +141,22 @@ def test_a_policy_that_moved_pays_for_it(networks_params: tuple) -> None:
     assert metrics["reward"] == pytest.approx(rollout.score_B.mean() - 0.5 * kl, abs=1e-4)
 
 
+def test_episodes_scored_in_parts_are_the_same(networks_params: tuple) -> None:
+    params, frozen = networks_params
+    whole, parts = (
+        jax.jit(lambda key, n=n: collect(
+            NETWORKS, params, frozen, PROMPTS, key, jnp.float32(0.5), SETTINGS.episode,
+            eos_id=EOS, pad_id=PAD, parts=n,
+        )[0])(jax.random.key(7))
+        for n in (1, 4)
+    )  # fmt: skip
+    np.testing.assert_array_equal(whole.tokens_BT, parts.tokens_BT)
+    assert (
+        len(np.unique(np.round(np.asarray(whole.value_BR[:, 0]), 4))) > ROWS // 2
+    )  # rows differ, so that order is seen
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
+
+
 @pytest.fixture(scope="module")
 def iterations(networks_params: tuple) -> list:
     """[(state before, state after, metrics)] of two iterations, and of the first once more."""

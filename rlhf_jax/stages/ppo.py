@@ -324,6 +324,8 @@ def make_update(
             config.episode,
             eos_id=eos_id,
             pad_id=pad_id,
+            # As many rows at a time as an optimizer step takes, which needs more memory for each.
+            parts=config.minibatches * config.microbatches,
             axis_name=axis_name,
         )
         if axis_name is not None:
