@@ -69,6 +69,11 @@ def draw(logp_BV: Array, uniform_B: Array) -> Array:
     return jnp.min(jnp.where(cumulative_BV >= target_B1, ids_1V, logp_BV.shape[-1] - 1), axis=-1)
 
 
+def uniform_numbers(key: Array, rows: int, length: int) -> Array:
+    """The numbers in [0, 1) that tokens are drawn with, [N, R]: a row's do not depend on how many rows there are."""
+    return jax.random.uniform(key, (rows, length), jnp.float32)
+
+
 def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, cache: Cache) -> tuple[Array, Cache]:
     """(logits [B, V] behind the last of these tokens, the cache that holds them too)."""
     hidden_BTD, cache = model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, method="hidden")
@@ -110,6 +115,7 @@ def generate(
     slots: int = 0,
     segments: int = 1,
     cache_dtype: CacheDtype = "model",
+    uniform_BR: Array | None = None,
 ) -> Generation:
     """Samples a response to each prompt; a row ends with its first stop token, the batch with its last row.
 
@@ -136,15 +142,22 @@ def generate(
       cache_dtype: of keys and values: "model" as they are computed, "bfloat16" or "int8" (one scale for a token and key
         head) for fewer bytes to hold and read. It moves the logits, so that the distribution drawn from, and `logp`,
         are not quite the model's.
+      uniform_BR: what to draw with in place of `uniform_numbers` of the key, for rows that are numbered otherwise.
     Returns: Generation of R columns.
     Raises: ValueError where P + R exceeds the context, or for a temperature, top_k, top_p or segments out of range.
     """
     how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype)
     how.check(tokens_BP.shape[1], slots)
     params = decoding_params(params, decode_parts, model.config.dtype)
+    if uniform_BR is None:
+        uniform_BR = uniform_numbers(key, tokens_BP.shape[0], max_new_tokens)
     prompts = (constrain(tokens_BP, "batch", "none"), constrain(mask_BP, "batch", "none"))
     with decoding(decode_parts):
-        out = _in_slots(how, params, *prompts, key, slots) if slots else _together(how, params, *prompts, key)
+        out = (
+            _in_slots(how, params, *prompts, uniform_BR, slots)
+            if slots
+            else _together(how, params, *prompts, uniform_BR)
+        )
     return Generation(*(constrain(x, "batch", "none") for x in out))
 
 
@@ -171,7 +184,7 @@ def stream(
     """
     how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype)
     how.check(tokens_BP.shape[1], 0)
-    uniform_BR = _uniform(key, tokens_BP.shape[0], max_new_tokens)
+    uniform_BR = uniform_numbers(key, tokens_BP.shape[0], max_new_tokens)
     alive_B = np.ones(tokens_BP.shape[0], bool)
     cache, token_B, ended_B = _begin(how, params, tokens_BP, mask_BP, uniform_BR[:, 0])
     for index in range(1, max_new_tokens + 1):
@@ -262,10 +275,9 @@ def _next(
     return cache, token_B, ended_B
 
 
-def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, key: Array) -> Generation:
+def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array) -> Generation:
     """All rows, one column after the other, until the last row has ended."""
     rows, prompt_length = tokens_BP.shape
-    uniform_BR = _uniform(key, rows, how.length)
     cache = empty_cache(how.model.config, rows, prompt_length + how.ends[0], how.cache_dtype)
     logits_BV, cache = extend(how.model, params, tokens_BP, mask_BP, cache)
     token_B, logp_B, ended_B = how.next_tokens(logits_BV, uniform_BR[:, 0], jnp.zeros(rows, bool))
@@ -312,11 +324,6 @@ def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, key: 
     return decoded(0, (jnp.ones((), jnp.int32), cache, token_B, ended_B, out))
 
 
-def _uniform(key: Array, rows: int, length: int) -> Array:
-    """The numbers that the tokens are drawn with, [N, R]: a row's do not depend on how many rows there are."""
-    return jax.random.uniform(key, (rows, length), jnp.float32)
-
-
 @pytree
 class _Slots:
     """S rows in the making, of N prompts.
@@ -337,13 +344,12 @@ class _Slots:
     logp_NR: Array
 
 
-def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, key: Array, slots: int) -> Generation:
+def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, uniform_NR: Array, slots: int) -> Generation:
     """The same responses as `_together`, S rows at a time."""
     rows, prompt_length = tokens_NP.shape
     slots = min(slots, rows)
     # Prompts are read several at a time: the more, the better used the processor, the longer wait the rows that ended.
     refill = max(slots // 4, 1)
-    uniform_NR = _uniform(key, rows, how.length)
     config = how.model.config
 
     def written(state: _Slots, token_S: Array, logp_S: Array, alive_S: Array) -> tuple[Array, Array]:
