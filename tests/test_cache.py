@@ -166,7 +166,9 @@ def sampled(kind: str, dtype: CacheDtype, *, scan: bool = False, **changes: Any)
 
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize(
-    "changes", [{"scan": True}, {"slots": 5}, {"scan": True, "slots": 5}, {"segments": 3}, {"decode_parts": 2}], ids=str
+    "changes",
+    [{"scan": True}, {"slots": 5}, {"scan": True, "slots": 5}, {"segments": 3}, {"decode_parts": 2, "segments": 3}],
+    ids=str,
 )
 def test_every_way_of_sampling_rounds_alike(changes: dict, dtype: CacheDtype) -> None:
     plain, exact = sampled("llama", dtype), sampled("llama", "model")
