@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, pytree
+from rlhf_jax.cache import CacheDtype
 from rlhf_jax.config import at_least
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation, generate
@@ -79,6 +80,13 @@ class EpisodeConfig:
     slots: int = 0
     """Rows that are sampled at a time: one that has ended gives its place to the next prompt. For responses of
     different lengths, on one device or with --pmap; 0 samples all rows together."""
+    segments: int = 1
+    """Lengths that the cache has while sampling, the last response_length and each half the next, so that a generous
+    response_length costs little while responses are short; each is compiled. Not beside slots."""
+    cache_dtype: CacheDtype = "model"
+    """Of keys and values while sampling: as the model computes them, or fewer bytes. The update computes
+    log-probabilities anew, so that its ratio starts at 1 all the same; sampler_logp_error shows how far off the
+    sampler's are."""
     pack: int = 0
     """Rows of prompt_length + response_length tokens that are computed at a time, with the episodes laid end to end in
     them, so that padding is not; a divisor of the episodes of a minibatch, for one device or --pmap. 0 pads each."""
@@ -88,8 +96,10 @@ class EpisodeConfig:
             raise UserError(f"response_length: found {self.response_length}, wanted 1 or more")
         if self.temperature <= 0:
             raise UserError(f"temperature: found {self.temperature}, wanted more than 0: PPO samples a distribution")
-        for field in ("slots", "pack"):
-            at_least(self, field, 0)
+        for field, low in (("slots", 0), ("pack", 0), ("segments", 1)):
+            at_least(self, field, low)
+        if self.slots and self.segments > 1:
+            raise UserError(f"segments: found {self.segments} beside slots {self.slots}, wanted one of them")
         if self.decode_parts < 0:
             raise UserError(f"decode_parts: found {self.decode_parts}, wanted 0 or a divisor of the mesh's axis fsdp")
         if self.missing_end_score > 0:
@@ -118,7 +128,8 @@ def collect(
     """Samples an episode for each prompt and scores it.
 
     The log-probabilities are computed by the forward pass that the update uses, not by the sampler, so that the ratio
-    before the first update is 1. Nothing is decoded or tokenised again: all networks read the sampled ids.
+    before the first update is 1, also where the sampler's cache is rounded. Nothing is decoded or tokenised again: all
+    networks read the sampled ids.
 
     Args:
       params: {"policy": …, "critic": …}.
@@ -157,6 +168,8 @@ def sample(
         temperature=config.temperature,
         decode_parts=config.decode_parts,
         slots=config.slots,
+        segments=config.segments,
+        cache_dtype=config.cache_dtype,
     )
 
 

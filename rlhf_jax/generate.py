@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Array, Params, pytree
+from rlhf_jax.cache import Cache, CacheDtype, empty_cache, grown
 from rlhf_jax.masked import at_least_float32
-from rlhf_jax.model import MASKED, Cache, Transformer, empty_cache
+from rlhf_jax.model import MASKED, Transformer
 from rlhf_jax.sharding import constrain, constrain_rows, decoding, decoding_params
 
 
@@ -68,6 +69,11 @@ def draw(logp_BV: Array, uniform_B: Array) -> Array:
     return jnp.min(jnp.where(cumulative_BV >= target_B1, ids_1V, logp_BV.shape[-1] - 1), axis=-1)
 
 
+def uniform_numbers(key: Array, rows: int, length: int) -> Array:
+    """The numbers in [0, 1) that tokens are drawn with, [N, R]: a row's do not depend on how many rows there are."""
+    return jax.random.uniform(key, (rows, length), jnp.float32)
+
+
 def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, cache: Cache) -> tuple[Array, Cache]:
     """(logits [B, V] behind the last of these tokens, the cache that holds them too)."""
     hidden_BTD, cache = model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, method="hidden")
@@ -88,6 +94,8 @@ def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array,
         "top_p",
         "decode_parts",
         "slots",
+        "segments",
+        "cache_dtype",
     ),
 )
 def generate(
@@ -105,6 +113,9 @@ def generate(
     top_p: float = 1.0,
     decode_parts: int = 0,
     slots: int = 0,
+    segments: int = 1,
+    cache_dtype: CacheDtype = "model",
+    uniform_BR: Array | None = None,
 ) -> Generation:
     """Samples a response to each prompt; a row ends with its first stop token, the batch with its last row.
 
@@ -125,15 +136,28 @@ def generate(
         not at each token; 0 leaves them where they are.
       slots: rows that are computed at a time: one that has ended gives its slot to the next prompt, and when no prompt
         is left the live rows move together. It pays where lengths differ. 0 computes all rows until the last has ended.
+      segments: lengths that the cache has, one after the other, the last R and each half the next: a token attends to
+        the slots there are, so that a large R costs nothing while responses are short. Each is compiled; with `slots`
+        there is but one.
+      cache_dtype: of keys and values: "model" as they are computed, "bfloat16" or "int8" (one scale for a token and key
+        head) for fewer bytes to hold and read. It moves the logits, so that the distribution drawn from, and `logp`,
+        are not quite the model's.
+      uniform_BR: what to draw with in place of `uniform_numbers` of the key, for rows that are numbered otherwise.
     Returns: Generation of R columns.
-    Raises: ValueError where P + R exceeds the context, or for a temperature, top_k or top_p out of range.
+    Raises: ValueError where P + R exceeds the context, or for a temperature, top_k, top_p or segments out of range.
     """
-    _check(model, tokens_BP.shape[1], max_new_tokens, temperature, top_k, top_p)
+    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype)
+    how.check(tokens_BP.shape[1], slots)
     params = decoding_params(params, decode_parts, model.config.dtype)
+    if uniform_BR is None:
+        uniform_BR = uniform_numbers(key, tokens_BP.shape[0], max_new_tokens)
     prompts = (constrain(tokens_BP, "batch", "none"), constrain(mask_BP, "batch", "none"))
-    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p)
     with decoding(decode_parts):
-        out = _in_slots(how, params, *prompts, key, slots) if slots else _together(how, params, *prompts, key)
+        out = (
+            _in_slots(how, params, *prompts, uniform_BR, slots)
+            if slots
+            else _together(how, params, *prompts, uniform_BR)
+        )
     return Generation(*(constrain(x, "batch", "none") for x in out))
 
 
@@ -150,14 +174,17 @@ def stream(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    segments: int = 1,
+    cache_dtype: CacheDtype = "model",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `generate` samples, as it is sampled: (tokens, those that belong to a response), [B] each, until all end.
 
-    Two compiled programs, for the prompt and for one more token; the arguments are those of `generate`.
+    Two compiled programs, for the prompt and for one more token (of each segment); the arguments are those of
+    `generate`.
     """
-    _check(model, tokens_BP.shape[1], max_new_tokens, temperature, top_k, top_p)
-    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p)
-    uniform_BR = _uniform(key, tokens_BP.shape[0], max_new_tokens)
+    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype)
+    how.check(tokens_BP.shape[1], 0)
+    uniform_BR = uniform_numbers(key, tokens_BP.shape[0], max_new_tokens)
     alive_B = np.ones(tokens_BP.shape[0], bool)
     cache, token_B, ended_B = _begin(how, params, tokens_BP, mask_BP, uniform_BR[:, 0])
     for index in range(1, max_new_tokens + 1):
@@ -165,6 +192,8 @@ def stream(
         alive_B = ~np.asarray(ended_B)
         if index == max_new_tokens or not alive_B.any():
             return
+        if index - 1 in how.ends:
+            cache = how.longer(cache, tokens_BP.shape[1] + how.ends[how.ends.index(index - 1) + 1])
         cache, token_B, ended_B = _next(how, params, cache, token_B, ended_B, uniform_BR[:, index])
 
 
@@ -178,6 +207,36 @@ class _How(NamedTuple):
     temperature: float
     top_k: int
     top_p: float
+    segments: int
+    cache_dtype: CacheDtype
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Response tokens that the cache has room for in each segment, the last all of them."""
+        return tuple(sorted({-(-self.length // 2**half) for half in range(self.segments)}))
+
+    def check(self, prompt_length: int, slots: int) -> None:
+        """Raises ValueError for settings that cannot be sampled with."""
+        if prompt_length + self.length > self.model.config.context:
+            raise ValueError(
+                f"prompt of {prompt_length} + {self.length} new tokens exceeds the context {self.model.config.context}"
+            )
+        if self.temperature < 0.0:
+            raise ValueError(f"temperature {self.temperature}: wanted 0 or more")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: wanted 0 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p {self.top_p}: wanted above 0, at most 1")
+        if self.segments < 1:
+            raise ValueError(f"segments {self.segments}: wanted 1 or more")
+        if slots and self.segments > 1:
+            raise ValueError(f"segments {self.segments} with slots {slots}: wanted one of them; slots write a ring")
+        if self.cache_dtype not in get_args(CacheDtype):
+            raise ValueError(f"cache_dtype {self.cache_dtype!r}: wanted one of {', '.join(get_args(CacheDtype))}")
+
+    def longer(self, cache: Cache, slots: int) -> Cache:
+        """The cache with room for so many tokens."""
+        return grown(cache, self.model.config, slots, self.cache_dtype)
 
     def next_tokens(self, logits_BV: Array, uniform_B: Array, ended_B: Array) -> tuple[Array, Array, Array]:
         """(token, its log-probability, whether the row has ended), each [B]."""
@@ -201,7 +260,7 @@ class _How(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _begin(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, uniform_B: Array) -> tuple[Cache, Array, Array]:
     rows, prompt_length = tokens_BP.shape
-    cache = empty_cache(how.model.config, rows, prompt_length + how.length)
+    cache = empty_cache(how.model.config, rows, prompt_length + how.ends[0], how.cache_dtype)
     logits_BV, cache = extend(how.model, params, tokens_BP, mask_BP, cache)
     token_B, _, ended_B = how.next_tokens(logits_BV, uniform_B, jnp.zeros(rows, bool))
     return cache, token_B, ended_B
@@ -216,26 +275,10 @@ def _next(
     return cache, token_B, ended_B
 
 
-def _check(
-    model: Transformer, prompt_length: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float
-) -> None:
-    if prompt_length + max_new_tokens > model.config.context:
-        raise ValueError(
-            f"prompt of {prompt_length} + {max_new_tokens} new tokens exceeds the context {model.config.context}"
-        )
-    if temperature < 0.0:
-        raise ValueError(f"temperature {temperature}: wanted 0 or more")
-    if top_k < 0:
-        raise ValueError(f"top_k {top_k}: wanted 0 or more")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p {top_p}: wanted above 0, at most 1")
-
-
-def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, key: Array) -> Generation:
+def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array) -> Generation:
     """All rows, one column after the other, until the last row has ended."""
     rows, prompt_length = tokens_BP.shape
-    uniform_BR = _uniform(key, rows, how.length)
-    cache = empty_cache(how.model.config, rows, prompt_length + how.length)
+    cache = empty_cache(how.model.config, rows, prompt_length + how.ends[0], how.cache_dtype)
     logits_BV, cache = extend(how.model, params, tokens_BP, mask_BP, cache)
     token_B, logp_B, ended_B = how.next_tokens(logits_BV, uniform_BR[:, 0], jnp.zeros(rows, bool))
     shape = (rows, how.length)
@@ -247,9 +290,9 @@ def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, key: 
 
     Carry = tuple[Array, Cache, Array, Array, Generation]
 
-    def unfinished(carry: Carry) -> Array:
+    def until(end: int, carry: Carry) -> Array:
         index, _, _, ended_B, _ = carry
-        return (index < how.length) & ~jnp.all(ended_B)
+        return (index < end) & ~jnp.all(ended_B)
 
     def step(carry: Carry) -> Carry:
         index, cache, token_B, ended_B, out = carry
@@ -262,13 +305,23 @@ def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, key: 
         out = Generation(*(jax.lax.dynamic_update_slice_in_dim(a, c[:, None], index, axis=1) for a, c in columns))
         return index + 1, cache, token_B, ended_B, out
 
-    carry = (jnp.ones((), jnp.int32), cache, token_B, ended_B, out)
-    return jax.lax.while_loop(unfinished, step, carry)[-1]
+    def decoded(segment: int, carry: Carry) -> Generation:
+        """What the segments from this one on sample; the first of them that finds all rows ended is the last."""
+        last = segment == len(how.ends) - 1
+        # A step writes the token before the one that it samples: it samples one more than there is room for.
+        end = how.length if last else how.ends[segment] + 1
+        carry = jax.lax.while_loop(functools.partial(until, end), step, carry)
+        if last:
+            return carry[-1]
 
+        def longer(carry: Carry) -> Generation:
+            index, cache, token_B, ended_B, out = carry
+            cache = how.longer(cache, prompt_length + how.ends[segment + 1])
+            return decoded(segment + 1, (index, cache, token_B, ended_B, out))
 
-def _uniform(key: Array, rows: int, length: int) -> Array:
-    """The numbers that the tokens are drawn with, [N, R]: a row's do not depend on how many rows there are."""
-    return jax.random.uniform(key, (rows, length), jnp.float32)
+        return jax.lax.cond(jnp.all(carry[3]), lambda carry: carry[-1], longer, carry)
+
+    return decoded(0, (jnp.ones((), jnp.int32), cache, token_B, ended_B, out))
 
 
 @pytree
@@ -291,13 +344,12 @@ class _Slots:
     logp_NR: Array
 
 
-def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, key: Array, slots: int) -> Generation:
+def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, uniform_NR: Array, slots: int) -> Generation:
     """The same responses as `_together`, S rows at a time."""
     rows, prompt_length = tokens_NP.shape
     slots = min(slots, rows)
     # Prompts are read several at a time: the more, the better used the processor, the longer wait the rows that ended.
     refill = max(slots // 4, 1)
-    uniform_NR = _uniform(key, rows, how.length)
     config = how.model.config
 
     def written(state: _Slots, token_S: Array, logp_S: Array, alive_S: Array) -> tuple[Array, Array]:
@@ -315,7 +367,7 @@ def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, key: 
         """(cache, first token, its log-probability, ended) of prompts; those past the end have ended."""
         real_S = row_S < rows
         place_S = jnp.minimum(row_S, rows - 1)
-        cache = empty_cache(config, len(row_S), slots_each)
+        cache = empty_cache(config, len(row_S), slots_each, how.cache_dtype)
         logits_SV, cache = extend(how.model, params, tokens_NP[place_S], mask_NP[place_S], cache)
         token_S, logp_S, ended_S = how.next_tokens(logits_SV, uniform(row_S, jnp.zeros_like(row_S)), ~real_S)
         return cache, token_S, logp_S, ended_S | (how.length == 1)

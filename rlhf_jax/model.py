@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Array, Params, pytree
+from rlhf_jax.cache import Cache, empty_cache, mixture, products, write
 from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.rope import RopeScaling, frequencies, rotate
 from rlhf_jax.sharding import constrain, constrain_cache
@@ -35,33 +36,6 @@ __all__ = [
 
 # Finite, so that a row whose every key is masked gives a uniform softmax and no NaN.
 MASKED = -1e30
-
-
-@pytree
-class Cache:
-    """Keys and values of the tokens already seen.
-
-    keys, values: tuples of [B, key heads, S, head], one a layer; with scanned layers one array, stacked.
-    places_BS: which of its row's real tokens a slot holds, counted from 0; -1 for none. What a token may see is told by
-      these and not by the order of the slots, so that slots can be written anew.
-    filled: scalar, the slot where the next tokens are written.
-    """
-
-    keys: Any
-    values: Any
-    places_BS: Array
-    filled: Array
-
-
-def empty_cache(config: ModelConfig, rows: int, slots: int) -> Cache:
-    """A cache of `slots` tokens for each of `rows` rows."""
-    shape = (rows, config.key_heads, slots, config.head_size)
-    places_BS, filled = jnp.full((rows, slots), -1, jnp.int32), jnp.zeros((), jnp.int32)
-    if config.scan_layers:
-        stacked = constrain_cache(jnp.zeros((config.layers, *shape), config.dtype))
-        return Cache(stacked, stacked, places_BS, filled)
-    buffers = tuple(constrain_cache(jnp.zeros(shape, config.dtype)) for _ in range(config.layers))
-    return Cache(buffers, buffers, places_BS, filled)
 
 
 def count_parameters(params: Params) -> int:
@@ -177,19 +151,19 @@ class Layer:
     window: Any
     frequency: Any
     amplitude: Any
-    keys: Array | None
-    values: Array | None
+    keys: Any
+    values: Any
     number: Array | None = None
 
-    def cached(self, buffer: Array, new: Array, filled: Array) -> tuple[Array, Array]:
+    def cached(self, buffer: Any, new: Array, filled: Array) -> tuple[Any, Any]:
         """(the buffer with `new` written behind what was filled, this block's part of it)."""
         if self.number is None:
-            buffer = constrain_cache(jax.lax.dynamic_update_slice_in_dim(buffer, new, filled, axis=2))
+            buffer = write(buffer, new, (0, 0, filled, 0))
             return buffer, buffer
         # Into the stack, and of it only the new slots: carried through the loop, it is written in place.
-        buffer = jax.lax.dynamic_update_slice(buffer, new[None], (self.number, 0, 0, filled, 0))
-        buffer = constrain_cache(buffer)
-        return buffer, jax.lax.dynamic_index_in_dim(buffer, self.number, keepdims=False)
+        buffer = write(buffer, new[None], (self.number, 0, 0, filled, 0))
+        number = self.number
+        return buffer, jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), buffer)
 
 
 def _layers(config: ModelConfig) -> list[tuple[int, np.ndarray, float]]:
@@ -242,13 +216,13 @@ class Attention(nn.Module):
         # Fold the query heads of a group into its rows: one product a key head, and no copy of the keys.
         query = query.reshape(rows, groups, (config.heads // groups) * length, head)
         scale = head**-0.5 if config.query_scale is None else config.query_scale
-        scores = jnp.einsum("bgqd,bgsd->bgqs", query, key, preferred_element_type=jnp.float32) * scale
+        scores = products(query, key) * scale
         if config.attention_softcap:
             scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
-        scores = scores.reshape(rows, config.heads, length, key.shape[2])
+        scores = scores.reshape(rows, config.heads, length, -1)
         weights = jax.nn.softmax(jnp.where(allowed_BTS[:, None], scores, MASKED), axis=-1)
-        weights = weights.astype(value.dtype).reshape(rows, groups, (config.heads // groups) * length, key.shape[2])
-        mixed = jnp.einsum("bgqs,bgsd->bgqd", weights, value).reshape(rows, config.heads, length, head)
+        weights = weights.reshape(rows, groups, (config.heads // groups) * length, -1)
+        mixed = mixture(weights, value, config.dtype).reshape(rows, config.heads, length, head)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(rows, length, config.heads * head)
         return _dense(config, config.width, "out", (2 * config.layers) ** -0.5)(mixed), buffers
 

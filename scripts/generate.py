@@ -13,27 +13,29 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
 # The root, which holds the package `scripts`: a script finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rlhf_jax.cache import CacheDtype
 from rlhf_jax.config import at_least
 from rlhf_jax.data import chat_ids
-from rlhf_jax.data.batches import PromptRows, bucket_length, default_buckets
+from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
 from rlhf_jax.data.dialogues import HEADERS, Message
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import generate, stream
+from rlhf_jax.generate import generate, stream, uniform_numbers
 from rlhf_jax.runs import say
 from rlhf_jax.sources import open_source
 from scripts import cli
 
-# Responses sampled side by side; more prompts are taken in parts.
-ROWS = 32
+# Responses sampled side by side; of more prompts, so many are read ahead and those of like length go together.
+ROWS, AHEAD = 32, 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,19 @@ class Config:
     """Sample among the likeliest tokens that have this probability together; 1 among all."""
     samples: int = 1
     """Responses to each prompt."""
+    segments: int = 1
+    """Lengths that the cache has while sampling, the last with room for max_new_tokens and each half the next: for a
+    large limit that few responses reach. Each is compiled."""
+    cache_dtype: CacheDtype = "model"
+    """Of keys and values: as the model computes them, or in fewer bytes, which changes what is sampled a little."""
     seed: int = 0
     """Of what is sampled."""
 
     def __post_init__(self) -> None:
-        for field, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("samples", 1), ("seed", 0)):
-            at_least(self, field, low)
+        for field in ("max_new_tokens", "samples", "segments"):
+            at_least(self, field, 1)
+        for field in ("temperature", "top_k", "seed"):
+            at_least(self, field, 0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: found {self.top_p}, wanted more than 0 and at most 1")
         if self.chat and (self.prompt or self.samples > 1):
@@ -85,6 +94,16 @@ class Speaker:
             )
         self.params = source.params()
         self.key = jax.random.key(config.seed)
+        self.settings: dict[str, Any] = {
+            "max_new_tokens": config.max_new_tokens,
+            "stop_ids": self.tokenizer.stop_ids,
+            "pad_id": self.tokenizer.pad_id,
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "segments": config.segments,
+            "cache_dtype": config.cache_dtype,
+        }
 
     def refuse(self, ids: Sequence[int], where: str) -> None:
         """Raises UserError if a prompt is nothing, or leaves no room for the response."""
@@ -100,25 +119,34 @@ class Speaker:
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """The text of one response to each prompt."""
+        numbers = []
+        for _ in range(0, len(prompts), ROWS):
+            self.key, key = jax.random.split(self.key)
+            numbers.append(np.asarray(uniform_numbers(key, ROWS, self.config.max_new_tokens)))
+        # A prompt is answered by the numbers of its place, whatever else is sampled beside it.
+        uniform_NR = np.concatenate(numbers)
+        texts = [""] * len(prompts)
+        for part in by_length(list(map(len, prompts)), ROWS):
+            for place, text in zip(part, self.side_by_side([prompts[place] for place in part], uniform_NR[part])):
+                texts[place] = text
+        return texts
+
+    def side_by_side(self, prompts: Sequence[Sequence[int]], uniform_BR: np.ndarray) -> list[str]:
+        """Responses of one batch, each drawn with its row of numbers."""
         # Few shapes, each compiled once: widths are buckets, and so are numbers of rows.
         width = bucket_length(max(map(len, prompts)), default_buckets(self.room))
-        rows = 1 << (len(prompts) - 1).bit_length()
-        batch = PromptRows(list(prompts), width, self.tokenizer.pad_id).batch(np.arange(rows) % len(prompts))
-        self.key, key = jax.random.split(self.key)
-        config, decode = self.config, self.tokenizer.decode
+        rows = np.arange(1 << (len(prompts) - 1).bit_length()) % len(prompts)
+        batch = PromptRows(list(prompts), width, self.tokenizer.pad_id).batch(rows)
         out = generate(
             self.model,
             self.params,
             batch.tokens_BP,
             batch.mask_BP,
-            key,
-            max_new_tokens=config.max_new_tokens,
-            stop_ids=self.tokenizer.stop_ids,
-            pad_id=self.tokenizer.pad_id,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
+            self.key,
+            uniform_BR=jnp.asarray(uniform_BR[rows]),
+            **self.settings,
         )
+        decode = self.tokenizer.decode
         tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
         kept = zip(tokens_BR[: len(prompts)], mask_BR[: len(prompts)])
         # Decoded alone, a response would lose a space before it, as SentencePiece takes one from the front of a text.
@@ -130,20 +158,8 @@ class Speaker:
         width = bucket_length(len(ids), default_buckets(self.room))
         batch = PromptRows([list(ids)], width, self.tokenizer.pad_id).batch(np.arange(1))
         self.key, key = jax.random.split(self.key)
-        config, decode = self.config, self.tokenizer.decode
-        columns = stream(
-            self.model,
-            self.params,
-            batch.tokens_BP,
-            batch.mask_BP,
-            key,
-            max_new_tokens=config.max_new_tokens,
-            stop_ids=self.tokenizer.stop_ids,
-            pad_id=self.tokenizer.pad_id,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        )
+        decode = self.tokenizer.decode
+        columns = stream(self.model, self.params, batch.tokens_BP, batch.mask_BP, key, **self.settings)
         before, said, text = [*ids], len(decode(ids)), ""
         for token_B, _ in columns:
             before.append(int(token_B[0]))
@@ -183,8 +199,8 @@ def complete(speaker: Speaker, prompts: Sequence[tuple[str, str]]) -> None:
             print(piece, end="", flush=True)
         print(flush=True)
         return
-    for start in range(0, len(rows), ROWS):
-        part = rows[start : start + ROWS]
+    for start in range(0, len(rows), AHEAD):
+        part = rows[start : start + AHEAD]
         for number, ((text, _), answer) in enumerate(zip(part, speaker.answers([ids for _, ids in part]))):
             if start + number:
                 print()

@@ -29,6 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_jax.cache import CacheDtype
 from rlhf_jax.config import RunConfig, at_least
 from rlhf_jax.errors import UserError
 from rlhf_jax.plan.chips import read_topology, written
@@ -78,6 +79,8 @@ class Config:
     decode_parts: int = -1
     """Devices of the axis fsdp among which one copy of the weights lies while sampling; 0 leaves them cut by fsdp; one
     for each key head if -1."""
+    cache_dtype: CacheDtype = "model"
+    """Of keys and values while sampling: as the model computes them, or fewer bytes."""
     price: float = 0.0
     """Of a chip for an hour, in any currency."""
     tokens: float = 0.0

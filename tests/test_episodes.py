@@ -10,10 +10,11 @@ import pytest
 
 from rlhf_jax.arrays import PromptBatch, TokenBatch
 from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
+from rlhf_jax.errors import UserError
 from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.parallel import jit_update, make_mesh, pmap_update
-from rlhf_jax.scoring import last_token_scores
+from rlhf_jax.scoring import last_token_scores, response_losses
 from rlhf_jax.stages import ppo
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -117,6 +118,21 @@ def test_a_rollout_of_the_reference_itself(networks_params: tuple) -> None:
     assert metrics["response_tokens"] == pytest.approx(mask.sum() / ROWS)
     assert np.all(rollout.tokens_BT[:, 5:][~mask] == PAD)
     np.testing.assert_array_equal(rollout.mask_BT, np.concatenate([np.asarray(PROMPTS.mask_BP), mask], axis=1))
+
+
+def test_a_rounded_cache_moves_the_sampler_and_not_the_rollout(networks_params: tuple) -> None:
+    config = EpisodeConfig(response_length=LENGTH, missing_end="keep", cache_dtype="int8", segments=2)
+    inputs = (NETWORKS, *networks_params, PROMPTS, jax.random.key(5), jnp.float32(0.5), config)
+    rollout, metrics = jax.jit(lambda: collect(*inputs, eos_id=EOS, pad_id=PAD))()
+    # The sampler is off by what its metric says; what it sampled is scored by the policy itself, as the reference is.
+    assert 1e-4 < metrics["sampler_logp_error"] < 0.05
+    np.testing.assert_allclose(rollout.logp_BR, rollout.ref_logp_BR, atol=1e-5)
+    whole = (NETWORKS.policy, networks_params[0]["policy"], rollout.tokens_BT, rollout.mask_BT)
+    loss_BR, _ = jax.jit(lambda: response_losses(*whole, response_length=LENGTH, temperature=1.0))()
+    mask = np.asarray(rollout.response_mask_BR)
+    np.testing.assert_allclose(rollout.logp_BR[mask], -loss_BR[mask], rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="segments: found 2 beside slots 4, wanted one of them"):
+        EpisodeConfig(segments=2, slots=4)
 
 
 def test_the_advantage_is_whitened_and_the_target_is_not(networks_params: tuple) -> None:

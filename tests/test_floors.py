@@ -16,7 +16,8 @@ FLOOR = {
     **dict.fromkeys(["watchdog", "distributed"], 1),
     **dict.fromkeys(["losses", "returns", "kl", "rope", "sharding", "packing"], 1),
     **dict.fromkeys(
-        ["lora", "model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2
+        ["lora", "model_config", "cache", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"],
+        2,
     ),
     **dict.fromkeys(["gguf_file", "gguf_tokenizer", "gguf_reader"], 2),
     "byte_bpe": 1,
@@ -50,7 +51,9 @@ NEIGHBOURS = {
     ("gguf_tokenizer", "gguf_file"),
     ("gguf_reader", "gguf_file"),
     ("gguf_reader", "gguf_tokenizer"),
+    ("cache", "model_config"),
     ("model", "model_config"),
+    ("model", "cache"),
     ("attention_fields", "fields"),
     ("attention_fields", "model_config"),
     ("families", "attention_fields"),
@@ -58,6 +61,7 @@ NEIGHBOURS = {
     ("families", "model_config"),
     ("layouts", "model_config"),
     ("safetensors_folder", "durable"),
+    ("generate", "cache"),
     ("generate", "model"),
     ("episodes", "scoring"),
     ("evaluation", "scoring"),

@@ -95,6 +95,41 @@ def test_a_stream_is_the_same_column_by_column(params: dict) -> None:
     tokens, mask = (np.stack(column, axis=1) for column in zip(*columns, strict=True))
     np.testing.assert_array_equal(mask, whole.mask[:, : len(columns)])
     np.testing.assert_array_equal(tokens, whole.tokens[:, : len(columns)])
+    grown = list(stream(MODEL, params, *prompts, jax.random.key(0), segments=3, **settings))
+    jax.tree.map(np.testing.assert_array_equal, grown, columns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "segments"), [({}, 2), ({}, 3), ({"windows": (3, 0)}, 3), ({"scan_layers": True}, 4)], ids=str
+)
+def test_a_cache_that_grows_changes_nothing(params: dict, changes: dict, segments: int) -> None:
+    model = Transformer(dataclasses.replace(MODEL.config, **changes))
+    if model.config.scan_layers:
+        params = stack_blocks(params, model.config)
+    for settings in ({}, {"stop_ids": tuple(range(7))}, {"max_new_tokens": 11, "stop_ids": ()}):
+        plain = sample(params, model=model, **settings)
+        grown = sample(params, model=model, segments=segments, **settings)
+        np.testing.assert_array_equal(grown.tokens, plain.tokens)
+        np.testing.assert_array_equal(grown.mask, plain.mask)
+        np.testing.assert_allclose(grown.logp, plain.logp, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stop_ids", "longest"), [((), 11), ((EOS, 0, 1, 2), 5)])
+def test_a_token_is_computed_with_the_slots_of_its_segment(params: dict, stop_ids: tuple, longest: int) -> None:
+    seen: list[int] = []
+
+    class Counted(Transformer):
+        def hidden(self, *inputs: Any, **named: Any) -> Any:
+            slots = named["cache"].places_BS.shape[1]
+            jax.debug.callback(lambda: seen.append(slots))
+            return super().hidden(*inputs, **named)
+
+    out = sample(params, model=Counted(MODEL.config), max_new_tokens=11, stop_ids=stop_ids, segments=3)
+    jax.effects_barrier()
+    assert out.mask.sum(axis=1).max() == longest
+    # Behind 5 slots of the prompt room for 3 tokens, 6 and 11. The first token comes with the prompt, each other as the
+    # one before it is written.
+    assert sorted(seen) == ([8] * 4 + [11] * 3 + [16] * 4)[:longest]
 
 
 @pytest.mark.usefixtures("quick_compile")
@@ -204,6 +239,8 @@ def test_filters_reach_the_sampler(params: dict) -> None:
         ({"temperature": -1.0}, "temperature -1.0: wanted 0 or more"),
         ({"top_p": 0.0}, "top_p 0.0: wanted above 0, at most 1"),
         ({"top_k": -1}, "top_k -1: wanted 0 or more"),
+        ({"segments": 0}, "segments 0: wanted 1 or more"),
+        ({"segments": 2, "slots": 4}, "segments 2 with slots 4: wanted one of them"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(params: dict, change: dict, message: str) -> None:

@@ -123,6 +123,9 @@ def test_bytes_by_hand_and_a_model_that_does_not_fit() -> None:
     # Rows over 8 devices: 32 rows x 2 key heads x 16 slots x 8 x 4 bytes x 2 layers, keys and values, and the mask.
     cache = programs.cache()
     assert bytes_of((cache.keys, cache.values)) == 2 * 2 * 32 * 2 * 16 * 8 * 4 // 8
+    # A byte for four, and a scale of four bytes for each vector of eight.
+    rounded = Programs(dataclasses.replace(work, cache_dtype="int8"), jax.devices()).cache()
+    assert bytes_of((rounded.keys, rounded.values)) == 2 * 2 * 32 * 2 * 16 * (8 + 4) // 8
     tiny = Topology(dataclasses.replace(CHIPS["v5e"], memory=2000.0), (2, 4))
     with pytest.raises(UserError, match=r"before any work, wanted at most .*; wanted about 256 chips of v5e, found 8"):
         check_fit(programs, tiny)

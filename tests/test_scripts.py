@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -242,6 +243,39 @@ def test_completions(user: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     alone = capsys.readouterr().out
     assert call(generate.main, "--prompt", "red", "runs/aligned", *few, "1") == 0
     assert capsys.readouterr().out.startswith(alone)
+
+
+@pytest.mark.usefixtures("user")
+def test_prompts_of_like_length_are_answered_together(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
+    passed: list[tuple[int, str]] = []
+    plain = generate.generate
+
+    def watched(model: Any, params: Any, tokens_BP: Any, *rest: Any, **settings: Any) -> Any:
+        shapes.append(tokens_BP.shape)
+        passed.append((settings["segments"], settings["cache_dtype"]))
+        return plain(model, params, tokens_BP, *rest, **settings)
+
+    prompts = ("red", "red and " * 5, "blue", "a cat " * 5, "green", "blue " * 8)
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    monkeypatch.setattr(generate, "generate", watched)
+    monkeypatch.setattr(generate, "ROWS", 2)
+
+    def said(*more: str) -> str:
+        shapes.clear()
+        assert call(generate.main, "runs/aligned", *flags, "--max-new-tokens", "4", "--temperature", "1", *more) == 0
+        return capsys.readouterr().out
+
+    together = said()
+    assert shapes == [(2, 16), (2, 32), (2, 48)]
+    # Each part as it came, which pads the short prompts beside the long ones, gives the same answers.
+    monkeypatch.setattr(generate, "by_length", lambda lengths, rows: list(np.arange(len(lengths)).reshape(-1, rows)))
+    assert said() == together
+    assert shapes == [(2, 48), (2, 32), (2, 48)]
+    said("--segments", "2", "--cache-dtype", "int8")
+    assert passed == [(1, "model")] * 6 + [(2, "int8")] * 3
 
 
 @pytest.mark.usefixtures("user")

@@ -58,6 +58,12 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
     raise ValueError(f"a row of {length} tokens fits no bucket; the longest is {max(buckets)}")
 
 
+def by_length(lengths: Sequence[int], rows: int) -> list[Indices]:
+    """Numbers of the rows, in parts of so many that are next to each other by length: little of a part is padding."""
+    shortest_first = np.argsort(lengths, kind="stable")
+    return [shortest_first[start : start + rows] for start in range(0, len(shortest_first), rows)]
+
+
 @functools.lru_cache(maxsize=8)
 def order(rows: int, seed: int, epoch: int) -> Indices:
     """The permutation of 0 … rows - 1 in which an epoch visits the rows."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.batches import PromptRows, bucket_length, default_buckets
+from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
 from rlhf_jax.data.encode import prompt_ids
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
 from rlhf_jax.feedback.tasks import make_item
-from rlhf_jax.generate import generate
+from rlhf_jax.generate import generate, uniform_numbers
 from rlhf_jax.sources import Source
 
 ROWS = 32
@@ -68,25 +69,31 @@ def _responses(
                 f"{prompt.where}: found {len(ids)} tokens, wanted 1 to {max(room, 0)} for {model.where}: its context "
                 f"of {model.model.context} less --max-new-tokens {max_new_tokens}"
             )
-    texts: list[str] = []
     order = [place for place in range(len(rows)) for _ in range(samples)]
-    for number, start in enumerate(range(0, len(order), ROWS)):
-        part = [rows[place] for place in order[start : start + ROWS]]
+    key, parts = jax.random.key(seed), range(-(-len(order) // ROWS))
+    # A response is drawn by the numbers of its place, whatever else is sampled beside it.
+    numbers = [uniform_numbers(jax.random.fold_in(key, part), ROWS, max_new_tokens) for part in parts]
+    uniform_NR = np.concatenate(numbers)
+    texts = [""] * len(order)
+    for among in by_length([len(rows[place]) for place in order], ROWS):
+        part = [rows[order[place]] for place in among]
         width = bucket_length(max(map(len, part)), default_buckets(room))
-        batch = PromptRows(part, width, tokenizer.pad_id).batch(np.arange(ROWS) % len(part))
+        repeated = np.arange(ROWS) % len(part)
+        batch = PromptRows(part, width, tokenizer.pad_id).batch(repeated)
         out = generate(
             network,
             params,
             batch.tokens_BP,
             batch.mask_BP,
-            jax.random.fold_in(jax.random.key(seed), number),
+            key,
             max_new_tokens=max_new_tokens,
             stop_ids=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
             temperature=temperature,
+            uniform_BR=jnp.asarray(uniform_NR[among[repeated]]),
         )
         tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
-        for ids, row, mask in zip(part, tokens_BR, mask_BR):
+        for place, ids, row, mask in zip(among, part, tokens_BR, mask_BR):
             # Decoded alone, a response could lose a space before it.
-            texts.append(tokenizer.decode([*ids, *row[mask].tolist()])[len(tokenizer.decode(ids)) :])
+            texts[place] = tokenizer.decode([*ids, *row[mask].tolist()])[len(tokenizer.decode(ids)) :]
     return [texts[place * samples : (place + 1) * samples] for place in range(len(rows))]

@@ -203,7 +203,7 @@ def make_plan(
         "work": {
             name: value
             for name, value in vars(work).items()
-            if name not in ("model", "mesh", "stage") and isinstance(value, int)
+            if name not in ("model", "mesh", "stage") and isinstance(value, int | str)
         },
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(programs.params())),
         "programs": {},

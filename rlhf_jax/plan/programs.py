@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.arrays import Params, PromptBatch, RankingBatch, Rollout, TokenBatch
+from rlhf_jax.cache import Cache, CacheDtype, empty_cache
 from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, sample, score
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation, draw, extend, filter_logits
-from rlhf_jax.model import Cache, ModelConfig, Transformer, empty_cache
+from rlhf_jax.model import ModelConfig, Transformer
 from rlhf_jax.optim import apply_gradient, global_count, make_optimizer, new_state, summed_gradients
 from rlhf_jax.parallel import shardings
 from rlhf_jax.plan.chips import written
@@ -48,6 +49,7 @@ class Work:
     microbatches: int = 1
     epochs: int = 1
     decode_parts: int = -1
+    cache_dtype: CacheDtype = "model"
 
     @property
     def row_devices(self) -> int:
@@ -213,7 +215,9 @@ class Programs:
             epochs=work.epochs,
             pretraining_batch=work.pretraining_batch,
             pretraining_coef=1.0 if work.pretraining_batch else 0.0,
-            episode=EpisodeConfig(response_length=work.response_length, decode_parts=work.decode_parts),
+            episode=EpisodeConfig(
+                response_length=work.response_length, decode_parts=work.decode_parts, cache_dtype=work.cache_dtype
+            ),
         )
 
     def networks(self, depth: int | None = None) -> Networks:
@@ -440,7 +444,7 @@ class Programs:
         """The cache of a rollout, where `constrain_cache` lays it."""
         work, model = self.work, self.model(depth)
         mesh = dict(self.decode_mesh.shape)
-        shapes = jax.eval_shape(lambda: empty_cache(model.config, work.batch, work.row_length))
+        shapes = jax.eval_shape(lambda: empty_cache(model.config, work.batch, work.row_length, work.cache_dtype))
 
         def one(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             axes: tuple[str, ...] = ("none",) * len(leaf.shape)
