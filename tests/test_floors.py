@@ -16,7 +16,19 @@ FLOOR = {
     **dict.fromkeys(["watchdog", "distributed"], 1),
     **dict.fromkeys(["losses", "returns", "kl", "rope", "sharding", "packing"], 1),
     **dict.fromkeys(
-        ["lora", "model_config", "families", "layouts", "model", "generate", "optim", "tokenizer", "durable"], 2
+        [
+            "lora",
+            "model_config",
+            "attention",
+            "families",
+            "layouts",
+            "model",
+            "generate",
+            "optim",
+            "tokenizer",
+            "durable",
+        ],
+        2,
     ),
     **dict.fromkeys(["gguf_file", "gguf_tokenizer", "gguf_reader"], 2),
     "byte_bpe": 1,
@@ -50,6 +62,7 @@ NEIGHBOURS = {
     ("gguf_tokenizer", "gguf_file"),
     ("gguf_reader", "gguf_file"),
     ("gguf_reader", "gguf_tokenizer"),
+    ("model", "attention"),
     ("model", "model_config"),
     ("attention_fields", "fields"),
     ("attention_fields", "model_config"),

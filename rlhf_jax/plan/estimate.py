@@ -14,6 +14,7 @@ import jax
 from rlhf_jax.errors import UserError
 from rlhf_jax.plan.chips import Chip, Topology, check_mesh, written
 from rlhf_jax.plan.hlo import Collective, collectives
+from rlhf_jax.plan.kernels import kernels
 from rlhf_jax.plan.programs import Piece, Program, Programs, Work, bytes_of
 from rlhf_jax.plan.traffic import cycles, hbm_bytes
 from rlhf_jax.sharding import AXES
@@ -21,6 +22,7 @@ from rlhf_jax.sharding import AXES
 # A collective that is spread over the fusions around it has its buffers counted in each of them: for counting, not.
 COUNTABLE: dict[str, str | bool] = {"xla_tpu_enable_async_collective_fusion": "false"}
 GIB = 2**30
+SECONDS = ("roofline_seconds", "compiler_seconds", "kernel_seconds", "estimate_seconds")
 
 
 def pod_devices(topology: Topology) -> Sequence[Any]:
@@ -117,14 +119,15 @@ def wire_seconds(found: list[Collective], topology: Topology, devices: Sequence[
 def counted(program: Any, topology: Topology, devices: Sequence[Any]) -> dict[str, float]:
     """What a program without loops takes of a chip."""
     text = program.as_text()
-    found = collectives(text)
+    found, own = collectives(text), kernels(text, topology.chip.name)
     return {
         # Not there where arrays are only moved.
-        "flops": program.cost_analysis().get("flops", 0.0),
+        "flops": program.cost_analysis().get("flops", 0.0) + own["kernel_flops"],
         "bytes": hbm_bytes(text),
         "collective_bytes": sum(one.received * one.times for one in found),
         "wire_seconds": wire_seconds(found, topology, devices),
-        "compiler_seconds": cycles(text) / topology.chip.clock,
+        "compiler_seconds": (cycles(text) + own["kernel_cycles"]) / topology.chip.clock,
+        "kernel_seconds": own["kernel_cycles"] / topology.chip.clock,
     }
 
 
@@ -259,7 +262,15 @@ def whole_step(plan: dict[str, Any], topology: Topology, work: Work) -> dict[str
     for name in dict.fromkeys(row["program"] for row in plan["pieces"].values()):
         program = plan["programs"].setdefault(name, {})
         mine = [row for row in plan["pieces"].values() if row["program"] == name]
-        for key in ("flops", "bytes", "model_flops", "roofline_seconds", "compiler_seconds", "estimate_seconds"):
+        for key in (
+            "flops",
+            "bytes",
+            "model_flops",
+            "roofline_seconds",
+            "compiler_seconds",
+            "kernel_seconds",
+            "estimate_seconds",
+        ):
             program[key] = sum(row[key] * row["times"] for row in mine)
         program["utilisation"] = program["model_flops"] / (program["estimate_seconds"] * chip.flops)
         total += program["estimate_seconds"]

@@ -81,6 +81,8 @@ def computations(text: str) -> dict[str, list[str]]:
     """Lines of each computation of a program; that of the program itself is ENTRY."""
     bodies: dict[str, list[str]] = {}
     name = ""
+    # What a kernel says of itself breaks the lines of all operations made from it.
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text)
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
         if head and not line.startswith(" "):
