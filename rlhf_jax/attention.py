@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array
-from rlhf_jax.sharding import on_each_device
+from rlhf_jax.sharding import on_each_device, parts_are_known
 
 # Finite, so that a row whose every key is masked gives a uniform softmax and no NaN.
 MASKED = -1e30
@@ -80,7 +80,8 @@ def choose(
     if wanted == "plain" or cached or queries < LANES:
         return "plain"
     here = platform()
-    if here == "tpu" and by_segments:
+    # The compiler cannot cut the kernel: without a mesh (held-out figures of a run on many chips) it stays plain.
+    if here == "tpu" and by_segments and (parts_are_known() or jax.device_count() == 1):
         return "splash"
     if here == "gpu" and dtype in ("bfloat16", "float16") and not softcap and head % 8 == 0 and head <= 128:
         return "cudnn" if _ampere() else "plain"

@@ -93,6 +93,11 @@ def constrain(x: Array, *axes: str) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, dict(mesh.shape))))
 
 
+def parts_are_known() -> bool:
+    """Whether `on_each_device` knows each device's part: a mesh is set, or each device computes for itself (pmap)."""
+    return _mesh() is not None or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def on_each_device(
     function: Callable[..., Array], arrays: Sequence[tuple[Array, tuple[str, ...]]], *, out: int
 ) -> Array:

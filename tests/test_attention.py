@@ -125,18 +125,48 @@ WHOLE: dict[str, Any] = {
 }
 
 
-def test_a_program_is_given_what_its_platform_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose("auto", **WHOLE) == "plain"  # this is a CPU
+def test_on_a_cpu_it_is_plain() -> None:
+    assert choose("auto", **WHOLE) == "plain"
+
+
+def test_on_a_tpu_whole_rows_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
-    assert choose("auto", **WHOLE) == choose("auto", **WHOLE | {"softcap": 5.0, "dtype": "float32"}) == "splash"
-    assert choose("plain", **WHOLE) == "plain"
-    changes: list[dict[str, Any]] = [{"queries": 64}, {"by_segments": False}, {"cached": True}]
-    for change in changes:
-        assert choose("auto", **WHOLE | change) == "plain"
+    with jax.set_mesh(make_mesh(fsdp=8)):
+        assert choose("auto", **WHOLE) == choose("auto", **WHOLE | {"softcap": 5.0, "dtype": "float32"}) == "splash"
+        assert choose("plain", **WHOLE) == "plain"
+        changes: list[dict[str, Any]] = [{"queries": 64}, {"by_segments": False}, {"cached": True}]
+        for change in changes:
+            assert choose("auto", **WHOLE | change) == "plain"
+
+
+def test_the_kernel_is_only_for_programs_whose_parts_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    # Eight devices and nothing that says which of them holds what, as where a sharded state is evaluated.
+    assert choose("auto", **WHOLE) == "plain"
+    seen: list[str] = []
+
+    def each(x: jax.Array) -> jax.Array:
+        seen.append(choose("auto", **WHOLE))
+        return x
+
+    jax.pmap(each)(jnp.ones(8))
+    assert set(seen) == {"splash"}
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert choose("auto", **WHOLE) == "splash"
+
+
+def test_on_a_gpu_it_is_cudnn_where_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "platform", lambda: "gpu")
     monkeypatch.setattr(attention, "_ampere", lambda: True)
     assert choose("auto", **WHOLE) == choose("auto", **WHOLE | {"by_segments": False, "head": 128}) == "cudnn"
-    changes = [{"dtype": "float32"}, {"head": 68}, {"head": 136}, {"softcap": 5.0}, {"cached": True}, {"queries": 64}]
+    changes: list[dict[str, Any]] = [
+        {"dtype": "float32"},
+        {"head": 68},
+        {"head": 136},
+        {"softcap": 5.0},
+        {"cached": True},
+        {"queries": 64},
+    ]
     for change in changes:
         assert choose("auto", **WHOLE | change) == "plain"
     monkeypatch.setattr(attention, "_ampere", lambda: False)
@@ -157,7 +187,8 @@ def losses(config: ModelConfig, params: Any, **rows: Any) -> tuple[Any, Any]:
         hidden = hidden * mask
         return jnp.sum(jnp.sin(hidden)) / jnp.sum(mask), hidden
 
-    gradient, hidden = jax.jit(jax.grad(loss, has_aux=True))(params)
+    with jax.set_mesh(make_mesh()):
+        gradient, hidden = jax.jit(jax.grad(loss, has_aux=True))(params)
     return hidden, gradient
 
 

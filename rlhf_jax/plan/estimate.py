@@ -25,6 +25,10 @@ GIB = 2**30
 SECONDS = ("roofline_seconds", "compiler_seconds", "kernel_seconds", "estimate_seconds")
 
 
+class TooLarge(UserError):
+    """A program that takes more memory than a chip has."""
+
+
 def pod_devices(topology: Topology) -> Sequence[Any]:
     """Devices of a pod that is not there, for the compiler.
 
@@ -121,8 +125,8 @@ def counted(program: Any, topology: Topology, devices: Sequence[Any]) -> dict[st
     text = program.as_text()
     found, own = collectives(text), kernels(text, topology.chip.name)
     return {
-        # Not there where arrays are only moved.
-        "flops": program.cost_analysis().get("flops", 0.0) + own["kernel_flops"],
+        # Not there, or below 0, where arrays are only moved.
+        "flops": max(program.cost_analysis().get("flops", 0.0), 0.0) + own["kernel_flops"],
         "bytes": hbm_bytes(text),
         "collective_bytes": sum(one.received * one.times for one in found),
         "wire_seconds": wire_seconds(found, topology, devices),
@@ -169,7 +173,7 @@ def check_compiled(name: str, error: Exception) -> UserError:
     used = used or re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", text)
     if used is None:
         return UserError(f"{name}: the compiler refused it: {text[:300]}")
-    return UserError(
+    return TooLarge(
         f"{name}: found {used[1]} of HBM a chip, wanted at most {used[2]}; use a smaller --batch, more --microbatches, "
         "--remat full, a smaller --head-chunk, or more chips"
     )
@@ -180,12 +184,14 @@ def make_plan(
     topology: Topology,
     *,
     only: Literal["", "memory", "time"] = "",
+    while_it_fits: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Everything that is known of a stage on a pod, under plain keys; bytes, FLOPs and seconds are a chip's.
 
     Args:
       only: memory, from whole programs, or time, from their pieces, whose compilations take as long again.
+      while_it_fits: leave all else out once a program has not fitted.
       say: told of each program as it is compiled.
     Raises: UserError where the mesh, the batch or the model does not fit.
     """
@@ -212,7 +218,10 @@ def make_plan(
         "programs": {},
         "pieces": {},
     }
-    for name, program in programs.whole().items() if only != "time" else ():
+    whole = programs.whole()
+    # The update takes most: first, for those who would try something else.
+    for name in sorted(whole, key=lambda name: name != "update") if only != "time" else ():
+        program = whole[name]
         started, worked = time.monotonic(), time.process_time()
         try:
             binary = compiled(program, programs.mesh)
@@ -231,6 +240,9 @@ def make_plan(
         row = plan["programs"][name]
         row["fits"] = row["hbm_bytes"] <= limit
         say(f"{name}: compiled in {seconds:.0f} s, {row['hbm_bytes'] / GIB:.2f} of {limit / GIB:.0f} GiB a chip")
+        if while_it_fits and not row["fits"]:
+            return {**plan, "fits": False}
+    plan["programs"] = {name: plan["programs"][name] for name in whole if name in plan["programs"]}
     plan["fits"] = all(row["fits"] for row in plan["programs"].values())
     if only != "memory":
         for name, piece in programs.pieces().items():
