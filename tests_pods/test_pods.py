@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from rlhf_jax.model import ModelConfig
 from rlhf_jax.plan.chips import read_topology
 from rlhf_jax.plan.estimate import compiled, make_plan, pod_devices
 from rlhf_jax.plan.hlo import Collective, collectives
-from rlhf_jax.plan.kernels import kernels
+from rlhf_jax.plan.kernels import BUNDLES, kernels
 from rlhf_jax.plan.programs import Programs, Work
 from scripts.plan import Config, run
 
@@ -121,6 +123,21 @@ def test_kernels_are_counted_by_the_blocks_that_the_mask_leaves() -> None:
     assert found["kernels"] == 4
     assert found["kernel_flops"] == 4 * 3 * (2 + 2 + 4 + 3) * 2 * 512 * 512 * 64
     assert found["kernel_cycles"] == 4 * 3 * (2089 + 2089 + 2330 + 1756)
+
+
+def test_the_table_of_kernels_is_what_the_compiler_says() -> None:
+    # Its flags are read when the compiler is loaded: in a process of its own.
+    script = Path(__file__).parents[1] / "scripts" / "kernel_bundles.py"
+    done = subprocess.run([sys.executable, str(script), "v5e:2x4"], capture_output=True, text=True, check=True)
+    found = {
+        int(block): tuple(int(n) for n in numbers.split(","))
+        for block, numbers in re.findall(r"^v5e (\d+): \(([\d, ]+)\)", done.stdout, re.MULTILINE)
+    }
+    assert found.keys() == BUNDLES["v5e"].keys()
+    # A few bundles depend on the lengths of the loops around a block.
+    for block, known in BUNDLES["v5e"].items():
+        for one, other in zip(found[block], known, strict=True):
+            assert math.isclose(one, other, rel_tol=0.01), (block, found[block], known)
 
 
 def test_decoding_gathers_weights_once() -> None:
