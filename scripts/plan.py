@@ -88,7 +88,8 @@ class Config:
     search: bool = False
     """Try meshes, and with --remat auto rematerialisations, and rank those that fit."""
     only: Literal["", "memory", "time"] = ""
-    """Leave out the other half of the compilations; empty for both."""
+    """Leave out the other half of the compilations; empty for both. memory gives the time of the whole programs'
+    schedules as well, but nothing of decoding."""
 
     def __post_init__(self) -> None:
         for field in ("batch", "row_length", "price", "tokens", "head_chunk"):

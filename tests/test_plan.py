@@ -283,6 +283,18 @@ def test_kernels_by_hand() -> None:
     assert causal_blocks(512, 512, 512, 512) == 1
 
 
+def test_a_loop_takes_all_its_rounds() -> None:
+    body = KERNELS.partition("ENTRY")[2].partition("{\n")[2]
+    text = (
+        "HloModule jit_f\n\n%body (p: f32[4]) -> f32[4] {\n"
+        + body
+        + "\n"
+        + HLO.partition("\n\n")[2].partition("\n}\n\n")[2]
+    )
+    assert cycles(text) == 5 * 75
+    assert kernels(text, "v5e")["kernels"] == 5 * 2
+
+
 def test_auto_is_the_first_rematerialisation_that_fits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

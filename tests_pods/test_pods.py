@@ -56,12 +56,16 @@ def plan() -> dict[str, Any]:
 def test_every_program_of_ppo_compiles_and_adds_up(plan: dict[str, Any]) -> None:
     assert set(plan["programs"]) == {"rollout", "scoring", "update"}
     assert plan["fits"]
-    for row in plan["programs"].values():
+    rounds = {"rollout": 1, "scoring": 1, "update": WORK.minibatches * WORK.epochs}
+    for name, row in plan["programs"].items():
+        mine = [piece for piece in plan["pieces"].values() if piece["program"] == name]
+        pieces = sum(piece["estimate_seconds"] * piece["times"] for piece in mine)
+        assert math.isclose(row["estimate_seconds"], max(pieces, rounds[name] * row["scheduled_seconds"]))
+        # Both see the same work: loops and straight lines differ by what lies between the layers.
+        assert name == "rollout" or 0.5 < rounds[name] * row["scheduled_seconds"] / pieces < 2
         held = plan["parameters_bytes"] + plan["optimizer_bytes"] + plan["frozen_bytes"]
         assert held < row["hbm_bytes"] < plan["limit_bytes"]
         assert row["estimate_seconds"] >= row["roofline_seconds"] > 0
-        mine = [piece for piece in plan["pieces"].values() if piece["program"] in plan["programs"]]
-        assert row["estimate_seconds"] <= sum(piece["estimate_seconds"] * piece["times"] for piece in mine) + 1e-9
     assert math.isclose(plan["step_seconds"], sum(row["estimate_seconds"] for row in plan["programs"].values()))
     assert math.isclose(plan["tokens_per_second"] * plan["step_seconds"], plan["tokens_per_step"])
     decode = plan["pieces"]["decode"]

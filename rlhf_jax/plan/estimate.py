@@ -135,6 +135,16 @@ def counted(program: Any, topology: Topology, devices: Sequence[Any]) -> dict[st
     }
 
 
+def scheduled(text: str, topology: Topology, devices: Sequence[Any]) -> dict[str, float]:
+    """Seconds of a whole program by the schedule of its operations, loops with all their rounds, or of its links.
+
+    Other than in a piece nothing waits for another chip, and the links are busy beside the arithmetic throughout.
+    """
+    wire = wire_seconds(collectives(text), topology, devices)
+    here = (cycles(text) + kernels(text, topology.chip.name)["kernel_cycles"]) / topology.chip.clock
+    return {"wire_seconds": wire, "scheduled_seconds": max(here, wire)}
+
+
 def extrapolated(one: dict[str, float], two: dict[str, float], layers: int) -> dict[str, float]:
     """A figure of each kind at full depth, from those of one and of two unrolled layers."""
     return {name: max(one[name] + (layers - 1) * (two[name] - one[name]), 0.0) for name in one}
@@ -218,7 +228,7 @@ def make_plan(
         "programs": {},
         "pieces": {},
     }
-    whole = programs.whole()
+    whole, pieces = programs.whole(), programs.pieces()
     # The update takes most: first, for those who would try something else.
     for name in sorted(whole, key=lambda name: name != "update") if only != "time" else ():
         program = whole[name]
@@ -228,24 +238,32 @@ def make_plan(
         except jax.errors.JaxRuntimeError as error:
             raise check_compiled(name, error) from None
         seconds = time.monotonic() - started
-        found = collectives(binary.as_text())
+        text = binary.as_text()
+        found = collectives(text)
         plan["programs"][name] = {
             "compile_seconds": seconds,
             "compile_cpu_seconds": time.process_time() - worked,
             **memory_of(binary, program.arguments, resident, cache if name == "rollout" else 0),
             "collective_bytes": sum(one.received * one.times for one in found),
+            **scheduled(text, topology, list(programs.mesh.devices.flat)),
             "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         del binary
         row = plan["programs"][name]
         row["fits"] = row["hbm_bytes"] <= limit
-        say(f"{name}: compiled in {seconds:.0f} s, {row['hbm_bytes'] / GIB:.2f} of {limit / GIB:.0f} GiB a chip")
+        line = f"{name}: compiled in {seconds:.0f} s, {row['hbm_bytes'] / GIB:.2f} of {limit / GIB:.0f} GiB a chip"
+        if name != "rollout":
+            useful = sum(piece.model_flops * piece.times for piece in pieces.values() if piece.program == name)
+            share = useful / work.rounds(name) / topology.chips / (row["scheduled_seconds"] * topology.chip.flops)
+            row["scheduled_utilisation"] = share
+            line += f"; by its schedule {row['scheduled_seconds'] * 1e3:.4g} ms, {share:.1%} of the peak"
+        say(line)
         if while_it_fits and not row["fits"]:
             return {**plan, "fits": False}
     plan["programs"] = {name: plan["programs"][name] for name in whole if name in plan["programs"]}
     plan["fits"] = all(row["fits"] for row in plan["programs"].values())
     if only != "memory":
-        for name, piece in programs.pieces().items():
+        for name, piece in pieces.items():
             figures = piece_figures(piece, work.model.layers, topology)
             figures |= {"times": piece.times, "model_flops": piece.model_flops / topology.chips}
             plan["pieces"][name] = {"program": piece.program, **figures}
@@ -267,7 +285,10 @@ def decode_limit(plan: dict[str, Any], programs: Programs, chip: Chip) -> None:
 
 
 def whole_step(plan: dict[str, Any], topology: Topology, work: Work) -> dict[str, float]:
-    """Time of a step and what it implies, from its pieces; adds utilisation to programs and pieces."""
+    """Time of a step and what it implies, from its pieces; adds utilisation to programs and pieces.
+
+    A program takes as long as its pieces, or as the compiler's schedule of the whole of it where that is longer.
+    """
     chip, total, useful = topology.chip, 0.0, 0.0
     for row in plan["pieces"].values():
         row["utilisation"] = row["model_flops"] / (row["estimate_seconds"] * chip.flops)
@@ -284,6 +305,8 @@ def whole_step(plan: dict[str, Any], topology: Topology, work: Work) -> dict[str
             "estimate_seconds",
         ):
             program[key] = sum(row[key] * row["times"] for row in mine)
+        whole = work.rounds(name) * program.get("scheduled_seconds", 0.0)
+        program["estimate_seconds"] = max(program["estimate_seconds"], whole)
         program["utilisation"] = program["model_flops"] / (program["estimate_seconds"] * chip.flops)
         total += program["estimate_seconds"]
         useful += program["model_flops"]

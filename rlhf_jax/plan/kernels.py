@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 
-from rlhf_jax.plan.hlo import computations
+from rlhf_jax.plan.hlo import computations, times_of
 
 # Bundles of a block [edge, edge] of the scores, for heads of up to 128: (forward, gradient of keys and values, gradient
 # of queries). libtpu of requirements-pods.lock. On v4 and v5p they are those of one core, as if the other had nothing
@@ -27,12 +27,14 @@ PRODUCTS = (2, 4, 3)
 
 
 def kernels(text: str, chip: str) -> dict[str, float]:
-    """FLOPs and cycles of all splash kernels of a program without loops, and how many there are.
+    """FLOPs and cycles of all splash kernels of a program, and how many run; those in loops as often as they do.
 
     Source: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2, for the products.
     """
     found = {"kernel_flops": 0.0, "kernel_cycles": 0.0, "kernels": 0.0}
-    for line in computations(text)["ENTRY"]:
+    bodies = computations(text)
+    times = times_of(bodies)
+    for line, often in ((line, times[name]) for name, lines in bodies.items() for line in lines):
         name = re.match(r"\s+(?:ROOT )?%splash_\w*?_(fwd|dkv|dq)_", line)
         if name is None or 'custom_call_target="tpu_custom_call"' not in line:
             continue
@@ -42,11 +44,11 @@ def kernels(text: str, chip: str) -> dict[str, float]:
         steps, query, key = (_lengths(shapes[number]) for number in (0, 2, 3))
         rows, heads, queries, head = (1,) * (4 - len(query)) + query
         edges = (queries // steps[-2], key[-2] // steps[-1])
-        blocks = rows * heads * causal_blocks(queries, key[-2], *edges)
+        blocks = often * rows * heads * causal_blocks(queries, key[-2], *edges)
         area = math.prod(edges)
         found["kernel_flops"] += blocks * PRODUCTS[phase] * 2.0 * area * head
         found["kernel_cycles"] += blocks * BUNDLES[chip][edges[0]][phase] * math.ceil(head / 128)
-        found["kernels"] += 1
+        found["kernels"] += often
     return found
 
 
