@@ -272,6 +272,10 @@ def make_plan(
             say(f"{name}: {seconds * 1e3:.3g} ms, {piece.times} times a step, {share:.1%} of the peak")
         decode_limit(plan, programs, topology.chip)
         plan |= whole_step(plan, topology, work)
+    elif work.stage != "ppo":
+        row = plan["programs"]["update"]
+        plan |= {"step_seconds": row["scheduled_seconds"], "utilisation": row["scheduled_utilisation"]}
+        plan |= {"tokens_per_second": work.tokens / plan["step_seconds"]}
     return plan
 
 
@@ -310,12 +314,11 @@ def whole_step(plan: dict[str, Any], topology: Topology, work: Work) -> dict[str
         program["utilisation"] = program["model_flops"] / (program["estimate_seconds"] * chip.flops)
         total += program["estimate_seconds"]
         useful += program["model_flops"]
-    tokens = work.batch * work.row_length * (work.responses if work.stage == "reward" else 1)
     return {
         "step_seconds": total,
         "roofline_seconds": sum(row["roofline_seconds"] for row in plan["programs"].values()),
-        "tokens_per_step": tokens,
-        "tokens_per_second": tokens / total,
+        "tokens_per_step": work.tokens,
+        "tokens_per_second": work.tokens / total,
         "utilisation": useful / (total * chip.flops),
     }
 
