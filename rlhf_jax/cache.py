@@ -115,7 +115,7 @@ def products(query: Array, keys: Any) -> Array:
     return jnp.einsum("bgqd,bgsd->bgqs", query, keys.astype(query.dtype), preferred_element_type=jnp.float32)
 
 
-def mixture(weights: Array, values: Any, dtype: str) -> Array:
+def mixture(weights: Array, values: Any, dtype: Any) -> Array:
     """Weights [B, key heads, Q, S] times the values of one block's buffer, [B, key heads, Q, head] of `dtype`."""
     if isinstance(values, Chunks):
         ends = list(itertools.accumulate(_slots(part) for part in values.parts))

@@ -135,7 +135,7 @@ def collect(
       params: {"policy": …, "critic": …}.
       key: typed; of this iteration (and device) alone.
       kl_coef: β, scalar.
-      parts: a divisor of the prompts; so many parts of the episodes are scored one after the other, which bounds memory.
+      parts: a divisor of the prompts: so many parts of them are scored one after the other, which bounds memory.
       axis_name: a mapped axis over which the prompts are spread.
     Returns: (rollout, metrics); the metrics are shares, to be summed over the axis.
     """
@@ -196,9 +196,8 @@ def score(
     if config.pack:
         said = _said_packed(networks, params, frozen, tokens_BT, mask_BT, mask_BR, config)
     else:
-        said = by_parts(
-            lambda rows: _said(networks, params, frozen, *rows, config), (tokens_BT, mask_BT, mask_BR), parts
-        )
+        rows = (tokens_BT, mask_BT, mask_BR)
+        said = by_parts(lambda part: _said(networks, params, frozen, part[0], part[1], part[2], config), rows, parts)
     logp_BR, entropy_BR, ref_logp_BR, value_BR, raw_B = said
     score_B = (raw_B - frozen.score_mean) / frozen.score_scale
     if config.missing_end == "replace":

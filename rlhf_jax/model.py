@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Array, Params, pytree
-from rlhf_jax.cache import Cache, empty_cache, mixture, products, write
+from rlhf_jax.attention import MASKED, attend, choose
+from rlhf_jax.cache import Cache, empty_cache, write
 from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.rope import RopeScaling, frequencies, rotate
 from rlhf_jax.sharding import constrain, constrain_cache
 
 __all__ = [
+    "MASKED",
     "Cache",
     "ModelConfig",
     "Transformer",
@@ -33,9 +35,6 @@ __all__ = [
     "to_scalar_head",
     "unstack_blocks",
 ]
-
-# Finite, so that a row whose every key is masked gives a uniform softmax and no NaN.
-MASKED = -1e30
 
 
 def count_parameters(params: Params) -> int:
@@ -124,6 +123,7 @@ class Row:
     behind_BTS: how many real tokens further back they are, for the windows.
     filled: scalar, slots of the cache that were written before, or None without a cache.
     at_BQ: columns whose output the last block is asked for, or None for all.
+    segments_BT: where these alone say what a token may see, else None.
     """
 
     positions_BT: Array
@@ -131,6 +131,7 @@ class Row:
     behind_BTS: Array
     filled: Any
     at_BQ: Any
+    segments_BT: Any
 
     def asked(self, x: Array, last: int) -> Array:
         """Of what stands for each column, [B, T, …], the last ones or those at `at_BQ`; all with neither."""
@@ -213,16 +214,24 @@ class Attention(nn.Module):
             window_111 = jnp.reshape(layer.window, (1, 1, 1))
             allowed_BTS = allowed_BTS & ((row.behind_BTS < window_111) | (window_111 == 0))
         allowed_BTS = row.asked(allowed_BTS, self.last)
-        # Fold the query heads of a group into its rows: one product a key head, and no copy of the keys.
-        query = query.reshape(rows, groups, (config.heads // groups) * length, head)
-        scale = head**-0.5 if config.query_scale is None else config.query_scale
-        scores = products(query, key) * scale
-        if config.attention_softcap:
-            scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
-        scores = scores.reshape(rows, config.heads, length, -1)
-        weights = jax.nn.softmax(jnp.where(allowed_BTS[:, None], scores, MASKED), axis=-1)
-        weights = weights.reshape(rows, groups, (config.heads // groups) * length, -1)
-        mixed = mixture(weights, value, config.dtype).reshape(rows, config.heads, length, head)
+        mixed = attend(
+            query,
+            key,
+            value,
+            allowed_BTS,
+            row.segments_BT,
+            scale=head**-0.5 if config.query_scale is None else config.query_scale,
+            softcap=config.attention_softcap,
+            kind=choose(
+                config.attention,
+                queries=length,
+                head=head,
+                dtype=config.dtype,
+                softcap=config.attention_softcap,
+                by_segments=row.segments_BT is not None and row.at_BQ is None,
+                cached=buffers is not None,
+            ),
+        )
         mixed = mixed.transpose(0, 2, 1, 3).reshape(rows, length, config.heads * head)
         return _dense(config, config.width, "out", (2 * config.layers) ** -0.5)(mixed), buffers
 
@@ -393,7 +402,10 @@ class Transformer(nn.Module):
         x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "none", "none")
         x_BTD = self.dropout(x_BTD, deterministic=deterministic)
         behind_BTS = place_BT[:, :, None] - place_BS[:, None, :]
-        row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled, None)
+        # A window counts real tokens back, which segments do not tell.
+        windowed = any(0 < window < length for window in config.windows)
+        segments_BT = None if cache is not None or shared_prompt or windowed else segment_ids
+        row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled, None, segments_BT)
         x_BTD, keys, values = self._blocks(x_BTD, row, cache, deterministic, last, at_BQ)
         x_BTD = self.final_norm(x_BTD)
         if cache is None:

@@ -84,6 +84,8 @@ class ModelConfig:
     """Hold the blocks' parameters stacked and run them as one loop: compiled once whatever the depth."""
     remat: Literal["none", "full", "dots"] = "none"
     """What a block computes anew in the backward pass, to save memory: nothing, all, or all but matrix products."""
+    attention: Literal["auto", "plain"] = "auto"
+    """What computes attention over whole rows: a kernel where the platform has one (TPU, GPU), or plain products."""
     head_chunk: int = 0
     """Positions of a row whose logits a loss holds at a time, computed anew in the backward pass; 0 for all of them."""
     embedding_rows: int | None = None

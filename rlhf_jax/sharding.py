@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -91,6 +91,29 @@ def constrain(x: Array, *axes: str) -> Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, dict(mesh.shape))))
+
+
+def parts_are_known() -> bool:
+    """Whether `on_each_device` knows each device's part: a mesh is set, or each device computes for itself (pmap)."""
+    return _mesh() is not None or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def on_each_device(
+    function: Callable[..., Array], arrays: Sequence[tuple[Array, tuple[str, ...]]], *, out: int
+) -> Array:
+    """function(*arrays), on the part that each device has by their logical axes: for what the compiler cannot cut.
+
+    The result lies as the array of number `out`, with as many axes. Without a mesh it is function(*arrays).
+    """
+    mesh = _mesh()
+    given = [x for x, _ in arrays]
+    if mesh is None:
+        return function(*given)
+    places = tuple(spec(axes, x.shape, dict(mesh.shape)) for x, axes in arrays)
+    # The check of what varies between devices wants kernels to say so of their results; theirs do not.
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=places, out_specs=places[out], check_vma=False)
+    result: Array = mapped(*given)
+    return result
 
 
 def constrain_rows(x: Array) -> Array:

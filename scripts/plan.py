@@ -32,13 +32,13 @@ from rich.table import Table
 from rlhf_jax.cache import CacheDtype
 from rlhf_jax.config import RunConfig, at_least
 from rlhf_jax.errors import UserError
-from rlhf_jax.plan.chips import read_topology, written
-from rlhf_jax.plan.estimate import GIB, bill, make_plan
+from rlhf_jax.plan.chips import Topology, read_topology, written
+from rlhf_jax.plan.estimate import GIB, TooLarge, bill, make_plan
 from rlhf_jax.plan.models import read_model
 from rlhf_jax.plan.programs import Work
 from scripts import cli
 
-# What --search tries: all in memory that fits there, or nothing.
+# In the order of their speed: --search tries both, --remat auto the next where one does not fit.
 REMAT: tuple[Literal["dots", "full"], ...] = ("dots", "full")
 
 
@@ -72,8 +72,9 @@ class Config:
     """Parts of each, one after the other."""
     epochs: int = 1
     """Of PPO."""
-    remat: Literal["none", "full", "dots"] = "dots"
-    """What a layer computes anew in the backward pass."""
+    remat: Literal["auto", "none", "full", "dots"] = "auto"
+    """What a layer computes anew in the backward pass; auto: all but matrix products (dots) if that fits, else all
+    (full)."""
     head_chunk: int = 512
     """Positions of a row whose logits are held at a time; 0 holds all."""
     decode_parts: int = -1
@@ -88,9 +89,10 @@ class Config:
     json: str = ""
     """File for the figures."""
     search: bool = False
-    """Try meshes and rematerialisations, and rank those that fit."""
+    """Try meshes, and with --remat auto rematerialisations, and rank those that fit."""
     only: Literal["", "memory", "time"] = ""
-    """Leave out the other half of the compilations; empty for both."""
+    """Leave out the other half of the compilations; empty for both. memory gives the time of the whole programs'
+    schedules as well, but nothing of decoding."""
 
     def __post_init__(self) -> None:
         for field in ("batch", "row_length", "price", "tokens", "head_chunk"):
@@ -134,9 +136,8 @@ def run(config: Config) -> None:
         search(config, topology)
         return
     started = time.monotonic()
-    plan: dict[str, Any] = {"model": config.model, "remat": config.remat, "head_chunk": config.head_chunk}
-    work = work_of(config, chosen, config.remat)
-    plan |= make_plan(work, topology, only=config.only, say=_say)
+    remat, found = first_that_fits(config, chosen, topology)
+    plan: dict[str, Any] = {"model": config.model, "remat": remat, "head_chunk": config.head_chunk} | found
     if config.tokens and config.only != "memory":
         plan |= bill(plan, config.tokens, config.price)
     plan["wall_seconds"] = time.monotonic() - started
@@ -153,11 +154,31 @@ def run(config: Config) -> None:
         )
 
 
-def search(config: Config, topology: Any) -> None:
+def first_that_fits(config: Config, mesh: dict[str, int], topology: Topology) -> tuple[str, dict[str, Any]]:
+    """(rematerialisation, plan) of the one that is asked for, or of the first that fits; of the last where none does.
+
+    Without memory nothing tells what fits: then it is the last, which takes least.
+    """
+    tried = REMAT if config.remat == "auto" else (config.remat,)
+    if config.only == "time":
+        tried = tried[-1:]
+    for remat in tried[:-1]:
+        try:
+            plan = make_plan(work_of(config, mesh, remat), topology, only=config.only, while_it_fits=True, say=_say)
+            if plan["fits"]:
+                return remat, plan
+            reason = f"{_most(plan) / GIB:.1f} GiB a chip"
+        except TooLarge as error:
+            reason = str(error).partition(";")[0]
+        _say(f"--remat {remat} does not fit ({reason}); going on with --remat {tried[-1]}")
+    return tried[-1], make_plan(work_of(config, mesh, tried[-1]), topology, only=config.only, say=_say)
+
+
+def search(config: Config, topology: Topology) -> None:
     """Plans each mesh and rematerialisation, and prints those that fit, the fastest first."""
     found: list[tuple[float, str, dict[str, Any]]] = []
     for mesh in meshes(topology.chips):
-        for remat in REMAT:
+        for remat in REMAT if config.remat == "auto" else (config.remat,):
             label = f"{written(mesh)} remat={remat}"
             try:
                 plan = make_plan(work_of(config, mesh, remat), topology, only=config.only)

@@ -8,16 +8,16 @@
 # each worker's home with its .venv made by `make setup EXTRAS=tpu`, and the run's folder is one that all workers share:
 # a bucket mounted by gcsfuse, or a Filestore. Workers find each other by themselves (--distributed is added here).
 #
-# Nobody could try this file where it was written: there is no pod there. shellcheck has read it, and what it starts was
-# tried by scripts/local_cluster.py.
+# Nobody could try this file on a pod: there is none where it was written. shellcheck has read it, tests/test_tpu_pod.py
+# runs it with a gcloud of its own, and what it starts was tried by scripts/local_cluster.py.
 set -euo pipefail
 
 # As in rlhf_jax/distributed.py and scripts/cli.py: a mistake of the user's, or a stop on demand. The same again would
 # end the same, or is not wanted.
 readonly MISTAKE=2 INTERRUPTED=130 TERMINATED=143
 
-usage() {
-  sed -n 's/^# \{0,1\}//; 2,/^set/p' "$0" | sed '/^set/d' >&2
+refuse() {
+  echo "tpu_pod: $1; use scripts/tpu_pod.sh --pod NAME --zone ZONE [--restarts N] [--folder PATH] -- scripts/STAGE.py …" >&2
   exit "$MISTAKE"
 }
 
@@ -25,15 +25,19 @@ pod='' zone='' restarts=20 folder=rlhf_jax
 while (($#)); do
   case $1 in
     --pod | --zone | --restarts | --folder)
-      (($# > 1)) || usage
+      (($# > 1)) || refuse "$1: found nothing behind it, wanted a value"
       printf -v "${1#--}" '%s' "$2"
       shift 2
       ;;
-    --) shift && break ;;
-    *) usage ;;
+    --) break ;;
+    *) refuse "found $1, wanted --pod, --zone, --restarts, --folder, or -- before the script" ;;
   esac
 done
-if [[ ! $pod || ! $zone || ! $restarts =~ ^[0-9]+$ ]] || (($# == 0)); then usage; fi
+[[ $pod ]] || refuse '--pod: found nothing, wanted the name of the pod'
+[[ $zone ]] || refuse '--zone: found nothing, wanted the zone of the pod'
+[[ $restarts =~ ^[0-9]+$ ]] || refuse "--restarts: found $restarts, wanted a whole number"
+(($# > 1)) || refuse 'found no script, wanted -- and then what the workers run'
+shift
 
 # On all workers at once. gcloud's status is not 0 if that of any worker is not.
 on_all() {
@@ -47,6 +51,7 @@ pod_state() {
 await_pod() {
   local state
   until state=$(pod_state) && [[ $state == READY ]]; do
+    ((stopped)) && exit "$TERMINATED"
     echo "tpu_pod: $pod is $state; looking again in a minute" >&2
     sleep 60
   done
@@ -60,7 +65,7 @@ printf -v start 'cd %q && exec 3>.tpu_pod.lock && flock -n 3 || { kill -KILL "$(
 start+="echo \$\$ >.tpu_pod.id; exec .venv/bin/python $command --distributed"
 
 stop_all() {
-  stopped=1
+  ((stopped += 1))
   on_all "cd $(printf %q "$folder") && kill -TERM \$(cat .tpu_pod.id)" || true
 }
 
@@ -70,8 +75,14 @@ trap stop_all INT TERM
 
 for ((left = restarts; ; left--)); do
   await_pod
-  status=0
-  on_all "$start" || status=$?
+  # Behind the shell, which runs a trap only when it waits for nothing in front of it.
+  on_all "$start" &
+  child=$!
+  while
+    seen=$stopped status=0
+    wait "$child" || status=$?
+    ((stopped > seen)) # the signal ended the waiting, not the run
+  do :; done
   if ((status == 0 || status == MISTAKE || status == INTERRUPTED || status == TERMINATED || stopped || left == 0)); then
     exit "$status"
   fi

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.config import from_plain, to_plain
 from rlhf_jax.model import (
     ModelConfig,
     Transformer,
@@ -339,3 +340,10 @@ def test_the_last_block_gives_the_columns_asked_for(changes: dict) -> None:
     np.testing.assert_allclose(
         hidden(at_BQ=at), np.take_along_axis(np.asarray(whole), np.asarray(at)[:, :, None], 1), atol=1e-6
     )
+
+
+def test_a_config_of_an_older_run_loads() -> None:
+    config = KINDS["gemma3"]
+    saved = to_plain(config)
+    del saved["attention"]
+    assert from_plain(ModelConfig, saved, where="config.json") == config

@@ -16,13 +16,14 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
 from rlhf_jax.parallel import make_mesh, place, shard_rows
 from rlhf_jax.plan.chips import CHIPS, Chip, Topology, check_mesh, read_topology, written
-from rlhf_jax.plan.estimate import bill, check_compiled, check_fit, counted, extrapolated, timed
+from rlhf_jax.plan.estimate import TooLarge, bill, check_compiled, check_fit, counted, extrapolated, timed
 from rlhf_jax.plan.hlo import collectives
+from rlhf_jax.plan.kernels import causal_blocks, kernels
 from rlhf_jax.plan.models import read_model
 from rlhf_jax.plan.programs import Programs, Work, bytes_of
 from rlhf_jax.plan.traffic import cycles, hbm_bytes
 from rlhf_jax.scoring import response_losses, target_losses
-from scripts.plan import Config, run
+from scripts.plan import Config, first_that_fits, run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -249,6 +250,83 @@ def test_the_compilers_words_in_ours() -> None:
     )
     assert "Used" not in str(check_compiled("update", RuntimeError("Used 17.2G of 15.75G hbm. Exceeded")))
     assert str(check_compiled("update", RuntimeError("other\nwords"))) == "update: the compiler refused it: other words"
+
+
+KERNELS = """HloModule jit_f
+
+ENTRY %main (p: f32[4,8]) -> f32[4,8] {
+  %splash_mha_fwd_segmented_residuals.1 = (f32[2,512,128]{2,1,0}, bf16[2,8,1024,128]{3,2,1,0}) custom-call(%a, %b), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2,2]{2,1,0}, s8[1,2,2]{2,1,0}, \
+bf16[2,8,1024,128]{3,2,1,0}, bf16[2,2,1024,128]{3,2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}
+  ROOT %splash_mha_dkv_segmented_no_residuals.2 = (f32[2,512,128]{2,1,0}) custom-call(%a, %b), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,2]{2,1,0}, s8[1,1,2]{2,1,0}, \
+bf16[8,512,256]{2,1,0}, bf16[2,1024,256]{2,1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, backend_config={"estimated_cycles":"70"}
+  %fusion.1 = f32[4]{0} fusion(%p), kind=kLoop, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, backend_config={"estimated_cycles":"5"}
+}
+"""
+
+
+def test_kernels_by_hand() -> None:
+    found = kernels(KERNELS, "v5e")
+    assert found["kernels"] == 2
+    # Two rows of 8 heads, three of four blocks, two products; one row of 8, the last 512 queries, so both blocks.
+    forward, backward = 2 * 8 * 3, 8 * 2
+    assert found["kernel_flops"] == (forward * 2 * 128 + backward * 4 * 256) * 2 * 512 * 512
+    # A head of 256 is twice one of 128.
+    assert found["kernel_cycles"] == forward * 2089 + backward * 2 * 2330
+    # What stands behind a kernel's own words is read as well.
+    assert cycles(KERNELS) == 75
+    assert causal_blocks(1024, 1024, 128, 128) == 36
+    assert causal_blocks(512, 512, 512, 512) == 1
+
+
+def test_a_loop_takes_all_its_rounds() -> None:
+    body = KERNELS.partition("ENTRY")[2].partition("{\n")[2]
+    text = (
+        "HloModule jit_f\n\n%body (p: f32[4]) -> f32[4] {\n"
+        + body
+        + "\n"
+        + HLO.partition("\n\n")[2].partition("\n}\n\n")[2]
+    )
+    assert cycles(text) == 5 * 75
+    assert kernels(text, "v5e")["kernels"] == 5 * 2
+
+
+def test_auto_is_the_first_rematerialisation_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"dots": 20 * 2**30, "full": 7 * 2**30}
+    tried: list[str] = []
+
+    def planned(work: Work, topology: Topology, **settings: Any) -> dict[str, Any]:
+        tried.append(work.model.remat)
+        if work.row_length == 16 and work.model.remat == "dots":
+            raise TooLarge("update: found 19.69G of HBM a chip, wanted at most 15.75G; use less")
+        size = sizes[work.model.remat]
+        return {"fits": size <= topology.chip.memory, "programs": {"update": {"hbm_bytes": size}}}
+
+    monkeypatch.setattr("scripts.plan.make_plan", planned)
+    mesh = {"data": 1, "fsdp": 8, "tensor": 1}
+
+    def first(topology: str, **settings: Any) -> str:
+        tried.clear()
+        config = Config(model="gpt2", stage="sft", topology=topology, **settings)
+        return first_that_fits(config, mesh, read_topology(topology))[0]
+
+    assert (first("v5p:2x2x2"), tried) == ("dots", ["dots"])
+    assert capsys.readouterr().err == ""
+    assert (first("v5e:2x4"), tried) == ("full", ["dots", "full"])
+    assert capsys.readouterr().err == "--remat dots does not fit (20.0 GiB a chip); going on with --remat full\n"
+    assert first("v5p:2x2x2", row_length=16) == "full"
+    assert "(update: found 19.69G of HBM a chip, wanted at most 15.75G)" in capsys.readouterr().err
+    assert (first("v5e:2x4", remat="dots"), tried) == ("dots", ["dots"])
+    assert (first("v5e:2x4", only="time"), tried) == ("full", ["full"])
 
 
 def test_the_command_refuses_before_it_compiles() -> None:

@@ -14,6 +14,7 @@ import jax
 from rlhf_jax.errors import UserError
 from rlhf_jax.plan.chips import Chip, Topology, check_mesh, written
 from rlhf_jax.plan.hlo import Collective, collectives
+from rlhf_jax.plan.kernels import kernels
 from rlhf_jax.plan.programs import Piece, Program, Programs, Work, bytes_of
 from rlhf_jax.plan.traffic import cycles, hbm_bytes
 from rlhf_jax.sharding import AXES
@@ -21,6 +22,11 @@ from rlhf_jax.sharding import AXES
 # A collective that is spread over the fusions around it has its buffers counted in each of them: for counting, not.
 COUNTABLE: dict[str, str | bool] = {"xla_tpu_enable_async_collective_fusion": "false"}
 GIB = 2**30
+SECONDS = ("roofline_seconds", "compiler_seconds", "kernel_seconds", "estimate_seconds")
+
+
+class TooLarge(UserError):
+    """A program that takes more memory than a chip has."""
 
 
 def pod_devices(topology: Topology) -> Sequence[Any]:
@@ -117,15 +123,26 @@ def wire_seconds(found: list[Collective], topology: Topology, devices: Sequence[
 def counted(program: Any, topology: Topology, devices: Sequence[Any]) -> dict[str, float]:
     """What a program without loops takes of a chip."""
     text = program.as_text()
-    found = collectives(text)
+    found, own = collectives(text), kernels(text, topology.chip.name)
     return {
-        # Not there where arrays are only moved.
-        "flops": program.cost_analysis().get("flops", 0.0),
+        # Not there, or below 0, where arrays are only moved.
+        "flops": max(program.cost_analysis().get("flops", 0.0), 0.0) + own["kernel_flops"],
         "bytes": hbm_bytes(text),
         "collective_bytes": sum(one.received * one.times for one in found),
         "wire_seconds": wire_seconds(found, topology, devices),
-        "compiler_seconds": cycles(text) / topology.chip.clock,
+        "compiler_seconds": (cycles(text) + own["kernel_cycles"]) / topology.chip.clock,
+        "kernel_seconds": own["kernel_cycles"] / topology.chip.clock,
     }
+
+
+def scheduled(text: str, topology: Topology, devices: Sequence[Any]) -> dict[str, float]:
+    """Seconds of a whole program by the schedule of its operations, loops with all their rounds, or of its links.
+
+    Other than in a piece nothing waits for another chip, and the links are busy beside the arithmetic throughout.
+    """
+    wire = wire_seconds(collectives(text), topology, devices)
+    here = (cycles(text) + kernels(text, topology.chip.name)["kernel_cycles"]) / topology.chip.clock
+    return {"wire_seconds": wire, "scheduled_seconds": max(here, wire)}
 
 
 def extrapolated(one: dict[str, float], two: dict[str, float], layers: int) -> dict[str, float]:
@@ -166,7 +183,7 @@ def check_compiled(name: str, error: Exception) -> UserError:
     used = used or re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", text)
     if used is None:
         return UserError(f"{name}: the compiler refused it: {text[:300]}")
-    return UserError(
+    return TooLarge(
         f"{name}: found {used[1]} of HBM a chip, wanted at most {used[2]}; use a smaller --batch, more --microbatches, "
         "--remat full, a smaller --head-chunk, or more chips"
     )
@@ -177,12 +194,14 @@ def make_plan(
     topology: Topology,
     *,
     only: Literal["", "memory", "time"] = "",
+    while_it_fits: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Everything that is known of a stage on a pod, under plain keys; bytes, FLOPs and seconds are a chip's.
 
     Args:
       only: memory, from whole programs, or time, from their pieces, whose compilations take as long again.
+      while_it_fits: leave all else out once a program has not fitted.
       say: told of each program as it is compiled.
     Raises: UserError where the mesh, the batch or the model does not fit.
     """
@@ -209,28 +228,42 @@ def make_plan(
         "programs": {},
         "pieces": {},
     }
-    for name, program in programs.whole().items() if only != "time" else ():
+    whole, pieces = programs.whole(), programs.pieces()
+    # The update takes most: first, for those who would try something else.
+    for name in sorted(whole, key=lambda name: name != "update") if only != "time" else ():
+        program = whole[name]
         started, worked = time.monotonic(), time.process_time()
         try:
             binary = compiled(program, programs.mesh)
         except jax.errors.JaxRuntimeError as error:
             raise check_compiled(name, error) from None
         seconds = time.monotonic() - started
-        found = collectives(binary.as_text())
+        text = binary.as_text()
+        found = collectives(text)
         plan["programs"][name] = {
             "compile_seconds": seconds,
             "compile_cpu_seconds": time.process_time() - worked,
             **memory_of(binary, program.arguments, resident, cache if name == "rollout" else 0),
             "collective_bytes": sum(one.received * one.times for one in found),
+            **scheduled(text, topology, list(programs.mesh.devices.flat)),
             "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         del binary
         row = plan["programs"][name]
         row["fits"] = row["hbm_bytes"] <= limit
-        say(f"{name}: compiled in {seconds:.0f} s, {row['hbm_bytes'] / GIB:.2f} of {limit / GIB:.0f} GiB a chip")
+        line = f"{name}: compiled in {seconds:.0f} s, {row['hbm_bytes'] / GIB:.2f} of {limit / GIB:.0f} GiB a chip"
+        if name != "rollout":
+            useful = sum(piece.model_flops * piece.times for piece in pieces.values() if piece.program == name)
+            share = useful / work.rounds(name) / topology.chips / (row["scheduled_seconds"] * topology.chip.flops)
+            row["scheduled_utilisation"] = share
+            line += f"; by its schedule {row['scheduled_seconds'] * 1e3:.4g} ms, {share:.1%} of the peak"
+        say(line)
+        if while_it_fits and not row["fits"]:
+            return {**plan, "fits": False}
+    plan["programs"] = {name: plan["programs"][name] for name in whole if name in plan["programs"]}
     plan["fits"] = all(row["fits"] for row in plan["programs"].values())
     if only != "memory":
-        for name, piece in programs.pieces().items():
+        for name, piece in pieces.items():
             figures = piece_figures(piece, work.model.layers, topology)
             figures |= {"times": piece.times, "model_flops": piece.model_flops / topology.chips}
             plan["pieces"][name] = {"program": piece.program, **figures}
@@ -239,6 +272,10 @@ def make_plan(
             say(f"{name}: {seconds * 1e3:.3g} ms, {piece.times} times a step, {share:.1%} of the peak")
         decode_limit(plan, programs, topology.chip)
         plan |= whole_step(plan, topology, work)
+    elif work.stage != "ppo":
+        row = plan["programs"]["update"]
+        plan |= {"step_seconds": row["scheduled_seconds"], "utilisation": row["scheduled_utilisation"]}
+        plan |= {"tokens_per_second": work.tokens / plan["step_seconds"]}
     return plan
 
 
@@ -252,24 +289,36 @@ def decode_limit(plan: dict[str, Any], programs: Programs, chip: Chip) -> None:
 
 
 def whole_step(plan: dict[str, Any], topology: Topology, work: Work) -> dict[str, float]:
-    """Time of a step and what it implies, from its pieces; adds utilisation to programs and pieces."""
+    """Time of a step and what it implies, from its pieces; adds utilisation to programs and pieces.
+
+    A program takes as long as its pieces, or as the compiler's schedule of the whole of it where that is longer.
+    """
     chip, total, useful = topology.chip, 0.0, 0.0
     for row in plan["pieces"].values():
         row["utilisation"] = row["model_flops"] / (row["estimate_seconds"] * chip.flops)
     for name in dict.fromkeys(row["program"] for row in plan["pieces"].values()):
         program = plan["programs"].setdefault(name, {})
         mine = [row for row in plan["pieces"].values() if row["program"] == name]
-        for key in ("flops", "bytes", "model_flops", "roofline_seconds", "compiler_seconds", "estimate_seconds"):
+        for key in (
+            "flops",
+            "bytes",
+            "model_flops",
+            "roofline_seconds",
+            "compiler_seconds",
+            "kernel_seconds",
+            "estimate_seconds",
+        ):
             program[key] = sum(row[key] * row["times"] for row in mine)
+        whole = work.rounds(name) * program.get("scheduled_seconds", 0.0)
+        program["estimate_seconds"] = max(program["estimate_seconds"], whole)
         program["utilisation"] = program["model_flops"] / (program["estimate_seconds"] * chip.flops)
         total += program["estimate_seconds"]
         useful += program["model_flops"]
-    tokens = work.batch * work.row_length * (work.responses if work.stage == "reward" else 1)
     return {
         "step_seconds": total,
         "roofline_seconds": sum(row["roofline_seconds"] for row in plan["programs"].values()),
-        "tokens_per_step": tokens,
-        "tokens_per_second": tokens / total,
+        "tokens_per_step": work.tokens,
+        "tokens_per_second": work.tokens / total,
         "utilisation": useful / (total * chip.flops),
     }
 

@@ -49,7 +49,7 @@ def collectives(text: str) -> list[Collective]:
     A loop that may end early, as sampling does, counts with the rounds that it may take.
     """
     bodies = computations(text)
-    times = _times(bodies)
+    times = times_of(bodies)
     found: dict[str, Collective] = {}
     for name, lines in bodies.items():
         scattered = "all-reduce-scatter" in name
@@ -81,6 +81,8 @@ def computations(text: str) -> dict[str, list[str]]:
     """Lines of each computation of a program; that of the program itself is ENTRY."""
     bodies: dict[str, list[str]] = {}
     name = ""
+    # What a kernel says of itself breaks the lines of all operations made from it.
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text)
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
         if head and not line.startswith(" "):
@@ -91,7 +93,7 @@ def computations(text: str) -> dict[str, list[str]]:
     return bodies
 
 
-def _times(bodies: dict[str, list[str]]) -> dict[str, int]:
+def times_of(bodies: dict[str, list[str]]) -> dict[str, int]:
     """How often each computation runs in a run of the program."""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in bodies.items():

@@ -61,6 +61,15 @@ class Work:
         """Optimizer steps and microbatches of a batch in one epoch."""
         return self.microbatches * (self.minibatches if self.stage == "ppo" else 1)
 
+    @property
+    def tokens(self) -> int:
+        """Of a step, those of its rows."""
+        return self.batch * self.row_length * (self.responses if self.stage == "reward" else 1)
+
+    def rounds(self, program: str) -> int:
+        """How often a step runs a whole program."""
+        return self.minibatches * self.epochs if self.stage == "ppo" and program == "update" else 1
+
     def filled(self) -> Work:
         """The same with every size given.
 

@@ -1,4 +1,4 @@
-"""What a straight-line program moves over HBM, and the cycles that the compiler gives it, read from its text.
+"""What a straight-line program moves over HBM, and the cycles that the compiler gives any, read from its text.
 
 The compiler's own "bytes accessed" counts a weight that is fetched in four slices four times, and what stays in the
 chip's fast memory as if it did not. Its "optimal_seconds" follows that, and has -1 s for each operation that it cannot
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 
-from rlhf_jax.plan.hlo import BYTES, computations
+from rlhf_jax.plan.hlo import BYTES, computations, times_of
 
 # They name what is there, or end what another began.
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "iota"}
@@ -20,9 +20,19 @@ SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\](\{[^{}]*\})?")
 
 
 def cycles(text: str) -> float:
-    """Of all operations that the compiler gives a number; those between chips and prefetches have none."""
+    """Of all operations that the compiler gives a number, those in loops as often as they are done.
+
+    Operations between chips and prefetches have none; those in a fusion have theirs with it.
+    """
+    bodies = computations(text)
+    times = times_of(bodies)
     return float(
-        sum(int(n) for line in computations(text)["ENTRY"] for n in re.findall(r'"estimated_cycles":"(\d+)"', line))
+        sum(
+            times[name] * int(n)
+            for name, lines in bodies.items()
+            for line in lines
+            for n in re.findall(r'"estimated_cycles":"(\d+)"', line)
+        )
     )
 
 
