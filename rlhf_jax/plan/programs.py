@@ -289,7 +289,7 @@ class Programs:
     def _ppo(self) -> dict[str, Program]:
         work, config, networks = self.work, self.ppo_config(), self.networks()
         ids = {"eos_id": 0, "pad_id": 1}
-        rows = work.batch // work.minibatches
+        rows, parts = work.batch // work.minibatches, work.minibatches * work.microbatches
         text = self.tokens(work.pretraining_batch // work.minibatches, work.row_length)
         carry = (self.trained(), self.opt_state())
         return {
@@ -299,7 +299,7 @@ class Programs:
             ),
             "scoring": Program(
                 lambda params, frozen, prompts, sampled, kl_coef: score(
-                    networks, params, frozen, prompts, sampled, kl_coef, config.episode, eos_id=0
+                    networks, params, frozen, prompts, sampled, kl_coef, config.episode, eos_id=0, parts=parts
                 ),
                 (self.trained(), self.frozen(), self.prompts(work.batch), self._sampled(), self.scalar()),
             ),
