@@ -32,6 +32,13 @@ def test_the_second_start_parses_nothing(corpus: Corpus, tmp_path: Path, monkeyp
     assert load_corpus() == corpus
     assert len(parsed) == 2
 
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(embedded, "user_cache", homeless)
+    assert load_corpus() == corpus
+    assert len(parsed) == 3
+
 
 @pytest.mark.parametrize(
     ("name", "words"),

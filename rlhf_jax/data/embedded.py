@@ -157,7 +157,10 @@ def _functions_of_library(root: Path) -> list[tuple[str, str | None, str, list[s
 def _remembered(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
     """The same, from the user's cache where an earlier start has left it: parsing takes seconds."""
     key = hashlib.sha256(f"{_READ_AS} {sys.version} {root}".encode()).hexdigest()
-    path = user_cache() / f"library-{key[:16]}.json"
+    try:
+        path = user_cache() / f"library-{key[:16]}.json"
+    except RuntimeError:  # a user without a home, as in some containers
+        return _functions_of_library(root)
     try:
         rows = read_json(path)["functions"]
         return [(str(where), docstring, str(name), list(arguments)) for where, docstring, name, arguments in rows]
