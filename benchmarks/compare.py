@@ -27,6 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+from page import ORDER, made_by, write_section
 from shapes import JOBS, SIZES
 
 from scripts.huge_pages import TUNABLES
@@ -147,15 +148,11 @@ HEAD = (
 )
 
 
-def page(results: Sequence[dict[str, Any]]) -> str:
-    """benchmarks/RESULTS.md."""
+def section(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The section of benchmarks/RESULTS.md."""
     versions = results[0]["versions"] | {"peer": {k: v for r in results for k, v in r["versions"]["peer"].items()}}
-    said = {side: ", ".join(f"{name} {version}" for name, version in versions[side].items()) for side in versions}
-    lines = [
-        "# Ours beside the peers",
-        "",
-        f"Made by `benchmarks/compare.py` on {time.strftime('%Y-%m-%d')}: {os.cpu_count()} cores of "
-        f"{_processor()}, Python {platform.python_version()}; ours: {said['ours']}; peer: {said['peer']}.",
+    return [
+        made_by("compare.py", versions),
         "",
         "Ratio: ours / peer in work per second, of samples taken in turn in one run; a sample is quiet where",
         f"everything else used less than {QUIET} cores meanwhile. Both sides have the same threads and malloc's huge",
@@ -169,15 +166,6 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         "`rankings` counts each response once, in one pair, where ours learns from all six pairs of four; `sample*`",
         "transformers' generate; `ppo*` TRL's PPOTrainer. float32 and no gradient checkpointing on both sides.",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 @contextlib.contextmanager
@@ -211,7 +199,7 @@ def main() -> None:
             whole = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "python": platform.python_version()}
             Path(given.json).write_text(json.dumps(whole | {"results": results}, indent=1) + "\n", encoding="utf-8")
     if given.results:
-        Path(given.results).write_text(page(results), encoding="utf-8")
+        write_section(given.results, ORDER[0], section(results))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from page import ORDER, made_by, write_section
+
 SHAPES = {
     "cube": (1024, 1024, 1024),
     "train qkv": (4096, 256, 768),
@@ -46,12 +48,12 @@ def timed(run: Callable[[], Any], work: float, repeats: int = 9) -> float:
     return statistics.median(rates)
 
 
-def by_jax() -> dict[str, float]:
+def by_jax() -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
     product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1.0)
-    found = {}
+    found: dict[str, Any] = {"version": jax.__version__}
     for name, (m, k, n) in SHAPES.items():
         left, right = jnp.ones((m, k)), jnp.ones((k, n))
         found[name] = timed(lambda a=left, b=right: product(a, b).block_until_ready(), 2e-9 * m * k * n)  # type: ignore[misc]
@@ -60,11 +62,11 @@ def by_jax() -> dict[str, float]:
     return found
 
 
-def by_torch() -> dict[str, float]:
+def by_torch() -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = {}
+    found: dict[str, Any] = {"version": torch.__version__}
     with torch.inference_mode():
         for name, (m, k, n) in SHAPES.items():
             left, right = torch.ones(m, k), torch.ones(k, n)
@@ -78,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", default="", help="an interpreter with torch")
     parser.add_argument("--only", choices=("jax", "torch"), help="one line of JSON for this one")
+    parser.add_argument("--results", default="", help="page for the table, such as benchmarks/RESULTS.md")
     given = parser.parse_args()
     if given.only:
         print(json.dumps(by_jax() if given.only == "jax" else by_torch()))
@@ -87,9 +90,14 @@ def main() -> None:
     for name, python in columns.items():
         command = [python, __file__, "--only", name]
         found[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print("| GFLOP/s (copy: GB/s), medians | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    lines = ["| GFLOP/s (copy: GB/s), medians | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for row in [*SHAPES, "copy"]:
-        print(f"| {row} | " + " | ".join(f"{found[name][row]:.1f}" for name in columns) + " |")
+        shape = " × ".join(map(str, SHAPES[row])) if row in SHAPES else f"{FLOATS * 4 >> 20} MiB"
+        lines.append(f"| {row}, {shape} | " + " | ".join(f"{found[name][row]:.1f}" for name in columns) + " |")
+    print("\n".join(lines))
+    if given.results:
+        versions = {name: {"version": found[name]["version"]} for name in columns}
+        write_section(given.results, ORDER[1], [made_by("floor.py", versions), "", *lines])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 from gauge import Worker
 from shapes import EOS, JOBS, SIZES, read_rows, stop_ids
 
-from rlhf_jax.arrays import PromptBatch, TokenBatch
+from rlhf_jax.arrays import PromptBatch, TokenBatch, TrainState
 from rlhf_jax.data import Demonstration, Ledger, encode_demonstrations
 from rlhf_jax.data.batches import RaggedRows, RankingRows, SharedRankingRows, batch_at
 from rlhf_jax.data.embedded import load_corpus
@@ -31,7 +31,7 @@ from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks
 from rlhf_jax.generate import generate
 from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh, place
+from rlhf_jax.parallel import CompiledUpdate, jit_update, make_mesh, outline, place
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 from rlhf_jax.tokenizer import Tokenizer
 from scripts.huge_pages import give_back_what_compiling_took
@@ -57,8 +57,8 @@ def trained(make: Callable[[Any], Any], params: Any, batch: Callable[[int], Any]
     """A sample that is one compiled update of the next batch."""
     optimizer = make_optimizer(OptimConfig(learning_rate=3e-4), 1000)
     mesh = make_mesh()
-    state = place(new_state(params, optimizer.init(params), 0), mesh)
     update = jit_update(make(optimizer), mesh)
+    state = compiled(update, lambda: new_state(params, optimizer.init(params), 0), mesh, batch(0))
     turn = 0
 
     def step() -> float:
@@ -70,6 +70,12 @@ def trained(make: Callable[[Any], Any], params: Any, batch: Callable[[int], Any]
         return work(rows)
 
     return step
+
+
+def compiled(update: CompiledUpdate, make: Callable[[], TrainState], mesh: Any, batch: Any, *frozen: Any) -> Any:
+    """The first state, made once its update is compiled, as `runs.train` does."""
+    update.prepare(outline(make, mesh), batch, *frozen)
+    return place(make(), mesh)
 
 
 def lm(size: str, job: dict[str, Any], random: np.random.Generator) -> Any:
@@ -172,17 +178,23 @@ def ppo_iteration(size: str, job: dict[str, Any], random: np.random.Generator, v
     )
     mesh = make_mesh()
     frozen = place(Frozen(policy, judge, jnp.zeros(()), jnp.ones(())), mesh)
-    state = place(ppo.initial_state(config, *jax.tree.map(jnp.copy, (policy, judge))), mesh)
     # No id of the vocabulary ends a response of the fixed length, as in TRL, whose end token lies past it.
     ends = tuple(stop_ids(vocabulary)) if varied else (vocabulary,)
     update = jit_update(ppo.make_update(networks, config, eos_id=ends, pad_id=EOS), mesh)
 
-    def step() -> float:
-        nonlocal state
+    def batch() -> ppo.Batch:
         shape = (job["batch"], job["prompt"])
         tokens = random.integers(1, vocabulary, shape).astype(np.int32)
-        batch = ppo.Batch(PromptBatch(*(tokens, np.ones(shape, bool))), None)  # type: ignore[arg-type]
-        state, metrics = update(state, batch, frozen)
+        return ppo.Batch(PromptBatch(*(tokens, np.ones(shape, bool))), None)  # type: ignore[arg-type]
+
+    def make() -> TrainState:
+        return ppo.initial_state(config, *jax.tree.map(jnp.copy, (policy, judge)))
+
+    state = compiled(update, make, mesh, batch(), frozen)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = update(state, batch(), frozen)
         float(metrics["policy_loss"])
         return float(job["batch"])
 

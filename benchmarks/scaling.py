@@ -1,17 +1,20 @@
-"""How cost grows with width, depth, batch, context and response length: measured times and fitted exponents.
+"""How cost grows with width, depth, batch, context, response length and devices: times and fitted exponents.
 
-python benchmarks/scaling.py --json scaling.json
+python benchmarks/scaling.py --json scaling.json --results benchmarks/RESULTS.md
 
 A training step, or sampling, is timed at a few values of one size, the others fixed; the exponent is the slope of
 log time against log size. Beside it stands the slope of the floating-point operations, counted from the shapes: what a
-machine would show that does nothing else. Small sizes lie below it, since a step has fixed costs.
+machine would show that does nothing else. Small sizes lie below it, since a step has fixed costs. A CPU's devices share
+its cores: there the same batch on more of them costs the same at best, and the exponent is what spreading it costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +31,7 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
+from page import ORDER, made_by, write_section
 
 from rlhf_jax.arrays import TokenBatch
 from rlhf_jax.generate import generate
@@ -36,15 +40,21 @@ from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
 from rlhf_jax.parallel import jit_update, make_mesh, place
 from rlhf_jax.stages import pretrain
 
-BASE = {"width": 256, "layers": 4, "batch": 16, "context": 256, "response": 64}
+BASE = {"width": 256, "layers": 4, "batch": 16, "context": 256, "response": 64, "devices": 1}
 VALUES = {
     "width": (128, 256, 512),
     "layers": (2, 4, 8),
     "batch": (8, 16, 32),
     "context": (128, 256, 512),
     "response": (32, 64, 128),
+    "devices": (1, 2, 4, 8),
 }
+JOBS = (
+    ("training step", ("width", "layers", "batch", "context", "devices")),
+    ("sampling", ("width", "layers", "batch", "response")),
+)
 VOCABULARY = 4096
+VERSIONS = {"ours": {"jax": jax.__version__}}
 
 
 def model(size: dict[str, int]) -> Transformer:
@@ -57,7 +67,7 @@ def training(size: dict[str, int]) -> tuple[Callable[[], Any], float]:
     network = model(size)
     params = init_params(network, jax.random.key(0))
     optimizer = make_optimizer(OptimConfig(), 1000)
-    mesh = make_mesh()
+    mesh = make_mesh(size["devices"])
     state = place(new_state(params, optimizer.init(params), 0), mesh)
     update = jit_update(pretrain.make_update(network, optimizer), mesh)
     shape = (size["batch"], size["context"] + 1)
@@ -104,29 +114,59 @@ def slope(sizes: tuple[int, ...], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 
+def measured(job: str, name: str, repeats: int) -> dict[str, Any]:
+    """Times at the sizes of one name, and the exponents of time and of operations."""
+    make = {"training step": training, "sampling": sampling}[job]
+    times, operations = [], []
+    for value in VALUES[name]:
+        run, work = make(BASE | {name: value})
+        times.append(seconds(run, repeats))
+        operations.append(work)
+    exponents = (slope(VALUES[name], times), slope(VALUES[name], operations))
+    return {"sizes": VALUES[name], "seconds": times, "exponents": exponents}
+
+
+def in_a_child(job: str, name: str, repeats: int) -> dict[str, Any]:
+    """The same, in a process whose CPU is as many devices as are asked for."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(VALUES['devices'])}"
+    command = [sys.executable, __file__, "--repeats", f"{repeats}", "--one", job, name]
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", default="")
+    parser.add_argument("--results", default="", help="page for the table, such as benchmarks/RESULTS.md")
+    parser.add_argument("--one", nargs=2, metavar=("JOB", "SIZE"), help="one line of JSON for this one")
     given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measured(*given.one, given.repeats)))
+        return
     found = {}
-    print("| job | size | seconds | exponent | of the operations |\n|---|---|---|---|---|")
-    for job, make, names in (
-        ("training step", training, ("width", "layers", "batch", "context")),
-        ("sampling", sampling, ("width", "layers", "batch", "response")),
-    ):
+    lines = ["| job | size | seconds | exponent | of the operations |", "|---|---|---|---|---|"]
+    print("\n".join(lines))
+    for job, names in JOBS:
         for name in names:
-            times, operations = [], []
-            for value in VALUES[name]:
-                run, work = make(BASE | {name: value})
-                times.append(seconds(run, given.repeats))
-                operations.append(work)
-            exponents = (slope(VALUES[name], times), slope(VALUES[name], operations))
-            found[f"{job}, {name}"] = {"sizes": VALUES[name], "seconds": times, "exponents": exponents}
-            shown = ", ".join(f"{value}: {taken:.3f}" for value, taken in zip(VALUES[name], times, strict=True))
-            print(f"| {job} | {name} | {shown} | {exponents[0]:.2f} | {exponents[1]:.2f} |", flush=True)
+            on_cpu = jax.default_backend() == "cpu"
+            take = in_a_child if name == "devices" and on_cpu else measured
+            if name == "devices" and not on_cpu and jax.device_count() < max(VALUES[name]):
+                print(f"{job}, {name}: left out, found {jax.device_count()} of {max(VALUES[name])}", file=sys.stderr)
+                continue
+            result = found[f"{job}, {name}"] = take(job, name, given.repeats)
+            pairs = zip(result["sizes"], result["seconds"], strict=True)
+            shown = ", ".join(f"{value}: {taken:.3f}" for value, taken in pairs)
+            time_, operations = result["exponents"]
+            lines.append(f"| {job} | {name} | {shown} | {time_:.2f} | {operations:.2f} |")
+            print(lines[-1], flush=True)
     if given.json:
         Path(given.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if given.results:
+        base = ", ".join(f"{name} {value}" for name, value in BASE.items())
+        said = f"One size is changed at a time; the others are {base}. The devices of a CPU share its cores."
+        write_section(given.results, ORDER[2], [made_by("scaling.py", VERSIONS), "", said, "", *lines])
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def fit(
     evaluate: Callable[[TrainState], Metrics] | None = None,
     eval_every: int = 0,
     flops_per_token: float | None = None,
-    prepare: Callable[[TrainState], None] | None = None,
+    prepare: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
     """Updates the state until its step is `steps`.
 
@@ -67,7 +67,8 @@ def fit(
       batch_at: the batch of a step, a pure function of it.
       save_every, eval_every: 0 means at the end only.
       evaluate: figures of a state, written as "eval/…"; those of a checkpoint's step are saved with it.
-      prepare: called with the first state before the first step; it compiles what is to come, so that no step waits.
+      prepare: called with `state` before the first step, it compiles what is to come, so that no step waits, and
+        returns the state to begin with; of the one it is given only the step need be an array (`parallel.outline`).
     Returns: the last state.
     Raises: Stopped after SIGTERM or SIGINT, at the next step, once the state is saved. UserError if the state is no
       longer finite, or if a loss or a reward was not for 3 steps in a row.
@@ -76,9 +77,8 @@ def fit(
     if step >= steps:
         return state
     first = step + 1
-    throughput = Throughput(flops_per_token, None if flops_per_token is None else matmul_peak() * _machines(state))
+    throughput = Throughput(flops_per_token, lambda: matmul_peak() * machines)
     guard = _Guard(writers, checkpoints)
-    kind = _kind(state)
     pending: list[Metrics] = []
     met: set[str] = set()
     pace = _Pace()
@@ -87,7 +87,9 @@ def fit(
         with _signals() as received, distributed.steps():
             if prepare is not None:
                 distributed.phase("compiling", step + 1, may_compile=True)
-                prepare(state)
+                state = prepare(state)
+            kind = _kind(state)
+            machines = _machines(state)
             guard.check_start(state)
             while step < steps:
                 distributed.phase("reading the batch", step + 1)

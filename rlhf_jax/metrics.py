@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -274,10 +274,10 @@ class Throughput:
 
     Args:
       flops_per_token: floating point operations a token costs in training; None leaves the share out.
-      peak: floating point operations a second to compare with, e.g. `matmul_peak()`; None leaves the share out.
+      peak: floating point operations a second to compare with, e.g. `matmul_peak`; called at the first lap.
     """
 
-    def __init__(self, flops_per_token: float | None = None, peak: float | None = None) -> None:
+    def __init__(self, flops_per_token: float | None = None, peak: Callable[[], float] | None = None) -> None:
         self.flops_per_token = flops_per_token
         self.peak = peak
         self._since = time.perf_counter()
@@ -293,10 +293,10 @@ class Throughput:
     def lap(self, tokens: float) -> dict[str, float]:
         """tokens_per_second and peak_share for `tokens` since the last lap."""
         seconds = time.perf_counter() - self._since
-        self.restart()
         row = {"tokens_per_second": tokens / seconds}
         if self.flops_per_token is not None and self.peak is not None:
-            row["peak_share"] = row["tokens_per_second"] * self.flops_per_token / self.peak
+            row["peak_share"] = row["tokens_per_second"] * self.flops_per_token / self.peak()
+        self.restart()
         return row
 
 

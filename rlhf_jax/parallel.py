@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -23,7 +25,11 @@ class CompiledUpdate(Protocol):
     def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]: ...
 
     def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
-        """Compiles what a call with these arguments would, and runs nothing: no array is given away."""
+        """Compiles what a call with these arguments would, and runs nothing: no array is given away.
+
+        Args:
+          state: the arrays themselves or, from `outline`, only their shapes.
+        """
         ...
 
 
@@ -68,6 +74,17 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def place(tree: Any, mesh: Mesh) -> Any:
     """A state, or parameters, laid out on the mesh."""
     return _put(tree, shardings(tree, mesh))
+
+
+def outline(make: Callable[[], TrainState], mesh: Mesh) -> TrainState:
+    """What `place(make(), mesh)` would be, for `CompiledUpdate.prepare`: its step, and else shapes without arrays."""
+    state = jax.eval_shape(make)
+
+    def one(leaf: Any, layout: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+    shapes: TrainState = jax.tree.map(one, state, shardings(state, mesh))
+    return dataclasses.replace(shapes, step=replicate(jnp.zeros((), jnp.int32), mesh))
 
 
 def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:

@@ -28,6 +28,7 @@ from rlhf_jax.parallel import (
     jit_update,
     make_mesh,
     near,
+    outline,
     place,
     pmap_update,
     row_places,
@@ -100,7 +101,7 @@ def model_of(run: RunFolder) -> ModelConfig:
 def train(
     run: RunFolder,
     config: RunConfig,
-    state: TrainState,
+    make_state: Callable[[], TrainState],
     make_update: Callable[[str | None], Update],
     batch_at: Callable[..., Any],
     *,
@@ -116,10 +117,12 @@ def train(
     """Takes the state from wherever the run's folder left it to config.steps.
 
     Args:
+      make_state: makes the state before the first step; called only once the programs are compiled, so that what the
+        compiler needs and what the optimizer holds never take memory together.
       make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
       batch_at: step -> its batch; of several processes, with places=… -> the rows of it that are this one's.
       frozen: networks that the update reads; they lie on every device and are not saved.
-      new_shapes: first step -> the steps whose batch is of a shape that none from there on had, where they differ.
+      new_shapes: first step -> the steps whose batch is of a shape that none from there on had; None: all have one.
       writers: further writers beside the console and metrics.jsonl.
     Raises: UserError for a setting that does not fit the devices; Stopped after SIGTERM, with the state saved.
     """
@@ -148,15 +151,25 @@ def train(
 
     read = batch_at if places is None else functools.partial(batch_at, places=places)
 
-    def prepare(state: TrainState) -> None:
-        for step in () if new_shapes is None else new_shapes(int(state.step)):
-            update.prepare(state, read(step), *held)
-        if 0 < config.eval_every < config.steps:
-            figures(state)
+    def begin() -> TrainState:
+        # A copy, since the update is given the state's buffers and the frozen networks may share them.
+        return checkpoints.restore(jax.tree.map(lambda x: x.copy(), place(make_state(), mesh)))
 
     with run.lock() if distributed.is_first() else contextlib.nullcontext():
-        # A copy, since the update is given the state's buffers and the frozen networks may share them.
-        state = checkpoints.restore(jax.tree.map(lambda x: x.copy(), place(state, mesh)))
+        # A run that goes on refuses a checkpoint that does not fit before it compiles anything.
+        fresh = config.steps > 0 and distributed.from_first(lambda: not checkpoints.steps())
+        state = outline(make_state, mesh) if fresh else begin()
+
+        def prepare(state: TrainState) -> TrainState:
+            first = int(state.step)
+            for step in (first,) if new_shapes is None else new_shapes(first):
+                update.prepare(state, read(step), *held)
+            if fresh:
+                state = begin()
+            if 0 < config.eval_every < config.steps:
+                figures(state)
+            return state
+
         state = fit(
             state,
             lambda state, batch: update(state, batch, *held),

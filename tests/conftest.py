@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_debug_key_reuse", True)
 
 # What a process compiles that a test starts, the next ones find on the disk. Set after the import: this process, which
 # seldom compiles a program twice, would only write.
@@ -73,6 +72,14 @@ def strict_dtypes() -> Iterator[None]:
     """No implicit promotion; for the tests of losses: `pytestmark = pytest.mark.usefixtures("strict_dtypes")`."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="module")
+def each_key_once() -> Iterator[None]:
+    """A random key that is used twice is an error, for modules that draw: the check takes a seventh of their time."""
+    jax.config.update("jax_debug_key_reuse", True)
+    yield
+    jax.config.update("jax_debug_key_reuse", False)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import pytest
 from rlhf_jax.generate import draw, filter_logits, generate, stream
 from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
 
+pytestmark = pytest.mark.usefixtures("each_key_once")
+
 MODEL = Transformer(ModelConfig(vocab_size=7, context=16, width=16, layers=2, heads=2, kv_heads=1, ffn_width=16))
 EOS, PAD = 5, 6
 PROMPTS = np.array([[0, 0, 0, 1, 2], [0, 3, 4, 1, 2], [1, 2, 3, 4, 4], [2, 2, 2, 2, 2]] * 8, np.int32)
@@ -100,13 +102,13 @@ def test_a_stream_is_the_same_column_by_column(params: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "segments"), [({}, 2), ({}, 3), ({"windows": (3, 0)}, 3), ({"scan_layers": True}, 4)], ids=str
+    ("changes", "segments"), [({}, 2), ({"windows": (3, 0)}, 3), ({"scan_layers": True}, 2)], ids=str
 )
 def test_a_cache_that_grows_changes_nothing(params: dict, changes: dict, segments: int) -> None:
     model = Transformer(dataclasses.replace(MODEL.config, **changes))
     if model.config.scan_layers:
         params = stack_blocks(params, model.config)
-    for settings in ({}, {"stop_ids": tuple(range(7))}, {"max_new_tokens": 11, "stop_ids": ()}):
+    for settings in ({"stop_ids": (EOS, 0)}, {"max_new_tokens": 11, "stop_ids": ()}):
         plain = sample(params, model=model, **settings)
         grown = sample(params, model=model, segments=segments, **settings)
         np.testing.assert_array_equal(grown.tokens, plain.tokens)
@@ -114,6 +116,7 @@ def test_a_cache_that_grows_changes_nothing(params: dict, changes: dict, segment
         np.testing.assert_allclose(grown.logp, plain.logp, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(("stop_ids", "longest"), [((), 11), ((EOS, 0, 1, 2), 5)])
 def test_a_token_is_computed_with_the_slots_of_its_segment(params: dict, stop_ids: tuple, longest: int) -> None:
     seen: list[int] = []

@@ -12,9 +12,10 @@ import pytest
 from rlhf_jax.arrays import RankingBatch, Rollout, TokenBatch, TrainState
 from rlhf_jax.episodes import Networks
 from rlhf_jax.errors import UserError
+from rlhf_jax.fit import compile_seconds
 from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh, pmap_update, shard_rows
+from rlhf_jax.parallel import jit_update, make_mesh, outline, place, pmap_update, shard_rows
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -168,3 +169,24 @@ def test_a_batch_is_spread_by_rows() -> None:
     spread = shard_rows({"x": np.arange(16.0).reshape(16, 1)}, make_mesh(8))["x"]
     assert sorted(float(s.data[0, 0]) for s in spread.addressable_shards) == [0, 2, 4, 6, 8, 10, 12, 14]
     assert all(s.data.shape == (2, 1) for s in spread.addressable_shards)
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_what_is_compiled_for_an_outline_is_what_runs(params: dict, axes: dict[str, int]) -> None:
+    optimizer = make_optimizer(OptimConfig(), 4)
+    mesh, batch = make_mesh(**axes), jax.tree.map(np.asarray, token_batch(np.random.default_rng(0)))
+    update = jit_update(pretrain.make_update(MODEL, optimizer), mesh)
+
+    def make() -> TrainState:
+        return new_state(params["policy"], optimizer.init(params["policy"]), 0)
+
+    sketch = outline(make, mesh)
+    assert int(sketch.step) == 0
+    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((sketch.params, sketch.opt_state)))
+    before = compile_seconds()
+    update.prepare(sketch, batch)
+    assert compile_seconds() > before
+    state = place(jax.tree.map(jnp.copy, make()), mesh)
+    before = compile_seconds()
+    update(state, batch)
+    assert compile_seconds() == before

@@ -12,6 +12,8 @@ from rlhf_jax.arrays import PromptBatch, Rollout
 from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
 from rlhf_jax.model import ModelConfig, Transformer, init_params
 
+pytestmark = pytest.mark.usefixtures("each_key_once")
+
 EOS, PAD, R = 6, 5, 6
 
 CONFIG = ModelConfig(vocab_size=7, context=16, width=16, layers=1, heads=2, tied=False)

@@ -464,7 +464,7 @@ def run(
     state = train(
         folder,
         config,
-        initial_state(config, policy.params, rescaled(scorer.params, judge.score_mean, judge.score_scale)),
+        lambda: initial_state(config, policy.params, rescaled(scorer.params, judge.score_mean, judge.score_scale)),
         lambda axis: make_update(networks, config, eos_id=tokenizer.stop_ids, pad_id=tokenizer.pad_id, axis_name=axis),
         batch,
         frozen=(frozen,),

@@ -146,7 +146,6 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     rows = pack(texts, tokenizer, config.row_length, ledger)
     heldout_rows = pack(heldout, tokenizer, config.row_length, Ledger())
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = new_state(start.params, optimizer.init(start.params), config.seed)
     say(ledger.summary(count_parameters(start.base or start.params)))
     heldout_bytes = sum(len(text.text.encode()) for text in heldout)
 
@@ -158,7 +157,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     state = train(
         folder,
         config,
-        state,
+        lambda: new_state(start.params, optimizer.init(start.params), config.seed),
         lambda axis: make_update(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),

@@ -173,22 +173,23 @@ def run(
         return Finished(folder, folder.summary)
     heldout_rows = encode_demonstrations(heldout, tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = new_state(start.params, optimizer.init(start.params), config.seed)
     say(ledger.summary(count_parameters(start.base or start.params)))
     if start.base is not None:
         say(f"adapters of {count_parameters(start.params):,} parameters")
 
     training: Rows[TokenBatch] = rows if config.pack is None else pack_rows(rows, length=config.pack + 1)
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params = attach(start.base, state.params, config.lora.scale)
-        return {"loss": mean_loss(model, params, heldout_rows, batch_size=config.batch)[0]}
+    def heldout_loss(params: Params) -> float | None:
+        if not len(heldout_rows):
+            return None
+        whole = attach(start.base, params, config.lora.scale)
+        return mean_loss(model, whole, heldout_rows, batch_size=config.batch)[0]
 
-    before = evaluate(state)["loss"] if len(heldout_rows) else None
+    before = heldout_loss(start.params)
     state = train(
         folder,
         config,
-        state,
+        lambda: new_state(start.params, optimizer.init(start.params), config.seed),
         lambda axis: make_update(
             trained, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
@@ -197,14 +198,14 @@ def run(
             training, batch_size=config.batch, seed=config.seed, first=first, steps=config.steps
         ),
         frozen=() if start.base is None else (start.base,),
-        evaluate=evaluate if len(heldout_rows) else None,
+        evaluate=(lambda state: {"loss": heldout_loss(state.params)}) if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit),
         best_metric="eval/loss" if len(heldout_rows) else None,
     )
     summary = {
         "demonstrations": len(rows),
         "response_tokens": rows.targets,
-        "heldout_response_nll": evaluate(state)["loss"] if len(heldout_rows) else None,
+        "heldout_response_nll": heldout_loss(state.params),
         "heldout_response_nll_before": before,
     }
     return complete(folder, summary, ledger)
