@@ -158,8 +158,8 @@ def section(results: Sequence[dict[str, Any]]) -> list[str]:
     return [
         made_by("compare.py", versions),
         "",
-        f"Ratio: ours / peer in work per second, of samples taken in turn in one run, {IN_A_ROW} of a side at a time; the",
-        "one before them, after the other side's turn, is not counted. A sample is quiet where everything else used",
+        f"Ratio: ours / peer in work per second, of samples taken in turn in one run, {IN_A_ROW} of a side at a time;",
+        "the one before them, after the other side's turn, is not counted. A sample is quiet where everything else used",
         f"less than {QUIET} cores meanwhile. Both sides have the same threads and malloc's huge pages, but in",
         "`lm_installed`, where the peer starts as it is installed. Sizes: `benchmarks/shapes.py`.",
         "",
