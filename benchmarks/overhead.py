@@ -121,27 +121,30 @@ def host_shares(folder: Path, steps: int) -> dict[str, tuple[float, float]]:
     }
 
 
-def first_row(script: str, folder: Path, cache: Path, *arguments: str) -> float:
-    """Seconds from the start of a script to its first row of metrics."""
+def first_row(script: str, folder: Path, cache: Path, *arguments: str) -> tuple[float, float]:
+    """Seconds from the start of a script to its first row of metrics, and from that one to the next, an iteration."""
     metrics = folder / "metrics.jsonl"
-    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--out", str(folder), "--steps", "3", *arguments]
+    flags = ("--out", str(folder), "--steps", "3", "--log-every", "1", *arguments)
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *flags]
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     start = time.perf_counter()
     process = subprocess.Popen(
         command, env=environment | {"XDG_CACHE_HOME": str(cache)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.01)
-    seconds = time.perf_counter() - start
+    came: list[float] = []
+    while process.poll() is None and len(came) < 2:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") > len(came):
+            came.append(time.perf_counter() - start)
+        time.sleep(0.005)
     errors = process.communicate()[1].decode()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\n{errors}")
-    return seconds
+    return came[0], came[1] - came[0]
 
 
-def starts(folder: Path) -> dict[str, tuple[float, float]]:
-    """Stage -> seconds to the first row at the first start and at the second."""
-    found: dict[str, list[float]] = {}
+def starts(folder: Path) -> dict[str, tuple[float, float, float]]:
+    """Stage -> seconds to the first row at the first start and at the second, and those of an iteration."""
+    found: dict[str, list[tuple[float, float]]] = {}
     rankings = folder / "rankings.jsonl"
     demonstrations = load_corpus().demonstrations[:400]
     with rankings.open("w", encoding="utf-8") as file:
@@ -163,7 +166,7 @@ def starts(folder: Path) -> dict[str, tuple[float, float]]:
         for stage in STAGES:
             seconds = first_row(stage, runs_of / stage, folder / "cache", *flags[stage]())
             found.setdefault(stage, []).append(seconds)
-    return {stage: (first, second) for stage, (first, second) in found.items()}
+    return {stage: (first, second, iteration) for stage, ((first, _), (second, iteration)) in found.items()}
 
 
 def imported(statement: str) -> float:
@@ -190,20 +193,23 @@ def main() -> None:
         "",
         f"`import rlhf_jax`: {imported('import rlhf_jax'):.2f} s; with all its public names: {imported(names):.2f} s.",
         "",
-        "| stage | first start, s | second start, s | host, share of an iteration | iteration, s |",
+        "| stage | first start, s | second start, s | of it an iteration, s | host, share of an iteration |",
         "|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as name:
         begun, shares = starts(Path(name)), host_shares(Path(name) / "host", given.steps)
     for stage in STAGES:
-        first, second = begun[stage]
+        first, second, iteration = begun[stage]
         share, seconds = shares[stage]
-        lines.append(f"| {stage} | {first:.1f} | {second:.1f} | {100 * share:.2f}% | {seconds:.2f} |")
+        lines.append(
+            f"| {stage} | {first:.1f} | {second:.1f} | {iteration:.2f} | {100 * share:.2f}% of {seconds:.2f} s |"
+        )
     lines += [
         "",
-        "A start ends with the first row of metrics: a step of the embedded corpus at the script's defaults. The",
-        "host's share is the median time between two programs over that of a program, at shape S: 16 x 256 tokens,",
-        "demonstrations in batches of 16, 16 pairs x 128, 32 episodes of 64 + 64 tokens, 4 epochs x 4 minibatches.",
+        "A start ends with the first row of metrics, after an iteration on the embedded corpus at the script's",
+        "defaults, so training began that much earlier. The host's share is the median time between two programs over",
+        "that of a program, at shape S: 16 x 256 tokens, demonstrations in batches of 16, 16 pairs x 128, 32 episodes",
+        "of 64 + 64 tokens, 4 epochs x 4 minibatches.",
     ]
     print("\n".join(lines))
     if given.results:
