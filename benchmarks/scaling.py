@@ -166,9 +166,9 @@ def main() -> None:
     if given.results:
         base = ", ".join(f"{name} {value}" for name, value in BASE.items())
         said = [
-            f"One size is changed at a time; the others are {base}. The devices of a CPU share its cores. A sampled token",
-            "costs its reading of weights and cache more than its operations, which it shares with a prompt of 64 tokens",
-            "in the last column: time follows the tokens sampled.",
+            f"One size is changed at a time; the others are {base}.",
+            "The devices of a CPU share its cores. A sampled token costs its reading of weights and cache more than",
+            "its operations, of which the last column counts a prompt of 64 tokens' too: time follows tokens sampled.",
         ]
         write_section(given.results, ORDER[2], [made_by("scaling.py", VERSIONS), "", *said, "", *lines])
 

@@ -76,6 +76,16 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return _put(tree, shardings(tree, mesh))
 
 
+def copied(state: TrainState, mesh: Mesh) -> TrainState:
+    """Arrays of their own, laid out alike: an update is given the state's, which a frozen network may share.
+
+    By one program, since a start has to load each.
+    """
+    copies = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings(state, mesh))
+    found: TrainState = copies(state)
+    return found
+
+
 def outline(make: Callable[[], TrainState], mesh: Mesh) -> TrainState:
     """What `place(make(), mesh)` would be, for `CompiledUpdate.prepare`: its step, and else shapes without arrays."""
     state = jax.eval_shape(make)

@@ -24,6 +24,7 @@ from rlhf_jax.metrics import Console, JsonLines, TensorBoard, Writer, Writers
 from rlhf_jax.model import ModelConfig
 from rlhf_jax.parallel import (
     Update,
+    copied,
     is_replicated,
     jit_update,
     make_mesh,
@@ -152,8 +153,7 @@ def train(
     read = batch_at if places is None else functools.partial(batch_at, places=places)
 
     def begin() -> TrainState:
-        # A copy, since the update is given the state's buffers and the frozen networks may share them.
-        return checkpoints.restore(jax.tree.map(lambda x: x.copy(), place(make_state(), mesh)))
+        return checkpoints.restore(copied(place(make_state(), mesh), mesh))
 
     with run.lock() if distributed.is_first() else contextlib.nullcontext():
         # A run that goes on refuses a checkpoint that does not fit before it compiles anything.

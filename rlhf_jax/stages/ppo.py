@@ -237,7 +237,7 @@ def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
     """The state before the first iteration: the policy from SFT, the critic from the reward model."""
     params = {"policy": policy, "critic": critic}
     optimizers = make_optimizers(config)
-    opt_state = {name: optimizers[name].init(params[name]) for name in optimizers}
+    opt_state = {name: jax.jit(optimizers[name].init)(params[name]) for name in optimizers}
     extras: dict[str, Any] = {"kl_coef": jnp.asarray(config.kl_coef, jnp.float32)}
     if config.ema_decay:
         extras["ema"] = jax.tree.map(jnp.copy, policy)
@@ -496,6 +496,7 @@ def starts(config: Config, source: Source, judge: Source) -> tuple[Start, Start]
     return policy, start_from(judge, config.lora, scorer_key)
 
 
+@jax.jit
 def rescaled(params: Params, mean: float, scale: float) -> Params:
     """The critic's first parameters: the reward model's, its head in units of the score that PPO uses.
 

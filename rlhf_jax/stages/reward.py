@@ -213,7 +213,7 @@ def run(
     state = train(
         folder,
         config,
-        lambda: new_state(start.params, optimizer.init(start.params), config.seed),
+        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
         lambda axis: make_update(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
