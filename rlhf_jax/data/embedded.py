@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -72,9 +73,15 @@ class Corpus:
 
 def words_of(name: str) -> list[str]:
     """The words of an identifier: `use_posixSpawn2` gives use, posix, spawn2."""
+    return list(_words_of(name))
+
+
+@functools.cache
+def _words_of(name: str) -> tuple[str, ...]:
+    """The corpus asks a hundred thousand times for the words of twelve thousand names."""
     spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
     spaced = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1 \2", spaced)
-    return [word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word]
+    return tuple(word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word)
 
 
 def signature_of(name: str, arguments: list[str]) -> str:
