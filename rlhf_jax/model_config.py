@@ -86,8 +86,9 @@ class ModelConfig:
     """What a block computes anew in the backward pass, to save memory: nothing, all, or all but matrix products."""
     attention: Literal["auto", "plain"] = "auto"
     """What computes attention over whole rows: a kernel where the platform has one (TPU, GPU), or plain products."""
-    head_chunk: int = 0
-    """Positions of a row whose logits a loss holds at a time, computed anew in the backward pass; 0 for all of them."""
+    head_chunk: int | None = None
+    """Positions of a row whose logits a loss holds at a time, computed anew in the backward pass; 0 for all of them. By
+    default all where they take at most 256 MiB of a device, else as many as do."""
     embedding_rows: int | None = None
     """Rows of the embedding where given: those past vocab_size have no logit, so they are never sampled."""
 
@@ -108,7 +109,7 @@ class ModelConfig:
             raise UserError(f"windows: found {len(self.windows)}, wanted one for each of {self.layers} layers, or none")
         if self.embedding_rows is not None and self.embedding_rows < self.vocab_size:
             raise UserError(f"embedding_rows {self.embedding_rows}: wanted vocab_size {self.vocab_size} or more")
-        if self.head_chunk < 0:
+        if self.head_chunk is not None and self.head_chunk < 0:
             raise UserError(f"head_chunk {self.head_chunk}: wanted 0 (all positions at once) or more")
         if self.norm_offset and self.norm != "rms":
             raise UserError("norm_offset: found it with LayerNorm, wanted norm rms")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,8 +11,12 @@ import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TokenBatch
 from rlhf_jax.losses import next_token_loss
-from rlhf_jax.model import Transformer
+from rlhf_jax.model import ModelConfig, Transformer
 from rlhf_jax.packing import PackedEpisodes
+from rlhf_jax.sharding import DATA, FSDP, TENSOR
+
+# Logits that a loss holds at once on a device, where the model's head_chunk does not say how many positions' these are.
+LOGITS_BYTES = 2**28
 
 
 def target_losses(
@@ -90,6 +95,20 @@ def _losses_at(
     return loss_BR, entropy_BR
 
 
+def positions_at_a_time(config: ModelConfig, rows: int, length: int) -> int:
+    """How many of `length` positions of `rows` rows have their logits computed at once: head_chunk, or by memory.
+
+    On a mesh a device holds its share of the rows and of the vocabulary.
+    """
+    if config.head_chunk is not None:
+        return config.head_chunk or length
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    here = math.ceil(rows / (mesh.get(DATA, 1) * mesh.get(FSDP, 1))) * config.vocab_rows / mesh.get(TENSOR, 1)
+    fit = max(1, int(LOGITS_BYTES / (4 * here)))
+    # Parts of like length: none is small.
+    return math.ceil(length / math.ceil(length / fit))
+
+
 def _by_chunks(
     model: Transformer,
     params: Params,
@@ -97,16 +116,18 @@ def _by_chunks(
     targets_BT: Array,
     of_logits: Callable[[Array, Array], tuple[Array, ...]],
 ) -> tuple[Array, ...]:
-    """What `of_logits` makes [B, T] of logits [B, T, V] and targets [B, T], head_chunk positions at a time.
+    """What `of_logits` makes [B, T] of logits [B, T, V] and targets [B, T], `positions_at_a_time` of them.
 
-    Logits are never held whole, nor kept for the backward pass, which computes those of a chunk anew.
+    Where these are not all, logits are never held whole, nor kept for the backward pass, which computes those of a
+    chunk anew.
     """
 
     def of_hidden(params: Params, hidden_BCD: Array, targets_BC: Array) -> tuple[Array, ...]:
         return of_logits(model.apply({"params": params}, hidden_BCD, method="head"), targets_BC)
 
-    chunk, length = model.config.head_chunk, targets_BT.shape[1]
-    if not chunk or chunk >= length:
+    rows, length = targets_BT.shape
+    chunk = positions_at_a_time(model.config, rows, length)
+    if chunk >= length:
         return of_hidden(params, hidden_BTD, targets_BT)
     once = jax.checkpoint(of_hidden, prevent_cse=not model.config.scan_layers)
     if not model.config.scan_layers:

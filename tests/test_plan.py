@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import scoring
 from rlhf_jax.arrays import PromptBatch, TokenBatch
 from rlhf_jax.episodes import EpisodeConfig, sample
 from rlhf_jax.errors import UserError
@@ -22,7 +23,7 @@ from rlhf_jax.plan.kernels import causal_blocks, kernels
 from rlhf_jax.plan.models import read_model
 from rlhf_jax.plan.programs import Programs, Work, bytes_of
 from rlhf_jax.plan.traffic import cycles, hbm_bytes
-from rlhf_jax.scoring import response_losses, target_losses
+from rlhf_jax.scoring import positions_at_a_time, response_losses, target_losses
 from scripts.plan import Config, first_that_fits, run
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -374,6 +375,22 @@ def test_the_loss_in_chunks_is_the_loss(chunk: int, scan: bool) -> None:
     np.testing.assert_allclose(one, other, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), losses, parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), gradient, other_gradient)
+
+
+def test_positions_at_a_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert positions_at_a_time(SMALL, 1024, 1024) == 1024  # 256 MiB of logits, just
+    assert positions_at_a_time(SMALL, 1024, 1025) == 513  # two parts
+    assert positions_at_a_time(dataclasses.replace(SMALL, vocab_size=49152), 8, 1024) == 147  # 170 fit
+    assert positions_at_a_time(dataclasses.replace(SMALL, head_chunk=0), 1024, 2048) == 2048
+    assert positions_at_a_time(dataclasses.replace(SMALL, head_chunk=7), 1, 2048) == 7
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * 8 * 64 * 3)  # of three positions of eight rows
+    assert positions_at_a_time(SMALL, 8, 10) == 3  # four parts
+    with jax.set_mesh(make_mesh(data=2)):
+        assert positions_at_a_time(SMALL, 8, 10) == 5  # six fit
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=2)):
+        assert positions_at_a_time(SMALL, 8, 12) == 12
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 1)
+    assert positions_at_a_time(SMALL, 8, 10) == 1
 
 
 @pytest.mark.parametrize("chunk", [-1])
