@@ -274,7 +274,7 @@ class Throughput:
 
     Args:
       flops_per_token: floating point operations a token costs in training; None leaves the share out.
-      peak: floating point operations a second to compare with, e.g. `matmul_peak`; called at the first lap.
+      peak: floating point operations a second to compare with, e.g. `matmul_peak`; asked at a lap and not before.
     """
 
     def __init__(self, flops_per_token: float | None = None, peak: Callable[[], float] | None = None) -> None:
