@@ -20,7 +20,7 @@ setup: ## make .venv with everything that development needs (nothing is done whe
 recipe: setup ## the whole recipe on the embedded default: pretrain, SFT, reward model, PPO
 	@$(BIN)/python scripts/recipe.py $(ARGS)
 
-# Two workers, each with whole files: on two cores 6 min 40 s where one process takes 10 min 10 s.
+# Two workers, each with whole files: 6 to 7 minutes on two cores.
 test: setup ## the tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 

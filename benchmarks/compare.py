@@ -109,8 +109,8 @@ def compare(job: str, size: str, peer_python: str, samples: int, rows: str) -> d
     taken: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
     while len(taken["peer"]) < samples:
         for name, side in (("ours", ours), ("peer", peer)):
-            # Training does not pause, and after a pause a step takes up to three times as long: what it works in, which
-            # both sides hand back to the system, has gone to others meanwhile.
+            # Training does not pause, and after a pause a step can take three times as long: memory that was handed
+            # back to the system has gone to others meanwhile.
             side.sample()
             taken[name] += [side.sample() for _ in range(min(IN_A_ROW, samples - len(taken[name])))]
     found = {name: speeds(rows) for name, rows in taken.items()}

@@ -90,14 +90,18 @@ class Start:
     record: dict[str, Any] | None
 
 
-def start_from(source: Source, lora: LoraConfig, key: Array) -> Start:
-    """All parameters of a source, or an adapter beside them: the source's own if it has one of these settings."""
+def start_from(source: Source, lora: LoraConfig, key: Callable[[], Array]) -> Start:
+    """All parameters of a source, or an adapter beside them: the source's own if it has one of these settings.
+
+    Args:
+      key: asked for where an adapter is drawn, and nowhere else: a start has to load the programs that make keys.
+    """
     if not lora.rank:
         return Start(source.params(), None, None)
     if source.lora == lora and source.base is not None:
         return Start(source.own(), source.base.params(), _record(source.base, lora))
     base = source.params()
-    adapter = init_adapter(base, lora, key)
+    adapter = init_adapter(base, lora, key())
     if source.scalar:
         adapter["score"] = base["score"]
     return Start(adapter, base, _record(source, lora))

@@ -488,15 +488,15 @@ def run(
 
 def starts(config: Config, source: Source, judge: Source) -> tuple[Start, Start]:
     """(the policy's start, the reward model's), on one backbone where their adapters stand beside the same."""
-    if not config.lora.rank:
-        # Nothing is drawn, so the programs that make keys need not be loaded.
-        return Start(source.params(), None, None), Start(judge.params(), None, None)
-    policy_key, scorer_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-    policy = start_from(source, config.lora, policy_key)
+
+    def keys() -> Array:
+        return jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+
+    policy = start_from(source, config.lora, lambda: keys()[0])
     own = judge.lora == config.lora and judge.base is not None
     if own and policy.record is not None and policy.record["fingerprint"] == judge.base_fingerprint:
         return policy, Start(judge.own(), policy.base, policy.record)
-    return policy, start_from(judge, config.lora, scorer_key)
+    return policy, start_from(judge, config.lora, lambda: keys()[1])
 
 
 @jax.jit

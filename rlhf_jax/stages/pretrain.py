@@ -131,7 +131,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         start = Start(init_params(model, key), None, None)
     else:
         inputs["init"] = source.fingerprint
-        start = start_from(source, config.lora, jax.random.fold_in(key, 1))
+        start = start_from(source, config.lora, lambda: jax.random.fold_in(key, 1))
     folder = create_run(
         config,
         stage=STAGE,

@@ -266,7 +266,7 @@ def first_parameters(config: Config, source: Source, model: Transformer) -> Star
     start_key, head_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
     if config.backbone == "scratch":
         return Start(init_params(model, start_key), None, None)
-    start = start_from(source, config.lora, start_key)
+    start = start_from(source, config.lora, lambda: start_key)
     if start.base is None:
         return Start(to_scalar_head(start.params, model, head_key), None, None)
     head = to_scalar_head(start.base, model, head_key)["score"]

@@ -159,7 +159,7 @@ def run(
         limit = min(limit, config.pack)
     rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     refuse_empty(rows, "demonstrations", ledger)
-    start = start_from(source, config.lora, jax.random.fold_in(jax.random.key(config.seed), 1))
+    start = start_from(source, config.lora, lambda: jax.random.fold_in(jax.random.key(config.seed), 1))
     folder = create_run(
         config,
         stage=STAGE,
