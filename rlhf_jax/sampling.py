@@ -106,8 +106,14 @@ def win_rate(scores: np.ndarray, other: np.ndarray) -> tuple[float, list[float]]
     """(share of prompts on which `scores` wins, ties half; its 95% interval), paired by prompt.
 
     The interval is mean ± 1.96 standard errors of the per-prompt outcomes, cut to [0, 1].
+
+    Args:
+      scores, other: [N], or [N, K] and [N, L] where a prompt has several answers; each of one side then meets each of
+        the other, and a prompt's outcome is the mean over those pairs.
     """
-    outcomes = np.where(scores > other, 1.0, np.where(scores == other, 0.5, 0.0))
+    first_NK1, second_N1L = scores.reshape(len(scores), -1, 1), other.reshape(len(other), 1, -1)
+    outcomes_NKL = np.where(first_NK1 > second_N1L, 1.0, np.where(first_NK1 == second_N1L, 0.5, 0.0))
+    outcomes = outcomes_NKL.mean(axis=(1, 2))
     rate = float(outcomes.mean())
     margin = 1.96 * float(outcomes.std(ddof=1)) / math.sqrt(len(outcomes))
     return rate, [max(rate - margin, 0.0), min(rate + margin, 1.0)]

@@ -35,7 +35,7 @@ from rlhf_jax.bigram import bigram_nats
 from rlhf_jax.config import RunConfig, at_least
 from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_prompts, ranking_rows
 from rlhf_jax.data.embedded import Corpus, load_corpus
-from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank
+from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, words_mentioned
 from rlhf_jax.durable import write_json
 from rlhf_jax.episodes import EpisodeConfig
 from rlhf_jax.model import Transformer
@@ -52,7 +52,8 @@ from scripts.recipe_tables import figures_table, print_summary
 RESPONSES = 4
 # Of the answers that the table and the report show.
 SHOWN_TEMPERATURE = 0.7
-HELDOUT_PROMPTS = 512
+# Answers to each held-out prompt behind a win rate: one more or less good draw moves it by little.
+ANSWERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,15 @@ class Judge:
                 for p, row in zip(prompts, responses, strict=True)
             ]
         )
+
+    def topic_share(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> float:
+        """Share of the responses that mention a word of the function asked about."""
+        told = [
+            words_mentioned(p.prompt, self.tokenizer.decode(ids))[0] > 0
+            for p, row in zip(prompts, responses, strict=True)
+            for ids in row
+        ]
+        return float(np.mean(told))
 
     def ended(self, ids: list[int]) -> bool:
         """Whether a response has its end-of-text token."""
@@ -207,6 +217,7 @@ def run_seed(config: Config) -> None:
             steps=size.sft_steps,
             max_tokens=limit,
             buckets=(limit,),
+            pack=size.sft_pack,
             dropout=size.sft_dropout,
             optimizer=cosine(size.sft_rate),
         ),
@@ -221,7 +232,7 @@ def run_seed(config: Config) -> None:
     sampler, judge = Sampler(model, tokenizer, size.response_tokens), Judge(corpus, tokenizer)
     sft_params = released_params(tuned.run)
     train_prompts = prompt_rows(corpus.prompts, tokenizer, size.prompt_tokens)
-    heldout_prompts = prompt_rows(corpus.heldout_prompts, tokenizer, size.prompt_tokens, HELDOUT_PROMPTS)
+    heldout_prompts = prompt_rows(corpus.heldout_prompts, tokenizer, size.prompt_tokens)
     rankings, agreement = label(config, size, sampler, judge, sft_params, train_prompts, config.folder)
     heldout_rankings = gold_rankings(sampler, judge, sft_params, heldout_prompts, config.seed)
     console.print(
@@ -235,9 +246,7 @@ def run_seed(config: Config) -> None:
     clock.lap("reward_scratch")
 
     announce("3.2  PPO: maximise the reward, stay near the SFT model")
-    watched = PromptRows(
-        heldout_prompts.rows[:128], size.prompt_tokens, tokenizer.pad_id, heldout_prompts.sources[:128]
-    )
+    watched = some(heldout_prompts, 128)
 
     def watch(state: TrainState) -> dict[str, float]:
         responses = sampler(state.params["policy"], watched, config.seed + 3)
@@ -311,12 +320,20 @@ class Clock:
         return sum(self.seconds.values())
 
 
-def prompt_rows(prompts: list[Prompt], tokenizer: TextTokenizer, width: int, most: int | None = None) -> PromptRows:
-    """The prompts that fit in `width` tokens, in the order of a fixed shuffle, at most so many."""
+def prompt_rows(prompts: list[Prompt], tokenizer: TextTokenizer, width: int) -> PromptRows:
+    """The prompts that fit in `width` tokens, in the order of a fixed shuffle."""
     order = np.random.default_rng(0).permutation(len(prompts))
     shuffled = [prompts[i] for i in order]
     rows = encode_prompts(shuffled, tokenizer, max_tokens=width, ledger=Ledger())
-    return PromptRows(rows.rows[:most], width, tokenizer.pad_id, rows.sources[:most])
+    return PromptRows(rows.rows, width, tokenizer.pad_id, rows.sources)
+
+
+def some(prompts: PromptRows, count: int) -> PromptRows:
+    """The first `count` prompts, and where there are fewer, again from the first."""
+    places = [i % len(prompts) for i in range(count)]
+    return PromptRows(
+        [prompts.rows[i] for i in places], prompts.width, prompts.pad_id, [prompts.sources[i] for i in places]
+    )
 
 
 def label(
@@ -326,9 +343,7 @@ def label(
 
     The labeller's rankings also stand in rankings.jsonl, as a person's would; training reads the sampled ids.
     """
-    chosen = PromptRows(
-        prompts.rows[: size.ranked_prompts], prompts.width, prompts.pad_id, prompts.sources[: size.ranked_prompts]
-    )
+    chosen = some(prompts, size.ranked_prompts)
     responses = sampler(params, chosen, config.seed + 1, RESPONSES)
     gold = judge.scores(list(chosen.sources), responses)
     noise = noise_for_agreement(gold)
@@ -384,6 +399,7 @@ def train_reward(
             optimizer=cosine(size.reward_rate),
             max_tokens=rankings.limit,
             buckets=rankings.buckets,
+            share_prompts=True,
         ),
         rankings=rankings,
         heldout=heldout,
@@ -410,8 +426,8 @@ def measure(
         "sft": released_params(tuned.run),
         "ppo": released_params(optimised.run),
     }
-    answers = {name: sampler(params[name], prompts, config.seed + 4) for name in params}
-    gold = {name: judge.scores(list(prompts.sources), answers[name])[:, 0] for name in params}
+    answers = {name: sampler(params[name], prompts, config.seed + 4, ANSWERS) for name in params}
+    gold = {name: judge.scores(list(prompts.sources), answers[name]) for name in params}
     texts = {name: [tokenizer.decode(row[0]).strip() for row in answers[name]] for name in params}
     distinct = {name: distinct_share(texts[name]) for name in texts}
     against_sft, sft_interval = win_rate(gold["ppo"], gold["sft"])
@@ -454,6 +470,8 @@ def measure(
         "sft.win_rate_vs_pretrained": against_pretrained,
         "sft.win_rate_vs_pretrained_interval": pretrained_interval,
         "sft.distinct_share": distinct["sft"],
+        "sft.topic_share": judge.topic_share(list(prompts.sources), answers["sft"]),
+        "sft.topic_share_shown": judge.topic_share(list(prompts.sources), shown["sft"]),
         "sft.gold_mean": float(gold["sft"].mean()),
         "pretrain.gold_mean": float(gold["pretrain"].mean()),
         "pretrain.distinct_share": distinct["pretrain"],
@@ -466,6 +484,8 @@ def measure(
         "ppo.kl_nats": float(kl.mean()),
         "ppo.distinct_share": distinct["ppo"],
         "ppo.distinct_share_of_sft": distinct["ppo"] / max(distinct["sft"], 1e-9),
+        "ppo.topic_share": judge.topic_share(list(prompts.sources), answers["ppo"]),
+        "ppo.topic_share_shown": judge.topic_share(list(prompts.sources), shown["ppo"]),
         "ppo.gold_mean": float(gold["ppo"].mean()),
         "ppo.first_ratio_error": optimised.summary["first_ratio_error"],
         "ppo.first_kl": optimised.summary["first_kl"],

@@ -22,6 +22,7 @@ class Size:
     pretrain_rate: float
     sft_steps: int
     sft_batch: int
+    sft_pack: int | None  # None: a row for each demonstration
     sft_rate: float
     sft_dropout: float
     ranked_prompts: int
@@ -66,6 +67,7 @@ SIZES = {
         pretrain_rate=3e-3,
         sft_steps=100,
         sft_batch=16,
+        sft_pack=None,
         sft_rate=2e-3,
         sft_dropout=0.0,
         ranked_prompts=128,
@@ -88,21 +90,22 @@ SIZES = {
         pretrain_batch=8,
         row_length=64,
         pretrain_rate=3e-3,
-        sft_steps=900,
-        sft_batch=16,
+        sft_steps=1200,
+        sft_batch=8,
+        sft_pack=64,
         sft_rate=2e-3,
         sft_dropout=0.1,
-        ranked_prompts=7000,
+        ranked_prompts=14000,
         reward_batch=8,
         reward_rate=1e-3,
-        iterations=70,
+        iterations=100,
         episodes=64,
         minibatches=4,
         epochs=1,
         policy_rate=5e-4,
         critic_rate=1e-3,
         kl_coef=0.08,
-        pretraining_coef=0.1,
+        pretraining_coef=0.02,
     ),
     "base": Size(
         model=shape(4096, 256, 512, 8, 8, dtype="bfloat16"),
@@ -114,6 +117,7 @@ SIZES = {
         pretrain_rate=1e-3,
         sft_steps=1500,
         sft_batch=64,
+        sft_pack=None,
         sft_rate=3e-4,
         sft_dropout=0.1,
         ranked_prompts=8000,
@@ -138,6 +142,7 @@ SIZES = {
         pretrain_rate=5e-4,
         sft_steps=2000,
         sft_batch=64,
+        sft_pack=None,
         sft_rate=1e-4,
         sft_dropout=0.2,
         ranked_prompts=9000,

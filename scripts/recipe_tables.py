@@ -43,6 +43,8 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
         ("the same from scratch", f"{s['reward.scratch_heldout_accuracy']:.3f}", "lower than from SFT"),
         ("PPO against SFT, win rate", f"{s['ppo.win_rate_vs_sft']:.3f}{spread}", "0.70, aim 0.80"),
         ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
+        ("mention the function, SFT to PPO", f"{s['sft.topic_share']:.2f} to {s['ppo.topic_share']:.2f}",
+         f"at temperature 0.7: {s['sft.topic_share_shown']:.2f} to {s['ppo.topic_share_shown']:.2f}"),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
         ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",
          "at least 0.8 of SFT's"),

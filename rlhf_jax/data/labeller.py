@@ -37,14 +37,20 @@ def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended:
     if not words:
         return 1.0
     finished = ended and re.fullmatch(r"[A-Z][^.!?]*\.", text) is not None
-    asked = topic_words(prompt)
-    mentioned = sum(any(same_word(a, w) for w in words) for a in asked)
+    mentioned, asked = words_mentioned(prompt, text)
     unknown = sum(word not in vocabulary for word in words)
     content = [word for word in words if word not in STOP_WORDS]
-    points = 2 * finished + (mentioned > 0) + (2 * mentioned >= len(asked) > 0) + max(2 - unknown, 0)
+    points = 2 * finished + (mentioned > 0) + (2 * mentioned >= asked > 0) + max(2 - unknown, 0)
     points -= len(set(content)) < len(content)
     points -= len(words) > LONGEST_CONCISE or len(words) < SHORTEST_SENTENCE
     return float(min(max(1 + points, 1), 7))
+
+
+def words_mentioned(prompt: str, response: str) -> tuple[int, int]:
+    """(how many words of the function asked about the response mentions, how many there are)."""
+    words = re.findall(r"[a-z][a-z0-9]*", response.lower())
+    asked = topic_words(prompt)
+    return sum(any(same_word(a, w) for w in words) for a in asked), len(asked)
 
 
 STOP_WORDS = frozenset("a an and are as at be by for from if in is it its not of on or s that the this to with".split())
