@@ -217,7 +217,6 @@ def run_seed(config: Config) -> None:
             steps=size.sft_steps,
             max_tokens=limit,
             buckets=(limit,),
-            pack=size.sft_pack,
             dropout=size.sft_dropout,
             optimizer=cosine(size.sft_rate),
         ),

@@ -22,7 +22,6 @@ class Size:
     pretrain_rate: float
     sft_steps: int
     sft_batch: int
-    sft_pack: int | None  # None: a row for each demonstration
     sft_rate: float
     sft_dropout: float
     ranked_prompts: int
@@ -67,7 +66,6 @@ SIZES = {
         pretrain_rate=3e-3,
         sft_steps=100,
         sft_batch=16,
-        sft_pack=None,
         sft_rate=2e-3,
         sft_dropout=0.0,
         ranked_prompts=128,
@@ -90,9 +88,8 @@ SIZES = {
         pretrain_batch=8,
         row_length=64,
         pretrain_rate=3e-3,
-        sft_steps=1200,
-        sft_batch=8,
-        sft_pack=64,
+        sft_steps=900,
+        sft_batch=16,
         sft_rate=2e-3,
         sft_dropout=0.1,
         ranked_prompts=14000,
@@ -104,7 +101,7 @@ SIZES = {
         epochs=1,
         policy_rate=5e-4,
         critic_rate=1e-3,
-        kl_coef=0.08,
+        kl_coef=0.1,
         pretraining_coef=0.02,
     ),
     "base": Size(
@@ -117,7 +114,6 @@ SIZES = {
         pretrain_rate=1e-3,
         sft_steps=1500,
         sft_batch=64,
-        sft_pack=None,
         sft_rate=3e-4,
         sft_dropout=0.1,
         ranked_prompts=8000,
@@ -142,7 +138,6 @@ SIZES = {
         pretrain_rate=5e-4,
         sft_steps=2000,
         sft_batch=64,
-        sft_pack=None,
         sft_rate=1e-4,
         sft_dropout=0.2,
         ranked_prompts=9000,

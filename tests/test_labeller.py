@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, same_word, topic_words
+from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, same_word, topic_words, words_mentioned
 
 WORDS = frozenset("return true if the posix path is used for spawn a of it".split())
 PROMPT = " use posix spawn (args) ->"
@@ -44,6 +44,11 @@ def test_topic_is_the_name_or_else_the_arguments() -> None:
     assert topic_words(" get get the item ->") == ["get", "item"]
     assert topic_words(" f ->") == []
     assert gold_score(" f ->", "Return the path.", WORDS) == 1 + 2 + 2
+
+
+def test_words_mentioned_are_counted_once_each() -> None:
+    assert words_mentioned(PROMPT, " Uses posix, posix.") == (2, 3)
+    assert words_mentioned(" f ->", "Return f.") == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def cards(figures: Figures) -> str:
         ("KL from SFT", "ppo.kl_nats", "{:.2f}", "nats a response"),
         ("Distinct answers, PPO", "ppo.distinct_share", "%",
          f"{percent(distinct)} of SFT’s share" if distinct is not None else ""),
+        ("PPO’s answers name the function", "ppo.topic_share", "%", against("SFT’s", "sft.topic_share", "%")),
         ("Bits a byte, held out", "pretrain.heldout_bits_per_byte", "{:.2f}",
          against("token bigrams need", "pretrain.bigram_bits_per_byte", "{:.2f}")),
     )  # fmt: skip

@@ -1,0 +1,27 @@
+"""Held-out comparisons of models: win rates and shares by hand."""
+
+import numpy as np
+import pytest
+
+from rlhf_jax.sampling import distinct_share, win_rate
+
+
+def test_win_rate_by_hand() -> None:
+    # Outcomes 1, 1, 0.5, 1: mean 0.875, deviation 0.25, margin 1.96 * 0.25 / 2; the upper end is cut.
+    rate, interval = win_rate(np.array([3.0, 2.0, 4.0, 7.0]), np.array([2.0, 1.0, 4.0, 1.0]))
+    assert rate == 0.875
+    assert interval == pytest.approx([0.63, 1.0])
+
+
+def test_win_rate_of_several_answers_is_over_all_pairs_of_a_prompt() -> None:
+    # First prompt: 3 beats 2 and 1, 1 loses to 2 and ties with 1: 0.625. Second: 2 loses to 5 and ties with 2, twice: 0.25.
+    rate, interval = win_rate(np.array([[3.0, 1.0], [2.0, 2.0]]), np.array([[2.0, 1.0], [5.0, 2.0]]))
+    assert rate == 0.4375
+    # Two prompts 0.375 apart: the standard error of their mean is half of that.
+    assert interval == pytest.approx([0.4375 - 1.96 * 0.1875, 0.4375 + 1.96 * 0.1875])
+    # Sides may have different numbers of answers; one answer against itself is a tie.
+    assert win_rate(np.array([[1.0, 3.0], [1.0, 3.0]]), np.array([2.0, 2.0]))[0] == 0.5
+
+
+def test_distinct_share_counts_answers_given_once() -> None:
+    assert distinct_share(["a", "b", "a", "c"]) == 0.5
