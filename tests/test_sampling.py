@@ -14,7 +14,8 @@ def test_win_rate_by_hand() -> None:
 
 
 def test_win_rate_of_several_answers_is_over_all_pairs_of_a_prompt() -> None:
-    # First prompt: 3 beats 2 and 1, 1 loses to 2 and ties with 1: 0.625. Second: 2 loses to 5 and ties with 2, twice: 0.25.
+    # First prompt: 3 beats 2 and 1, 1 loses to 2 and ties with 1: 0.625. Second: 2 loses to 5 and ties with 2,
+    # twice: 0.25.
     rate, interval = win_rate(np.array([[3.0, 1.0], [2.0, 2.0]]), np.array([[2.0, 1.0], [5.0, 2.0]]))
     assert rate == 0.4375
     # Two prompts 0.375 apart: the standard error of their mean is half of that.
