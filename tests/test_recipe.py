@@ -2,6 +2,7 @@
 
 import pytest
 
+from rlhf_jax.data import Prompt, PromptRows
 from scripts import cli, recipe
 from scripts.recipe_sizes import SIZES, Size
 
@@ -29,3 +30,10 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flag: str, va
 def test_sizes_are_possible(size: Size) -> None:
     assert size.prompt_tokens + size.response_tokens <= size.model.context and size.row_length <= size.model.context
     assert size.episodes % size.minibatches == 0
+
+
+def test_prompts_are_asked_again_from_the_first_where_there_are_fewer() -> None:
+    prompts = PromptRows([[1], [2, 3]], 4, 0, [Prompt("a", "x:1"), Prompt("b", "x:2")])
+    again = recipe.some(prompts, 3)
+    assert again.rows == [[1], [2, 3], [1]] and [p.prompt for p in again.sources] == ["a", "b", "a"]
+    assert recipe.some(prompts, 1).rows == [[1]]
