@@ -69,6 +69,9 @@ def cards(figures: Figures) -> str:
         ("Distinct answers, PPO", "ppo.distinct_share", "%",
          f"{percent(distinct)} of SFT’s share" if distinct is not None else ""),
         ("PPO’s answers name the function", "ppo.topic_share", "%", against("SFT’s", "sft.topic_share", "%")),
+        ("Gold score of PPO’s answers", "ppo.gold_mean", "{:.2f}", against("of 7; SFT’s", "sft.gold_mean", "{:.2f}")),
+        ("SFT’s nats a response token", "sft.heldout_response_nll", "{:.2f}",
+         against("held out; the pretrained model’s", "pretrain.heldout_response_nll", "{:.2f}")),
         ("Bits a byte, held out", "pretrain.heldout_bits_per_byte", "{:.2f}",
          against("token bigrams need", "pretrain.bigram_bits_per_byte", "{:.2f}")),
     )  # fmt: skip
