@@ -67,6 +67,9 @@ class Cloud:
             env={**os.environ, "PATH": path, "FAKE_HOME": str(self.home)},
             stderr=subprocess.PIPE,
             text=True,
+            # Tests that were themselves started behind `&` ignore SIGINT, and a shell cannot trap what it was born
+            # ignoring.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *arguments: str) -> tuple[int, str]:
