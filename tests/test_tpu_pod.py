@@ -50,6 +50,12 @@ echo "$1" >>"$FAKE_HOME/slept"
 """
 
 
+# Tests that were themselves started behind `&` ignore SIGINT, and a shell cannot trap what it was born ignoring.
+HEARS_SIGINT = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
 @dataclasses.dataclass
 class Cloud:
     """A folder that is PATH, the worker's home, and where all is written down."""
@@ -63,13 +69,10 @@ class Cloud:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         path = f"{self.home / 'bin'}{os.pathsep}{os.environ['PATH']}"
         return subprocess.Popen(
-            ["bash", str(SCRIPT), *arguments],
+            [sys.executable, "-c", HEARS_SIGINT, "bash", str(SCRIPT), *arguments],
             env={**os.environ, "PATH": path, "FAKE_HOME": str(self.home)},
             stderr=subprocess.PIPE,
             text=True,
-            # Tests that were themselves started behind `&` ignore SIGINT, and a shell cannot trap what it was born
-            # ignoring.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *arguments: str) -> tuple[int, str]:
