@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 import sys
 import time
 from pathlib import Path
@@ -23,7 +21,6 @@ if __name__ == "__main__":
 
     use_huge_pages()
 
-import jax
 import numpy as np
 import rich.console
 import rich.table
@@ -31,29 +28,21 @@ import rich.text
 
 from rlhf_jax import distributed
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.bigram import bigram_nats
 from rlhf_jax.config import RunConfig, at_least
-from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_prompts, ranking_rows
+from rlhf_jax.data import RankingRows
 from rlhf_jax.data.embedded import Corpus, load_corpus
-from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, words_mentioned
 from rlhf_jax.durable import write_json
 from rlhf_jax.episodes import EpisodeConfig
 from rlhf_jax.model import Transformer
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.report import write_report
 from rlhf_jax.runs import Finished, model_of, released_params
-from rlhf_jax.sampling import distinct_share, sample_responses, sequence_kl, win_rate
 from rlhf_jax.stages import ppo, pretrain, reward, sft
-from rlhf_jax.tokenizer import TextTokenizer
 from scripts import cli
+from scripts.recipe_labels import Judge, Sampler, gold_rankings, label, prompt_rows, some
+from scripts.recipe_measure import measure, nested
 from scripts.recipe_sizes import SIZES, Size
 from scripts.recipe_tables import figures_table, print_summary
-
-RESPONSES = 4
-# Of the answers that the table and the report show.
-SHOWN_TEMPERATURE = 0.7
-# Answers to each held-out prompt behind a win rate: one more or less good draw moves it by little.
-ANSWERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,61 +73,6 @@ class Config:
     def folder(self) -> Path:
         """The recipe's folder; the stages' are below it."""
         return Path(self.out) if self.out else Path("runs") / self.name
-
-
-class Judge:
-    """The simulated labeller: gold scores of sampled token ids."""
-
-    def __init__(self, corpus: Corpus, tokenizer: TextTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.vocabulary = frozenset(
-            word for text in corpus.texts for word in re.findall(r"[a-z][a-z0-9]*", text.text.lower())
-        )
-
-    def scores(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
-        """Gold scores [prompts, K]; a response without an end never finished, whatever it looks like."""
-        return np.array(
-            [
-                [
-                    gold_score(p.prompt, self.tokenizer.decode(ids), self.vocabulary, ended=self.ended(ids))
-                    for ids in row
-                ]
-                for p, row in zip(prompts, responses, strict=True)
-            ]
-        )
-
-    def topic_share(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> float:
-        """Share of the responses that mention a word of the function asked about."""
-        told = [
-            words_mentioned(p.prompt, self.tokenizer.decode(ids))[0] > 0
-            for p, row in zip(prompts, responses, strict=True)
-            for ids in row
-        ]
-        return float(np.mean(told))
-
-    def ended(self, ids: list[int]) -> bool:
-        """Whether a response has its end-of-text token."""
-        return bool(ids) and ids[-1] == self.tokenizer.eos_id
-
-
-class Sampler:
-    """Responses of a run's model, by the pure distribution; at temperature 1 unless said."""
-
-    def __init__(self, model: Transformer, tokenizer: TextTokenizer, response_tokens: int) -> None:
-        self.model, self.response_tokens = model, response_tokens
-        self.options: dict[str, Any] = {
-            "max_new_tokens": response_tokens,
-            "eos_id": tokenizer.eos_id,
-            "pad_id": tokenizer.pad_id,
-        }
-
-    def __call__(
-        self, params: Any, prompts: PromptRows, seed: int, samples: int = 1, temperature: float = 1.0
-    ) -> list[list[list[int]]]:
-        key = jax.random.key(seed)
-        return sample_responses(
-            self.model, params, prompts, key, samples=samples, temperature=temperature, **self.options
-        )
 
 
 def stage_settings(config: Config, name: str, *, save_every: int) -> dict[str, Any]:
@@ -232,10 +166,14 @@ def run_seed(config: Config) -> None:
     sft_params = released_params(tuned.run)
     train_prompts = prompt_rows(corpus.prompts, tokenizer, size.prompt_tokens)
     heldout_prompts = prompt_rows(corpus.heldout_prompts, tokenizer, size.prompt_tokens)
-    rankings, agreement = label(config, size, sampler, judge, sft_params, train_prompts, config.folder)
+    rankings, agreement = label(
+        sampler, judge, sft_params, train_prompts, rankings=size.rankings, seed=config.seed, folder=config.folder
+    )
     heldout_rankings = gold_rankings(sampler, judge, sft_params, heldout_prompts, config.seed)
     console.print(
-        f"{len(rankings):,} prompts ranked; two labellers agree on {agreement:.1%} of pairs (InstructGPT's: 73%)"
+        f"{len(rankings):,} rankings over {len(train_prompts):,} prompts ({len(corpus.prompts) - len(train_prompts):,} "
+        f"are longer than {size.prompt_tokens} tokens); two labellers agree on {agreement:.1%} of pairs (InstructGPT's: "
+        "73%)"
     )
     clock.lap("labels")
     judged = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward", "init")
@@ -278,9 +216,18 @@ def run_seed(config: Config) -> None:
     clock.lap("ppo")
 
     announce("what came out")
+    runs = {"pretrain": pretrained, "sft": tuned, "reward": judged, "reward_scratch": scratch, "ppo": optimised}
     summary = measure(
-        config, corpus, sampler, judge, heldout_prompts, pretrained, tuned, judged, scratch, optimised
-    ) | {"reward.labeller_agreement": agreement, "seed": config.seed}
+        runs,
+        corpus,
+        sampler,
+        judge,
+        heldout_prompts,
+        row_length=size.row_length,
+        seed=config.seed,
+        folder=config.folder,
+    )
+    summary |= {"reward.labeller_agreement": agreement, "seed": config.seed}
     clock.lap("measure")
     distributed.by_first(lambda: tell(config, console, clock, summary))
     console.print(f"try it: python scripts/generate.py {optimised.run.path} --prompt ' find longest match (a, b) ->'")
@@ -319,65 +266,6 @@ class Clock:
         return sum(self.seconds.values())
 
 
-def prompt_rows(prompts: list[Prompt], tokenizer: TextTokenizer, width: int) -> PromptRows:
-    """The prompts that fit in `width` tokens, in the order of a fixed shuffle."""
-    order = np.random.default_rng(0).permutation(len(prompts))
-    shuffled = [prompts[i] for i in order]
-    rows = encode_prompts(shuffled, tokenizer, max_tokens=width, ledger=Ledger())
-    return PromptRows(rows.rows, width, tokenizer.pad_id, rows.sources)
-
-
-def some(prompts: PromptRows, count: int) -> PromptRows:
-    """The first `count` prompts, and where there are fewer, again from the first."""
-    places = [i % len(prompts) for i in range(count)]
-    return PromptRows(
-        [prompts.rows[i] for i in places], prompts.width, prompts.pad_id, [prompts.sources[i] for i in places]
-    )
-
-
-def label(
-    config: Config, size: Size, sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, folder: Path
-) -> tuple[RankingRows, float]:
-    """(rankings of sampled responses by a noisy labeller, how often two of them agree on a pair).
-
-    The labeller's rankings also stand in rankings.jsonl, as a person's would; training reads the sampled ids.
-    """
-    chosen = some(prompts, size.ranked_prompts)
-    responses = sampler(params, chosen, config.seed + 1, RESPONSES)
-    gold = judge.scores(list(chosen.sources), responses)
-    noise = noise_for_agreement(gold)
-    random = np.random.default_rng([config.seed, 1])
-    ranks, second = rank(gold, noise, random), rank(gold, noise, random)
-    first, other = np.triu_indices(RESPONSES, 1)
-    differ = gold[:, first] != gold[:, other]
-    same = (ranks[:, first] < ranks[:, other]) == (second[:, first] < second[:, other])
-    rows = [
-        (ranking_rows(ids, row), row_ranks.tolist())
-        for ids, row, row_ranks in zip(chosen.rows, responses, ranks, strict=True)
-    ]
-    lines = [
-        json.dumps({"prompt": p.prompt, "responses": [judge.tokenizer.decode(ids) for ids in row], "ranks": r.tolist()})
-        for p, row, r in zip(chosen.sources, responses, ranks, strict=True)
-    ]
-    if distributed.is_first():
-        (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    limit = prompts.width + sampler.response_tokens
-    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,)), float(same[differ].mean())
-
-
-def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, seed: int) -> RankingRows:
-    """Held-out rankings by the noise-free gold score; equal scores are ties."""
-    responses = sampler(params, prompts, seed + 2, RESPONSES)
-    gold = judge.scores(list(prompts.sources), responses)
-    ranks = 1 + (gold[:, None, :] > gold[:, :, None]).sum(axis=2)
-    rows = [
-        (ranking_rows(ids, row), row_ranks.tolist())
-        for ids, row, row_ranks in zip(prompts.rows, responses, ranks, strict=True)
-    ]
-    limit = prompts.width + sampler.response_tokens
-    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,))
-
-
 def train_reward(
     config: Config,
     size: Size,
@@ -404,101 +292,6 @@ def train_reward(
         heldout=heldout,
         demonstrations=corpus.demonstrations[:512],
     )
-
-
-def measure(
-    config: Config,
-    corpus: Corpus,
-    sampler: Sampler,
-    judge: Judge,
-    prompts: PromptRows,
-    pretrained: Finished,
-    tuned: Finished,
-    judged: Finished,
-    scratch: Finished,
-    optimised: Finished,
-) -> dict[str, Any]:
-    """The figures that the recipe stands by, all on held-out text and prompts; samples.json beside them."""
-    tokenizer = tuned.run.tokenizer
-    params = {
-        "pretrain": released_params(pretrained.run),
-        "sft": released_params(tuned.run),
-        "ppo": released_params(optimised.run),
-    }
-    answers = {name: sampler(params[name], prompts, config.seed + 4, ANSWERS) for name in params}
-    gold = {name: judge.scores(list(prompts.sources), answers[name]) for name in params}
-    texts = {name: [tokenizer.decode(row[0]).strip() for row in answers[name]] for name in params}
-    distinct = {name: distinct_share(texts[name]) for name in texts}
-    against_sft, sft_interval = win_rate(gold["ppo"], gold["sft"])
-    against_pretrained, pretrained_interval = win_rate(gold["sft"], gold["pretrain"])
-    kl = sequence_kl(
-        sampler.model,
-        params["ppo"],
-        params["sft"],
-        prompts,
-        [row[0] for row in answers["ppo"]],
-        max_new_tokens=sampler.response_tokens,
-    )
-    row_length = SIZES[config.size].row_length
-    training, heldout = (
-        pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)
-    )
-    heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
-    sentences = {d.prompt: d.completion.strip() for d in corpus.heldout_demonstrations}
-    # What people read, they sample cooler; every figure is at temperature 1, the distribution that PPO trained.
-    shown = {name: sampler(params[name], prompts, config.seed + 5, temperature=SHOWN_TEMPERATURE) for name in params}
-    shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
-    samples = [
-        {
-            "prompt": prompt.prompt.strip(),
-            **{name: tokenizer.decode(shown[name][i][0]).strip() for name in params},
-            "docstring": sentences.get(prompt.prompt),
-            "gold": {name: round(float(shown_gold[name][i]), 3) for name in params},
-            "temperature": SHOWN_TEMPERATURE,
-        }
-        for i, prompt in enumerate(prompts.sources)
-    ]
-    (config.folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
-    return {
-        "pretrain.heldout_bits_per_byte": pretrained.summary["heldout_bits_per_byte"],
-        "pretrain.bigram_bits_per_byte": bigram_nats(training, heldout, tokenizer.vocab_size)
-        / math.log(2)
-        / heldout_bytes,
-        "pretrain.heldout_response_nll": tuned.summary["heldout_response_nll_before"],
-        "sft.heldout_response_nll": tuned.summary["heldout_response_nll"],
-        "sft.win_rate_vs_pretrained": against_pretrained,
-        "sft.win_rate_vs_pretrained_interval": pretrained_interval,
-        "sft.distinct_share": distinct["sft"],
-        "sft.topic_share": judge.topic_share(list(prompts.sources), answers["sft"]),
-        "sft.topic_share_shown": judge.topic_share(list(prompts.sources), shown["sft"]),
-        "sft.gold_mean": float(gold["sft"].mean()),
-        "pretrain.gold_mean": float(gold["pretrain"].mean()),
-        "pretrain.distinct_share": distinct["pretrain"],
-        "reward.heldout_accuracy": judged.summary["heldout_accuracy"],
-        "reward.heldout_pairs": judged.summary["heldout_pairs"],
-        "reward.scratch_heldout_accuracy": scratch.summary["heldout_accuracy"],
-        "ppo.win_rate_vs_sft": against_sft,
-        "ppo.win_rate_vs_sft_interval": sft_interval,
-        "ppo.heldout_prompts": len(prompts),
-        "ppo.kl_nats": float(kl.mean()),
-        "ppo.distinct_share": distinct["ppo"],
-        "ppo.distinct_share_of_sft": distinct["ppo"] / max(distinct["sft"], 1e-9),
-        "ppo.topic_share": judge.topic_share(list(prompts.sources), answers["ppo"]),
-        "ppo.topic_share_shown": judge.topic_share(list(prompts.sources), shown["ppo"]),
-        "ppo.gold_mean": float(gold["ppo"].mean()),
-        "ppo.first_ratio_error": optimised.summary["first_ratio_error"],
-        "ppo.first_kl": optimised.summary["first_kl"],
-    }
-
-
-def nested(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The dotted keys once more as a dict for each stage."""
-    stages: dict[str, dict[str, Any]] = {}
-    for key, value in summary.items():
-        stage, dot, name = key.partition(".")
-        if dot:
-            stages.setdefault(stage, {})[name] = value
-    return stages
 
 
 if __name__ == "__main__":

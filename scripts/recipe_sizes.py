@@ -24,7 +24,7 @@ class Size:
     sft_batch: int
     sft_rate: float
     sft_dropout: float
-    ranked_prompts: int
+    rankings: int
     reward_batch: int
     reward_rate: float
     iterations: int
@@ -68,7 +68,7 @@ SIZES = {
         sft_batch=16,
         sft_rate=2e-3,
         sft_dropout=0.0,
-        ranked_prompts=128,
+        rankings=128,
         reward_batch=16,
         reward_rate=1e-3,
         iterations=6,
@@ -92,7 +92,7 @@ SIZES = {
         sft_batch=16,
         sft_rate=2e-3,
         sft_dropout=0.1,
-        ranked_prompts=14000,
+        rankings=14000,
         reward_batch=8,
         reward_rate=1e-3,
         iterations=100,
@@ -116,7 +116,7 @@ SIZES = {
         sft_batch=64,
         sft_rate=3e-4,
         sft_dropout=0.1,
-        ranked_prompts=8000,
+        rankings=8000,
         reward_batch=64,
         reward_rate=1e-4,
         iterations=150,
@@ -140,7 +140,7 @@ SIZES = {
         sft_batch=64,
         sft_rate=1e-4,
         sft_dropout=0.2,
-        ranked_prompts=9000,
+        rankings=9000,
         reward_batch=64,
         reward_rate=3e-5,
         iterations=200,

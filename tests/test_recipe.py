@@ -4,6 +4,7 @@ import pytest
 
 from rlhf_jax.data import Prompt, PromptRows
 from scripts import cli, recipe
+from scripts.recipe_labels import some
 from scripts.recipe_sizes import SIZES, Size
 
 
@@ -34,6 +35,6 @@ def test_sizes_are_possible(size: Size) -> None:
 
 def test_prompts_are_asked_again_from_the_first_where_there_are_fewer() -> None:
     prompts = PromptRows([[1], [2, 3]], 4, 0, [Prompt("a", "x:1"), Prompt("b", "x:2")])
-    again = recipe.some(prompts, 3)
+    again = some(prompts, 3)
     assert again.rows == [[1], [2, 3], [1]] and [p.prompt for p in again.sources] == ["a", "b", "a"]
-    assert recipe.some(prompts, 1).rows == [[1]]
+    assert some(prompts, 1).rows == [[1]]

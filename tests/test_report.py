@@ -234,6 +234,21 @@ def test_the_figures_are_those_of_the_summary(page: str) -> None:
     assert "7 min 32 s" in shown and "2.4e-7" in shown
 
 
+def test_cards_of_the_key_figures(page: str) -> None:
+    cards = re.findall(r"<dt>(.*?)</dt><dd>(.*?)<small>(.*?)</small>", page)
+    assert cards == [
+        ("PPO wins over SFT", "81.6%", "95% interval 77.1% to 85.7%"),
+        ("SFT wins over pretrained", "87.1%", "95% interval 83.3% to 90.4%"),
+        ("Reward model’s accuracy", "86.1%", "of held-out pairs; from scratch 70.2%"),
+        ("KL from SFT", "4.27", "nats a response"),
+        ("Distinct answers, PPO", "89.2%", "93.2% of SFT’s share"),
+        ("PPO’s answers name the function", "61.8%", "SFT’s 43.7%"),
+        ("Gold score of PPO’s answers", "5.03", "of 7; SFT’s 3.42"),
+        ("SFT’s nats a response token", "2.71", "held out; the pretrained model’s 3.54"),
+        ("Bits a byte, held out", "1.87", "token bigrams need 2.61"),
+    ]
+
+
 def test_pictures_and_tables_speak(page: str) -> None:
     tags = Page(page).tags
     pictures = [attributes["aria-label"] or "" for tag, attributes in tags if tag == "svg"]

@@ -1,0 +1,136 @@
+"""What stands where the recipe would have people: responses sampled from its models, judged and ranked."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlhf_jax import distributed
+from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_prompts, ranking_rows
+from rlhf_jax.data.embedded import Corpus
+from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, words_mentioned
+from rlhf_jax.model import Transformer
+from rlhf_jax.sampling import sample_responses
+from rlhf_jax.tokenizer import TextTokenizer
+
+RESPONSES = 4  # that a labeller ranks, K
+
+
+class Judge:
+    """The simulated labeller: gold scores of sampled token ids."""
+
+    def __init__(self, corpus: Corpus, tokenizer: TextTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.vocabulary = frozenset(
+            word for text in corpus.texts for word in re.findall(r"[a-z][a-z0-9]*", text.text.lower())
+        )
+
+    def scores(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
+        """Gold scores [prompts, K]; a response without an end never finished, whatever it looks like."""
+        return np.array(
+            [
+                [
+                    gold_score(p.prompt, self.tokenizer.decode(ids), self.vocabulary, ended=self.ended(ids))
+                    for ids in row
+                ]
+                for p, row in zip(prompts, responses, strict=True)
+            ]
+        )
+
+    def topic_share(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> float:
+        """Share of the responses that mention a word of the function asked about."""
+        told = [
+            words_mentioned(p.prompt, self.tokenizer.decode(ids))[0] > 0
+            for p, row in zip(prompts, responses, strict=True)
+            for ids in row
+        ]
+        return float(np.mean(told))
+
+    def ended(self, ids: list[int]) -> bool:
+        """Whether a response has its end-of-text token."""
+        return bool(ids) and ids[-1] == self.tokenizer.eos_id
+
+
+class Sampler:
+    """Responses of a run's model, by the pure distribution; at temperature 1 unless said."""
+
+    def __init__(self, model: Transformer, tokenizer: TextTokenizer, response_tokens: int) -> None:
+        self.model, self.response_tokens = model, response_tokens
+        self.options: dict[str, Any] = {
+            "max_new_tokens": response_tokens,
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+        }
+
+    def __call__(
+        self, params: Any, prompts: PromptRows, seed: int, samples: int = 1, temperature: float = 1.0
+    ) -> list[list[list[int]]]:
+        key = jax.random.key(seed)
+        return sample_responses(
+            self.model, params, prompts, key, samples=samples, temperature=temperature, **self.options
+        )
+
+
+def prompt_rows(prompts: list[Prompt], tokenizer: TextTokenizer, width: int) -> PromptRows:
+    """The prompts that fit in `width` tokens, in the order of a fixed shuffle."""
+    order = np.random.default_rng(0).permutation(len(prompts))
+    return encode_prompts([prompts[i] for i in order], tokenizer, max_tokens=width, ledger=Ledger())
+
+
+def some(prompts: PromptRows, count: int) -> PromptRows:
+    """The first `count` prompts, and where there are fewer, again from the first."""
+    places = [i % len(prompts) for i in range(count)]
+    return PromptRows(
+        [prompts.rows[i] for i in places], prompts.width, prompts.pad_id, [prompts.sources[i] for i in places]
+    )
+
+
+def label(
+    sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, *, rankings: int, seed: int, folder: Path
+) -> tuple[RankingRows, float]:
+    """(rankings of sampled responses by a noisy labeller, how often two of them agree on a pair).
+
+    The labeller's rankings also stand in rankings.jsonl, as a person's would; training reads the sampled ids.
+
+    Args:
+      rankings: how many; where prompts are fewer, they are asked again and the new responses ranked.
+    """
+    chosen = some(prompts, rankings)
+    responses = sampler(params, chosen, seed + 1, RESPONSES)
+    gold = judge.scores(list(chosen.sources), responses)
+    noise = noise_for_agreement(gold)
+    random = np.random.default_rng([seed, 1])
+    ranks, second = rank(gold, noise, random), rank(gold, noise, random)
+    first, other = np.triu_indices(RESPONSES, 1)
+    differ = gold[:, first] != gold[:, other]
+    same = (ranks[:, first] < ranks[:, other]) == (second[:, first] < second[:, other])
+    rows = [
+        (ranking_rows(ids, row), row_ranks.tolist())
+        for ids, row, row_ranks in zip(chosen.rows, responses, ranks, strict=True)
+    ]
+    lines = [
+        json.dumps({"prompt": p.prompt, "responses": [judge.tokenizer.decode(ids) for ids in row], "ranks": r.tolist()})
+        for p, row, r in zip(chosen.sources, responses, ranks, strict=True)
+    ]
+    if distributed.is_first():
+        (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    limit = prompts.width + sampler.response_tokens
+    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,)), float(same[differ].mean())
+
+
+def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, seed: int) -> RankingRows:
+    """Held-out rankings by the noise-free gold score; equal scores are ties."""
+    responses = sampler(params, prompts, seed + 2, RESPONSES)
+    gold = judge.scores(list(prompts.sources), responses)
+    ranks = 1 + (gold[:, None, :] > gold[:, :, None]).sum(axis=2)
+    rows = [
+        (ranking_rows(ids, row), row_ranks.tolist())
+        for ids, row, row_ranks in zip(prompts.rows, responses, ranks, strict=True)
+    ]
+    limit = prompts.width + sampler.response_tokens
+    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,))

@@ -1,0 +1,35 @@
+"""The reward model's own figures, beside its losses (test_losses.py) and shared prompts (test_shared_prompts.py)."""
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.data.batches import RankingRows
+from rlhf_jax.evaluation import scores_of
+from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.stages import reward
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Transformer(ModelConfig(vocab_size=11, context=8, width=8, layers=1, heads=1), scalar=True)
+    params = jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(0)))
+    rows = RankingRows(
+        [
+            ([[1], [2]], [1, 2]),
+            ([[3], [4]], [1, 2]),
+            ([[5], [6], [7]], [1, 2, 3]),
+            ([[8], [9]], [1, 2]),
+            ([[1], [3]], [2, 1]),
+        ],
+        8,
+    )
+    scores = scores_of(model, params, rows, batch_size=5)
+    every = np.concatenate([scores[i, : len(ranks)] for i, (_, ranks) in enumerate(rows.rows)])
+    assert reward.spread(model, params, rows, 2) == pytest.approx((every.mean(), every.std()), abs=1e-6)
+    monkeypatch.setattr(reward, "REFERENCE_PROMPTS", 3)
+    some = np.concatenate([scores[0, :2], scores[2], scores[4, :2]])
+    assert reward.spread(model, params, rows, 2) == pytest.approx((some.mean(), some.std()), abs=1e-6)
