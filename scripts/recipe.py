@@ -150,7 +150,7 @@ def run_seed(config: Config) -> None:
             batch=size.sft_batch,
             steps=size.sft_steps,
             max_tokens=limit,
-            buckets=(limit,),
+            pack=size.row_length,
             dropout=size.sft_dropout,
             optimizer=cosine(size.sft_rate),
         ),
@@ -170,10 +170,10 @@ def run_seed(config: Config) -> None:
         sampler, judge, sft_params, train_prompts, rankings=size.rankings, seed=config.seed, folder=config.folder
     )
     heldout_rankings = gold_rankings(sampler, judge, sft_params, heldout_prompts, config.seed)
+    longer = len(corpus.prompts) - len(train_prompts)
     console.print(
-        f"{len(rankings):,} rankings over {len(train_prompts):,} prompts ({len(corpus.prompts) - len(train_prompts):,} "
-        f"are longer than {size.prompt_tokens} tokens); two labellers agree on {agreement:.1%} of pairs (InstructGPT's: "
-        "73%)"
+        f"{len(rankings):,} rankings over {len(train_prompts):,} prompts ({longer:,} are longer than "
+        f"{size.prompt_tokens} tokens); two labellers agree on {agreement:.1%} of pairs (InstructGPT's: 73%)"
     )
     clock.lap("labels")
     judged = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward", "init")

@@ -61,7 +61,6 @@ def measure(
         pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)
     )
     heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
-    sentences = {d.prompt: d.completion.strip() for d in corpus.heldout_demonstrations}
     # What people read, they sample cooler; every figure is at temperature 1, the distribution that PPO trained.
     shown = {name: sampler(params[name], prompts, seed + 5, temperature=SHOWN_TEMPERATURE) for name in params}
     shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
@@ -69,7 +68,7 @@ def measure(
         {
             "prompt": prompt.prompt.strip(),
             **{name: tokenizer.decode(shown[name][i][0]).strip() for name in params},
-            "docstring": sentences.get(prompt.prompt),
+            "docstring": corpus.heldout_sentences.get(prompt.prompt),
             "gold": {name: round(float(shown_gold[name][i]), 3) for name in params},
             "temperature": SHOWN_TEMPERATURE,
         }

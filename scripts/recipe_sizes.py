@@ -21,10 +21,10 @@ class Size:
     row_length: int
     pretrain_rate: float
     sft_steps: int
-    sft_batch: int
+    sft_batch: int  # rows of row_length, each with as many demonstrations as fit
     sft_rate: float
     sft_dropout: float
-    rankings: int
+    rankings: int  # where prompts are fewer, they are asked again
     reward_batch: int
     reward_rate: float
     iterations: int
@@ -65,7 +65,7 @@ SIZES = {
         row_length=64,
         pretrain_rate=3e-3,
         sft_steps=100,
-        sft_batch=16,
+        sft_batch=8,
         sft_rate=2e-3,
         sft_dropout=0.0,
         rankings=128,
@@ -89,13 +89,13 @@ SIZES = {
         row_length=64,
         pretrain_rate=3e-3,
         sft_steps=900,
-        sft_batch=16,
+        sft_batch=8,
         sft_rate=2e-3,
         sft_dropout=0.1,
         rankings=14000,
         reward_batch=8,
         reward_rate=1e-3,
-        iterations=100,
+        iterations=160,
         episodes=64,
         minibatches=4,
         epochs=1,
@@ -113,7 +113,7 @@ SIZES = {
         row_length=128,
         pretrain_rate=1e-3,
         sft_steps=1500,
-        sft_batch=64,
+        sft_batch=32,
         sft_rate=3e-4,
         sft_dropout=0.1,
         rankings=8000,
@@ -137,7 +137,7 @@ SIZES = {
         row_length=256,
         pretrain_rate=5e-4,
         sft_steps=2000,
-        sft_batch=64,
+        sft_batch=16,
         sft_rate=1e-4,
         sft_dropout=0.2,
         rankings=9000,

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax.data import embedded
 from rlhf_jax.data.embedded import Corpus, first_sentence, help_page, load_corpus, prompt_of, words_of
+from rlhf_jax.data.labeller import words_mentioned
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def test_the_second_start_parses_nothing(corpus: Corpus, tmp_path: Path, monkeyp
 
     def counted(root: Path) -> Any:
         parsed.append(root)
-        return read(root)[::8]
+        return read(root)[::2]
 
     monkeypatch.setattr(embedded, "_functions_of_library", counted)
     few = load_corpus()
@@ -101,6 +102,11 @@ def test_the_corpus_is_large_and_shaped(corpus: Corpus) -> None:
     for record in corpus.demonstrations + corpus.heldout_demonstrations:
         assert record.prompt.startswith(" ") and record.prompt.endswith(" ->")
         assert first_sentence(record.completion) == record.completion[1:] and record.completion[0] == " "
+        assert words_mentioned(record.prompt, record.completion)[0] > 0
+    # Every held-out function's sentence is there to be shown, also one that is no demonstration.
+    demonstrated = {record.prompt: record.completion[1:] for record in corpus.heldout_demonstrations}
+    assert demonstrated.items() < corpus.heldout_sentences.items()
+    assert corpus.heldout_sentences.keys() < {record.prompt for record in corpus.heldout_prompts}
     assert 0.05 < len(corpus.heldout_prompts) / (len(corpus.prompts) + len(corpus.heldout_prompts)) < 0.15
 
 

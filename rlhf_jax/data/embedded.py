@@ -2,8 +2,9 @@
 
 Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library, each under its function's name
 and signature as help() shows it. Demonstrations are pairs of a function's name and signature, written as words, and the
-first sentence of its docstring. Functions without a docstring give further prompts, and pages of name and signature
-alone. Sources are parsed, never imported, so nothing of theirs runs.
+first sentence of its docstring, where that says a word of the name, as two in three do: what the others say cannot be
+told from name and arguments. Functions without a docstring give further prompts, and pages of name and signature alone.
+Sources are parsed, never imported, so nothing of theirs runs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_jax.data.labeller import words_mentioned
 from rlhf_jax.data.records import Demonstration, Prompt, Text
 from rlhf_jax.durable import read_json, user_cache, write_json
 from rlhf_jax.errors import UserError
@@ -61,6 +63,7 @@ class Corpus:
 
     texts, heldout_texts: for pretraining, about 24 to 1. demonstrations, heldout_demonstrations: (prompt, first
     sentence), about 9 to 1. prompts, heldout_prompts: all prompts of either side, with or without a demonstration.
+    heldout_sentences: by held-out prompt, the first sentence of its docstring, whether or not it is a demonstration.
     """
 
     texts: list[Text]
@@ -69,6 +72,7 @@ class Corpus:
     heldout_demonstrations: list[Demonstration]
     prompts: list[Prompt]
     heldout_prompts: list[Prompt]
+    heldout_sentences: dict[str, str]
 
 
 def words_of(name: str) -> list[str]:
@@ -212,7 +216,11 @@ def load_corpus() -> Corpus:
         sentence = first_sentence(docstring) if docstring else None
         if prompt not in functions or (functions[prompt].sentence is None and sentence is not None):
             functions[prompt] = Function(where, prompt, sentence)
-    demonstrations = [Demonstration(f.prompt, " " + f.sentence, f.where) for f in functions.values() if f.sentence]
+    demonstrations = [
+        Demonstration(f.prompt, " " + f.sentence, f.where)
+        for f in functions.values()
+        if f.sentence and words_mentioned(f.prompt, f.sentence)[0]
+    ]
     if len(demonstrations) < _LEAST_DEMONSTRATIONS:
         raise UserError(
             f"the embedded corpus: {len(demonstrations)} docstrings found in {root} ({sys.version.split()[0]}), wanted "
@@ -241,4 +249,5 @@ def load_corpus() -> Corpus:
         heldout_demonstrations=[d for d in demonstrations if d.prompt in unseen and d.completion not in shown],
         prompts=[p for p in prompts if p.prompt not in unseen],
         heldout_prompts=[p for p in prompts if p.prompt in unseen],
+        heldout_sentences={f.prompt: f.sentence for f in functions.values() if f.sentence and f.prompt in unseen},
     )

@@ -2,7 +2,8 @@
 
 It stands where InstructGPT had people, who rated on a scale from 1 to 7. Everything it prefers can be read off
 `gold_score`, so that what RLHF gained is measured against what was wanted, and not only against the reward model. The
-noise is such that two labellers agree on 73% of pairs, as InstructGPT's did (Ouyang et al. 2022, section 3.4).
+noise is such that two labellers agree on 73% of all pairs that they are shown, those of equal score included, as
+InstructGPT's did (Ouyang et al. 2022, section 3.4).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended:
     Start from 1 and
       add 2 if it is one finished sentence, from a capital to a full stop;
       add 2 if it mentions at least half of the words of the function's name, 1 if it mentions any;
-      add 2 if all its words are words, 1 if all but one are;
+      add 2 if all its words are words (those of the question are), 1 if all but one are;
       take 1 if it says a word twice, 1 if it is longer than 14 words, 1 if shorter than 3.
 
     Args:
@@ -38,7 +39,9 @@ def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended:
         return 1.0
     finished = ended and re.fullmatch(r"[A-Z][^.!?]*\.", text) is not None
     mentioned, asked = words_mentioned(prompt, text)
-    unknown = sum(word not in vocabulary for word in words)
+    # A name may hold what no text does (`fqname`), and speaking of it is what was asked.
+    given = frozenset(re.findall(r"[a-z][a-z0-9]*", prompt.lower()))
+    unknown = sum(word not in vocabulary and word not in given for word in words)
     content = [word for word in words if word not in STOP_WORDS]
     points = 2 * finished + (mentioned > 0) + (2 * mentioned >= asked > 0) + max(2 - unknown, 0)
     points -= len(set(content)) < len(content)
@@ -77,14 +80,15 @@ def same_word(asked: str, word: str) -> bool:
 def noise_for_agreement(scores: NDArray[np.float64], agreement: float = AGREEMENT) -> float:
     """The temperature τ at which two labellers agree on that share of pairs, by bisection.
 
-    A labeller prefers i to j with p = σ((g_i - g_j) / τ), so two agree with p² + (1 - p)².
+    A labeller prefers i to j with p = σ((g_i - g_j) / τ), so two agree with p² + (1 - p)²; on a pair of equal scores,
+    which they are asked about as about any other, by chance, with ½.
 
     Args:
-      scores: gold scores [prompts, K]; pairs are those of one prompt whose scores differ.
+      scores: gold scores [prompts, K]; pairs are those of one prompt.
+    Returns: τ in units of the scores; next to 0 where so many scores are equal that no noise is little enough.
     """
     first, second = np.triu_indices(scores.shape[1], 1)
     gaps = np.abs(scores[:, first] - scores[:, second]).ravel()
-    gaps = gaps[gaps > 0]
     low, high = 1e-3, 1e3
     for _ in range(60):
         middle = float(np.sqrt(low * high))
