@@ -88,7 +88,7 @@ SIZES = {
         pretrain_batch=8,
         row_length=64,
         pretrain_rate=3e-3,
-        sft_steps=900,
+        sft_steps=1200,
         sft_batch=8,
         sft_rate=2e-3,
         sft_dropout=0.1,
@@ -101,7 +101,7 @@ SIZES = {
         epochs=1,
         policy_rate=5e-4,
         critic_rate=1e-3,
-        kl_coef=0.1,
+        kl_coef=0.12,
         pretraining_coef=0.02,
     ),
     "base": Size(

@@ -23,8 +23,8 @@ def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended:
 
     Start from 1 and
       add 2 if it is one finished sentence, from a capital to a full stop;
-      add 2 if it mentions at least half of the words of the function's name, 1 if it mentions any;
-      add 2 if all its words are words (those of the question are), 1 if all but one are;
+      add 2 if it mentions a word of the function's name;
+      add 2 if all its words are words (those of the question are);
       take 1 if it says a word twice, 1 if it is longer than 14 words, 1 if shorter than 3.
 
     Args:
@@ -38,12 +38,12 @@ def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended:
     if not words:
         return 1.0
     finished = ended and re.fullmatch(r"[A-Z][^.!?]*\.", text) is not None
-    mentioned, asked = words_mentioned(prompt, text)
+    mentioned, _ = words_mentioned(prompt, text)
     # A name may hold what no text does (`fqname`), and speaking of it is what was asked.
     given = frozenset(re.findall(r"[a-z][a-z0-9]*", prompt.lower()))
-    unknown = sum(word not in vocabulary and word not in given for word in words)
+    known = all(word in vocabulary or word in given for word in words)
     content = [word for word in words if word not in STOP_WORDS]
-    points = 2 * finished + (mentioned > 0) + (2 * mentioned >= asked > 0) + max(2 - unknown, 0)
+    points = 2 * finished + 2 * (mentioned > 0) + 2 * known
     points -= len(set(content)) < len(content)
     points -= len(words) > LONGEST_CONCISE or len(words) < SHORTEST_SENTENCE
     return float(min(max(1 + points, 1), 7))
