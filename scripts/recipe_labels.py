@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from rlhf_jax import distributed
 from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_prompts, ranking_rows
 from rlhf_jax.data.embedded import Corpus
-from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, words_mentioned
+from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, virtues_of, words_in
 from rlhf_jax.model import Transformer
 from rlhf_jax.sampling import sample_responses
 from rlhf_jax.tokenizer import TextTokenizer
@@ -26,30 +26,30 @@ class Judge:
 
     def __init__(self, corpus: Corpus, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
-        self.vocabulary = frozenset(
-            word for text in corpus.texts for word in re.findall(r"[a-z][a-z0-9]*", text.text.lower())
-        )
+        self.vocabulary = frozenset(word for text in corpus.texts for word in words_in(text.text))
 
     def scores(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
         """Gold scores [prompts, K]; a response without an end never finished, whatever it looks like."""
+        return self._each(gold_score, prompts, responses)
+
+    def shares(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> dict[str, float]:
+        """Shares of the responses that are a finished sentence, mention the function, are all words; and are all three.
+
+        The last are sensible: short sentences about what was asked, as far as a rule can tell.
+        """
+        has_NK3 = self._each(virtues_of, prompts, responses)
+        each = zip(("finished", "topic", "known"), has_NK3.mean(axis=(0, 1)), strict=True)
+        return {f"{name}_share": float(share) for name, share in each} | {
+            "sensible_share": float(has_NK3.all(axis=2).mean())
+        }
+
+    def _each(self, what: Callable[..., Any], prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
         return np.array(
             [
-                [
-                    gold_score(p.prompt, self.tokenizer.decode(ids), self.vocabulary, ended=self.ended(ids))
-                    for ids in row
-                ]
+                [what(p.prompt, self.tokenizer.decode(ids), self.vocabulary, ended=self.ended(ids)) for ids in row]
                 for p, row in zip(prompts, responses, strict=True)
             ]
         )
-
-    def topic_share(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> float:
-        """Share of the responses that mention a word of the function asked about."""
-        told = [
-            words_mentioned(p.prompt, self.tokenizer.decode(ids))[0] > 0
-            for p, row in zip(prompts, responses, strict=True)
-            for ids in row
-        ]
-        return float(np.mean(told))
 
     def ended(self, ids: list[int]) -> bool:
         """Whether a response has its end-of-text token."""

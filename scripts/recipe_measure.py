@@ -75,7 +75,12 @@ def measure(
         for i, prompt in enumerate(prompts.sources)
     ]
     (folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
-    return {
+    shares: dict[str, float] = {}
+    for name in params:
+        for suffix, sampled in (("", answers[name]), ("_shown", shown[name])):
+            found = judge.shares(list(prompts.sources), sampled)
+            shares |= {f"{name}.{key}{suffix}": value for key, value in found.items()}
+    return shares | {
         "pretrain.heldout_bits_per_byte": said["pretrain"]["heldout_bits_per_byte"],
         "pretrain.bigram_bits_per_byte": bigram_nats(training, heldout, tokenizer.vocab_size)
         / math.log(2)
@@ -85,8 +90,6 @@ def measure(
         "sft.win_rate_vs_pretrained": against_pretrained,
         "sft.win_rate_vs_pretrained_interval": pretrained_interval,
         "sft.distinct_share": distinct["sft"],
-        "sft.topic_share": judge.topic_share(list(prompts.sources), answers["sft"]),
-        "sft.topic_share_shown": judge.topic_share(list(prompts.sources), shown["sft"]),
         "sft.gold_mean": float(gold["sft"].mean()),
         "pretrain.gold_mean": float(gold["pretrain"].mean()),
         "pretrain.distinct_share": distinct["pretrain"],
@@ -99,8 +102,6 @@ def measure(
         "ppo.kl_nats": float(kl.mean()),
         "ppo.distinct_share": distinct["ppo"],
         "ppo.distinct_share_of_sft": distinct["ppo"] / max(distinct["sft"], 1e-9),
-        "ppo.topic_share": judge.topic_share(list(prompts.sources), answers["ppo"]),
-        "ppo.topic_share_shown": judge.topic_share(list(prompts.sources), shown["ppo"]),
         "ppo.gold_mean": float(gold["ppo"].mean()),
         "ppo.first_ratio_error": said["ppo"]["first_ratio_error"],
         "ppo.first_kl": said["ppo"]["first_kl"],

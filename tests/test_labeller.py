@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, same_word, topic_words, words_mentioned
+from rlhf_jax.data.labeller import (
+    gold_score,
+    noise_for_agreement,
+    rank,
+    same_word,
+    topic_words,
+    virtues_of,
+    words_mentioned,
+)
 
 WORDS = frozenset("return true if the posix path is used for spawn a of it".split())
 PROMPT = " use posix spawn (args) ->"
@@ -27,6 +35,13 @@ PROMPT = " use posix spawn (args) ->"
 )
 def test_score_by_hand(response: str, points: float) -> None:
     assert gold_score(PROMPT, response, WORDS) == points
+
+
+def test_virtues_by_hand() -> None:
+    assert virtues_of(PROMPT, " Return the posix path.", WORDS) == (True, True, True)
+    assert virtues_of(PROMPT, " Return the posix path.", WORDS, ended=False) == (False, True, True)
+    assert virtues_of(PROMPT, " Return the path of xyzzy.", WORDS) == (True, False, False)
+    assert virtues_of(PROMPT, " ...", WORDS) == (False, False, False)
 
 
 def test_an_answer_without_an_end_is_not_finished() -> None:

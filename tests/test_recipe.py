@@ -2,9 +2,11 @@
 
 import pytest
 
-from rlhf_jax.data import Prompt, PromptRows
+from rlhf_jax.data import Prompt, PromptRows, Text
+from rlhf_jax.data.embedded import Corpus
+from rlhf_jax.tokenizer import Tokenizer
 from scripts import cli, recipe
-from scripts.recipe_labels import some
+from scripts.recipe_labels import Judge, some
 from scripts.recipe_sizes import SIZES, Size
 
 
@@ -38,3 +40,21 @@ def test_prompts_are_asked_again_from_the_first_where_there_are_fewer() -> None:
     again = some(prompts, 3)
     assert again.rows == [[1], [2, 3], [1]] and [p.prompt for p in again.sources] == ["a", "b", "a"]
     assert some(prompts, 1).rows == [[1]]
+
+
+def test_the_judge_counts_what_answers_have() -> None:
+    tokenizer = Tokenizer.bytes()
+    corpus = Corpus([Text("return the path of it", "x")], [], [], [], [], [], {})
+    judge = Judge(corpus, tokenizer)
+
+    def said(text: str, ended: bool = True) -> list[int]:
+        return [*tokenizer.encode(text), *([tokenizer.eos_id] if ended else [])]
+
+    prompts = [Prompt(" open path ->", "x:1"), Prompt(" close ->", "x:2")]
+    responses = [
+        [said(" Return the path."), said(" Return the path.", ended=False)],
+        [said(" Return it."), said(" No.")],
+    ]
+    assert judge.scores(prompts, responses).tolist() == [[7, 5], [4, 2]]
+    shares = judge.shares(prompts, responses)
+    assert shares == {"finished_share": 0.75, "topic_share": 0.5, "known_share": 0.75, "sensible_share": 0.25}

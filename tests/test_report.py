@@ -28,7 +28,14 @@ SUMMARY: dict[str, Any] = {
     "sft.win_rate_vs_pretrained_interval": [0.833, 0.904],
     "sft.distinct_share": 0.957,
     "sft.gold_mean": 3.424,
+    "pretrain.topic_share": 0.113,
+    "pretrain.finished_share": 0.041,
+    "pretrain.known_share": 0.322,
+    "pretrain.sensible_share": 0.007,
     "sft.topic_share": 0.437,
+    "sft.finished_share": 0.886,
+    "sft.known_share": 0.504,
+    "sft.sensible_share": 0.214,
     "reward.heldout_accuracy": 0.861,
     "reward.scratch_heldout_accuracy": 0.702,
     "reward.labeller_agreement": 0.731,
@@ -39,6 +46,9 @@ SUMMARY: dict[str, Any] = {
     "ppo.distinct_share_of_sft": 0.932,
     "ppo.gold_mean": 5.032,
     "ppo.topic_share": 0.618,
+    "ppo.finished_share": 0.991,
+    "ppo.known_share": 0.907,
+    "ppo.sensible_share": 0.553,
     "ppo.first_ratio_error": 2.4e-7,
     "ppo.first_kl": 0.0,
     "wall_seconds": 452.3,
@@ -247,6 +257,15 @@ def test_cards_of_the_key_figures(page: str) -> None:
         ("SFT’s nats a response token", "2.71", "held out; the pretrained model’s 3.54"),
         ("Bits a byte, held out", "1.87", "token bigrams need 2.61"),
     ]
+
+
+def test_what_each_stage_gained_stands_side_by_side(page: str) -> None:
+    shown = re.sub(r"\s+", " ", Page(page).text)
+    assert (
+        "Pretrained SFT PPO Gold score, mean 1.13 3.42 5.03 One finished sentence 4.1% 88.6% 99.1% All words are words "
+        "32.2% 50.4% 90.7% Mentions the function 11.3% 43.7% 61.8% All three of them 0.7% 21.4% 55.3% Distinct answers "
+        "98.8% 95.7% 89.2% Nats a response token 3.54 2.71 –"
+    ) in shown
 
 
 def test_pictures_and_tables_speak(page: str) -> None:

@@ -9,6 +9,7 @@ InstructGPT's did (Ouyang et al. 2022, section 3.4).
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,29 @@ from numpy.typing import NDArray
 AGREEMENT = 0.73
 LONGEST_CONCISE = 14  # words
 SHORTEST_SENTENCE = 3
+
+
+class Virtues(NamedTuple):
+    """What the labelling instructions want of a response about a function."""
+
+    finished: bool
+    """It is one sentence, from a capital to a full stop, and has its end."""
+    on_topic: bool
+    """It mentions a word of the function's name."""
+    known: bool
+    """All its words are words of the corpus or of the question: a name may hold what no text does, as `fqname`."""
+
+
+def virtues_of(prompt: str, response: str, vocabulary: frozenset[str], *, ended: bool = True) -> Virtues:
+    """Which of them a response has; one without a word has none. Args: as in `gold_score`."""
+    text = response.strip()
+    words = words_in(text)
+    given = frozenset(words_in(prompt))
+    return Virtues(
+        finished=bool(words) and ended and re.fullmatch(r"[A-Z][^.!?]*\.", text) is not None,
+        on_topic=words_mentioned(prompt, text)[0] > 0,
+        known=bool(words) and all(word in vocabulary or word in given for word in words),
+    )
 
 
 def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended: bool = True) -> float:
@@ -33,25 +57,22 @@ def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended:
       vocabulary: words of the corpus, lower case.
       ended: the response has its end-of-text token; one without is not finished, whatever it looks like.
     """
-    text = response.strip()
-    words = re.findall(r"[a-z][a-z0-9]*", text.lower())
-    if not words:
-        return 1.0
-    finished = ended and re.fullmatch(r"[A-Z][^.!?]*\.", text) is not None
-    mentioned, _ = words_mentioned(prompt, text)
-    # A name may hold what no text does (`fqname`), and speaking of it is what was asked.
-    given = frozenset(re.findall(r"[a-z][a-z0-9]*", prompt.lower()))
-    known = all(word in vocabulary or word in given for word in words)
+    words = words_in(response)
     content = [word for word in words if word not in STOP_WORDS]
-    points = 2 * finished + 2 * (mentioned > 0) + 2 * known
+    points = 2 * sum(virtues_of(prompt, response, vocabulary, ended=ended))
     points -= len(set(content)) < len(content)
     points -= len(words) > LONGEST_CONCISE or len(words) < SHORTEST_SENTENCE
-    return float(min(max(1 + points, 1), 7))
+    return float(max(1 + points, 1))
+
+
+def words_in(text: str) -> list[str]:
+    """The words of a text, lower case, in their order."""
+    return re.findall(r"[a-z][a-z0-9]*", text.lower())
 
 
 def words_mentioned(prompt: str, response: str) -> tuple[int, int]:
     """(how many words of the function asked about the response mentions, how many there are)."""
-    words = re.findall(r"[a-z][a-z0-9]*", response.lower())
+    words = words_in(response)
     asked = topic_words(prompt)
     return sum(any(same_word(a, w) for w in words) for a in asked), len(asked)
 
@@ -63,9 +84,7 @@ def topic_words(prompt: str) -> list[str]:
     """The words of the function asked about: its name's, and its arguments' if that has none of three letters."""
     name, _, rest = prompt.removesuffix("->").partition("(")
     for part in (name, name + " " + rest):
-        words = [
-            word for word in re.findall(r"[a-z][a-z0-9]*", part.lower()) if len(word) > 2 and word not in STOP_WORDS
-        ]
+        words = [word for word in words_in(part) if len(word) > 2 and word not in STOP_WORDS]
         if words:
             return list(dict.fromkeys(words))
     return []

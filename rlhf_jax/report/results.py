@@ -126,6 +126,10 @@ def gains(figures: Figures) -> str:
     ]
     measures = (
         ("Gold score, mean", "gold_mean", "{:.2f}"),
+        ("One finished sentence", "finished_share", "%"),
+        ("All words are words", "known_share", "%"),
+        ("Mentions the function", "topic_share", "%"),
+        ("All three of them", "sensible_share", "%"),
         ("Distinct answers", "distinct_share", "%"),
         ("Nats a response token", "heldout_response_nll", "{:.2f}"),
     )
