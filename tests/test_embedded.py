@@ -82,11 +82,19 @@ def test_help_page() -> None:
         ("Return the path.", "Return the path."),
         ("  Return the\n    size of it.  More follows.\n\nAnd more.", "Return the size of it."),
         ("Return version 3.11 of it. More.", "Return version 3.11 of it."),
-        ("return the path.", None),  # no capital
-        ("Return the path", None),  # no full stop
+        ("return the path.", "Return the path."),
+        ("Return the path", "Return the path."),
+        ("Return RFC 821. More", "Return RFC 821."),
+        ("B.find(sub[, start[, end]]) -> int\n\nReturn the first place.", "Return the first place."),
+        ("find(sub)\n\nReturn the first place.", "Return the first place."),
+        ("find(sub)", None),
+        ("Return the :class:`Path` of *name*, or ``None``.", "Return the Path of name, or None."),
+        ("Return self.path of it", "Return path of it."),
+        ("1 or 0, as the path is.", None),  # no word first
+        ("Return a or b, e.g. the path of it.", None),
         ("Return it.", None),  # shorter than 15 characters
         ("Return " + "a very " * 20 + "long path.", None),
-        ("Return `path` of the file.", None),
+        ("Return **kwargs of the file.", None),
         ("Return x -> y for the file.", None),
         ("Same as a.b.c() ...", None),
         ("", None),

@@ -110,12 +110,25 @@ def help_page(name: str, arguments: list[str], docstring: str = "") -> str:
 
 
 def first_sentence(docstring: str) -> str | None:
-    """A docstring's first sentence if it reads as one: a capital to a full stop, 15 to 120 characters, no markup."""
-    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
-    match = re.match(r"[A-Z][a-z].*?[a-z\])]\.(?=\s|$)", paragraph)
-    if match is None or not 15 <= len(match[0]) <= 120 or re.search(r"[`*<>|{}=\\_]|->|\.\.|::", match[0]):
+    """A docstring's first sentence if it reads as one: a capital to a full stop, 15 to 120 characters, no markup.
+
+    A signature that stands above it is passed over; a capital and a full stop are set, and marks around a name taken
+    off, where the writer did otherwise.
+    """
+    paragraphs = [" ".join(paragraph.split()) for paragraph in docstring.strip().split("\n\n")]
+    if len(paragraphs) > 1 and re.match(r"[\w.]+\([^)]*\)? ?(--?>|$)", paragraphs[0]):
+        paragraphs = paragraphs[1:]
+    plain = re.sub(r"(?::[a-z]+:)?``?([^`]*)``?", r"\1", paragraphs[0])
+    plain = re.sub(r"\bself\.(?=\w)|\*(\w+)\*", r"\1", plain)
+    match = re.match(r"[A-Za-z][a-z].*?[A-Za-z0-9\])](?=\.(?:\s|$)|$)", plain)
+    if match is None:
         return None
-    return match[0]
+    sentence = f"{match[0][0].upper()}{match[0][1:]}."
+    return (
+        None
+        if not 15 <= len(sentence) <= 120 or re.search(r"[`*<>|{}=\\_]|->|\.\.|::|\.g\.$|\.e\.$", sentence)
+        else sentence
+    )
 
 
 def _functions_of_source(path: Path, name: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
