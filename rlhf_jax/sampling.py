@@ -31,12 +31,14 @@ def sample_responses(
     eos_id: int,
     pad_id: int,
     temperature: float = 1.0,
+    slots: int = 0,
 ) -> list[list[list[int]]]:
     """`samples` responses to each prompt, as token ids; one that ended has its eos.
 
     Args:
       key: typed; each batch folds its number in.
       batch_size: rows sampled at once; every batch has that many, so that one program serves all.
+      slots: rows of a batch that are computed at a time, as `generate` has it.
     """
     rows = np.repeat(np.arange(len(prompts)), samples)
     flat: list[list[int]] = []
@@ -52,6 +54,7 @@ def sample_responses(
             stop_ids=(eos_id,),
             pad_id=pad_id,
             temperature=temperature,
+            slots=slots,
         )
         tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
         flat += [tokens[i][mask[i]].tolist() for i in range(min(batch_size, len(rows) - start))]

@@ -19,6 +19,8 @@ from rlhf_jax.sampling import sample_responses
 from rlhf_jax.tokenizer import TextTokenizer
 
 RESPONSES = 4  # that a labeller ranks, K
+# From so many responses on, one that has ended gives its place to the next: a quarter less time on a CPU.
+MANY = 2048
 
 
 class Judge:
@@ -71,8 +73,17 @@ class Sampler:
         self, params: Any, prompts: PromptRows, seed: int, samples: int = 1, temperature: float = 1.0
     ) -> list[list[list[int]]]:
         key = jax.random.key(seed)
+        many = len(prompts) * samples >= MANY
         return sample_responses(
-            self.model, params, prompts, key, samples=samples, temperature=temperature, **self.options
+            self.model,
+            params,
+            prompts,
+            key,
+            samples=samples,
+            temperature=temperature,
+            batch_size=MANY if many else 256,
+            slots=256 if many else 0,
+            **self.options,
         )
 
 

@@ -30,7 +30,7 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
 
 
 def sensible(s: dict[str, Any], suffix: str) -> str:
-    """Share of sensible answers after each stage."""
+    """Share of sensible answers after pretraining, SFT and PPO."""
     return " to ".join(f"{s[f'{stage}.sensible_share{suffix}']:.2f}" for stage in ("pretrain", "sft", "ppo"))
 
 
@@ -50,8 +50,7 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
         ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
         ("mention the function, SFT to PPO", f"{s['sft.topic_share']:.2f} to {s['ppo.topic_share']:.2f}",
          f"at temperature 0.7: {s['sft.topic_share_shown']:.2f} to {s['ppo.topic_share_shown']:.2f}"),
-        ("finished, of words, about the function:\npretrained to SFT to PPO", sensible(s, ""),
-         f"at temperature 0.7: {sensible(s, '_shown')}"),
+        ("sensible: finished, all words, on topic", sensible(s, ""), f"at temperature 0.7: {sensible(s, '_shown')}"),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
         ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",
          "at least 0.8 of SFT's"),

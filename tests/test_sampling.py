@@ -1,9 +1,26 @@
-"""Held-out comparisons of models: win rates and shares by hand."""
+"""Held-out comparisons of models: win rates and shares by hand; responses to each prompt."""
 
+import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.sampling import distinct_share, win_rate
+from rlhf_jax.data import PromptRows
+from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.sampling import distinct_share, sample_responses, win_rate
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_responses_are_those_to_their_prompts_also_where_slots_are_passed_on() -> None:
+    model = Transformer(ModelConfig(vocab_size=9, context=8, width=8, layers=1, heads=1))
+    params = jax.tree.map(lambda x: 2 * x, init_params(model, jax.random.key(0)))
+    prompts = PromptRows([[1], [2, 3], [4], [5, 6], [7]], 2, 0)
+    told = {"samples": 3, "batch_size": 8, "max_new_tokens": 5, "eos_id": 8, "pad_id": 0}
+    apart = sample_responses(model, params, prompts, jax.random.key(1), **told)
+    assert [len(row) for row in apart] == [3] * 5
+    lengths = {len(ids) for row in apart for ids in row}
+    assert len(lengths) > 2 and all(8 not in ids[:-1] for row in apart for ids in row)
+    # A row's draws are its own, so the same ones come out.
+    assert sample_responses(model, params, prompts, jax.random.key(1), slots=3, **told) == apart
 
 
 def test_win_rate_by_hand() -> None:
