@@ -23,8 +23,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import rich.console
-import rich.table
-import rich.text
 
 from rlhf_jax import distributed
 from rlhf_jax.arrays import TrainState

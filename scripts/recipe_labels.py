@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import numpy as np
 from rlhf_jax import distributed
 from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_prompts, ranking_rows
 from rlhf_jax.data.embedded import Corpus
-from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, virtues_of, words_in
+from rlhf_jax.data.labeller import Virtues, gold_score, noise_for_agreement, rank, virtues_of, words_in
 from rlhf_jax.model import Transformer
 from rlhf_jax.sampling import sample_responses
 from rlhf_jax.tokenizer import TextTokenizer
 
 RESPONSES = 4  # that a labeller ranks, K
-# From so many responses on, one that has ended gives its place to the next: a quarter less time on a CPU.
+# Responses in a batch, or more: one that has ended gives its place to the next, a quarter less time on a CPU.
 MANY = 2048
 
 
@@ -40,7 +41,7 @@ class Judge:
         The last are sensible: short sentences about what was asked, as far as a rule can tell.
         """
         has_NK3 = self._each(virtues_of, prompts, responses)
-        each = zip(("finished", "topic", "known"), has_NK3.mean(axis=(0, 1)), strict=True)
+        each = zip(Virtues._fields, has_NK3.mean(axis=(0, 1)), strict=True)
         return {f"{name}_share": float(share) for name, share in each} | {
             "sensible_share": float(has_NK3.all(axis=2).mean())
         }
@@ -73,7 +74,8 @@ class Sampler:
         self, params: Any, prompts: PromptRows, seed: int, samples: int = 1, temperature: float = 1.0
     ) -> list[list[list[int]]]:
         key = jax.random.key(seed)
-        many = len(prompts) * samples >= MANY
+        rows = len(prompts) * samples
+        batches = max(rows // MANY, 1)
         return sample_responses(
             self.model,
             params,
@@ -81,8 +83,8 @@ class Sampler:
             key,
             samples=samples,
             temperature=temperature,
-            batch_size=MANY if many else 256,
-            slots=256 if many else 0,
+            batch_size=math.ceil(rows / batches) if rows >= MANY else 256,
+            slots=256 if rows >= MANY else 0,
             **self.options,
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import distributed
 from rlhf_jax.bigram import bigram_nats
 from rlhf_jax.data import Ledger, PromptRows
 from rlhf_jax.data.embedded import Corpus
@@ -74,7 +75,8 @@ def measure(
         }
         for i, prompt in enumerate(prompts.sources)
     ]
-    (folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
+    if distributed.is_first():
+        (folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
     shares: dict[str, float] = {}
     for name in params:
         for suffix, sampled in (("", answers[name]), ("_shown", shown[name])):

@@ -87,7 +87,12 @@ def test_help_page() -> None:
         ("Return RFC 821. More", "Return RFC 821."),
         ("B.find(sub[, start[, end]]) -> int\n\nReturn the first place.", "Return the first place."),
         ("find(sub)\n\nReturn the first place.", "Return the first place."),
-        ("find(sub)", None),
+        ("gethostbyname(host, port)", None),  # a signature alone
+        ("Send `data' and `more' to the `server'.", "Send data and more to the server."),
+        ("Return x*y*z of the numbers.", None),
+        ("Raise an error if no vs. yes happens.", None),
+        ("Check that it is U.S. based.", None),
+        ("Return the first item\n:param item: the item.", None),
         ("Return the :class:`Path` of *name*, or ``None``.", "Return the Path of name, or None."),
         ("Return self.path of it", "Return path of it."),
         ("1 or 0, as the path is.", None),  # no word first
@@ -121,12 +126,13 @@ def test_the_corpus_is_large_and_shaped(corpus: Corpus) -> None:
 def test_nothing_held_out_is_trained_on(corpus: Corpus) -> None:
     texts = {text.text for text in corpus.texts}
     assert texts.isdisjoint(text.text for text in corpus.heldout_texts)
-    heldout_sentences = {record.completion for record in corpus.heldout_demonstrations}
+    heldout_sentences = {f" {sentence}" for sentence in corpus.heldout_sentences.values()}
     # Most texts stand under their function's name and signature, a line that starts with a space.
     bodies = [text.split("\n\n", 1)[-1] if text.startswith(" ") else text for text in texts]
     trained_sentences = {f" {first_sentence(body)}" for body in bodies}
     assert len(trained_sentences) > 2000 and heldout_sentences.isdisjoint(trained_sentences)
-    assert heldout_sentences.isdisjoint(record.completion for record in corpus.demonstrations)
+    demonstrated = {record.completion for record in corpus.demonstrations}
+    assert demonstrated.isdisjoint(record.completion for record in corpus.heldout_demonstrations)
     prompts = [record.prompt for record in corpus.prompts]
     heldout = [record.prompt for record in corpus.heldout_prompts]
     assert set(prompts).isdisjoint(heldout)

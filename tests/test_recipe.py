@@ -31,7 +31,8 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flag: str, va
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_sizes_are_possible(size: Size) -> None:
-    assert size.prompt_tokens + size.response_tokens <= size.model.context and size.row_length <= size.model.context
+    # A demonstration fits a packed row, and a row the context.
+    assert size.prompt_tokens + size.response_tokens <= size.row_length <= size.model.context
     assert size.episodes % size.minibatches == 0
 
 

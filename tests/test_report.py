@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich.console
 
 from rlhf_jax.data import Ledger
 from rlhf_jax.errors import UserError
 from rlhf_jax.report import write_report
 from rlhf_jax.report.charts import Line, line_chart, smoothed, thinned, ticks
 from rlhf_jax.report.html import Figures, duration, short, text
+from scripts.recipe_tables import figures_table
 
 SUMMARY: dict[str, Any] = {
     "pretrain.heldout_bits_per_byte": 1.874,
@@ -342,6 +344,25 @@ def test_the_headline_follows_the_interval(tmp_path: Path, rate: float, interval
     assert words in shown and "repeats itself" not in shown
     (tmp_path / "summary.json").write_text(json.dumps(summary | {"ppo.distinct_share": 0.2, "sft.distinct_share": 0.9}))
     assert "repeats itself" in Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+
+
+def test_the_recipes_table_has_the_summarys_figures() -> None:
+    shown = {"sft.topic_share_shown": 0.512, "ppo.topic_share_shown": 0.634}
+    shown |= {
+        f"{stage}.sensible_share_shown": share for stage, share in zip(("pretrain", "sft", "ppo"), (0.01, 0.3, 0.6))
+    }
+    console = rich.console.Console(width=200)
+    with console.capture() as captured:
+        console.print(figures_table(SUMMARY | shown, "what came out"))
+    said = re.sub(r"[ │]+", " ", captured.get())
+    for row in (
+        "PPO against SFT, win rate 0.816 [0.771, 0.857] 0.70, aim 0.80",
+        "mention the function, SFT to PPO 0.44 to 0.62 at temperature 0.7: 0.51 to 0.63",
+        "sensible: finished, all words, on topic 0.01 to 0.21 to 0.55 at temperature 0.7: 0.01 to 0.30 to 0.60",
+        "distinct answers, PPO and SFT 0.892 and 0.957 at least 0.8 of SFT's",
+        "minutes 7.5 at most 8 on two CPU cores",
+    ):
+        assert row in said, row
 
 
 def test_ticks_are_round_and_inside() -> None:

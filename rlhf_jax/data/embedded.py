@@ -2,9 +2,9 @@
 
 Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library, each under its function's name
 and signature as help() shows it. Demonstrations are pairs of a function's name and signature, written as words, and the
-first sentence of its docstring, where that says a word of the name, as two in three do: what the others say cannot be
-told from name and arguments. Functions without a docstring give further prompts, and pages of name and signature alone.
-Sources are parsed, never imported, so nothing of theirs runs.
+first sentence of its docstring, where that says a word of the name, as seven in ten do: the simulated labeller wants it
+(labeller.py), and who writes demonstrations is told what labellers want. Functions without a docstring give further
+prompts, and pages of name and signature alone. Sources are parsed, never imported, so nothing of theirs runs.
 """
 
 from __future__ import annotations
@@ -116,19 +116,21 @@ def first_sentence(docstring: str) -> str | None:
     off, where the writer did otherwise.
     """
     paragraphs = [" ".join(paragraph.split()) for paragraph in docstring.strip().split("\n\n")]
-    if len(paragraphs) > 1 and re.match(r"[\w.]+\([^)]*\)? ?(--?>|$)", paragraphs[0]):
-        paragraphs = paragraphs[1:]
-    plain = re.sub(r"(?::[a-z]+:)?``?([^`]*)``?", r"\1", paragraphs[0])
-    plain = re.sub(r"\bself\.(?=\w)|\*(\w+)\*", r"\1", plain)
+    if re.match(r"[\w.]+\([^)]*\)? ?(--?>|$)", paragraphs[0]):
+        del paragraphs[0]
+    if not paragraphs:
+        return None
+    plain = re.sub(r"`(\w[^`']*)'", r"\1", paragraphs[0])  # `name', as TeX quotes
+    plain = re.sub(r"(?::[a-z]+:)?``?([^`]*)``?", r"\1", plain)
+    plain = re.sub(r"\bself\.(?=\w)|(?<!\w)\*(\w+)\*(?!\w)", r"\1", plain)
     match = re.match(r"[A-Za-z][a-z].*?[A-Za-z0-9\])](?=\.(?:\s|$)|$)", plain)
     if match is None:
         return None
     sentence = f"{match[0][0].upper()}{match[0][1:]}."
-    return (
-        None
-        if not 15 <= len(sentence) <= 120 or re.search(r"[`*<>|{}=\\_]|->|\.\.|::|\.g\.$|\.e\.$", sentence)
-        else sentence
-    )
+    # Other markup, and stops that end no sentence.
+    if re.search(r"[`*<>|{}=\\_]|->|\.\.|::| :\w|\b(?:etc|vs|cf|[A-Za-z]\.[A-Za-z])\.$", sentence):
+        return None
+    return sentence if 15 <= len(sentence) <= 120 else None
 
 
 def _functions_of_source(path: Path, name: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
@@ -236,9 +238,9 @@ def load_corpus() -> Corpus:
     ]
     if len(demonstrations) < _LEAST_DEMONSTRATIONS:
         raise UserError(
-            f"the embedded corpus: {len(demonstrations)} docstrings found in {root} ({sys.version.split()[0]}), wanted "
-            f"at least {_LEAST_DEMONSTRATIONS}; this Python was installed without its documentation, "
-            f"pass files with --data"
+            f"the embedded corpus: {len(demonstrations)} docstrings that say what a function does found in {root} "
+            f"({sys.version.split()[0]}), wanted at least {_LEAST_DEMONSTRATIONS}; this Python was installed without "
+            "its documentation, pass files with --data"
         )
     prompts = [Prompt(f.prompt, f.where) for f in functions.values()]
     pages = [(Text(text, where), prompt) for text, (where, prompt) in documents.items() if len(text) >= 40]

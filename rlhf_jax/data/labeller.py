@@ -24,7 +24,7 @@ class Virtues(NamedTuple):
 
     finished: bool
     """It is one sentence, from a capital to a full stop, and has its end."""
-    on_topic: bool
+    topic: bool
     """It mentions a word of the function's name."""
     known: bool
     """All its words are words of the corpus or of the question: a name may hold what no text does, as `fqname`."""
@@ -37,7 +37,7 @@ def virtues_of(prompt: str, response: str, vocabulary: frozenset[str], *, ended:
     given = frozenset(words_in(prompt))
     return Virtues(
         finished=bool(words) and ended and re.fullmatch(r"[A-Z][^.!?]*\.", text) is not None,
-        on_topic=words_mentioned(prompt, text)[0] > 0,
+        topic=words_mentioned(prompt, text)[0] > 0,
         known=bool(words) and all(word in vocabulary or word in given for word in words),
     )
 

@@ -238,7 +238,7 @@ def run(
         base=start.base,
         lora_scale=config.lora.scale,
     )
-    mean, scale = spread(model, whole(params), rankings, config.batch)
+    mean, scale = score_mean_and_scale(model, whole(params), rankings, config.batch)
     release(folder, params, config.steps)
     right, pairs = accuracy(model, whole(params), heldout, config.batch) if heldout is not None else (None, 0)
     summary = {
@@ -262,7 +262,7 @@ def accuracy(model: Transformer, params: Params, rows: RankingRows, batch_size: 
     return pair_accuracy(scores_of(model, params, rows, batch_size=batch_size), ranks, mask)
 
 
-def spread(model: Transformer, params: Params, rows: RankingRows, batch_size: int) -> tuple[float, float]:
+def score_mean_and_scale(model: Transformer, params: Params, rows: RankingRows, batch_size: int) -> tuple[float, float]:
     """(mean, standard deviation) of the scores of responses to at most REFERENCE_PROMPTS prompts, evenly taken."""
     taken = np.linspace(0, len(rows) - 1, min(len(rows), REFERENCE_PROMPTS)).round().astype(int)
     some = dataclasses.replace(rows, rows=[rows.rows[i] for i in taken], sources=())
