@@ -120,6 +120,7 @@ def label(
     random = np.random.default_rng([seed, 1])
     ranks, second = rank(gold, noise, random), rank(gold, noise, random)
     first, other = np.triu_indices(RESPONSES, 1)
+    differ = gold[:, first] != gold[:, other]
     same = (ranks[:, first] < ranks[:, other]) == (second[:, first] < second[:, other])
     rows = [
         (ranking_rows(ids, row), row_ranks.tolist())
@@ -132,7 +133,7 @@ def label(
     if distributed.is_first():
         (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     limit = prompts.width + sampler.response_tokens
-    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,)), float(same.mean())
+    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,)), float(same[differ].mean())
 
 
 def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, seed: int) -> RankingRows:

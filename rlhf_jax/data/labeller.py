@@ -2,8 +2,8 @@
 
 It stands where InstructGPT had people, who rated on a scale from 1 to 7. Everything it prefers can be read off
 `gold_score`, so that what RLHF gained is measured against what was wanted, and not only against the reward model. The
-noise is such that two labellers agree on 73% of all pairs that they are shown, those of equal score included, as
-InstructGPT's did (Ouyang et al. 2022, section 3.4).
+noise is such that two labellers agree on 73% of the pairs whose scores differ, as often as InstructGPT's did (Ouyang et
+al. 2022, section 3.4); pairs of equal score they order by chance.
 """
 
 from __future__ import annotations
@@ -99,15 +99,14 @@ def same_word(asked: str, word: str) -> bool:
 def noise_for_agreement(scores: NDArray[np.float64], agreement: float = AGREEMENT) -> float:
     """The temperature τ at which two labellers agree on that share of pairs, by bisection.
 
-    A labeller prefers i to j with p = σ((g_i - g_j) / τ), so two agree with p² + (1 - p)²; on a pair of equal scores,
-    which they are asked about as about any other, by chance, with ½.
+    A labeller prefers i to j with p = σ((g_i - g_j) / τ), so two agree with p² + (1 - p)².
 
     Args:
-      scores: gold scores [prompts, K]; pairs are those of one prompt.
-    Returns: τ in units of the scores; next to 0 where so many scores are equal that no noise is little enough.
+      scores: gold scores [prompts, K]; pairs are those of one prompt whose scores differ.
     """
     first, second = np.triu_indices(scores.shape[1], 1)
     gaps = np.abs(scores[:, first] - scores[:, second]).ravel()
+    gaps = gaps[gaps > 0]
     low, high = 1e-3, 1e3
     for _ in range(60):
         middle = float(np.sqrt(low * high))
