@@ -101,7 +101,7 @@ SIZES = {
         epochs=1,
         policy_rate=5e-4,
         critic_rate=1e-3,
-        kl_coef=0.12,
+        kl_coef=0.15,
         pretraining_coef=0.02,
     ),
     "base": Size(
