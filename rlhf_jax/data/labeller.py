@@ -25,7 +25,7 @@ class Virtues(NamedTuple):
     finished: bool
     """It is one sentence, from a capital to a full stop, and has its end."""
     topic: bool
-    """It mentions a word of the function's name."""
+    """It mentions a word of the function's name, or of its arguments where the name has none of three letters."""
     known: bool
     """All its words are words of the corpus or of the question: a name may hold what no text does, as `fqname`."""
 
