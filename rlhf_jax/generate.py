@@ -144,7 +144,8 @@ def generate(
         are not quite the model's.
       uniform_BR: what to draw with in place of `uniform_numbers` of the key, for rows that are numbered otherwise.
     Returns: Generation of R columns.
-    Raises: ValueError where P + R exceeds the context, or for a temperature, top_k, top_p or segments out of range.
+    Raises: ValueError where P + R exceeds the context, or for a temperature, top_k, top_p, slots or segments out of
+      range.
     """
     how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype)
     how.check(tokens_BP.shape[1], slots)
@@ -229,6 +230,8 @@ class _How(NamedTuple):
             raise ValueError(f"top_p {self.top_p}: wanted above 0, at most 1")
         if self.segments < 1:
             raise ValueError(f"segments {self.segments}: wanted 1 or more")
+        if slots < 0:
+            raise ValueError(f"slots: found {slots}, wanted 0 or more")
         if slots and self.segments > 1:
             raise ValueError(f"segments {self.segments} with slots {slots}: wanted one of them; slots write a ring")
         if self.cache_dtype not in get_args(CacheDtype):
