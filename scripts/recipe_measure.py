@@ -62,7 +62,7 @@ def measure(
         pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)
     )
     heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
-    # What people read, they sample cooler. Figures are at temperature 1, the distribution that PPO trained, but for *_shown.
+    # What people read, they sample cooler. All figures but *_shown are at 1, the distribution that PPO trained.
     shown = {name: sampler(params[name], prompts, seed + 5, temperature=SHOWN_TEMPERATURE) for name in params}
     shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
     samples = [
