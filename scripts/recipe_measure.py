@@ -82,6 +82,12 @@ def measure(
         for suffix, sampled in (("", answers[name]), ("_shown", shown[name])):
             found = judge.shares(list(prompts.sources), sampled)
             shares |= {f"{name}.{key}{suffix}": value for key, value in found.items()}
+    # What people wrote about the same functions, by the same rules: as much as a model can be expected to have.
+    documented = [p for p in prompts.sources if p.prompt in corpus.heldout_sentences]
+    written = [[[*tokenizer.encode(corpus.heldout_sentences[p.prompt]), tokenizer.eos_id]] for p in documented]
+    if documented:
+        shares |= {f"docstrings.{key}": value for key, value in judge.shares(documented, written).items()}
+        shares["docstrings.gold_mean"] = float(judge.scores(documented, written).mean())
     return shares | {
         "pretrain.heldout_bits_per_byte": said["pretrain"]["heldout_bits_per_byte"],
         "pretrain.bigram_bits_per_byte": bigram_nats(training, heldout, tokenizer.vocab_size)

@@ -34,6 +34,14 @@ def sensible(s: dict[str, Any], suffix: str) -> str:
     return " to ".join(f"{s[f'{stage}.sensible_share{suffix}']:.2f}" for stage in ("pretrain", "sft", "ppo"))
 
 
+def docstrings(s: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The true docstrings by the same rules, a row; none where a summary does not have them."""
+    if "docstrings.sensible_share" not in s:
+        return []
+    shares = f"{s['docstrings.topic_share']:.2f} and {s['docstrings.sensible_share']:.2f}"
+    return [("docstrings themselves: mention, sensible", shares, "")]
+
+
 def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
     """The figures of a summary beside what was asked of them."""
     interval = s.get("ppo.win_rate_vs_sft_interval")
@@ -51,6 +59,7 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
         ("mention the function, SFT to PPO", f"{s['sft.topic_share']:.2f} to {s['ppo.topic_share']:.2f}",
          f"at temperature 0.7: {s['sft.topic_share_shown']:.2f} to {s['ppo.topic_share_shown']:.2f}"),
         ("sensible: finished, all words, on topic", sensible(s, ""), f"at temperature 0.7: {sensible(s, '_shown')}"),
+        *docstrings(s),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
         ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",
          "at least 0.8 of SFT's"),

@@ -133,13 +133,15 @@ def gains(figures: Figures) -> str:
         ("Distinct answers", "distinct_share", "%"),
         ("Nats a response token", "heldout_response_nll", "{:.2f}"),
     )
-    models = ("pretrain", "sft", "ppo")
+    models = {"pretrain": "Pretrained", "sft": "SFT", "ppo": "PPO"}
+    if figures.number("docstrings.gold_mean") is not None:
+        models["docstrings"] = "Documentation"
     lines = [
         (title, *(figures.shown(f"{model}.{key}", form) or "–" for model in models))
         for title, key, form in measures
         if any(figures.number(f"{model}.{key}") is not None for model in models)
     ]
-    compared = table("On held-out prompts", ("", "Pretrained", "SFT", "PPO"), lines)
+    compared = table("On held-out prompts", ("", *models.values()), lines)
     return section(
         "gains",
         "What each stage gained",
