@@ -204,9 +204,11 @@ def test_scanned_layers_compute_the_same(name: str, remat: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, unstack_blocks(stacked, plain.config), params)
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 37)
     gradient, whole = gradient_and_logits(plain, params, tokens)
-    # A sum over 592 logits has gradients up to 100: float32 rounds them by their size, not by 1e-5.
+    # A sum over 592 logits has gradients up to 107, and what is rounded there is handed on to the others: to how many
+    # parts in a million depends on the CPU's instructions, to one on none seen.
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     jax.tree.map(
-        lambda found, wanted: np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max()),
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6 * largest),
         unstack_blocks(gradient_and_logits(scanned, stacked, tokens)[0], plain.config),
         gradient,
     )
