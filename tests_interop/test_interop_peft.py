@@ -131,7 +131,7 @@ def test_an_adapter_of_peft_here(base: tuple, rooted: bool, tmp_path: Path) -> N
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.copy_(0.3 * torch.randn_like(parameter))
+                parameter.copy_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "a")
     adapter, lora = read_adapter(tmp_path / "a", read.model, read.model_type)
     assert base_of(tmp_path / "a") == str(folder)
