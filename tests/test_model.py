@@ -205,10 +205,10 @@ def test_scanned_layers_compute_the_same(name: str, remat: Any) -> None:
     tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 37)
     gradient, whole = gradient_and_logits(plain, params, tokens)
     # A sum over 592 logits has gradients up to 107, and what is rounded there is handed on to the others: by a quarter
-    # of a millionth of the largest on AVX2, by less on AVX-512.
+    # of a millionth of the largest on a CPU with AVX2, where 1e-5 is a tenth of one.
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6 * largest),
+        functools.partial(np.testing.assert_allclose, rtol=0, atol=5e-7 * largest),
         unstack_blocks(gradient_and_logits(scanned, stacked, tokens)[0], plain.config),
         gradient,
     )
