@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
 
@@ -58,15 +59,32 @@ def draw(logp_BV: Array, uniform_B: Array) -> Array:
     """One id a row, [B] int32, from log-probabilities [B, V], by the inverse of the distribution function.
 
     It takes one number a row, uniform in [0, 1); a Gumbel number for every entry of the vocabulary would cost a third
-    of the sampling time.
+    of the sampling time. About √V neighbouring ids make a block: of blocks and then in one of them, sums run over √V
+    numbers, where a sum that runs over V takes as long as all else of a token on a CPU.
     """
-    probability_BV = jnp.exp(logp_BV)
-    # The parallel sum of float32 moves by its last bit also where nothing is added: such ids must not catch a draw.
-    cumulative_BV = jnp.where(probability_BV > 0.0, jnp.cumsum(probability_BV, axis=-1), 0.0)
+    rows, vocabulary = logp_BV.shape
+    size = 2 ** math.ceil(math.log2(vocabulary) / 2)
+    blocks = jnp.pad(jnp.exp(logp_BV), ((0, 0), (0, -vocabulary % size))).reshape(rows, -1, size)
+    of_block = jnp.sum(blocks, axis=-1)
+    up_to_block = jnp.cumsum(of_block, axis=-1)
     # 1 - u is in (0, 1], so that the target is above 0 and is reached.
-    target_B1 = (1.0 - uniform_B)[:, None] * jnp.max(cumulative_BV, axis=-1, keepdims=True)
-    ids_1V = jnp.arange(logp_BV.shape[-1], dtype=jnp.int32)[None]
-    return jnp.min(jnp.where(cumulative_BV >= target_B1, ids_1V, logp_BV.shape[-1] - 1), axis=-1)
+    target_B1 = (1.0 - uniform_B)[:, None] * jnp.max(up_to_block, axis=-1, keepdims=True)
+    block_B1 = _reaching(of_block, up_to_block, target_B1)
+    before_B1 = jnp.take_along_axis(up_to_block - of_block, block_B1, axis=1)
+    inside = jnp.take_along_axis(blocks, block_B1[:, :, None], axis=1)[:, 0]
+    ids_B1 = _reaching(inside, jnp.cumsum(inside, axis=-1), target_B1 - before_B1)
+    return (block_B1 * size + ids_B1)[:, 0]
+
+
+def _reaching(weights_BN: Array, running_BN: Array, target_B1: Array) -> Array:
+    """[B, 1] int32: the first place of a weight above 0 where their running sum reaches the target, or else the last.
+
+    The parallel sum of float32 moves by its last bit also where nothing is added: such places must not catch a draw.
+    """
+    places_1N = jnp.arange(weights_BN.shape[-1], dtype=jnp.int32)[None]
+    reached = jnp.where((weights_BN > 0.0) & (running_BN >= target_B1), places_1N, weights_BN.shape[-1])
+    last_B1 = jnp.max(jnp.where(weights_BN > 0.0, places_1N, 0), axis=-1, keepdims=True)
+    return jnp.minimum(jnp.min(reached, axis=-1, keepdims=True), last_B1)
 
 
 def uniform_numbers(key: Array, rows: int, length: int) -> Array:

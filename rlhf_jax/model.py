@@ -19,8 +19,8 @@ from rlhf_jax.arrays import Array, Params, pytree
 from rlhf_jax.attention import MASKED, attend, choose
 from rlhf_jax.cache import Cache, empty_cache, write
 from rlhf_jax.model_config import ModelConfig
-from rlhf_jax.rope import RopeScaling, frequencies, rotate
-from rlhf_jax.sharding import constrain, constrain_cache
+from rlhf_jax.rope import RopeScaling, frequencies, rotate, turns
+from rlhf_jax.sharding import constrain, constrain_cache, on_a_mesh
 
 __all__ = [
     "MASKED",
@@ -35,6 +35,10 @@ __all__ = [
     "to_scalar_head",
     "unstack_blocks",
 ]
+
+
+# Cosines and sines of a context that are looked up: half a megabyte in a program. Those of longer ones are computed.
+TURN_TABLE = 2**17
 
 
 def count_parameters(params: Params) -> int:
@@ -63,6 +67,18 @@ def _places(real_BT: Array) -> Array:
 def _seen(cache: Cache) -> Array:
     """Real tokens that each row of a cache has, [B, 1]."""
     return jnp.max(cache.places_BS, axis=1, keepdims=True) + 1
+
+
+def as_matrix_product(x: Array, weights: Array, **how: Any) -> Array:
+    """x [..., D] @ weights [D, E] as one product of matrices.
+
+    XLA's gradient of it with more axes copies both sides transposed on a CPU: a third more time in a block. On a mesh
+    the axes stay apart, as they are laid out.
+    """
+    if on_a_mesh():
+        return jnp.matmul(x, weights, **how)
+    flat = jnp.matmul(x.reshape(-1, x.shape[-1]), weights, **how)
+    return flat.reshape(*x.shape[:-1], weights.shape[-1])
 
 
 class OffsetRMSNorm(nn.Module):
@@ -99,7 +115,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.scale), (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = as_matrix_product(x, kernel.astype(self.dtype))
         if self.has_variable("params", "lora_a"):
             down, up = self.get_variable("params", "lora_a"), self.get_variable("params", "lora_b")
             y += (x @ down.astype(self.dtype)) @ up.astype(self.dtype)
@@ -146,7 +162,7 @@ class Layer:
 
     window: tokens that a token sees, 0 for all. frequency: [F] radians a position. amplitude: of the rotation.
     keys, values: of the cache, or None; the stack of all blocks where the layers are scanned.
-    number: of the block in that stack.
+    number: of the block in that stack. turn: (cos, sin) [B, T, F] of the rotation, where they were looked up.
     """
 
     window: Any
@@ -155,6 +171,7 @@ class Layer:
     keys: Any
     values: Any
     number: Array | None = None
+    turn: Any = None
 
     def cached(self, buffer: Any, new: Array, filled: Array) -> tuple[Any, Any]:
         """(the buffer with `new` written behind what was filled, this block's part of it)."""
@@ -200,8 +217,11 @@ class Attention(nn.Module):
             query = _norm(config, "query_norm")(query).astype(config.dtype)
             key = _norm(config, "key_norm")(key).astype(config.dtype)
         if config.positions == "rotary":
-            query = rotate(query, row.asked(row.positions_BT, self.last), layer.frequency, layer.amplitude)
-            key = rotate(key, row.positions_BT, layer.frequency, layer.amplitude)
+            turn = layer.turn
+            if turn is None:
+                turn = turns(row.positions_BT, layer.frequency, layer.amplitude)
+            query = rotate(query, *(row.asked(x, self.last) for x in turn))
+            key = rotate(key, *turn)
         buffers = None
         if layer.keys is not None and layer.values is not None:
             # Said here too: what becomes of the logits must not decide where attention is computed.
@@ -373,7 +393,11 @@ class Transformer(nn.Module):
         elif cache is not None:
             raise ValueError("segment_ids with a cache: a cached row is one segment; pass mask instead")
         real_BT = segment_ids > 0
+        below = 0
         if positions is None:
+            slots = length if cache is None else cache.places_BS.shape[1]
+            # Counted, so inside the context where that has room for all.
+            below = config.context if slots <= config.context and not on_a_mesh() else 0
             positions = positions_of(segment_ids)
             if cache is not None:
                 positions += _seen(cache)
@@ -406,7 +430,7 @@ class Transformer(nn.Module):
         windowed = any(0 < window < length for window in config.windows)
         segments_BT = None if cache is not None or shared_prompt or windowed else segment_ids
         row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled, None, segments_BT)
-        x_BTD, keys, values = self._blocks(x_BTD, row, cache, deterministic, last, at_BQ)
+        x_BTD, keys, values = self._blocks(x_BTD, row, cache, deterministic, last, at_BQ, below)
         x_BTD = self.final_norm(x_BTD)
         if cache is None:
             return x_BTD
@@ -414,9 +438,19 @@ class Transformer(nn.Module):
 
     @nn.compact
     def _blocks(
-        self, x_BTD: Array, row: Row, cache: Cache | None, deterministic: bool, last: int, at_BQ: Array | None
+        self,
+        x_BTD: Array,
+        row: Row,
+        cache: Cache | None,
+        deterministic: bool,
+        last: int,
+        at_BQ: Array | None,
+        below: int,
     ) -> tuple[Array, Any, Any]:
-        """(the stream behind the last block, the cache's keys, its values), block by block or as one loop."""
+        """(the stream behind the last block, the cache's keys, its values), block by block or as one loop.
+
+        below: what all positions are less than; 0 if that is not known.
+        """
         config = self.config
         kind: Any = Block
         if config.remat != "none":
@@ -451,13 +485,20 @@ class Transformer(nn.Module):
             (x_BTD, *buffers), _ = loop(kind(config, deterministic, name="blocks"), (x_BTD, *caches), row, stacked)
             return dataclasses.replace(row, at_BQ=at_BQ).asked(x_BTD, last), buffers[0], buffers[1]
         keys, values = [], []
+        looked_up = config.positions == "rotary" and below * config.rotary_width <= TURN_TABLE
+        table: dict[tuple[bytes, float], Any] = {}
         for i, (window, frequency, amplitude) in enumerate(layers):
+            kind_of_turn = (frequency.tobytes(), amplitude)
+            if below and looked_up and kind_of_turn not in table:
+                table[kind_of_turn] = turns(row.positions_BT, frequency, amplitude, below=below)
             cached = (None, None) if cache is None else (cache.keys[i], cache.values[i])
             final = i == config.layers - 1
             block = kind(config, deterministic, last if final else 0, name=f"block_{i}")
             if final:
                 row = dataclasses.replace(row, at_BQ=at_BQ)
-            x_BTD, buffer = block(x_BTD, row, Layer(window, frequency, amplitude, *cached))
+            x_BTD, buffer = block(
+                x_BTD, row, Layer(window, frequency, amplitude, cached[0], cached[1], turn=table.get(kind_of_turn))
+            )
             if buffer is not None:
                 keys.append(buffer[0])
                 values.append(buffer[1])
@@ -469,7 +510,7 @@ class Transformer(nn.Module):
             return self.score(hidden_BTD)[..., 0]
         config = self.config
         weights = self.embedding.T if config.tied else self.unembedding
-        logits = jnp.matmul(
+        logits = as_matrix_product(
             hidden_BTD.astype(config.dtype), weights.astype(config.dtype), preferred_element_type=jnp.float32
         )
         logits = constrain(logits, "batch", *("none",) * (logits.ndim - 2), "vocabulary")

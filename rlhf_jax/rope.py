@@ -82,19 +82,39 @@ def frequencies(width: int, base: float, scaling: RopeScaling) -> np.ndarray:
     return share * plain + (1 - share) * slow
 
 
-def rotate(x_BHTd: Array, positions_BT: Array, frequency: np.ndarray | Array, amplitude: float | Array = 1.0) -> Array:
+def turns(
+    positions_BT: Array, frequency: np.ndarray | Array, amplitude: float | Array = 1.0, *, below: int = 0
+) -> tuple[Array, Array]:
+    """(cos, sin) of the angle of each position and frequency, times the amplitude, [B, T, F] float32.
+
+    Args:
+      frequency: [F], as `frequencies` gives them.
+      below: all positions that matter are in [0, below), which are then looked up; 0 computes them, whatever they are.
+        On a CPU a cosine takes as long as fifty products, and XLA computes it anew for each head and use.
+    """
+    if below:
+        angle = np.arange(below, dtype=np.float32)[:, None] * np.asarray(frequency, np.float32)
+        cos, sin = (
+            jnp.asarray((function(angle) * np.float32(amplitude)).astype(np.float32)).at[positions_BT].get(mode="clip")
+            for function in (np.cos, np.sin)
+        )
+        return cos, sin
+    angle_BTF = positions_BT[:, :, None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)[None, None]
+    cos, sin = jnp.cos(angle_BTF), jnp.sin(angle_BTF)
+    if not isinstance(amplitude, float) or amplitude != 1.0:
+        cos, sin = cos * amplitude, sin * amplitude
+    return cos, sin
+
+
+def rotate(x_BHTd: Array, cos_BTF: Array, sin_BTF: Array) -> Array:
     """Turns the first 2 F dimensions of each head, first half against second half; the rest of the head is kept.
 
     Args:
-      frequency: [F], as `frequencies` gives them; 2 F < d is Pythia's and StableLM's partial rotation.
-      amplitude: multiplies what is turned; a scalar.
+      cos_BTF, sin_BTF: of `turns`; 2 F < d is Pythia's and StableLM's partial rotation.
     Source: Su et al. 2021 (arXiv:2104.09864), in Llama's layout.
     """
-    half = frequency.shape[0]
-    angle = positions_BT[:, None, :, None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if not isinstance(amplitude, float) or amplitude != 1.0:
-        cos, sin = cos * amplitude, sin * amplitude
+    half = cos_BTF.shape[-1]
+    cos, sin = cos_BTF[:, None], sin_BTF[:, None]
     first, second = x_BHTd[..., :half].astype(jnp.float32), x_BHTd[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BHTd.dtype)
     return turned if 2 * half == x_BHTd.shape[-1] else jnp.concatenate([turned, x_BHTd[..., 2 * half :]], axis=-1)

@@ -81,6 +81,11 @@ def spec(
     return PartitionSpec(*parts)
 
 
+def on_a_mesh() -> bool:
+    """Whether the program being traced is for several devices by jit."""
+    return any(size > 1 for size in dict(jax.sharding.get_abstract_mesh().shape).values())
+
+
 def constrain(x: Array, *axes: str) -> Array:
     """The array, laid out by its logical axes on the mesh that is set (`jax.set_mesh`); itself without one.
 

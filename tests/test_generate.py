@@ -196,6 +196,17 @@ def test_draws_follow_the_distribution() -> None:
     np.testing.assert_array_equal(own, np.arange(9))
 
 
+def test_draws_invert_the_distribution_function() -> None:
+    random = np.random.default_rng(0)
+    logits = random.normal(size=1000).astype(np.float32) * 3
+    uniform = random.random(5000).astype(np.float32)
+    draws = np.asarray(draw(jnp.broadcast_to(jax.nn.log_softmax(logits), (5000, 1000)), jnp.asarray(uniform)))
+    probability = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    running, target = np.cumsum(probability), 1.0 - uniform.astype(np.float64)
+    # The id whose step of the distribution function holds the number, but for what float32 rounds.
+    assert np.all(target <= running[draws] + 1e-6) and np.all(target > running[draws] - probability[draws] - 1e-6)
+
+
 def test_an_impossible_id_is_never_drawn() -> None:
     # Among 20,000 ids the running sum of float32 goes up and down by its last bit where the probability is 0.
     random = np.random.default_rng(0)

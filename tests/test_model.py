@@ -22,7 +22,7 @@ from rlhf_jax.model import (
     to_scalar_head,
     unstack_blocks,
 )
-from rlhf_jax.rope import RopeScaling, frequencies, rotate
+from rlhf_jax.rope import RopeScaling, frequencies, rotate, turns
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -160,10 +160,12 @@ def test_rotate_against_a_loop() -> None:
         first, second = x[b, h, t, i], x[b, h, t, i + 3]
         expected[b, h, t, i] = first * cos(angle) - second * sin(angle)
         expected[b, h, t, i + 3] = second * cos(angle) + first * sin(angle)
-    turned = rotate(jnp.asarray(x), jnp.asarray(positions), frequencies(6, 100.0, RopeScaling()))
-    np.testing.assert_allclose(turned, expected, atol=1e-5)
+    for below in (0, 41):  # computed, looked up
+        turn = turns(jnp.asarray(positions), frequencies(6, 100.0, RopeScaling()), below=below)
+        np.testing.assert_allclose(rotate(jnp.asarray(x), *turn), expected, atol=1e-5)
     # Half of the head: dimensions 2 and 3 of a head of 4 stay.
-    half = rotate(jnp.asarray(x[..., :4]), jnp.asarray(positions), frequencies(2, 100.0, RopeScaling()), 2.0)
+    turn = turns(jnp.asarray(positions), frequencies(2, 100.0, RopeScaling()), 2.0)
+    half = rotate(jnp.asarray(x[..., :4]), *turn)
     np.testing.assert_array_equal(half[..., 2:], x[..., 2:4])
     np.testing.assert_allclose(half[..., 0, 0, :2], 2 * x[..., 0, 0, :2], atol=1e-6)
 
