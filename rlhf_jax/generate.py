@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple, get_args
@@ -114,6 +115,7 @@ def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array,
         "slots",
         "segments",
         "cache_dtype",
+        "samples",
     ),
 )
 def generate(
@@ -133,9 +135,10 @@ def generate(
     slots: int = 0,
     segments: int = 1,
     cache_dtype: CacheDtype = "model",
+    samples: int = 1,
     uniform_BR: Array | None = None,
 ) -> Generation:
-    """Samples a response to each prompt; a row ends with its first stop token, the batch with its last row.
+    """Samples responses to each prompt; a row ends with its first stop token, the batch with its last row.
 
     What is drawn for a row depends on its prompt, its number and the key, not on the rows beside it.
 
@@ -160,16 +163,17 @@ def generate(
       cache_dtype: of keys and values: "model" as they are computed, "bfloat16" or "int8" (one scale for a token and key
         head) for fewer bytes to hold and read. It moves the logits, so that the distribution drawn from, and `logp`,
         are not quite the model's.
+      samples: n, responses to each prompt, which is computed once for all of them; slots must be a multiple of 4 n.
       uniform_BR: what to draw with in place of `uniform_numbers` of the key, for rows that are numbered otherwise.
-    Returns: Generation of R columns.
-    Raises: ValueError where P + R exceeds the context, or for a temperature, top_k, top_p, slots or segments out of
-      range.
+    Returns: Generation of B n rows, those of a prompt beside each other, and R columns.
+    Raises: ValueError where P + R exceeds the context, or for a temperature, top_k, top_p, slots, segments or samples
+      out of range.
     """
-    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype)
+    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype, samples)
     how.check(tokens_BP.shape[1], slots)
     params = decoding_params(params, decode_parts, model.config.dtype)
     if uniform_BR is None:
-        uniform_BR = uniform_numbers(key, tokens_BP.shape[0], max_new_tokens)
+        uniform_BR = uniform_numbers(key, tokens_BP.shape[0] * samples, max_new_tokens)
     prompts = (constrain(tokens_BP, "batch", "none"), constrain(mask_BP, "batch", "none"))
     with decoding(decode_parts):
         out = (
@@ -228,6 +232,7 @@ class _How(NamedTuple):
     top_p: float
     segments: int
     cache_dtype: CacheDtype
+    samples: int = 1
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -252,12 +257,28 @@ class _How(NamedTuple):
             raise ValueError(f"slots: found {slots}, wanted 0 or more")
         if slots and self.segments > 1:
             raise ValueError(f"segments {self.segments} with slots {slots}: wanted one of them; slots write a ring")
+        if self.samples < 1 or (slots and self.samples > 1 and slots % (4 * self.samples)):
+            raise ValueError(
+                f"samples {self.samples} with slots {slots}: wanted 1 or more, slots a multiple of 4 times it"
+            )
         if self.cache_dtype not in get_args(CacheDtype):
             raise ValueError(f"cache_dtype {self.cache_dtype!r}: wanted one of {', '.join(get_args(CacheDtype))}")
 
     def longer(self, cache: Cache, slots: int) -> Cache:
         """The cache with room for so many tokens."""
         return grown(cache, self.model.config, slots, self.cache_dtype)
+
+    def for_each_sample(self, logits_BV: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Each row n times, one after the other."""
+        if self.samples == 1:
+            return logits_BV, cache
+
+        def repeated(x: Array, axis: int) -> Array:
+            return jnp.repeat(x, self.samples, axis=axis)
+
+        # [(layers,) B, heads, slots, head]
+        keys, values = jax.tree.map(lambda x: repeated(x, x.ndim - 4), (cache.keys, cache.values))
+        return repeated(logits_BV, 0), Cache(keys, values, repeated(cache.places_BS, 0), cache.filled)
 
     def next_tokens(self, logits_BV: Array, uniform_B: Array, ended_B: Array) -> tuple[Array, Array, Array]:
         """(token, its log-probability, whether the row has ended), each [B]."""
@@ -298,9 +319,10 @@ def _next(
 
 def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array) -> Generation:
     """All rows, one column after the other, until the last row has ended."""
-    rows, prompt_length = tokens_BP.shape
-    cache = empty_cache(how.model.config, rows, prompt_length + how.ends[0], how.cache_dtype)
-    logits_BV, cache = extend(how.model, params, tokens_BP, mask_BP, cache)
+    prompts, prompt_length = tokens_BP.shape
+    rows = prompts * how.samples
+    cache = empty_cache(how.model.config, prompts, prompt_length + how.ends[0], how.cache_dtype)
+    logits_BV, cache = how.for_each_sample(*extend(how.model, params, tokens_BP, mask_BP, cache))
     token_B, logp_B, ended_B = how.next_tokens(logits_BV, uniform_BR[:, 0], jnp.zeros(rows, bool))
     shape = (rows, how.length)
     out = Generation(
@@ -365,9 +387,9 @@ class _Slots:
     logp_NR: Array
 
 
-def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, uniform_NR: Array, slots: int) -> Generation:
+def _in_slots(how: _How, params: Params, tokens_MP: Array, mask_MP: Array, uniform_NR: Array, slots: int) -> Generation:
     """The same responses as `_together`, S rows at a time."""
-    rows, prompt_length = tokens_NP.shape
+    rows, prompt_length = tokens_MP.shape[0] * how.samples, tokens_MP.shape[1]
     slots = min(slots, rows)
     # Prompts are read several at a time: the more, the better used the processor, the longer wait the rows that ended.
     refill = max(slots // 4, 1)
@@ -387,9 +409,10 @@ def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, unifo
     def begun(row_S: Array, slots_each: int) -> tuple[Cache, Array, Array, Array]:
         """(cache, first token, its log-probability, ended) of prompts; those past the end have ended."""
         real_S = row_S < rows
-        place_S = jnp.minimum(row_S, rows - 1)
-        cache = empty_cache(config, len(row_S), slots_each, how.cache_dtype)
-        logits_SV, cache = extend(how.model, params, tokens_NP[place_S], mask_NP[place_S], cache)
+        # Rows are begun in their order, so all those of a prompt together.
+        place_M = jnp.minimum(row_S, rows - 1)[:: how.samples] // how.samples
+        cache = empty_cache(config, len(place_M), slots_each, how.cache_dtype)
+        logits_SV, cache = how.for_each_sample(*extend(how.model, params, tokens_MP[place_M], mask_MP[place_M], cache))
         token_S, logp_S, ended_S = how.next_tokens(logits_SV, uniform(row_S, jnp.zeros_like(row_S)), ~real_S)
         return cache, token_S, logp_S, ended_S | (how.length == 1)
 
@@ -466,19 +489,29 @@ def _in_slots(how: _How, params: Params, tokens_NP: Array, mask_NP: Array, unifo
     def live(state: _Slots) -> Array:
         return jnp.sum(~state.ended_S)
 
-    def until(alive: int, state: _Slots) -> _Slots:
+    def until(alive: Array | int, state: _Slots) -> _Slots:
         return jax.lax.while_loop(lambda state: live(state) > alive, step, state)
 
+    # Each body that steps is compiled, so they are few: a quarter of the slots, and of those a quarter, is kept.
+    sizes = [slots]
+    while sizes[-1] > 16:
+        sizes.append(max(sizes[-1] // 4, 1))
+    sizes.append(0)
     state = first()
     if slots < rows:
-        state = jax.lax.while_loop(
-            lambda state: state.taken < rows, lambda state: refilled(until(slots - refill, state)), state
-        )
-    size = slots
-    while size > 4:
-        size //= 2
-        state = _kept(until(size, state), size)
-    state = until(0, state)
+
+        def waits(state: _Slots) -> Array:
+            return (live(state) <= slots - refill) & (state.taken < rows)
+
+        def on(state: _Slots) -> _Slots:
+            state = until(jnp.where(state.taken < rows, slots - refill, sizes[1]), state)
+            return jax.lax.while_loop(waits, refilled, state)
+
+        state = jax.lax.while_loop(lambda state: (state.taken < rows) | (live(state) > sizes[1]), on, state)
+    else:
+        state = until(sizes[1], state)
+    for size, fewer in itertools.pairwise(sizes[1:]):
+        state = until(fewer, _kept(state, size))
     mask_NR = state.tokens_NR >= 0
     return Generation(jnp.where(mask_NR, state.tokens_NR, how.pad_id), mask_NR, state.logp_NR)
 

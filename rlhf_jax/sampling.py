@@ -40,10 +40,12 @@ def sample_responses(
       batch_size: rows sampled at once; every batch has that many, so that one program serves all.
       slots: rows of a batch that are computed at a time, as `generate` has it.
     """
+    # Where a batch is whole prompts, each of them is computed once for all its samples.
+    together = 1 if batch_size % samples or slots % (4 * samples) else samples
     rows = np.repeat(np.arange(len(prompts)), samples)
     flat: list[list[int]] = []
     for number, start in enumerate(range(0, len(rows), batch_size)):
-        batch = prompts.batch(rows[np.arange(start, start + batch_size) % len(rows)])
+        batch = prompts.batch(rows[np.arange(start, start + batch_size, together) % len(rows)])
         out = generate(
             model,
             params,
@@ -55,6 +57,7 @@ def sample_responses(
             pad_id=pad_id,
             temperature=temperature,
             slots=slots,
+            samples=together,
         )
         tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
         flat += [tokens[i][mask[i]].tolist() for i in range(min(batch_size, len(rows) - start))]

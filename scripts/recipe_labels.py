@@ -131,8 +131,14 @@ def label(
     ]
     if distributed.is_first():
         (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return ranked(rows, prompts, sampler, judge), float(same[differ].mean())
+
+
+def ranked(rows: list[Any], prompts: PromptRows, sampler: Sampler, judge: Judge) -> RankingRows:
+    """Rows of ranked responses, in batches of one length each, or with the prompt shared of two: each is compiled."""
     limit = prompts.width + sampler.response_tokens
-    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,)), float(same[differ].mean())
+    longest = prompts.width + RESPONSES * sampler.response_tokens
+    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit, longest * 5 // 6, longest))
 
 
 def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, seed: int) -> RankingRows:
@@ -144,5 +150,4 @@ def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRo
         (ranking_rows(ids, row), row_ranks.tolist())
         for ids, row, row_ranks in zip(prompts.rows, responses, ranks, strict=True)
     ]
-    limit = prompts.width + sampler.response_tokens
-    return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit,))
+    return ranked(rows, prompts, sampler, judge)

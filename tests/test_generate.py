@@ -166,6 +166,41 @@ def test_slots_compute_few_columns(params: dict) -> None:
     assert tokens <= sum(computed) < 1.4 * tokens
 
 
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(
+    ("changes", "options", "read"),
+    [
+        ({}, {"segments": 2, "cache_dtype": "int8"}, 16),
+        ({"scan_layers": True}, {"slots": 8}, 16),
+        ({}, {"slots": 24}, 18),  # 12 prompts, and the last 4 in parts of 3
+    ],
+)
+def test_samples_of_a_prompt_are_what_they_are_of_the_prompt_repeated(
+    params: dict, changes: dict, options: dict, read: int
+) -> None:
+    model = Transformer(dataclasses.replace(MODEL.config, **changes))
+    if model.config.scan_layers:
+        params = stack_blocks(params, model.config)
+    prompts, mask = PROMPTS[:16], MASK[:16]
+    computed: list[int] = []
+
+    class Counted(Transformer):
+        def hidden(self, tokens_BT: jax.Array, *inputs: Any, **named: Any) -> Any:
+            if tokens_BT.shape[1] == prompts.shape[1]:
+                jax.debug.callback(lambda: computed.append(len(tokens_BT)))
+            return super().hidden(tokens_BT, *inputs, **named)
+
+    repeated = sample(
+        params, model=model, prompts=np.repeat(prompts, 2, axis=0), mask=np.repeat(mask, 2, axis=0), **options
+    )
+    out = sample(params, model=Counted(model.config), prompts=prompts, mask=mask, samples=2, **options)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(out.tokens, repeated.tokens)
+    np.testing.assert_array_equal(out.mask, repeated.mask)
+    np.testing.assert_allclose(out.logp, repeated.logp, atol=1e-4)
+    assert sum(computed) == read
+
+
 def test_greedy_takes_the_most_likely(params: dict) -> None:
     out = sample(params, temperature=0.0)
     np.testing.assert_array_equal(out.tokens[out.mask], logits_after(params, out).argmax(axis=-1)[out.mask])

@@ -36,6 +36,13 @@ def test_rows_by_hand() -> None:
     assert batch.mask_BK.tolist() == [[True] * 3, [True, True, False]]
 
 
+@pytest.mark.parametrize(("buckets", "length"), [((), 7), ((8,), 8), ((9, 16), 9), ((5,), 7)])
+def test_rows_are_as_long_as_the_buckets_that_hold_them(buckets: tuple, length: int) -> None:
+    # The longest row has 7 tokens; buckets that do not hold it are added to.
+    rows = RankingRows([([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]], [2, 1, 3])], 8, buckets=buckets)
+    assert SharedRankingRows(rows).row_length(np.arange(1)) == length
+
+
 @pytest.mark.parametrize("changes", [{}, {"windows": (3, 0)}, {"positions": "learned"}], ids=str)
 def test_scores_and_an_update_are_the_same(changes: dict) -> None:
     # 4 responses of up to 5 tokens behind a prompt of 5: a shared row may be longer than the context.

@@ -279,9 +279,10 @@ class SharedRankingRows:
         return np.array(found, np.int64)
 
     def row_length(self, indices: Indices) -> int:
-        most = int(self.lengths.max())
-        buckets = self.rankings.buckets or default_buckets(most)
-        return bucket_length(int(self.lengths[indices].max()), (*buckets, *default_buckets(most)))
+        most, buckets = int(self.lengths.max()), self.rankings.buckets
+        if most > max(buckets, default=0):
+            buckets = (*buckets, *default_buckets(most))
+        return bucket_length(int(self.lengths[indices].max()), buckets)
 
     def batch(self, indices: Indices, among: Indices | None = None) -> SharedRankingBatch:
         shape = (len(indices), self.row_length(indices if among is None else among))
