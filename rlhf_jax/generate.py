@@ -495,7 +495,7 @@ def _in_slots(how: _How, params: Params, tokens_MP: Array, mask_MP: Array, unifo
     # Each body that steps is compiled, so they are few: a quarter of the slots, and of those a quarter, is kept.
     sizes = [slots]
     while sizes[-1] > 16:
-        sizes.append(max(sizes[-1] // 4, 1))
+        sizes.append(sizes[-1] // 4)
     sizes.append(0)
     state = first()
     if slots < rows:

@@ -290,6 +290,8 @@ def test_filters_reach_the_sampler(params: dict) -> None:
         ({"top_k": -1}, "top_k -1: wanted 0 or more"),
         ({"segments": 0}, "segments 0: wanted 1 or more"),
         ({"segments": 2, "slots": 4}, "segments 2 with slots 4: wanted one of them"),
+        ({"samples": 0}, "samples 0 with slots 0: wanted 1 or more"),
+        ({"samples": 2, "slots": 4}, "samples 2 with slots 4: wanted 1 or more, slots a multiple of 4 times it"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(params: dict, change: dict, message: str) -> None:
