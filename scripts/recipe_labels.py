@@ -121,21 +121,23 @@ def label(
     first, other = np.triu_indices(RESPONSES, 1)
     differ = gold[:, first] != gold[:, other]
     same = (ranks[:, first] < ranks[:, other]) == (second[:, first] < second[:, other])
-    rows = [
-        (ranking_rows(ids, row), row_ranks.tolist())
-        for ids, row, row_ranks in zip(chosen.rows, responses, ranks, strict=True)
-    ]
     lines = [
         json.dumps({"prompt": p.prompt, "responses": [judge.tokenizer.decode(ids) for ids in row], "ranks": r.tolist()})
         for p, row, r in zip(chosen.sources, responses, ranks, strict=True)
     ]
     if distributed.is_first():
         (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return ranked(rows, prompts, sampler, judge), float(same[differ].mean())
+    return ranked(sampler, judge, chosen, responses, ranks), float(same[differ].mean())
 
 
-def ranked(rows: list[Any], prompts: PromptRows, sampler: Sampler, judge: Judge) -> RankingRows:
-    """Rows of ranked responses, in batches of one length each, or with the prompt shared of two: each is compiled."""
+def ranked(
+    sampler: Sampler, judge: Judge, prompts: PromptRows, responses: list[list[list[int]]], ranks: np.ndarray
+) -> RankingRows:
+    """Rows of ranked responses, in batches of one length, or with the prompt shared of one of two: each is compiled."""
+    rows = [
+        (ranking_rows(ids, row), row_ranks.tolist())
+        for ids, row, row_ranks in zip(prompts.rows, responses, ranks, strict=True)
+    ]
     limit = prompts.width + sampler.response_tokens
     longest = prompts.width + RESPONSES * sampler.response_tokens
     return RankingRows(rows, limit, judge.tokenizer.pad_id, (limit, longest * 5 // 6, longest))
@@ -146,8 +148,4 @@ def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRo
     responses = sampler(params, prompts, seed + 2, RESPONSES)
     gold = judge.scores(list(prompts.sources), responses)
     ranks = 1 + (gold[:, None, :] > gold[:, :, None]).sum(axis=2)
-    rows = [
-        (ranking_rows(ids, row), row_ranks.tolist())
-        for ids, row, row_ranks in zip(prompts.rows, responses, ranks, strict=True)
-    ]
-    return ranked(rows, prompts, sampler, judge)
+    return ranked(sampler, judge, prompts, responses, ranks)
