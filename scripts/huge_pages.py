@@ -20,8 +20,7 @@ TUNABLES = ":".join(
         "glibc.malloc.hugetlb=1",  # madvise(MADV_HUGEPAGE)
         "glibc.malloc.mmap_threshold=4294967296",  # blocks up to 4 GiB come from the heap,
         "glibc.malloc.trim_threshold=8589934592",  # which keeps up to 8 GiB at its top;
-        "glibc.malloc.arena_max=1",  # and all threads share it: a heap of another thread holds no more than 64 MiB;
-        "glibc.malloc.tcache_count=1000",  # small blocks stay with their thread, or those that compile wait for it.
+        "glibc.malloc.arena_max=1",  # and all threads share it: a heap of another thread holds no more than 64 MiB.
     )
 )
 # A tenth less time for a training step: YNNPACK computes products, and XLA's own loops what stands between them; fewer

@@ -32,3 +32,28 @@ def test_the_same_process_with_the_same_arguments(tmp_path: Path, given: str | N
     # What the user has set stays, and the process goes on as it is; else it starts once more, under the same id.
     assert len(lines) == (3 if given is None else 2) and {line.split()[0] for line in lines} == {lines[0]}
     assert lines[-1] == f"{lines[0]} {given or TUNABLES} ['a b', '--c'] 1"
+
+
+HEAP = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = libc.malloc.restype = libc.aligned_alloc.restype = ctypes.c_void_p
+libc.sbrk.argtypes, libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_ssize_t], [ctypes.c_size_t], [ctypes.c_void_p]
+libc.aligned_alloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+BLOCK, start = 64 << 20, libc.sbrk(0)
+for step in range(100):
+    work = libc.aligned_alloc(64, BLOCK)
+    packed = [libc.malloc(size) for size in (688_192, 1_474_624, 131_135)]
+    for address in (*packed, work):
+        libc.free(address)
+print((libc.sbrk(0) - start) / BLOCK)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_a_step_takes_the_memory_that_the_last_one_gave_back() -> None:
+    """What XLA asks for in a step, a hundred times; what is cut off a block for its alignment must not stay taken."""
+    command = [sys.executable, "-c", HEAP]
+    environment = os.environ | {"GLIBC_TUNABLES": TUNABLES}
+    blocks = float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert 1 <= blocks <= 10  # 99 with tcache_count=1000
