@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Array, Params, RankingBatch, TokenBatch
-from rlhf_jax.data.batches import RaggedRows, RankingRows, TokenRows
+from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TokenBatch
+from rlhf_jax.data.batches import RaggedRows, RankingRows, SharedRankingRows, TokenRows
 from rlhf_jax.distributed import fetch
 from rlhf_jax.losses import ordered_pairs
 from rlhf_jax.model import Transformer
@@ -25,7 +25,7 @@ def _loss_sum(model: Transformer, params: Params, batch: TokenBatch, counted_B: 
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _scores(model: Transformer, params: Params, batch: RankingBatch) -> Array:
+def _scores(model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch) -> Array:
     return ranking_scores(model, params, batch)
 
 
@@ -54,7 +54,9 @@ def mean_loss(
     return total / max(count, 1), count
 
 
-def scores_of(model: Transformer, params: Params, rows: RankingRows, *, batch_size: int = 32) -> np.ndarray:
+def scores_of(
+    model: Transformer, params: Params, rows: RankingRows | SharedRankingRows, *, batch_size: int = 32
+) -> np.ndarray:
     """Reward-model scores [N, K] of all rows; what stands where a response is missing means nothing."""
     out = np.zeros((len(rows), rows.responses), np.float32)
     for batch, indices, counted_B in _in_batches(rows, batch_size):

@@ -31,6 +31,7 @@ class Size:
     episodes: int
     minibatches: int
     epochs: int
+    pack: int  # episodes laid end to end, rows at a time; on one device, 0 pads each
     policy_rate: float
     critic_rate: float
     kl_coef: float
@@ -75,16 +76,17 @@ SIZES = {
         episodes=32,
         minibatches=2,
         epochs=1,
+        pack=0,
         policy_rate=3e-4,
         critic_rate=1e-3,
         kl_coef=0.1,
         pretraining_coef=0.1,
     ),
     "small": Size(
-        model=shape(4096, 128, 128, 4, 8),
+        model=shape(4096, 128, 128, 3, 8),
         prompt_tokens=16,
         response_tokens=20,
-        pretrain_steps=3000,
+        pretrain_steps=2600,
         pretrain_batch=8,
         row_length=64,
         pretrain_rate=3e-3,
@@ -92,15 +94,16 @@ SIZES = {
         sft_batch=8,
         sft_rate=2e-3,
         sft_dropout=0.1,
-        rankings=16000,
-        reward_batch=8,
-        reward_rate=1e-3,
-        iterations=160,
+        rankings=14000,
+        reward_batch=16,
+        reward_rate=1.4e-3,
+        iterations=150,
         episodes=64,
-        minibatches=4,
+        minibatches=2,
         epochs=1,
-        policy_rate=5e-4,
-        critic_rate=1e-3,
+        pack=8,
+        policy_rate=7e-4,
+        critic_rate=1.4e-3,
         kl_coef=0.15,
         pretraining_coef=0.02,
     ),
@@ -123,6 +126,7 @@ SIZES = {
         episodes=256,
         minibatches=8,
         epochs=1,
+        pack=0,
         policy_rate=5e-5,
         critic_rate=1e-4,
         kl_coef=0.05,
@@ -147,6 +151,7 @@ SIZES = {
         episodes=512,
         minibatches=8,
         epochs=1,
+        pack=0,
         policy_rate=1e-5,
         critic_rate=3e-5,
         kl_coef=0.05,

@@ -61,3 +61,13 @@ def test_scores_and_an_update_are_the_same(changes: dict) -> None:
     assert float(metrics[1]["loss"]) == pytest.approx(float(metrics[0]["loss"]), rel=1e-5)
     assert int(metrics[1]["tokens"]) < int(metrics[0]["tokens"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[1].params, states[0].params)
+
+
+def test_figures_of_a_reward_model_are_the_same() -> None:
+    model = Transformer(ModelConfig(vocab_size=11, context=16, width=16, layers=1, heads=2), scalar=True)
+    params = jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(0)))
+    # Batches of three: the last one of eight prompts has one that was there already.
+    apart, shared = (reward.accuracy(model, params, rankings(), 3, share) for share in (False, True))
+    assert shared == apart and 0 < apart[0] < 1 and apart[1] > 10
+    found = [reward.score_mean_and_scale(model, params, rankings(), 3, share) for share in (False, True)]
+    assert found[1] == pytest.approx(found[0], abs=1e-4) and abs(found[0][0]) > 0.1

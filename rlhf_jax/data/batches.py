@@ -266,6 +266,11 @@ class SharedRankingRows:
     def __len__(self) -> int:
         return len(self.rankings)
 
+    @property
+    def responses(self) -> int:
+        """K: the most responses that a prompt of this data set has."""
+        return self.rankings.responses
+
     @functools.cached_property
     def common(self) -> list[int]:
         """Tokens that all responses to a prompt begin with, itself included."""

@@ -207,10 +207,15 @@ def run(
     def whole(params: Params) -> Params:
         return attach(start.base, params, config.lora.scale)
 
+    held: dict[int, tuple[float, int]] = {}  # by step
+
+    def held_out(rankings: RankingRows, params: Params, step: int) -> tuple[float, int]:
+        if step not in held:
+            held[step] = accuracy(model, whole(params), rankings, config.batch, config.share_prompts)
+        return held[step]
+
     def evaluate(state: TrainState) -> dict[str, float]:
-        if heldout is None:
-            return {}
-        return {"accuracy": accuracy(model, whole(state.params), heldout, config.batch)[0]}
+        return {} if heldout is None else {"accuracy": held_out(heldout, state.params, int(state.step))[0]}
 
     state = train(
         folder,
@@ -238,9 +243,10 @@ def run(
         base=start.base,
         lora_scale=config.lora.scale,
     )
-    mean, scale = score_mean_and_scale(model, whole(params), rankings, config.batch)
+    mean, scale = score_mean_and_scale(model, whole(params), rankings, config.batch, config.share_prompts)
     release(folder, params, config.steps)
-    right, pairs = accuracy(model, whole(params), heldout, config.batch) if heldout is not None else (None, 0)
+    # All scores have moved alike since the last step, so what was found then stands.
+    right, pairs = (None, 0) if heldout is None else held_out(heldout, params, config.steps)
     summary = {
         "prompts": len(rankings),
         "heldout_accuracy": right,
@@ -252,23 +258,34 @@ def run(
     return complete(folder, summary, ledger)
 
 
-def accuracy(model: Transformer, params: Params, rows: RankingRows, batch_size: int) -> tuple[float, int]:
+def accuracy(
+    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool = False
+) -> tuple[float, int]:
     """(share of ordered pairs that the scores order alike, pairs)."""
-    ranks = np.zeros((len(rows), rows.responses), np.int32)
+    ranks = np.zeros((len(rankings), rankings.responses), np.int32)
     mask = np.zeros(ranks.shape, bool)
-    for place, (_, row_ranks) in enumerate(rows.rows):
+    for place, (_, row_ranks) in enumerate(rankings.rows):
         ranks[place, : len(row_ranks)] = row_ranks
         mask[place, : len(row_ranks)] = True
-    return pair_accuracy(scores_of(model, params, rows, batch_size=batch_size), ranks, mask)
+    return pair_accuracy(_scores(model, params, rankings, batch_size, share_prompts), ranks, mask)
 
 
-def score_mean_and_scale(model: Transformer, params: Params, rows: RankingRows, batch_size: int) -> tuple[float, float]:
+def score_mean_and_scale(
+    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool = False
+) -> tuple[float, float]:
     """(mean, standard deviation) of the scores of responses to at most REFERENCE_PROMPTS prompts, evenly taken."""
-    taken = np.linspace(0, len(rows) - 1, min(len(rows), REFERENCE_PROMPTS)).round().astype(int)
-    some = dataclasses.replace(rows, rows=[rows.rows[i] for i in taken], sources=())
-    scores = scores_of(model, params, some, batch_size=batch_size)
+    taken = np.linspace(0, len(rankings) - 1, min(len(rankings), REFERENCE_PROMPTS)).round().astype(int)
+    some = dataclasses.replace(rankings, rows=[rankings.rows[i] for i in taken], sources=())
+    scores = _scores(model, params, some, batch_size, share_prompts)
     exists = np.array([[k < len(ranks) for k in range(some.responses)] for _, ranks in some.rows])
     return float(scores[exists].mean()), float(scores[exists].std())
+
+
+def _scores(
+    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool
+) -> np.ndarray:
+    rows = SharedRankingRows(rankings) if share_prompts else rankings
+    return scores_of(model, params, rows, batch_size=batch_size)
 
 
 def first_parameters(config: Config, source: Source, model: Transformer) -> Start:
