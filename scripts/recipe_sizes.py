@@ -31,7 +31,7 @@ class Size:
     episodes: int
     minibatches: int
     epochs: int
-    pack: int  # episodes laid end to end, rows at a time; on one device, 0 pads each
+    pack: int  # rows at a time with episodes laid end to end, on one device; 0 pads each episode
     policy_rate: float
     critic_rate: float
     kl_coef: float

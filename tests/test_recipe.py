@@ -34,6 +34,7 @@ def test_sizes_are_possible(size: Size) -> None:
     # A demonstration fits a packed row, and a row the context.
     assert size.prompt_tokens + size.response_tokens <= size.row_length <= size.model.context
     assert size.episodes % size.minibatches == 0
+    assert size.pack == 0 or size.episodes // size.minibatches % size.pack == 0
 
 
 def test_prompts_are_asked_again_from_the_first_where_there_are_fewer() -> None:
