@@ -29,8 +29,14 @@ COMPILER = (
     "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "--xla_cpu_copy_insertion_use_region_analysis=true",
 )
-# Versions of jaxlib that were seen to know these; another one would end the process.
+# Versions of jaxlib that were seen to know these and those of tests/conftest.py; another one would end the process.
 KNOWN_TO = ((0, 10), (0, 12))
+
+
+def flags_known() -> bool:
+    """Whether this jaxlib knows the flags."""
+    release = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+    return KNOWN_TO[0] <= release <= KNOWN_TO[1]
 
 
 def use_huge_pages() -> None:
@@ -39,8 +45,7 @@ def use_huge_pages() -> None:
     That is on another system than Linux with glibc, and where GLIBC_TUNABLES is set already. XLA's settings stand
     before what the user has set in XLA_FLAGS, so that the user's count.
     """
-    release = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
-    if KNOWN_TO[0] <= release <= KNOWN_TO[1]:
+    if flags_known():
         given = os.environ.get("XLA_FLAGS", "").split()
         os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys((*COMPILER, *given)))
     if "GLIBC_TUNABLES" not in os.environ and platform.libc_ver()[0] == "glibc":

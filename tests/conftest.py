@@ -1,4 +1,4 @@
-"""Eight CPU devices and strict settings, before jax is imported; warnings are errors by pyproject.toml."""
+"""Eight CPU devices, quick compiling, strict settings, before jax is imported; pyproject.toml makes warnings errors."""
 
 import os
 import shutil
@@ -9,8 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from scripts.huge_pages import flags_known
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is most of the tests' time. Here and in the processes that they start it goes without LLVM's optimisations
+# (see the fixture `optimised`), with XLA's older emitter of loops, in one piece, and without line numbers in programs.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" if flags_known() else "",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    )
+)
 
 import jax
 import numpy as np
@@ -82,12 +94,12 @@ def each_key_once() -> Iterator[None]:
     jax.config.update("jax_debug_key_reuse", False)
 
 
-@pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """Less optimisation, for modules that compile much and compute little."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """What is compiled first in this test is compiled as a user's programs are."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def one_by_one(function: Callable) -> Callable:

@@ -27,7 +27,8 @@ def run(path: Path) -> Any:
         )
         place = {"metadata": {"path": str(path.parents[1])}}
         client = NotebookClient(notebook, km=manager, timeout=300, resources=place, store_widget_state=False)
-        client.execute(cleanup_kc=True, env={**os.environ, "XLA_FLAGS": "", "JUPYTER_PREFER_ENV_PATH": "1"})
+        flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
+        client.execute(cleanup_kc=True, env={**os.environ, "XLA_FLAGS": flags, "JUPYTER_PREFER_ENV_PATH": "1"})
     del notebook.cells[0]
     return notebook
 

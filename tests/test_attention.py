@@ -14,8 +14,6 @@ from rlhf_jax.attention import attend, choose, cudnn, plain, splash
 from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
 from rlhf_jax.parallel import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 B, H, G, T, D = 2, 4, 2, 200, 16
 
 

@@ -16,8 +16,6 @@ from rlhf_jax.generate import generate, stream
 from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
 from rlhf_jax.parallel import make_mesh, place, shard_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL: dict[str, Any] = {"vocab_size": 23, "context": 24, "width": 16, "layers": 2, "heads": 4}
 KINDS = {
     "gpt2": ModelConfig.gpt2(**SMALL),

@@ -52,12 +52,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]
     handler, logger = Handler(), logging.getLogger("jax")
     logger.addHandler(handler)
     propagates, logger.propagate = logger.propagate, False
-    # Compiling is most of the time here, and half of it is spent on making programs fast.
-    slow = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.log_compiles():
         yield found
-    jax.config.update("jax_disable_most_optimizations", slow)
     logger.propagate = propagates
     logger.removeHandler(handler)
 

@@ -18,8 +18,6 @@ from rlhf_jax.sources import open_source
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 from scripts import convert
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) + 60
 ANSWERS = [Demonstration(f"say {word}", f" {word}!") for word in ("red", "blue", "green", "grey")]
 

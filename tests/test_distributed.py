@@ -30,8 +30,6 @@ from tests.test_fit import Recorder
 from tests.test_scripts import call
 from tests.test_sharding import CONFIG, OPTIMIZER, batch, fresh_state
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def at(step: int, age: float, limit: float = STUCK, **changes: Any) -> Beat:
     return Beat("reading the batch", step, False, age, limit, **({"compiles": False} | changes))
@@ -181,7 +179,6 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> Any:
     cluster_stress.write_data(folder)
     with ThreadPoolExecutor(3) as pool, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         alone = pool.submit(gradients)
         # First the run that compiles: those that are struck then find its programs on the disk (see conftest.py).
         results: dict[str, Any] = {"undisturbed": cluster_stress.undisturbed(folder)}

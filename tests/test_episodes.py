@@ -17,7 +17,7 @@ from rlhf_jax.parallel import jit_update, make_mesh, pmap_update
 from rlhf_jax.scoring import last_token_scores, response_losses
 from rlhf_jax.stages import ppo
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "each_key_once")
+pytestmark = pytest.mark.usefixtures("each_key_once")
 
 CONFIG = ModelConfig(vocab_size=11, context=12, width=12, layers=1, heads=2, ffn_width=16)
 NETWORKS = Networks(Transformer(CONFIG), Transformer(CONFIG, scalar=True))

@@ -18,7 +18,6 @@ from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.sources import Source
 from rlhf_jax.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ITEMS = [
     Item("1", "Say it.", ("long one", "ok", "middle")),
     Item("2", "", ("a", "bb"), turns=(Message("system", "Be brief."), Message("user", "Hi"))),

@@ -117,7 +117,6 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_from_the_first_key_to_a_reward_model(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(tmp_path, ROWS) as server:
         page.goto(server.links["me"])

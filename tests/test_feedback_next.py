@@ -18,7 +18,6 @@ from rlhf_jax.model import ModelConfig, Transformer, init_params, unstack_blocks
 from rlhf_jax.sources import Source
 from rlhf_jax.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 # Responses differ in the first feature alone, in the second alone, or in none.
 FIRST, SECOND, NONE = ([1.0, 0.0], [-1.0, 0.0]), ([0.0, 1.0], [0.0, -1.0]), ([0.5, 0.5], [0.5, 0.5])
 

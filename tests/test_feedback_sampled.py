@@ -18,8 +18,6 @@ from rlhf_jax.sources import Source
 from rlhf_jax.tokenizer import Tokenizer
 from scripts import label
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PROMPTS = [
     Prompt("red blue ->", "prompts.jsonl:1"),
     Prompt("\n\nHuman: Hi\n\nAssistant:", "prompts.jsonl:2", (Message("user", "Hi"),)),

@@ -18,8 +18,6 @@ from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.tokenizer import Tokenizer
 from scripts import feedback
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ITEMS = [make_item(f"p{n}", [" a", " bb", f" c{n}"]) for n in range(6)]
 SAID = [
     Judgement(item.id, name, ranks, flags=(frozenset({"other"} if n % 2 else ()), frozenset(), frozenset()))

@@ -101,6 +101,7 @@ def test_a_stream_is_the_same_column_by_column(params: dict) -> None:
     jax.tree.map(np.testing.assert_array_equal, grown, columns)
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     ("changes", "segments"), [({}, 2), ({"windows": (3, 0)}, 3), ({"scan_layers": True}, 2)], ids=str
 )
@@ -116,7 +117,6 @@ def test_a_cache_that_grows_changes_nothing(params: dict, changes: dict, segment
         np.testing.assert_allclose(grown.logp, plain.logp, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(("stop_ids", "longest"), [((), 11), ((EOS, 0, 1, 2), 5)])
 def test_a_token_is_computed_with_the_slots_of_its_segment(params: dict, stop_ids: tuple, longest: int) -> None:
     seen: list[int] = []
@@ -135,7 +135,6 @@ def test_a_token_is_computed_with_the_slots_of_its_segment(params: dict, stop_id
     assert sorted(seen) == ([8] * 4 + [11] * 3 + [16] * 4)[:longest]
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(("changes", "slots"), [({}, 1), ({"windows": (3, 0)}, 8), ({"scan_layers": True}, 5)])
 def test_through_slots_each_row_is_what_it_is_with_all_others(params: dict, changes: dict, slots: int) -> None:
     # 32 prompts through a few slots: prompts take the places of rows that ended, the ring of keys is written round and
@@ -150,7 +149,6 @@ def test_through_slots_each_row_is_what_it_is_with_all_others(params: dict, chan
     np.testing.assert_allclose(apart.logp, together.logp, atol=1e-4)
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_slots_compute_few_columns(params: dict) -> None:
     computed: list[int] = []
 
@@ -166,7 +164,6 @@ def test_slots_compute_few_columns(params: dict) -> None:
     assert tokens <= sum(computed) < 1.4 * tokens
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     ("changes", "options", "read"),
     [

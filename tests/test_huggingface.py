@@ -29,8 +29,6 @@ from rlhf_jax.rope import RopeScaling
 from rlhf_jax.safetensors_folder import write_file
 
 safetensors = pytest.importorskip("safetensors.numpy")
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL: dict[str, Any] = {"vocab_size": 43, "context": 32, "width": 24, "layers": 2, "ffn_width": 28}
 KINDS = {
     "recipe": ModelConfig(**SMALL, heads=3, qk_norm=True, embedding_scale=24**0.5, vocab_multiple=16),

@@ -12,8 +12,6 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.lora import LoraConfig, attach, init_adapter, merge
 from rlhf_jax.model import ModelConfig, Transformer, init_params, to_scalar_head
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL: dict[str, Any] = {"vocab_size": 19, "context": 12, "width": 8, "layers": 2, "heads": 2}
 TOKENS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
 LORA = LoraConfig(rank=3, alpha=6.0)

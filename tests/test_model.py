@@ -24,8 +24,6 @@ from rlhf_jax.model import (
 )
 from rlhf_jax.rope import RopeScaling, frequencies, rotate, turns
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL: dict[str, Any] = {"vocab_size": 37, "context": 24, "width": 16, "layers": 2, "heads": 4}
 KINDS = {
     "gpt2": ModelConfig.gpt2(**SMALL),

@@ -17,8 +17,6 @@ from rlhf_jax.packing import find_places, over_rows, pack_episodes, unpack
 from rlhf_jax.parallel import pmap_update
 from rlhf_jax.stages import ppo
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = ModelConfig(vocab_size=11, context=16, width=16, layers=1, heads=2, kv_heads=1)
 NETWORKS = Networks(Transformer(CONFIG), Transformer(CONFIG, scalar=True))
 EOS, PAD = 9, 10

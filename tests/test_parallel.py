@@ -18,8 +18,6 @@ from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimi
 from rlhf_jax.parallel import jit_update, make_mesh, outline, place, pmap_update, shard_rows
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = ModelConfig(vocab_size=13, context=12, width=8, layers=1, heads=2, ffn_width=16)
 MODEL, SCORER = Transformer(CONFIG), Transformer(CONFIG, scalar=True)
 ROWS, LENGTH, RESPONSE = 16, 12, 7

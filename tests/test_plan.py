@@ -26,8 +26,6 @@ from rlhf_jax.plan.traffic import cycles, hbm_bytes
 from rlhf_jax.scoring import positions_at_a_time, response_losses, target_losses
 from scripts.plan import Config, first_that_fits, run
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SMALL = ModelConfig(vocab_size=64, context=64, width=16, layers=2, heads=2, ffn_width=32, tied=False)
 EVERY = {"data": 1, "fsdp": 8, "tensor": 1}
 

@@ -9,8 +9,6 @@ from rlhf_jax.evaluation import scores_of
 from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.stages import reward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(
     monkeypatch: pytest.MonkeyPatch,

@@ -9,7 +9,6 @@ from rlhf_jax.model import ModelConfig, Transformer, init_params
 from rlhf_jax.sampling import distinct_share, sample_responses, win_rate
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_responses_are_those_to_their_prompts_also_where_slots_are_passed_on() -> None:
     model = Transformer(ModelConfig(vocab_size=9, context=8, width=8, layers=1, heads=1))
     params = jax.tree.map(lambda x: 2 * x, init_params(model, jax.random.key(0)))

@@ -34,7 +34,7 @@ from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.tokenizer import Tokenizer
 from scripts import cli, generate, ppo, pretrain, reward, sft
 
-COMPILER = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_disable_most_optimizations")
+COMPILER = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 WORDS = ("red", "blue", "green", "cat")
 CONTEXT = 64
 LONG = "why " * 20
@@ -94,8 +94,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     before = {name: jax.config.values[name] for name in COMPILER}
     cli.use_compilation_cache()
-    # Compiling is most of the time here, and half of it is spent on making programs fast.
-    jax.config.update("jax_disable_most_optimizations", True)
     compilation_cache.reset_cache()
     with contextlib.chdir(folder):
         assert call(pretrain.main, "--name", "base", *PRETRAIN) == 0

@@ -22,8 +22,6 @@ from rlhf_jax.parallel import jit_update, make_mesh, place, shard_rows, sharding
 from rlhf_jax.sharding import parameter_axes, spec
 from rlhf_jax.stages import pretrain
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG = ModelConfig(vocab_size=64, context=16, width=16, layers=3, heads=4, ffn_width=32, tied=False)
 OPTIMIZER = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=0, epsilon=1e-3), 8)
 

@@ -10,8 +10,6 @@ from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
 from rlhf_jax.scoring import ranking_scores
 from rlhf_jax.stages import reward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def rankings() -> RankingRows:
     random = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.sources import open_source
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "each_key_once")
+pytestmark = pytest.mark.usefixtures("each_key_once")
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 MODEL = ModelConfig(context=48, width=16, layers=1, heads=2)

@@ -12,8 +12,6 @@ from rlhf_jax.parallel import jit_update, make_mesh
 from rlhf_jax.stages import pretrain
 from rlhf_jax.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LINES = ("0101", "010101", "01010101", "0011", "00110011", "001100110011")
 STEPS = 120
 

@@ -65,7 +65,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
     arguments = parser.parse_args()
-    jax.config.update("jax_disable_most_optimizations", True)
     distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
     test_parallel.RECORDER = BOTH
     print(json.dumps({name: errors(name) for name in test_parallel.OBJECTIVES}), flush=True)
