@@ -101,13 +101,15 @@ def test_a_stream_is_the_same_column_by_column(params: dict) -> None:
     jax.tree.map(np.testing.assert_array_equal, grown, columns)
 
 
-@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     ("changes", "segments"), [({}, 2), ({"windows": (3, 0)}, 3), ({"scan_layers": True}, 2)], ids=str
 )
-def test_a_cache_that_grows_changes_nothing(params: dict, changes: dict, segments: int) -> None:
+def test_a_cache_that_grows_changes_nothing(
+    params: dict, changes: dict, segments: int, request: pytest.FixtureRequest
+) -> None:
     model = Transformer(dataclasses.replace(MODEL.config, **changes))
     if model.config.scan_layers:
+        request.getfixturevalue("optimised")  # as quickly compiled, one log-probability of 256 is off by 3e-5
         params = stack_blocks(params, model.config)
     for settings in ({"stop_ids": (EOS, 0)}, {"max_new_tokens": 11, "stop_ids": ()}):
         plain = sample(params, model=model, **settings)
