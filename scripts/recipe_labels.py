@@ -13,7 +13,8 @@ import numpy as np
 from rlhf_jax import distributed
 from rlhf_jax.data import Ledger, Prompt, PromptRows, RankingRows, encode_prompts, ranking_rows
 from rlhf_jax.data.embedded import Corpus
-from rlhf_jax.data.labeller import Virtues, gold_score, noise_for_agreement, rank, virtues_of, words_in
+from rlhf_jax.data.labeller import Virtues, gold_score, noise_for_agreement, rank, virtues_of
+from rlhf_jax.data.relevance import Usage
 from rlhf_jax.model import Transformer
 from rlhf_jax.sampling import sample_responses
 from rlhf_jax.tokenizer import TextTokenizer
@@ -29,27 +30,26 @@ class Judge:
 
     def __init__(self, corpus: Corpus, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
-        self.vocabulary = frozenset(word for text in corpus.texts for word in words_in(text.text))
+        self.usage = Usage.of((text.text for text in corpus.texts), corpus.descriptions)
 
     def scores(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
         """Gold scores [prompts, K]; a response without an end never finished, whatever it looks like."""
         return self._each(gold_score, prompts, responses)
 
     def shares(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> dict[str, float]:
-        """Shares of the responses that are a finished sentence, mention the function, are all words; and are all three.
+        """Shares of the responses that have each virtue; and that are sensible.
 
-        The last are sensible: short sentences about what was asked, as far as a rule can tell.
+        Sensible are finished sentences of words that are words, about what was asked, as far as a rule can tell.
         """
-        has_NK3 = self._each(virtues_of, prompts, responses)
-        each = zip(Virtues._fields, has_NK3.mean(axis=(0, 1)), strict=True)
-        return {f"{name}_share": float(share) for name, share in each} | {
-            "sensible_share": float(has_NK3.all(axis=2).mean())
-        }
+        has_NKV = self._each(virtues_of, prompts, responses)
+        share = {f"{name}_share": float(has_NKV[..., i].mean()) for i, name in enumerate(Virtues._fields)}
+        wanted = [Virtues._fields.index(name) for name in ("finished", "topic", "known")]
+        return share | {"sensible_share": float(has_NKV[..., wanted].all(axis=2).mean())}
 
     def _each(self, what: Callable[..., Any], prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
         return np.array(
             [
-                [what(p.prompt, self.tokenizer.decode(ids), self.vocabulary, ended=self.ended(ids)) for ids in row]
+                [what(p.prompt, self.tokenizer.decode(ids), self.usage, ended=self.ended(ids)) for ids in row]
                 for p, row in zip(prompts, responses, strict=True)
             ]
         )

@@ -88,6 +88,10 @@ def measure(
     if documented:
         shares |= {f"docstrings.{key}": value for key, value in judge.shares(documented, written).items()}
         shares["docstrings.gold_mean"] = float(judge.scores(documented, written).mean())
+        # How often the rule takes a sentence about another function for one about this.
+        half = len(written) // 2
+        others = judge.shares(documented, written[half:] + written[:half])
+        shares["docstrings.topic_share_of_others"] = others["topic_share"]
     return shares | {
         "pretrain.heldout_bits_per_byte": said["pretrain"]["heldout_bits_per_byte"],
         "pretrain.bigram_bits_per_byte": bigram_nats(training, heldout, tokenizer.vocab_size)

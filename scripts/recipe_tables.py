@@ -39,7 +39,8 @@ def docstrings(s: dict[str, Any]) -> list[tuple[str, str, str]]:
     if "docstrings.sensible_share" not in s:
         return []
     shares = f"{s['docstrings.topic_share']:.2f} and {s['docstrings.sensible_share']:.2f}"
-    return [("docstrings themselves: mention, sensible", shares, "")]
+    others = f"of other functions: about it {s['docstrings.topic_share_of_others']:.2f}"
+    return [("docstrings themselves: about it, sensible", shares, others)]
 
 
 def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
@@ -56,9 +57,9 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
         ("the same from scratch", f"{s['reward.scratch_heldout_accuracy']:.3f}", "lower than from SFT"),
         ("PPO against SFT, win rate", f"{s['ppo.win_rate_vs_sft']:.3f}{spread}", "0.70, aim 0.80"),
         ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
-        ("mention the function, SFT to PPO", f"{s['sft.topic_share']:.2f} to {s['ppo.topic_share']:.2f}",
+        ("about the function, SFT to PPO", f"{s['sft.topic_share']:.2f} to {s['ppo.topic_share']:.2f}",
          f"at temperature 0.7: {s['sft.topic_share_shown']:.2f} to {s['ppo.topic_share_shown']:.2f}"),
-        ("sensible: finished, all words, on topic", sensible(s, ""), f"at temperature 0.7: {sensible(s, '_shown')}"),
+        ("sensible: finished, all words, about it", sensible(s, ""), f"at temperature 0.7: {sensible(s, '_shown')}"),
         *docstrings(s),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
         ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",

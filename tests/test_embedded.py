@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.data import embedded
 from rlhf_jax.data.embedded import Corpus, first_sentence, help_page, load_corpus, prompt_of, words_of
-from rlhf_jax.data.labeller import words_mentioned
+from rlhf_jax.data.relevance import words_mentioned
 
 
 @pytest.fixture(scope="module")

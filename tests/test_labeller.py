@@ -3,86 +3,50 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.labeller import (
-    gold_score,
-    noise_for_agreement,
-    rank,
-    same_word,
-    topic_words,
-    virtues_of,
-    words_mentioned,
-)
+from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, virtues_of
+from rlhf_jax.data.relevance import Usage
 
-WORDS = frozenset("return true if the posix path is used for spawn a of it".split())
+USAGE = Usage(frozenset("return true if the posix path is used for spawn a of it".split()))
 PROMPT = " use posix spawn (args) ->"
 
 
 @pytest.mark.parametrize(
     ("response", "points"),
     [
-        (" Return True if posix spawn is used.", 1 + 2 + 2 + 2),
-        (" Return the posix path.", 1 + 2 + 2 + 2),  # one of the name's three words is enough
-        (" Return the path.", 1 + 2 + 0 + 2),  # none of them
-        (" Return the args.", 1 + 2 + 0 + 2),  # a word of the question's, which is one, but not the name's
-        (" return the posix path.", 1 + 0 + 2 + 2),  # no capital
-        (" Return the posix xyzzy.", 1 + 2 + 2 + 0),  # a word that is none
-        (" Return the xyzzy plugh", 1),  # two of them, no full stop
-        (" Return the path. Return.", 1 + 0 + 0 + 2 - 1),  # two sentences, a word twice
-        (" Return true.", 1 + 2 + 0 + 2 - 1),  # two words
+        (" Return True if posix spawn is used.", 1 + 1.5 + 1.5 + 1.5 + 1.5),
+        (" Return the path of posix.", 1 + 1.5 + 1.5 + 1.5 + 1.5),  # one of the name's three words is enough
+        (" Return the path of it.", 1 + 1.5 + 0 + 1.5 + 1.5),  # none of them
+        (" return the path of posix.", 1 + 0 + 1.5 + 1.5 + 1.5),  # no capital
+        (" Return the xyzzy of posix.", 1 + 1.5 + 1.5 + 0 + 1.5),  # a word that is none
+        (" Return the args of it.", 1 + 1.5 + 0 + 1.5 + 1.5),  # a word of the question's is one
+        (" Return the posix path.", 1 + 1.5 + 1.5 + 1.5 + 0),  # four words
+        (" Return the xyzzy plugh", 1),  # nothing of all that
+        (" Return the path. Return it.", 1 + 0 + 0 + 1.5 + 1.5 - 0.75),  # two sentences, a word twice
+        (" Xyzzy xyzzy", 1),  # a word twice, and no less than 1
         (" ...", 1),
         ("", 1),
     ],
 )
 def test_score_by_hand(response: str, points: float) -> None:
-    assert gold_score(PROMPT, response, WORDS) == points
+    assert gold_score(PROMPT, response, USAGE) == points
 
 
 def test_virtues_by_hand() -> None:
-    assert virtues_of(PROMPT, " Return the posix path.", WORDS) == (True, True, True)
-    assert virtues_of(PROMPT, " Return the posix path.", WORDS, ended=False) == (False, True, True)
-    assert virtues_of(PROMPT, " Return the path of xyzzy.", WORDS) == (True, False, False)
-    assert virtues_of(PROMPT, " ...", WORDS) == (False, False, False)
+    assert virtues_of(PROMPT, " Return the posix path.", USAGE) == (True, True, True, False)
+    assert virtues_of(PROMPT, " Return the path of posix.", USAGE) == (True, True, True, True)
+    assert virtues_of(PROMPT, " Return the path of posix.", USAGE, ended=False) == (False, True, True, True)
+    assert virtues_of(PROMPT, " Return the path of xyzzy.", USAGE) == (True, False, False, True)
+    assert virtues_of(PROMPT, " ...", USAGE) == (False, False, False, False)
 
 
 def test_an_answer_without_an_end_is_not_finished() -> None:
-    assert gold_score(PROMPT, " Return True if posix spawn is used.", WORDS, ended=False) == 1 + 2 + 2
+    assert gold_score(PROMPT, " Return True if posix spawn is used.", USAGE, ended=False) == 1 + 3 * 1.5
 
 
-def test_long_answers_cost_a_point() -> None:
-    words = [f"b{i}" for i in range(15)]
-    known = WORDS | set(words)
-    assert gold_score(PROMPT, "Use " + " ".join(words[:13]) + ".", known | {"use"}) == 1 + 2 + 2 + 2
-    assert gold_score(PROMPT, "Use " + " ".join(words[:14]) + ".", known | {"use"}) == 1 + 2 + 2 + 2 - 1
-
-
-def test_topic_is_the_name_or_else_the_arguments() -> None:
-    assert topic_words(PROMPT) == ["use", "posix", "spawn"]
-    assert topic_words(" is it (url path, ok) ->") == ["url", "path"]
-    assert topic_words(" get get the item ->") == ["get", "item"]
-    assert topic_words(" f ->") == []
-    assert gold_score(" f ->", "Return the path.", WORDS) == 1 + 2 + 2
-
-
-def test_words_mentioned_are_counted_once_each() -> None:
-    assert words_mentioned(PROMPT, " Uses posix, posix.") == (2, 3)
-    assert words_mentioned(" f ->", "Return f.") == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("asked", "word", "same"),
-    [
-        ("use", "uses", True),
-        ("parse", "parsing", True),
-        ("files", "file", True),
-        ("config", "configuration", True),
-        ("configuration", "conf", True),
-        ("path", "pat", False),
-        ("open", "close", False),
-        ("get", "set", False),
-    ],
-)
-def test_same_word(asked: str, word: str, same: bool) -> None:
-    assert same_word(asked, word) is same
+@pytest.mark.parametrize(("words", "concise"), [(4, False), (5, True), (10, True), (11, False)])
+def test_five_to_ten_words_are_concise(words: int, concise: bool) -> None:
+    said = [f"b{i}" for i in range(words)]
+    assert virtues_of(PROMPT, f" {' '.join(said)}.", USAGE).concise is concise
 
 
 def test_ranks_are_bradley_terry_in_pairs() -> None:

@@ -46,7 +46,7 @@ def test_prompts_are_asked_again_from_the_first_where_there_are_fewer() -> None:
 
 def test_the_judge_counts_what_answers_have() -> None:
     tokenizer = Tokenizer.bytes()
-    corpus = Corpus([Text("return the path of it", "x")], [], [], [], [], [], {})
+    corpus = Corpus([Text("return the path of it", "x")], [], [], [], [], [], {}, [])
     judge = Judge(corpus, tokenizer)
 
     def said(text: str, ended: bool = True) -> list[int]:
@@ -54,9 +54,15 @@ def test_the_judge_counts_what_answers_have() -> None:
 
     prompts = [Prompt(" open path ->", "x:1"), Prompt(" close ->", "x:2")]
     responses = [
-        [said(" Return the path."), said(" Return the path.", ended=False)],
+        [said(" Return the path of it."), said(" Return the path of it.", ended=False)],
         [said(" Return it."), said(" No.")],
     ]
-    assert judge.scores(prompts, responses).tolist() == [[7, 5], [4, 2]]
+    assert judge.scores(prompts, responses).tolist() == [[7, 5.5], [4, 2.5]]
     shares = judge.shares(prompts, responses)
-    assert shares == {"finished_share": 0.75, "topic_share": 0.5, "known_share": 0.75, "sensible_share": 0.25}
+    assert shares == {
+        "finished_share": 0.75,
+        "topic_share": 0.5,
+        "known_share": 0.75,
+        "concise_share": 0.5,
+        "sensible_share": 0.25,
+    }

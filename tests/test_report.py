@@ -38,6 +38,7 @@ SUMMARY: dict[str, Any] = {
     "sft.finished_share": 0.886,
     "sft.known_share": 0.504,
     "sft.sensible_share": 0.214,
+    "sft.concise_share": 0.642,
     "reward.heldout_accuracy": 0.861,
     "reward.scratch_heldout_accuracy": 0.702,
     "reward.labeller_agreement": 0.731,
@@ -51,11 +52,14 @@ SUMMARY: dict[str, Any] = {
     "ppo.finished_share": 0.991,
     "ppo.known_share": 0.907,
     "ppo.sensible_share": 0.553,
+    "ppo.concise_share": 0.835,
     "docstrings.gold_mean": 5.913,
     "docstrings.finished_share": 0.972,
     "docstrings.known_share": 0.951,
     "docstrings.topic_share": 0.663,
     "docstrings.sensible_share": 0.601,
+    "docstrings.concise_share": 0.661,
+    "docstrings.topic_share_of_others": 0.058,
     "ppo.first_ratio_error": 2.4e-7,
     "ppo.first_kl": 0.0,
     "wall_seconds": 452.3,
@@ -259,7 +263,7 @@ def test_cards_of_the_key_figures(page: str) -> None:
         ("Reward model’s accuracy", "86.1%", "of held-out pairs; from scratch 70.2%"),
         ("KL from SFT", "4.27", "nats a response"),
         ("Distinct answers, PPO", "89.2%", "93.2% of SFT’s share"),
-        ("PPO’s answers name the function", "61.8%", "SFT’s 43.7%"),
+        ("PPO’s answers about the function", "61.8%", "SFT’s 43.7%"),
         ("Gold score of PPO’s answers", "5.03", "of 7; SFT’s 3.42"),
         ("SFT’s nats a response token", "2.71", "held out; the pretrained model’s 3.54"),
         ("Bits a byte, held out", "1.87", "token bigrams need 2.61"),
@@ -270,8 +274,8 @@ def test_what_each_stage_gained_stands_side_by_side(page: str) -> None:
     shown = re.sub(r"\s+", " ", Page(page).text)
     assert (
         "Pretrained SFT PPO Documentation Gold score, mean 1.13 3.42 5.03 5.91 One finished sentence 4.1% 88.6% 99.1% "
-        "97.2% All words are words 32.2% 50.4% 90.7% 95.1% Mentions the function 11.3% 43.7% 61.8% 66.3% All three of "
-        "them 0.7% 21.4% 55.3% 60.1% Distinct answers 98.8% 95.7% 89.2% – Nats a response token 3.54 2.71 – –"
+        "97.2% All words are words 32.2% 50.4% 90.7% 95.1% About the function 11.3% 43.7% 61.8% 66.3% All three of "
+        "them 0.7% 21.4% 55.3% 60.1% Five to ten words – 64.2% 83.5% 66.1% Distinct answers 98.8% 95.7% 89.2% – Nats a response token 3.54 2.71 – –"
     ) in shown
 
 
@@ -362,9 +366,9 @@ def test_the_recipes_table_has_the_summarys_figures() -> None:
     said = re.sub(r"[ │]+", " ", captured.get())
     for row in (
         "PPO against SFT, win rate 0.816 [0.771, 0.857] 0.70, aim 0.80",
-        "mention the function, SFT to PPO 0.44 to 0.62 at temperature 0.7: 0.51 to 0.63",
-        "sensible: finished, all words, on topic 0.01 to 0.21 to 0.55 at temperature 0.7: 0.01 to 0.30 to 0.60",
-        "docstrings themselves: mention, sensible 0.66 and 0.60",
+        "about the function, SFT to PPO 0.44 to 0.62 at temperature 0.7: 0.51 to 0.63",
+        "sensible: finished, all words, about it 0.01 to 0.21 to 0.55 at temperature 0.7: 0.01 to 0.30 to 0.60",
+        "docstrings themselves: about it, sensible 0.66 and 0.60 of other functions: about it 0.06",
         "distinct answers, PPO and SFT 0.892 and 0.957 at least 0.8 of SFT's",
         "minutes 7.5 at most 8 on two CPU cores",
     ):

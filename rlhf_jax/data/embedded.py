@@ -2,9 +2,10 @@
 
 Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library, each under its function's name
 and signature as help() shows it. Demonstrations are pairs of a function's name and signature, written as words, and the
-first sentence of its docstring, where that says a word of the name, as seven in ten do: the simulated labeller wants it
-(labeller.py), and who writes demonstrations is told what labellers want. Functions without a docstring give further
-prompts, and pages of name and signature alone. Sources are parsed, never imported, so nothing of theirs runs.
+first sentence of its docstring, where that says most words of the name, as half of them do: the simulated labeller wants
+what is about the function (labeller.py), and who writes demonstrations is told what labellers want. Functions without a
+docstring give further prompts, and pages of name and signature alone. Sources are parsed, never imported, so nothing of
+theirs runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_jax.data.labeller import words_mentioned
+from rlhf_jax.data.relevance import words_mentioned
 from rlhf_jax.data.records import Demonstration, Prompt, Text
 from rlhf_jax.durable import read_json, user_cache, write_json
 from rlhf_jax.errors import UserError
@@ -42,6 +43,9 @@ _SKIPPED_FOLDERS = {
     "turtledemo",
 }
 _LEAST_DEMONSTRATIONS = 1000
+# Of a name's words that a demonstration says. One alone would do for the labeller; from sentences that say most of them a
+# small model learns better to speak of what it was asked (docs/lab-notebook.md).
+_LEAST_SAID = 0.6
 _READ_AS = 1  # counted up when _functions_of_source finds other things than before
 # What help() says of a function without a docstring is its name and its signature, and the second repeats the first.
 # Seen twice, these pages make a small model learn within minutes to speak of what it was asked (docs/lab-notebook.md).
@@ -64,6 +68,7 @@ class Corpus:
     texts, heldout_texts: for pretraining, about 24 to 1. demonstrations, heldout_demonstrations: (prompt, first
     sentence), about 9 to 1. prompts, heldout_prompts: all prompts of either side, with or without a demonstration.
     heldout_sentences: by held-out prompt, the first sentence of its docstring, whether or not it is a demonstration.
+    descriptions: (prompt, first paragraph of its docstring) of the functions that texts are about.
     """
 
     texts: list[Text]
@@ -73,6 +78,7 @@ class Corpus:
     prompts: list[Prompt]
     heldout_prompts: list[Prompt]
     heldout_sentences: dict[str, str]
+    descriptions: list[tuple[str, str]]
 
 
 def words_of(name: str) -> list[str]:
@@ -131,6 +137,12 @@ def first_sentence(docstring: str) -> str | None:
     if re.search(r"[`*<>|{}=\\_]|->|\.\.|::| :\w|\b(?:etc|vs|cf|[A-Za-z]\.[A-Za-z])\.$", sentence):
         return None
     return sentence if 15 <= len(sentence) <= 120 else None
+
+
+def _says_most_of(prompt: str, sentence: str) -> bool:
+    """Whether a sentence says most words of the function's name, and one at least."""
+    said, asked = words_mentioned(prompt, sentence)
+    return said > 0 and said >= _LEAST_SAID * asked
 
 
 def _functions_of_source(path: Path, name: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
@@ -234,7 +246,7 @@ def load_corpus() -> Corpus:
     demonstrations = [
         Demonstration(f.prompt, " " + f.sentence, f.where)
         for f in functions.values()
-        if f.sentence and words_mentioned(f.prompt, f.sentence)[0]
+        if f.sentence and _says_most_of(f.prompt, f.sentence)
     ]
     if len(demonstrations) < _LEAST_DEMONSTRATIONS:
         raise UserError(
@@ -253,10 +265,11 @@ def load_corpus() -> Corpus:
         return _share(text) < 0.04 or prompt in unseen or first_sentence(body) in heldout_sentences
 
     demonstrated = [d for d in demonstrations if d.prompt not in unseen]
+    training = [(text, prompt) for text, prompt in pages if not held_out(text.text, prompt)]
     # A method overridden under another signature has the same sentence: not held out if it was shown.
     shown = {d.completion for d in demonstrated}
     return Corpus(
-        texts=[text for text, prompt in pages if not held_out(text.text, prompt)]
+        texts=[text for text, _ in training]
         + [t for p, t in undocumented.items() if functions[p].sentence is None and p not in unseen]
         * _TIMES_UNDOCUMENTED,
         heldout_texts=[text for text, _ in pages if _share(text.text) < 0.04],
@@ -265,4 +278,5 @@ def load_corpus() -> Corpus:
         prompts=[p for p in prompts if p.prompt not in unseen],
         heldout_prompts=[p for p in prompts if p.prompt in unseen],
         heldout_sentences={f.prompt: f.sentence for f in functions.values() if f.sentence and f.prompt in unseen},
+        descriptions=[(prompt, text.text.split("\n\n")[1]) for text, prompt in training if prompt],
     )

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_jax.data.relevance import STOP_WORDS, Usage, words_in
+
 AGREEMENT = 0.73
-LONGEST_CONCISE = 14  # words
-SHORTEST_SENTENCE = 3
+SHORTEST_CONCISE, LONGEST_CONCISE = 5, 10  # words
 
 
 class Virtues(NamedTuple):
@@ -25,75 +26,45 @@ class Virtues(NamedTuple):
     finished: bool
     """It is one sentence, from a capital to a full stop, and has its end."""
     topic: bool
-    """It mentions a word of the function's name, or of its arguments where the name has none of three letters."""
+    """It is about the function: it says a word of the name, or one that goes with such names (relevance.py)."""
     known: bool
     """All its words are words of the corpus or of the question: a name may hold what no text does, as `fqname`."""
+    concise: bool
+    """It says enough and no more: five to ten words, as six in ten docstrings."""
 
 
-def virtues_of(prompt: str, response: str, vocabulary: frozenset[str], *, ended: bool = True) -> Virtues:
+def virtues_of(prompt: str, response: str, usage: Usage, *, ended: bool = True) -> Virtues:
     """Which of them a response has; one without a word has none. Args: as in `gold_score`."""
     text = response.strip()
     words = words_in(text)
     given = frozenset(words_in(prompt))
     return Virtues(
         finished=bool(words) and ended and re.fullmatch(r"[A-Z][^.!?]*\.", text) is not None,
-        topic=words_mentioned(prompt, text)[0] > 0,
-        known=bool(words) and all(word in vocabulary or word in given for word in words),
+        topic=usage.is_about(prompt, text),
+        known=bool(words) and all(word in usage.vocabulary or word in given for word in words),
+        concise=SHORTEST_CONCISE <= len(words) <= LONGEST_CONCISE,
     )
 
 
-def gold_score(prompt: str, response: str, vocabulary: frozenset[str], *, ended: bool = True) -> float:
+def gold_score(prompt: str, response: str, usage: Usage, *, ended: bool = True) -> float:
     """The rating from 1 to 7 that the labelling instructions of the default recipe give a response about a function.
 
     Start from 1 and
-      add 2 if it is one finished sentence, from a capital to a full stop;
-      add 2 if it mentions a word of the function's name;
-      add 2 if all its words are words (those of the question are);
-      take 1 if it says a word twice, 1 if it is longer than 14 words, 1 if shorter than 3.
+      add 1.5 if it is one finished sentence, from a capital to a full stop;
+      add 1.5 if it is about the function;
+      add 1.5 if all its words are words (those of the question are);
+      add 1.5 if it has 5 to 10 words;
+      take 0.75 if it says a word twice.
 
     Args:
       prompt: as `prompt_of` writes it, ` use posix spawn (args) ->`.
       response: the decoded response.
-      vocabulary: words of the corpus, lower case.
+      usage: the words of the documentation.
       ended: the response has its end-of-text token; one without is not finished, whatever it looks like.
     """
-    words = words_in(response)
-    content = [word for word in words if word not in STOP_WORDS]
-    points = 2 * sum(virtues_of(prompt, response, vocabulary, ended=ended))
-    points -= len(set(content)) < len(content)
-    points -= len(words) > LONGEST_CONCISE or len(words) < SHORTEST_SENTENCE
-    return float(max(1 + points, 1))
-
-
-def words_in(text: str) -> list[str]:
-    """The words of a text, lower case, in their order."""
-    return re.findall(r"[a-z][a-z0-9]*", text.lower())
-
-
-def words_mentioned(prompt: str, response: str) -> tuple[int, int]:
-    """(how many words of the function asked about the response mentions, how many there are)."""
-    words = words_in(response)
-    asked = topic_words(prompt)
-    return sum(any(same_word(a, w) for w in words) for a in asked), len(asked)
-
-
-STOP_WORDS = frozenset("a an and are as at be by for from if in is it its not of on or s that the this to with".split())
-
-
-def topic_words(prompt: str) -> list[str]:
-    """The words of the function asked about: its name's, and its arguments' if that has none of three letters."""
-    name, _, rest = prompt.removesuffix("->").partition("(")
-    for part in (name, name + " " + rest):
-        words = [word for word in words_in(part) if len(word) > 2 and word not in STOP_WORDS]
-        if words:
-            return list(dict.fromkeys(words))
-    return []
-
-
-def same_word(asked: str, word: str) -> bool:
-    """Whether two words share a stem: equal, or one continues the other after three letters (`use`, `uses`)."""
-    stem = asked[:-1] if len(asked) > 4 and asked[-1] in "es" else asked
-    return word.startswith(stem) or (len(word) > 3 and asked.startswith(word))
+    content = [word for word in words_in(response) if word not in STOP_WORDS]
+    points = 1.5 * sum(virtues_of(prompt, response, usage, ended=ended)) - 0.75 * (len(set(content)) < len(content))
+    return max(1 + points, 1.0)
 
 
 def noise_for_agreement(scores: NDArray[np.float64], agreement: float = AGREEMENT) -> float:
