@@ -90,7 +90,7 @@ SIZES = {
         pretrain_batch=8,
         row_length=64,
         pretrain_rate=3e-3,
-        sft_steps=900,
+        sft_steps=1400,
         sft_batch=8,
         sft_rate=2e-3,
         sft_dropout=0.1,
@@ -104,7 +104,7 @@ SIZES = {
         pack=8,
         policy_rate=7e-4,
         critic_rate=1.4e-3,
-        kl_coef=0.15,
+        kl_coef=0.13,
         pretraining_coef=0.02,
     ),
     "base": Size(
