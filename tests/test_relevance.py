@@ -1,4 +1,4 @@
-"""Whether a sentence is about a function: by hand, and on a few made-up descriptions whose counts are small enough to see."""
+"""Whether a sentence is about a function: by hand, and on made-up descriptions whose counts are small enough to see."""
 
 import pytest
 

@@ -275,7 +275,8 @@ def test_what_each_stage_gained_stands_side_by_side(page: str) -> None:
     assert (
         "Pretrained SFT PPO Documentation Gold score, mean 1.13 3.42 5.03 5.91 One finished sentence 4.1% 88.6% 99.1% "
         "97.2% All words are words 32.2% 50.4% 90.7% 95.1% About the function 11.3% 43.7% 61.8% 66.3% All three of "
-        "them 0.7% 21.4% 55.3% 60.1% Five to ten words – 64.2% 83.5% 66.1% Distinct answers 98.8% 95.7% 89.2% – Nats a response token 3.54 2.71 – –"
+        "them 0.7% 21.4% 55.3% 60.1% Five to ten words – 64.2% 83.5% 66.1% Distinct answers 98.8% 95.7% 89.2% – Nats a "
+        "response token 3.54 2.71 – –"
     ) in shown
 
 

@@ -2,10 +2,10 @@
 
 Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library, each under its function's name
 and signature as help() shows it. Demonstrations are pairs of a function's name and signature, written as words, and the
-first sentence of its docstring, where that says most words of the name, as half of them do: the simulated labeller wants
-what is about the function (labeller.py), and who writes demonstrations is told what labellers want. Functions without a
-docstring give further prompts, and pages of name and signature alone. Sources are parsed, never imported, so nothing of
-theirs runs.
+first sentence of its docstring, where that says most words of the name, as six in ten do: the simulated labeller
+wants what is about the function (labeller.py), and who writes demonstrations is told what labellers want. Functions
+without a docstring give further prompts, and pages of name and signature alone. Sources are parsed, never imported, so
+nothing of theirs runs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_jax.data.relevance import words_mentioned
 from rlhf_jax.data.records import Demonstration, Prompt, Text
+from rlhf_jax.data.relevance import words_mentioned
 from rlhf_jax.durable import read_json, user_cache, write_json
 from rlhf_jax.errors import UserError
 
@@ -43,8 +43,8 @@ _SKIPPED_FOLDERS = {
     "turtledemo",
 }
 _LEAST_DEMONSTRATIONS = 1000
-# Of a name's words that a demonstration says. One alone would do for the labeller; from sentences that say most of them a
-# small model learns better to speak of what it was asked (docs/lab-notebook.md).
+# Of a name's words that a demonstration says. One alone would do for the labeller; from sentences that say most of them
+# a small model learns better to speak of what it was asked (docs/lab-notebook.md).
 _LEAST_SAID = 0.6
 _READ_AS = 1  # counted up when _functions_of_source finds other things than before
 # What help() says of a function without a docstring is its name and its signature, and the second repeats the first.

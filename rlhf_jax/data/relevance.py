@@ -1,4 +1,4 @@
-"""Whether a sentence is about a function: it says a word of the name, or one that the documentation uses with such names.
+"""Whether a sentence is about a function: it says a word of its name, or one that is said of functions so named.
 
 A docstring need not repeat a name to be about the function: `getpid` is "Return the current process id.". So beside the
 words themselves counts what other functions' docstrings say of like-named ones. How well that tells is measured: of the
@@ -24,8 +24,8 @@ LIFT = 30
 class Usage:
     """The words of the documentation, and which of them go together.
 
-    vocabulary: words, lower case. functions: how many are described. described, named: in how many descriptions, names a
-    stem is. together: in how many a stem of the name and one of the description are.
+    vocabulary: words, lower case. functions: how many are described. described, named: in how many descriptions and in
+    how many names a stem is. together: of how many functions a stem is in the name and another in the description.
     """
 
     vocabulary: frozenset[str] = frozenset()
@@ -56,7 +56,7 @@ class Usage:
         return both > 0 and both * self.functions >= LIFT * self.named[asked] * self.described[said]
 
     def is_about(self, prompt: str, response: str) -> bool:
-        """Whether a response says a word of the function's name, a rare one of its arguments, or one that goes with it."""
+        """Whether a response says a word of the name, one that goes with it, or a rare one of the arguments."""
         if words_mentioned(prompt, response)[0]:
             return True
         said = _content(response)
