@@ -39,11 +39,12 @@ class Judge:
     def shares(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> dict[str, float]:
         """Shares of the responses that have each virtue; and that are sensible.
 
-        Sensible are finished sentences of words that are words, about what was asked, as far as a rule can tell.
+        Sensible are finished sentences of words that are words, about what was asked, and say none twice, as far as a
+        rule can tell: every virtue but concise.
         """
         has_NKV = self._each(virtues_of, prompts, responses)
         share = {f"{name}_share": float(has_NKV[..., i].mean()) for i, name in enumerate(Virtues._fields)}
-        wanted = [Virtues._fields.index(name) for name in ("finished", "topic", "known")]
+        wanted = [Virtues._fields.index(name) for name in ("finished", "topic", "known", "fluent")]
         return share | {"sensible_share": float(has_NKV[..., wanted].all(axis=2).mean())}
 
     def _each(self, what: Callable[..., Any], prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:

@@ -11,40 +11,39 @@ PROMPT = " use posix spawn (args) ->"
 
 
 @pytest.mark.parametrize(
-    ("response", "points"),
+    ("response", "virtues"),
     [
-        (" Return True if posix spawn is used.", 1 + 1.5 + 1.5 + 1.5 + 1.5),
-        (" Return the path of posix.", 1 + 1.5 + 1.5 + 1.5 + 1.5),  # one of the name's three words is enough
-        (" Return the path of it.", 1 + 1.5 + 0 + 1.5 + 1.5),  # none of them
-        (" return the path of posix.", 1 + 0 + 1.5 + 1.5 + 1.5),  # no capital
-        (" Return the xyzzy of posix.", 1 + 1.5 + 1.5 + 0 + 1.5),  # a word that is none
-        (" Return the args of it.", 1 + 1.5 + 0 + 1.5 + 1.5),  # a word of the question's is one
-        (" Return the posix path.", 1 + 1.5 + 1.5 + 1.5 + 0),  # four words
-        (" Return the xyzzy plugh", 1),  # nothing of all that
-        (" Return the path. Return it.", 1 + 0 + 0 + 1.5 + 1.5 - 0.75),  # two sentences, a word twice
-        (" Xyzzy xyzzy", 1),  # a word twice, and no less than 1
-        (" ...", 1),
-        ("", 1),
+        (" Return True if posix spawn is used.", "finished topic known concise fluent"),
+        (" Return the posix path.", "finished topic known concise fluent"),  # one of the name's three words is enough
+        (" Return the path.", "finished known concise fluent"),  # none of them
+        (" return the posix path.", "topic known concise fluent"),  # no capital
+        (" Return the posix path", "topic known concise fluent"),  # no full stop
+        (" Return the path. Spawn it.", "topic known concise fluent"),  # two sentences
+        (" Return the posix xyzzy.", "finished topic concise fluent"),  # a word that is none
+        (" Return the args.", "finished known concise fluent"),  # a word of the question's is one
+        (" Return posix.", "finished topic known fluent"),  # two words
+        (" Return the path path.", "finished known concise"),
+        (" Posix path if it is the posix spawn.", "finished topic known concise"),
+        (" Posix path if it is used for the posix.", "finished topic known"),  # nine words, one of them twice
+        (" Is it a it is it.", "finished known concise fluent"),  # stop words may come again
+        (" ...", ""),
+        ("", ""),
     ],
 )
-def test_score_by_hand(response: str, points: float) -> None:
-    assert gold_score(PROMPT, response, USAGE) == points
-
-
-def test_virtues_by_hand() -> None:
-    assert virtues_of(PROMPT, " Return the posix path.", USAGE) == (True, True, True, False)
-    assert virtues_of(PROMPT, " Return the path of posix.", USAGE) == (True, True, True, True)
-    assert virtues_of(PROMPT, " Return the path of posix.", USAGE, ended=False) == (False, True, True, True)
-    assert virtues_of(PROMPT, " Return the path of xyzzy.", USAGE) == (True, False, False, True)
-    assert virtues_of(PROMPT, " ...", USAGE) == (False, False, False, False)
+def test_virtues_and_score_by_hand(response: str, virtues: str) -> None:
+    found = virtues_of(PROMPT, response, USAGE)
+    assert " ".join(name for name, has in found._asdict().items() if has) == virtues
+    assert gold_score(PROMPT, response, USAGE) == pytest.approx(1 + 1.2 * len(virtues.split()), abs=1e-12)
 
 
 def test_an_answer_without_an_end_is_not_finished() -> None:
-    assert gold_score(PROMPT, " Return True if posix spawn is used.", USAGE, ended=False) == 1 + 3 * 1.5
+    response = " Return True if posix spawn is used."
+    assert virtues_of(PROMPT, response, USAGE, ended=False) == (False, True, True, True, True)
+    assert gold_score(PROMPT, response, USAGE, ended=False) == pytest.approx(1 + 1.2 * 4, abs=1e-12)
 
 
-@pytest.mark.parametrize(("words", "concise"), [(4, False), (5, True), (10, True), (11, False)])
-def test_five_to_ten_words_are_concise(words: int, concise: bool) -> None:
+@pytest.mark.parametrize(("words", "concise"), [(2, False), (3, True), (8, True), (9, False)])
+def test_three_to_eight_words_are_concise(words: int, concise: bool) -> None:
     said = [f"b{i}" for i in range(words)]
     assert virtues_of(PROMPT, f" {' '.join(said)}.", USAGE).concise is concise
 

@@ -1,5 +1,6 @@
 """The recipe's command line; its figures are those of scripts/recipe.py itself."""
 
+import numpy as np
 import pytest
 
 from rlhf_jax.data import Prompt, PromptRows, Text
@@ -57,12 +58,13 @@ def test_the_judge_counts_what_answers_have() -> None:
         [said(" Return the path of it."), said(" Return the path of it.", ended=False)],
         [said(" Return it."), said(" No.")],
     ]
-    assert judge.scores(prompts, responses).tolist() == [[7, 5.5], [4, 2.5]]
+    np.testing.assert_allclose(judge.scores(prompts, responses), [[7.0, 5.8], [4.6, 3.4]], atol=1e-12)
     shares = judge.shares(prompts, responses)
     assert shares == {
         "finished_share": 0.75,
         "topic_share": 0.5,
         "known_share": 0.75,
         "concise_share": 0.5,
+        "fluent_share": 1.0,
         "sensible_share": 0.25,
     }

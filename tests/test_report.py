@@ -39,6 +39,7 @@ SUMMARY: dict[str, Any] = {
     "sft.known_share": 0.504,
     "sft.sensible_share": 0.214,
     "sft.concise_share": 0.642,
+    "sft.fluent_share": 0.841,
     "reward.heldout_accuracy": 0.861,
     "reward.scratch_heldout_accuracy": 0.702,
     "reward.labeller_agreement": 0.731,
@@ -53,12 +54,14 @@ SUMMARY: dict[str, Any] = {
     "ppo.known_share": 0.907,
     "ppo.sensible_share": 0.553,
     "ppo.concise_share": 0.835,
+    "ppo.fluent_share": 0.913,
     "docstrings.gold_mean": 5.913,
     "docstrings.finished_share": 0.972,
     "docstrings.known_share": 0.951,
     "docstrings.topic_share": 0.663,
     "docstrings.sensible_share": 0.601,
     "docstrings.concise_share": 0.661,
+    "docstrings.fluent_share": 0.976,
     "docstrings.topic_share_of_others": 0.058,
     "ppo.first_ratio_error": 2.4e-7,
     "ppo.first_kl": 0.0,
@@ -274,9 +277,9 @@ def test_what_each_stage_gained_stands_side_by_side(page: str) -> None:
     shown = re.sub(r"\s+", " ", Page(page).text)
     assert (
         "Pretrained SFT PPO Documentation Gold score, mean 1.13 3.42 5.03 5.91 One finished sentence 4.1% 88.6% 99.1% "
-        "97.2% All words are words 32.2% 50.4% 90.7% 95.1% About the function 11.3% 43.7% 61.8% 66.3% All three of "
-        "them 0.7% 21.4% 55.3% 60.1% Five to ten words – 64.2% 83.5% 66.1% Distinct answers 98.8% 95.7% 89.2% – Nats a "
-        "response token 3.54 2.71 – –"
+        "97.2% All words are words 32.2% 50.4% 90.7% 95.1% About the function 11.3% 43.7% 61.8% 66.3% No word twice "
+        "– 84.1% 91.3% 97.6% All four of them 0.7% 21.4% 55.3% 60.1% Three to eight words – 64.2% 83.5% 66.1% "
+        "Distinct answers 98.8% 95.7% 89.2% – Nats a response token 3.54 2.71 – –"
     ) in shown
 
 
@@ -368,7 +371,7 @@ def test_the_recipes_table_has_the_summarys_figures() -> None:
     for row in (
         "PPO against SFT, win rate 0.816 [0.771, 0.857] 0.70, aim 0.80",
         "about the function, SFT to PPO 0.44 to 0.62 at temperature 0.7: 0.51 to 0.63",
-        "sensible: finished, all words, about it 0.01 to 0.21 to 0.55 at temperature 0.7: 0.01 to 0.30 to 0.60",
+        "sensible: that, finished, fluent, all words 0.01 to 0.21 to 0.55 at temperature 0.7: 0.01 to 0.30 to 0.60",
         "docstrings themselves: about it, sensible 0.66 and 0.60 of other functions: about it 0.06",
         "distinct answers, PPO and SFT 0.892 and 0.957 at least 0.8 of SFT's",
         "minutes 7.5 at most 8 on two CPU cores",

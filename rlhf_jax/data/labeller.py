@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rlhf_jax.data.relevance import STOP_WORDS, Usage, words_in
 
 AGREEMENT = 0.73
-SHORTEST_CONCISE, LONGEST_CONCISE = 5, 10  # words
+SHORTEST_CONCISE, LONGEST_CONCISE = 3, 8  # words
 
 
 class Virtues(NamedTuple):
@@ -30,7 +30,9 @@ class Virtues(NamedTuple):
     known: bool
     """All its words are words of the corpus or of the question: a name may hold what no text does, as `fqname`."""
     concise: bool
-    """It says enough and no more: five to ten words, as six in ten docstrings."""
+    """It says enough and no more: three to eight words, as half of the docstrings."""
+    fluent: bool
+    """It says no word twice, stop words aside, as nine in ten docstrings."""
 
 
 def virtues_of(prompt: str, response: str, usage: Usage, *, ended: bool = True) -> Virtues:
@@ -43,18 +45,19 @@ def virtues_of(prompt: str, response: str, usage: Usage, *, ended: bool = True) 
         topic=usage.is_about(prompt, text),
         known=bool(words) and all(word in usage.vocabulary or word in given for word in words),
         concise=SHORTEST_CONCISE <= len(words) <= LONGEST_CONCISE,
+        fluent=bool(words) and all(words.count(word) == 1 for word in words if word not in STOP_WORDS),
     )
 
 
 def gold_score(prompt: str, response: str, usage: Usage, *, ended: bool = True) -> float:
     """The rating from 1 to 7 that the labelling instructions of the default recipe give a response about a function.
 
-    Start from 1 and
-      add 1.5 if it is one finished sentence, from a capital to a full stop;
-      add 1.5 if it is about the function;
-      add 1.5 if all its words are words (those of the question are);
-      add 1.5 if it has 5 to 10 words;
-      take 0.75 if it says a word twice.
+    It is 1, and 1.2 more for each of these:
+      it is one finished sentence, from a capital to a full stop;
+      it is about the function;
+      all its words are words (those of the question are);
+      it has 3 to 8 words;
+      it says no word twice.
 
     Args:
       prompt: as `prompt_of` writes it, ` use posix spawn (args) ->`.
@@ -62,9 +65,7 @@ def gold_score(prompt: str, response: str, usage: Usage, *, ended: bool = True) 
       usage: the words of the documentation.
       ended: the response has its end-of-text token; one without is not finished, whatever it looks like.
     """
-    content = [word for word in words_in(response) if word not in STOP_WORDS]
-    points = 1.5 * sum(virtues_of(prompt, response, usage, ended=ended)) - 0.75 * (len(set(content)) < len(content))
-    return max(1 + points, 1.0)
+    return 1 + 6 * sum(virtues_of(prompt, response, usage, ended=ended)) / len(Virtues._fields)
 
 
 def noise_for_agreement(scores: NDArray[np.float64], agreement: float = AGREEMENT) -> float:

@@ -129,8 +129,9 @@ def gains(figures: Figures) -> str:
         ("One finished sentence", "finished_share", "%"),
         ("All words are words", "known_share", "%"),
         ("About the function", "topic_share", "%"),
-        ("All three of them", "sensible_share", "%"),
-        ("Five to ten words", "concise_share", "%"),
+        ("No word twice", "fluent_share", "%"),
+        ("All four of them", "sensible_share", "%"),
+        ("Three to eight words", "concise_share", "%"),
         ("Distinct answers", "distinct_share", "%"),
         ("Nats a response token", "heldout_response_nll", "{:.2f}"),
     )
