@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf_jax.data import embedded
-from rlhf_jax.data.embedded import Corpus, first_sentence, help_page, load_corpus, prompt_of, words_of
+from rlhf_jax.data.embedded import Corpus, first_sentence, help_page, load_corpus, prompt_of
 from rlhf_jax.data.relevance import words_mentioned
 
 
@@ -43,21 +43,6 @@ def test_the_second_start_parses_nothing(corpus: Corpus, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("use_posixSpawn2", ["use", "posix", "spawn2"]),
-        ("HTTPServer", ["http", "server"]),
-        ("_get_URL", ["get", "url"]),
-        ("__init__", ["init"]),
-        ("parseHTMLPage", ["parse", "html", "page"]),
-        ("___", []),
-    ],
-)
-def test_words_of(name: str, words: list[str]) -> None:
-    assert words_of(name) == words
-
-
-@pytest.mark.parametrize(
     ("name", "arguments", "prompt"),
     [
         ("use_posix_spawn", ["args"], " use posix spawn (args) ->"),
@@ -69,6 +54,12 @@ def test_words_of(name: str, words: list[str]) -> None:
 )
 def test_prompt_of(name: str, arguments: list[str], prompt: str) -> None:
     assert prompt_of(name, arguments) == prompt
+
+
+def test_run_together_words_are_cut_in_prompts_and_pages() -> None:
+    known = frozenset(("get", "file", "name"))
+    assert prompt_of("getfile", ["filename", "x"], known) == " get file (file name, x) ->"
+    assert help_page("getfile", ["filename"], known=known) == " get file: get file (file name)"
 
 
 def test_help_page() -> None:

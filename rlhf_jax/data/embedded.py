@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import inspect
@@ -23,6 +22,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_jax.data.names import known_words, words_of
 from rlhf_jax.data.records import Demonstration, Prompt, Text
 from rlhf_jax.data.relevance import words_mentioned
 from rlhf_jax.durable import read_json, user_cache, write_json
@@ -81,38 +81,31 @@ class Corpus:
     descriptions: list[tuple[str, str]]
 
 
-def words_of(name: str) -> list[str]:
-    """The words of an identifier: `use_posixSpawn2` gives use, posix, spawn2."""
-    return list(_words_of(name))
-
-
-@functools.cache
-def _words_of(name: str) -> tuple[str, ...]:
-    """The corpus asks a hundred thousand times for the words of twelve thousand names."""
-    spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
-    spaced = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1 \2", spaced)
-    return tuple(word.lower() for word in re.split(r"[^A-Za-z0-9]+", spaced) if word)
-
-
-def signature_of(name: str, arguments: list[str]) -> str:
+def signature_of(name: str, arguments: list[str], known: frozenset[str] = frozenset()) -> str:
     """A function's name and up to four arguments as words: ` use posix spawn (args)`.
 
     The leading space makes the words the same tokens as in the middle of a sentence, so that a model can copy them.
+    For that, too, names that run words together are cut into those that are known.
     """
-    inner = [" ".join(words_of(argument)) for argument in arguments if argument not in ("self", "cls")]
+    inner = [" ".join(words_of(argument, known)) for argument in arguments if argument not in ("self", "cls")]
     signature = f" ({', '.join(a for a in inner[:4] if a)})" if any(inner) else ""
-    return f" {' '.join(words_of(name))}{signature}"
+    return f" {' '.join(words_of(name, known))}{signature}"
 
 
-def prompt_of(name: str, arguments: list[str]) -> str:
+def prompt_of(name: str, arguments: list[str], known: frozenset[str] = frozenset()) -> str:
     """The question about a function: ` use posix spawn (args) ->`."""
-    return f"{signature_of(name, arguments)} ->"
+    return f"{signature_of(name, arguments, known)} ->"
 
 
-def help_page(name: str, arguments: list[str], docstring: str = "") -> str:
+def help_page(name: str, arguments: list[str], docstring: str = "", known: frozenset[str] = frozenset()) -> str:
     """What help() shows of a function: ` use posix spawn: use posix spawn (args)`, and its docstring below."""
-    page = f" {' '.join(words_of(name))}:{signature_of(name, arguments)}"
+    page = f" {' '.join(words_of(name, known))}:{signature_of(name, arguments, known)}"
     return f"{page}\n\n {docstring}" if docstring else page
+
+
+def first_paragraph(docstring: str) -> str:
+    """What stands above a docstring's first empty line."""
+    return docstring.strip().partition("\n\n")[0]
 
 
 def first_sentence(docstring: str) -> str | None:
@@ -230,14 +223,15 @@ def load_corpus() -> Corpus:
     found = _remembered(root)
     for module in _C_MODULES:
         found.extend(_functions_of_c_module(module))
+    known = known_words(first_paragraph(docstring) for _, docstring, _, _ in found if docstring)
     for where, docstring, name, arguments in found:
         named = bool(name) and not name.startswith("__") and bool(words_of(name))
-        prompt = prompt_of(name, arguments) if named else ""
+        prompt = prompt_of(name, arguments, known) if named else ""
         if docstring:
             text = inspect.cleandoc(docstring).strip()
-            documents.setdefault(help_page(name, arguments, text) if named else text, (where, prompt))
+            documents.setdefault(help_page(name, arguments, text, known) if named else text, (where, prompt))
         elif named:
-            undocumented.setdefault(prompt, Text(help_page(name, arguments), where))
+            undocumented.setdefault(prompt, Text(help_page(name, arguments, known=known), where))
         if not named:
             continue
         sentence = first_sentence(docstring) if docstring else None
@@ -278,5 +272,5 @@ def load_corpus() -> Corpus:
         prompts=[p for p in prompts if p.prompt not in unseen],
         heldout_prompts=[p for p in prompts if p.prompt in unseen],
         heldout_sentences={f.prompt: f.sentence for f in functions.values() if f.sentence and f.prompt in unseen},
-        descriptions=[(prompt, text.text.split("\n\n")[1]) for text, prompt in training if prompt],
+        descriptions=[(prompt, first_paragraph(text.text.partition("\n\n")[2])) for text, prompt in training if prompt],
     )
