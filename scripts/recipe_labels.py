@@ -21,7 +21,7 @@ from rlhf_jax.tokenizer import TextTokenizer
 
 RESPONSES = 4  # that a labeller ranks, K
 # Responses in a batch where there are so many: one that has ended gives its place to the next, a quarter less time on a
-# CPU. Of the default's 48,000 and 4,384, no more than a hundredth is sampled in vain to fill the last batch.
+# CPU. Of the default's 32,000 and 4,540, no more than a hundredth is sampled in vain to fill the last batch.
 MANY = 2200
 
 

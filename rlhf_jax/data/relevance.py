@@ -2,8 +2,8 @@
 
 A docstring need not repeat a name to be about the function: `getpid` is "Return the current process id.". So beside the
 words themselves counts what other functions' docstrings say of like-named ones. How well that tells is measured: of the
-held-out functions' own docstrings nearly nine in ten pass, of those of other functions one in eighteen
-(docs/lab-notebook.md); of words of the name alone two in three do, and one in fifty.
+held-out functions' own docstrings nearly nine in ten pass, of those of other functions one in twenty. By words of the
+name alone two in three do, and one in fifty (docs/lab-notebook.md).
 """
 
 from __future__ import annotations
@@ -62,11 +62,8 @@ class Usage:
         said = _content(response)
         if any(self.goes_with(stem(a), s) for a in topic_words(prompt) for s in said):
             return True
-        return any(
-            same_word(a, word) and self.described.get(stem(word), 0) * LIFT < self.functions
-            for a in _words_asked(prompt)[1]
-            for word in words_in(response)
-        )
+        rare = [w for w in words_in(response) if self.described.get(stem(w), 0) * LIFT < self.functions]
+        return any(same_word(a, word) for a in _words_asked(prompt)[1] for word in rare)
 
 
 def words_in(text: str) -> list[str]:
@@ -99,8 +96,8 @@ def words_mentioned(prompt: str, response: str) -> tuple[int, int]:
 def same_word(asked: str, word: str) -> bool:
     """Whether a word says one of a name's: it continues its stem after three letters (`use`, `uses`), or is four
     letters or more of it (`config` of `configuration`, `file` of `getfilename`)."""
-    stem = asked[:-1] if len(asked) > 4 and asked[-1] in "es" else asked
-    return word.startswith(stem) or (len(word) > 3 and word in asked)
+    root = asked[:-1] if len(asked) > 4 and asked[-1] in "es" else asked
+    return word.startswith(root) or (len(word) > 3 and word in asked)
 
 
 @functools.cache
