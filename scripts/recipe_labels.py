@@ -21,7 +21,7 @@ from rlhf_jax.tokenizer import TextTokenizer
 
 RESPONSES = 4  # that a labeller ranks, K
 # Responses in a batch where there are so many: one that has ended gives its place to the next, a quarter less time on a
-# CPU. Of the default's 32,000 and 4,540, no more than a hundredth is sampled in vain to fill the last batch.
+# CPU. Of the default's 32,000 and 4,388, one in 33 and one in 360 are sampled in vain to fill the last batch.
 MANY = 2200
 
 
@@ -37,15 +37,15 @@ class Judge:
         return self._each(gold_score, prompts, responses)
 
     def shares(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> dict[str, float]:
-        """Shares of the responses that have each virtue; and that are sensible.
+        """Shares of the responses that have each virtue; that are sensible; and that are so and say no word twice.
 
-        Sensible are finished sentences of words that are words, about what was asked, and say none twice, as far as a
-        rule can tell: every virtue but concise.
+        Sensible are finished sentences of words that are words, about what was asked, as far as a rule can tell.
         """
         has_NKV = self._each(virtues_of, prompts, responses)
-        share = {f"{name}_share": float(has_NKV[..., i].mean()) for i, name in enumerate(Virtues._fields)}
-        wanted = [Virtues._fields.index(name) for name in ("finished", "topic", "known", "fluent")]
-        return share | {"sensible_share": float(has_NKV[..., wanted].all(axis=2).mean())}
+        has = {name: has_NKV[..., i] for i, name in enumerate(Virtues._fields)}
+        has["sensible"] = has["finished"] & has["topic"] & has["known"]
+        has["sensible_fluent"] = has["sensible"] & has["fluent"]
+        return {f"{name}_share": float(each.mean()) for name, each in has.items()}
 
     def _each(self, what: Callable[..., Any], prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
         return np.array(

@@ -29,18 +29,18 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
     console.print(figures_table(summary, "what came out, on held-out prompts and text"))
 
 
-def sensible(s: dict[str, Any], suffix: str) -> str:
-    """Share of sensible answers after pretraining, SFT and PPO."""
-    return " to ".join(f"{s[f'{stage}.sensible_share{suffix}']:.2f}" for stage in ("pretrain", "sft", "ppo"))
+def stages(s: dict[str, Any], share: str) -> str:
+    """A share of the answers after pretraining, SFT and PPO."""
+    return " to ".join(f"{s[f'{stage}.{share}']:.2f}" for stage in ("pretrain", "sft", "ppo"))
 
 
 def docstrings(s: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The true docstrings by the same rules, a row; none where a summary does not have them."""
     if "docstrings.sensible_share" not in s:
         return []
-    shares = f"{s['docstrings.topic_share']:.2f} and {s['docstrings.sensible_share']:.2f}"
+    shares = (s[f"docstrings.{name}_share"] for name in ("topic", "sensible", "sensible_fluent"))
     others = f"of other functions: about it {s['docstrings.topic_share_of_others']:.2f}"
-    return [("docstrings themselves: about it, sensible", shares, others)]
+    return [("docstrings themselves, the same three", ", ".join(f"{share:.2f}" for share in shares), others)]
 
 
 def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
@@ -59,8 +59,10 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
         ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
         ("about the function, SFT to PPO", f"{s['sft.topic_share']:.2f} to {s['ppo.topic_share']:.2f}",
          f"at temperature 0.7: {s['sft.topic_share_shown']:.2f} to {s['ppo.topic_share_shown']:.2f}"),
-        ("sensible: that, finished, fluent, all words", sensible(s, ""),
-         f"at temperature 0.7: {sensible(s, '_shown')}"),
+        ("sensible: that, finished, all words", stages(s, "sensible_share"),
+         f"at temperature 0.7: {stages(s, 'sensible_share_shown')}"),
+        ("and no word said twice", stages(s, "sensible_fluent_share"),
+         f"at temperature 0.7: {stages(s, 'sensible_fluent_share_shown')}"),
         *docstrings(s),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
         ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}",

@@ -67,4 +67,5 @@ def test_the_judge_counts_what_answers_have() -> None:
         "concise_share": 0.5,
         "fluent_share": 1.0,
         "sensible_share": 0.25,
+        "sensible_fluent_share": 0.25,
     }
