@@ -106,7 +106,8 @@ def test_the_corpus_is_large_and_shaped(corpus: Corpus) -> None:
     for record in corpus.demonstrations + corpus.heldout_demonstrations:
         assert record.prompt.startswith(" ") and record.prompt.endswith(" ->")
         assert first_sentence(record.completion) == record.completion[1:] and record.completion[0] == " "
-        assert words_mentioned(record.prompt, record.completion)[0] > 0
+        said, asked = words_mentioned(record.prompt, record.completion)
+        assert said > 0 and said >= 0.6 * asked
     # Every held-out function's sentence is there to be shown, also one that is no demonstration.
     demonstrated = {record.prompt: record.completion[1:] for record in corpus.heldout_demonstrations}
     assert demonstrated.items() < corpus.heldout_sentences.items()

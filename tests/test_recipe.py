@@ -55,17 +55,17 @@ def test_the_judge_counts_what_answers_have() -> None:
 
     prompts = [Prompt(" open path ->", "x:1"), Prompt(" close ->", "x:2")]
     responses = [
-        [said(" Return the path of it."), said(" Return the path of it.", ended=False)],
-        [said(" Return it."), said(" No.")],
+        [said(" Return the path of it."), said(" Return the path of it.", ended=False), said(" Open path of path.")],
+        [said(" Return it."), said(" No."), said(" Close it.")],
     ]
-    np.testing.assert_allclose(judge.scores(prompts, responses), [[7.0, 5.8], [4.6, 3.4]], atol=1e-12)
+    np.testing.assert_allclose(judge.scores(prompts, responses), [[7.0, 5.8, 5.8], [4.6, 3.4, 5.8]], atol=1e-12)
     shares = judge.shares(prompts, responses)
     assert shares == {
-        "finished_share": 0.75,
-        "topic_share": 0.5,
-        "known_share": 0.75,
-        "concise_share": 0.5,
-        "fluent_share": 1.0,
-        "sensible_share": 0.25,
-        "sensible_fluent_share": 0.25,
+        "finished_share": 5 / 6,
+        "topic_share": 4 / 6,
+        "known_share": 5 / 6,
+        "concise_share": 3 / 6,
+        "fluent_share": 5 / 6,
+        "sensible_share": 3 / 6,
+        "sensible_fluent_share": 2 / 6,
     }

@@ -223,6 +223,7 @@ def load_corpus() -> Corpus:
     found = _remembered(root)
     for module in _C_MODULES:
         found.extend(_functions_of_c_module(module))
+    # A bare list of words, those of held-out docstrings among them: nothing that an answer could be learnt from.
     known = known_words(first_paragraph(docstring) for _, docstring, _, _ in found if docstring)
     for where, docstring, name, arguments in found:
         named = bool(name) and not name.startswith("__") and bool(words_of(name))
