@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from page import ORDER, made_by, write_section
 from shapes import JOBS, SIZES
 
-from scripts.huge_pages import TUNABLES
+from rlhf_jax.cli.startup import TUNABLES
 
 QUIET = 0.2
 IN_A_ROW = 3

@@ -28,10 +28,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
 
-from scripts.huge_pages import use_huge_pages
+from rlhf_jax.cli.startup import use_fast_settings
 
 if __name__ == "__main__":
-    use_huge_pages()
+    use_fast_settings()
 
 import jax
 import numpy as np
@@ -39,9 +39,9 @@ from shapes import SIZES
 
 from rlhf_jax import parallel, runs
 from rlhf_jax.arrays import TrainState
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import RankingRows
 from rlhf_jax.data.embedded import load_corpus
-from rlhf_jax.model import ModelConfig
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 STAGES = ("pretrain", "sft", "reward", "ppo")

@@ -23,10 +23,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from scripts.huge_pages import use_huge_pages
+from rlhf_jax.cli.startup import use_fast_settings
 
 if __name__ == "__main__":
-    use_huge_pages()
+    use_fast_settings()
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +34,10 @@ import numpy as np
 from page import ORDER, made_by, write_section
 
 from rlhf_jax.arrays import TokenBatch
+from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.generate import generate
-from rlhf_jax.model import ModelConfig, Transformer, init_params
-from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
+from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.parallel import jit_update, make_mesh, place
 from rlhf_jax.stages import pretrain
 

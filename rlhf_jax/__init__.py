@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from rlhf_jax.arrays import Rollout as Rollout
     from rlhf_jax.arrays import TokenBatch as TokenBatch
     from rlhf_jax.arrays import TrainState as TrainState
+    from rlhf_jax.config import EpisodeConfig as EpisodeConfig
+    from rlhf_jax.config import ModelConfig as ModelConfig
+    from rlhf_jax.config import OptimConfig as OptimConfig
     from rlhf_jax.data import Ledger as Ledger
     from rlhf_jax.data import batch_at as batch_at
     from rlhf_jax.data import extract_dialogues as extract_dialogues
     from rlhf_jax.data import read_records as read_records
-    from rlhf_jax.episodes import EpisodeConfig as EpisodeConfig
     from rlhf_jax.episodes import Frozen as Frozen
     from rlhf_jax.episodes import Networks as Networks
     from rlhf_jax.episodes import collect as collect
@@ -34,11 +36,9 @@ if TYPE_CHECKING:
     from rlhf_jax.losses import ranking_loss as ranking_loss
     from rlhf_jax.masked import masked_mean as masked_mean
     from rlhf_jax.masked import masked_whiten as masked_whiten
-    from rlhf_jax.model import ModelConfig as ModelConfig
     from rlhf_jax.model import Transformer as Transformer
     from rlhf_jax.model import init_params as init_params
     from rlhf_jax.model import to_scalar_head as to_scalar_head
-    from rlhf_jax.optim import OptimConfig as OptimConfig
     from rlhf_jax.optim import make_optimizer as make_optimizer
     from rlhf_jax.optim import new_state as new_state
     from rlhf_jax.parallel import jit_update as jit_update
@@ -53,13 +53,14 @@ if TYPE_CHECKING:
 _NAMES = {
     "arrays": "PromptBatch RankingBatch Rollout TokenBatch TrainState",
     "data": "Ledger batch_at extract_dialogues read_records",
-    "episodes": "EpisodeConfig Frozen Networks collect",
+    "config": "EpisodeConfig ModelConfig OptimConfig",
+    "episodes": "Frozen Networks collect",
     "errors": "UserError",
     "kl": "adapt_kl_coef kl_estimate",
     "losses": "clipped_surrogate clipped_value_loss next_token_loss pairwise_loss ranking_loss",
     "masked": "masked_mean masked_whiten",
-    "model": "ModelConfig Transformer init_params to_scalar_head",
-    "optim": "OptimConfig make_optimizer new_state",
+    "model": "Transformer init_params to_scalar_head",
+    "optim": "make_optimizer new_state",
     "parallel": "jit_update make_mesh pmap_update",
     "returns": "generalized_advantages kl_penalized_reward",
     "run_folder": "RunFolder",
@@ -70,6 +71,10 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("rlhf_jax")
     if name not in _HOME:
         raise AttributeError(f"module 'rlhf_jax' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"rlhf_jax.{_HOME[name]}"), name)

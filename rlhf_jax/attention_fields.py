@@ -6,10 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.errors import UserError
 from rlhf_jax.fields import Fields
-from rlhf_jax.model_config import ModelConfig
-from rlhf_jax.rope import RopeScaling
 
 # Dynamic scaling begins past max_position_embeddings, which is our context.
 ROPE_TYPES = {"default": "none", "dynamic": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}

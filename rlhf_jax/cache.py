@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, pytree
-from rlhf_jax.model_config import ModelConfig
+from rlhf_jax.config import CacheDtype, ModelConfig
 from rlhf_jax.sharding import constrain_cache
-
-CacheDtype = Literal["model", "bfloat16", "int8"]
-"""What a cache holds: the dtype that the model computes in, or fewer bits."""
 
 
 @pytree

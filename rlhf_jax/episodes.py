@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, pytree
-from rlhf_jax.cache import CacheDtype
-from rlhf_jax.config import at_least
-from rlhf_jax.errors import UserError
+from rlhf_jax.config import EpisodeConfig
 from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import kl_estimate
 from rlhf_jax.masked import masked_mean, masked_whiten
@@ -54,56 +51,6 @@ class Frozen:
     score_scale: Array
     backbone: Params | None = None
     scorer_backbone: Params | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class EpisodeConfig:
-    """How responses are sampled and rewarded."""
-
-    response_length: int = 32
-    """Most tokens of a response, the end-of-text token included."""
-    temperature: float = 1.0
-    """Divides the logits in sampling and in every log-probability alike."""
-    missing_end: Literal["replace", "subtract", "keep"] = "replace"
-    """A response without an end gets missing_end_score as its score, has its size subtracted, or keeps its own."""
-    missing_end_score: float = -1.0
-    """In units of the score (after its scale); negative."""
-    gamma: float = 1.0
-    """Discount."""
-    gae_lambda: float = 0.95
-    """λ of generalized advantage estimation."""
-    whiten_rewards: bool = False
-    """Divide rewards by their deviation over the batch; their mean is kept."""
-    decode_parts: int = 0
-    """Devices of the axis fsdp among which one copy of the policy's weights lies while sampling, gathered once an
-    iteration; 0 gathers what fsdp cuts at each token."""
-    slots: int = 0
-    """Rows that are sampled at a time: one that has ended gives its place to the next prompt. For responses of
-    different lengths, on one device or with --pmap; 0 samples all rows together."""
-    segments: int = 1
-    """Lengths that the cache has while sampling, the last response_length and each half the next, so that a generous
-    response_length costs little while responses are short; each is compiled. Not beside slots."""
-    cache_dtype: CacheDtype = "model"
-    """Of keys and values while sampling: as the model computes them, or fewer bytes. The update computes
-    log-probabilities anew, so that its ratio starts at 1 all the same; sampler_logp_error shows how far off the
-    sampler's are."""
-    pack: int = 0
-    """Rows of prompt_length + response_length tokens that are computed at a time, with the episodes laid end to end in
-    them, so that padding is not; a divisor of the episodes of a minibatch, for one device or --pmap. 0 pads each."""
-
-    def __post_init__(self) -> None:
-        if self.response_length < 1:
-            raise UserError(f"response_length: found {self.response_length}, wanted 1 or more")
-        if self.temperature <= 0:
-            raise UserError(f"temperature: found {self.temperature}, wanted more than 0: PPO samples a distribution")
-        for field, low in (("slots", 0), ("pack", 0), ("segments", 1)):
-            at_least(self, field, low)
-        if self.slots and self.segments > 1:
-            raise UserError(f"segments: found {self.segments} beside slots {self.slots}, wanted one of them")
-        if self.decode_parts < 0:
-            raise UserError(f"decode_parts: found {self.decode_parts}, wanted 0 or a divisor of the mesh's axis fsdp")
-        if self.missing_end_score > 0:
-            raise UserError(f"missing_end_score: found {self.missing_end_score}, wanted 0 or less: it is a penalty")
 
 
 def end_ids(eos_id: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.attention_fields import rope_config, rope_of, scaling_of, window_config, windows_of
+from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.errors import UserError
 from rlhf_jax.fields import Fields
-from rlhf_jax.model_config import ModelConfig
-from rlhf_jax.rope import RopeScaling
 
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 UNGATED = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}

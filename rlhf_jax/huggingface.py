@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Params
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.durable import UNFINISHED, read_json, sync_folder, write_json
 from rlhf_jax.errors import UserError
 from rlhf_jax.families import FAMILIES, family_of
 from rlhf_jax.fields import Fields
 from rlhf_jax.layouts import BUFFERS, Tensor, head_of, join, shape_in_file, split, tensors_of
 from rlhf_jax.model import Transformer
-from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.safetensors_folder import SafetensorsFolder, write_tensors
 
 SHARD_BYTES = 2 * 2**30

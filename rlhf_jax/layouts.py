@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlhf_jax.model_config import ModelConfig
+from rlhf_jax.config import ModelConfig
 
 Layout = Literal["same", "linear", "gpt2_qkv", "neox_qkv", "rows", "head"]
 

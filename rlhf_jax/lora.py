@@ -7,7 +7,6 @@ is a pure function on such trees.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,40 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params
-from rlhf_jax.config import at_least
+from rlhf_jax.config import LoraConfig
 from rlhf_jax.errors import UserError
-
-PLACES = ("query", "key", "value", "out", "gate", "up", "down")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters in place of training all parameters."""
-
-    rank: int = 0
-    """r; 0 trains all parameters."""
-    alpha: float = 16.0
-    """The product A B is multiplied by alpha / rank."""
-    targets: tuple[str, ...] = PLACES
-    """Which kernels have one: query, key, value, out of attention, gate, up, down of the feed-forward layer."""
-
-    def __post_init__(self) -> None:
-        at_least(self, "rank", 0)
-        if not self.alpha > 0:
-            raise UserError(f"alpha: found {self.alpha}, wanted more than 0")
-        unknown = [target for target in self.targets if target not in PLACES]
-        if unknown or not self.targets:
-            raise UserError(f"targets: found {list(self.targets)}, wanted some of {', '.join(PLACES)}")
-
-    @property
-    def passes(self) -> int:
-        """Forward passes that a training step costs: gradients of frozen kernels are not computed."""
-        return 2 if self.rank else 3
-
-    @property
-    def scale(self) -> float:
-        """s."""
-        return self.alpha / self.rank if self.rank else 0.0
 
 
 def init_adapter(params: Params, config: LoraConfig, key: Array) -> Params:

@@ -18,8 +18,8 @@ import numpy as np
 from rlhf_jax.arrays import Array, Params, pytree
 from rlhf_jax.attention import MASKED, attend, choose
 from rlhf_jax.cache import Cache, empty_cache, write
-from rlhf_jax.model_config import ModelConfig
-from rlhf_jax.rope import RopeScaling, frequencies, rotate, turns
+from rlhf_jax.config import ModelConfig, RopeScaling
+from rlhf_jax.rope import frequencies, rotate, turns
 from rlhf_jax.sharding import constrain, constrain_cache, on_a_mesh
 
 __all__ = [

@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax.arrays import Array, Params, TrainState
-from rlhf_jax.config import at_least, within
+from rlhf_jax.config import OptimConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.packing import take_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with gradient clipping, linear warm-up and a schedule."""
-
-    learning_rate: float = 1e-3
-    """At the end of the warm-up."""
-    warmup_steps: int = 10
-    """Linear from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """After the warm-up, to the end of the run."""
-    final_fraction: float = 0.1
-    """Of the learning rate, at the end of a linear or cosine schedule."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.95
-    """Decay of the second moment."""
-    epsilon: float = 1e-8
-    """Added to the root of the second moment; 1e-5 in Ziegler et al. 2019."""
-    weight_decay: float = 0.0
-    """Decoupled, on matrices only."""
-    clip_norm: float = 1.0
-    """Largest norm of the whole gradient; 0 for none."""
-
-    def __post_init__(self) -> None:
-        for field in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
-            at_least(self, field, 0)
-        if not self.epsilon > 0:
-            raise UserError(f"epsilon: found {self.epsilon}, wanted more than 0")
-        within(self, "beta1", 0, 1)
-        within(self, "beta2", 0, 1)
-        if not 0 <= self.final_fraction <= 1:
-            raise UserError(f"final_fraction: found {self.final_fraction}, wanted 0 to 1")
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -19,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Params
+from rlhf_jax.config import PLACES, LoraConfig, ModelConfig
 from rlhf_jax.durable import UNFINISHED, read_json, sync_folder, write_json
 from rlhf_jax.errors import UserError
 from rlhf_jax.families import FAMILIES
 from rlhf_jax.fields import Fields
 from rlhf_jax.huggingface import flattened, nested, parameter_shapes
 from rlhf_jax.layouts import Tensor, join, shape_in_file, split, tensors_of
-from rlhf_jax.lora import PLACES, LoraConfig
-from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.safetensors_folder import write_file
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -16,12 +16,11 @@ import rich.console
 from rlhf_jax import distributed
 from rlhf_jax.arrays import Params, TrainState
 from rlhf_jax.checkpoint import Checkpoints, load_params
-from rlhf_jax.config import RunConfig, from_plain, to_plain
+from rlhf_jax.config import ModelConfig, RunConfig, from_plain, to_plain
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit import fit
 from rlhf_jax.metrics import Console, JsonLines, TensorBoard, Writer, Writers
-from rlhf_jax.model import ModelConfig
 from rlhf_jax.parallel import (
     Update,
     copied,

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TokenBatch
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.losses import next_token_loss
-from rlhf_jax.model import ModelConfig, Transformer
+from rlhf_jax.model import Transformer
 from rlhf_jax.packing import PackedEpisodes
 from rlhf_jax.sharding import DATA, FSDP, TENSOR
 

@@ -12,13 +12,12 @@ import jax
 
 from rlhf_jax.arrays import Array, Params
 from rlhf_jax.checkpoint import fingerprint
-from rlhf_jax.config import from_plain, to_plain
+from rlhf_jax.config import LoraConfig, ModelConfig, from_plain, to_plain
 from rlhf_jax.durable import read_json
 from rlhf_jax.errors import UserError
 from rlhf_jax.huggingface import OURS, as_published, pretrained, read_folder
-from rlhf_jax.lora import LoraConfig, init_adapter, merge
+from rlhf_jax.lora import init_adapter, merge
 from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
-from rlhf_jax.model_config import ModelConfig
 from rlhf_jax.peft import base_of, read_adapter
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.runs import model_of, released_params

@@ -1,6 +1,6 @@
 """Several processes on this machine as if each had a machine of its own: what a pod does, tried on a CPU.
 
-python scripts/local_cluster.py --processes 2 --devices 4 -- scripts/sft.py --name answers --mesh data=4,fsdp=2 …
+python scripts/local_cluster.py --processes 2 --devices 4 -- -m rlhf_jax sft --name answers --mesh data=4,fsdp=2 …
 
 Starts the script in each process with --distributed and the flags that go with it, puts the number of the process
 before each line it prints, passes SIGTERM and Ctrl-C on, and ends all if one ends badly. With --restarts R it then

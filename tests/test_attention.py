@@ -11,7 +11,8 @@ import pytest
 
 from rlhf_jax import attention
 from rlhf_jax.attention import attend, choose, cudnn, plain, splash
-from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
+from rlhf_jax.config import ModelConfig
+from rlhf_jax.model import Transformer, init_params, stack_blocks
 from rlhf_jax.parallel import make_mesh
 
 B, H, G, T, D = 2, 4, 2, 200, 16

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.config import EpisodeConfig, ModelConfig
 from rlhf_jax.data import Demonstration, Ledger, Prompt, RankingRows, Text, encode_rankings, new_lengths
 from rlhf_jax.data.batches import RaggedRows, SharedRankingRows, batch_at
 from rlhf_jax.data.records import Comparison
 from rlhf_jax.metrics import JsonLines
-from rlhf_jax.model import ModelConfig
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
@@ -106,7 +106,7 @@ def test_nothing_is_compiled_after_the_second_iteration(tmp_path: Path, compiled
             pretraining_coef=1.0,
             pretraining_batch=4,
             pretraining_row_length=16,
-            episode=ppo.EpisodeConfig(response_length=4),
+            episode=EpisodeConfig(response_length=4),
             **settings(tmp_path, "ppo"),
         ),
         prompts=[Prompt(p, "here:1") for p in PROMPTS],

@@ -1,4 +1,4 @@
-"""Models out of runs and into runs, by the functions under scripts/convert.py."""
+"""Models out of runs and into runs, by the functions under `rlhf-jax convert`."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.cli import convert
+from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
 from rlhf_jax.convert import export, import_model
 from rlhf_jax.data import Demonstration, Ledger, Prompt, Text, encode_rankings, read_records
 from rlhf_jax.errors import UserError
-from rlhf_jax.lora import LoraConfig
-from rlhf_jax.model import ModelConfig
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.sources import open_source
 from rlhf_jax.stages import ppo, pretrain, reward, sft
-from scripts import convert
 
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) + 60
 ANSWERS = [Demonstration(f"say {word}", f" {word}!") for word in ("red", "blue", "green", "grey")]
@@ -48,7 +47,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         heldout=rows,
         demonstrations=ANSWERS,
     )
-    episode = ppo.EpisodeConfig(response_length=6)
+    episode = EpisodeConfig(response_length=6)
     ppo.run(
         ppo.Config(
             out=str(root / "ppo"),

@@ -23,8 +23,8 @@ from rlhf_jax.optim import new_state
 from rlhf_jax.parallel import jit_update, make_mesh, place
 from rlhf_jax.stages import pretrain
 from rlhf_jax.watchdog import FIRST_TIME, STUCK, Beat, Watchdog, verdict
-from scripts import cluster_stress, local_cluster
-from scripts import pretrain as pretrain_script
+from scripts import local_cluster
+from tests.stress import cluster_stress
 from tests.test_data_batches import numbered_rows
 from tests.test_fit import Recorder
 from tests.test_scripts import call
@@ -127,7 +127,7 @@ def test_one_status_for_all() -> None:
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str) -> None:
-    assert call(pretrain_script.main, "--name", "x", *flags) == 2
+    assert call("pretrain", "--name", "x", *flags) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
 
@@ -210,7 +210,7 @@ def test_a_run_of_two_processes_goes_on_in_one(clusters: Any) -> None:
     struck = folder / "killed_0_12_struck"
     flags = ["--data", str(folder / "texts.jsonl"), "--out", str(struck), *cluster_stress.SETTINGS]
     assert Checkpoints(struck / "checkpoints").latest() == 10
-    assert call(pretrain_script.main, *flags, "--devices", "1") == 0
+    assert call("pretrain", *flags, "--devices", "1") == 0
     losses = [(row["step"], row["loss"]) for row in read_rows(struck / "metrics.jsonl")]
     assert [step for step, _ in losses] == list(range(1, cluster_stress.STEPS + 1))
     assert losses == [(step, pytest.approx(loss, abs=1e-4)) for step, loss in results["undisturbed"][1]]

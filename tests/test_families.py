@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.errors import UserError
 from rlhf_jax.families import FAMILIES, family_of
 from rlhf_jax.fields import Fields
-from rlhf_jax.model_config import ModelConfig
-from rlhf_jax.rope import RopeScaling
 
 # The sizes that every config.json has, and as ModelConfig calls them.
 SIZES = {

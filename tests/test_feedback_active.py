@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import active_choice
+from benchmarks.active_choice import Pairs, Split, labels_needed
 from rlhf_jax.feedback.active import Beliefs, Heads, choose, preference_probabilities
 from rlhf_jax.losses import pairwise_loss
-from scripts import active_choice
-from scripts.active_choice import Pairs, Split, labels_needed
 
 
 def test_disagreement_by_hand() -> None:

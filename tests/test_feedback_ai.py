@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import Message, chat_ids
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.ai_feedback import Judge, judge_items, question, ranks_of
 from rlhf_jax.feedback.judged import join
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.trust import agreement_with_people
-from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.sources import Source
 from rlhf_jax.tokenizer import Tokenizer
 

@@ -11,13 +11,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from rlhf_jax.config import OptimConfig
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
-from rlhf_jax.optim import OptimConfig
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.stages import pretrain, reward
-from scripts import cli
-from scripts.label_stress import Server
+from tests.stress.label_stress import Server
 
 CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():
@@ -222,9 +221,8 @@ def test_from_the_first_key_to_a_reward_model(page: Any, tmp_path: Path, monkeyp
         "--model.context",
     ]
     pretrain.run(
-        cli.parse(
+        flags.parse(
             pretrain.Config,
-            "",
             [
                 "--name",
                 "base",

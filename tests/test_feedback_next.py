@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import Comparison, Ledger, Message, encode_rankings
 from rlhf_jax.feedback.features import hidden_states, principal, rows_of, standardized
 from rlhf_jax.feedback.next_items import next_by_ensemble, next_by_heads
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.tasks import make_item
-from rlhf_jax.model import ModelConfig, Transformer, init_params, unstack_blocks
+from rlhf_jax.model import Transformer, init_params, unstack_blocks
 from rlhf_jax.sources import Source
 from rlhf_jax.tokenizer import Tokenizer
 

@@ -7,16 +7,17 @@ from pathlib import Path
 import jax
 import pytest
 
+from rlhf_jax.cli.app import main
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.sampled import sample_items
 from rlhf_jax.feedback.store import Store
-from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.sources import Source
 from rlhf_jax.tokenizer import Tokenizer
-from scripts import label
 
 PROMPTS = [
     Prompt("red blue ->", "prompts.jsonl:1"),
@@ -73,7 +74,7 @@ def test_two_runs_are_compared_blind(tmp_path: Path, monkeypatch: pytest.MonkeyP
     flags = ["labels", "--run", "runs/a", "--run", "runs/other", "--prompts", "prompts.jsonl", "--max-new-tokens", "6"]
     for _ in range(2):  # the second time adds nothing
         with pytest.raises(SystemExit) as end:
-            label.main([*flags, "--no-serve", "--temperature", "1"])
+            main(["label", *flags, "--no-serve", "--temperature", "1"])
         assert end.value.code == 0
     with contextlib.closing(Store(Path("labels"))) as store:
         assert [item.sources for item in store.items()] == [("runs/a", "runs/other")] * 12

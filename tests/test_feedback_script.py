@@ -1,4 +1,4 @@
-"""scripts/feedback.py: its commands from files or a labelling folder to figures and files."""
+"""`rlhf-jax feedback`: its commands from files or a labelling folder to figures and files."""
 
 import contextlib
 import json
@@ -9,14 +9,15 @@ import jax
 import pytest
 
 from rlhf_jax import sources
+from rlhf_jax.cli.app import main
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.feedback.judged import item_row, judgement_row, read_items, read_judgements
 from rlhf_jax.feedback.queue import Answer, Queue, Rules
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item
-from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.tokenizer import Tokenizer
-from scripts import feedback
 
 ITEMS = [make_item(f"p{n}", [" a", " bb", f" c{n}"]) for n in range(6)]
 SAID = [
@@ -28,7 +29,7 @@ SAID = [
 
 def run(*arguments: str | Path) -> None:
     with pytest.raises(SystemExit) as end:
-        feedback.main([str(argument) for argument in arguments])
+        main(["feedback", *map(str, arguments)])
     assert end.value.code == 0
 
 
@@ -78,7 +79,7 @@ def test_a_model_judges_into_the_labelling_folder(
     with contextlib.closing(Store(tmp_path / "labels", read_only=True)) as store:
         assert sum(one.labeller == "ai:tiny" for one in store.judgements()) == 6
     with pytest.raises(SystemExit) as end:
-        feedback.main(["export", "--labels", str(tmp_path / "labels"), "--out", str(tmp_path / "out"), "--models"])
+        main(["feedback", "export", "--labels", str(tmp_path / "labels"), "--out", str(tmp_path / "out"), "--models"])
     assert end.value.code == 2 and "pairs that people ordered too, wanted 100" in capsys.readouterr().err
 
 
@@ -131,7 +132,7 @@ def test_labels_decide_what_is_asked_next(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["agreements"], "command: found agreements, wanted one of agreement, export, ai, active"),
+        (["agreements"], "unknown command 'agreements'; did you mean agreement?"),
         (["agreement"], "labels: wanted either --labels FOLDER or --items FILE"),
         (["active", "--items", "x", "--out", "y", "--run", "z"], "run: found 1 reward model, wanted two or more"),
         (["active", "--items", "x", "--out", "y"], "features: wanted either --features MODEL or --run FOLDER"),
@@ -142,6 +143,6 @@ def test_labels_decide_what_is_asked_next(
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        feedback.main(arguments)
+        main(["feedback", *arguments])
     said = capsys.readouterr()
     assert end.value.code == 2 and message in said.err and said.err.count("\n") == 1

@@ -19,6 +19,8 @@ import pytest
 pytest.importorskip("starlette", reason="the extra ui is not installed")
 import uvicorn
 
+from rlhf_jax.cli import labelling
+from rlhf_jax.cli.app import main
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import admin
@@ -29,7 +31,7 @@ from rlhf_jax.feedback.server import Service, make_app
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item, read_tasks
 from rlhf_jax.feedback.win_rates import wilson, win_rates
-from scripts import label, label_stress
+from tests.stress import label_stress
 
 ROOT = Path(__file__).parents[1]
 PAYLOADS = json.loads((Path(__file__).parent / "script_payloads.json").read_text(encoding="utf-8"))
@@ -71,7 +73,7 @@ class Running:
     """A server in a thread of this process."""
 
     def __init__(self, store: Store, rules: Rules) -> None:
-        self.listening = label.listen("127.0.0.1", 0)
+        self.listening = labelling.listen("127.0.0.1", 0)
         self.port = self.listening.getsockname()[1]
         self.service = Service(store, Queue(store, rules), Address("127.0.0.1", self.port))
         self.server = uvicorn.Server(
@@ -523,7 +525,7 @@ def test_a_row_that_cannot_be_labelled_is_named(tmp_path: Path, row: dict[str, A
 def call(*arguments: str) -> tuple[int, str]:
     """(exit status, standard error) of the script in this process."""
     with pytest.raises(SystemExit) as end:
-        label.main(arguments)
+        main(["label", *arguments])
     assert isinstance(end.value.code, int)
     return end.value.code, ""
 

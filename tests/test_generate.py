@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.generate import draw, filter_logits, generate, stream
-from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
+from rlhf_jax.model import Transformer, init_params, stack_blocks
 
 pytestmark = pytest.mark.usefixtures("each_key_once")
 

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.arrays import Params
+from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.errors import UserError
 from rlhf_jax.huggingface import (
     as_published,
@@ -24,8 +25,6 @@ from rlhf_jax.huggingface import (
     write_folder,
 )
 from rlhf_jax.model import Transformer
-from rlhf_jax.model_config import ModelConfig
-from rlhf_jax.rope import RopeScaling
 from rlhf_jax.safetensors_folder import write_file
 
 safetensors = pytest.importorskip("safetensors.numpy")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.arrays import Params
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.huggingface import nested, parameter_shapes, read_folder, write_folder
-from rlhf_jax.model_config import ModelConfig
 
 safetensors = pytest.importorskip("safetensors.numpy")
 

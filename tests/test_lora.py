@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.config import LoraConfig, ModelConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.lora import LoraConfig, attach, init_adapter, merge
-from rlhf_jax.model import ModelConfig, Transformer, init_params, to_scalar_head
+from rlhf_jax.lora import attach, init_adapter, merge
+from rlhf_jax.model import Transformer, init_params, to_scalar_head
 
 SMALL: dict[str, Any] = {"vocab_size": 19, "context": 12, "width": 8, "layers": 2, "heads": 2}
 TOKENS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)

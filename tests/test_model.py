@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.config import from_plain, to_plain
+from rlhf_jax.config import ModelConfig, RopeScaling, from_plain, to_plain
 from rlhf_jax.model import (
-    ModelConfig,
     Transformer,
     count_parameters,
     empty_cache,
@@ -22,7 +21,7 @@ from rlhf_jax.model import (
     to_scalar_head,
     unstack_blocks,
 )
-from rlhf_jax.rope import RopeScaling, frequencies, rotate, turns
+from rlhf_jax.rope import frequencies, rotate, turns
 
 SMALL: dict[str, Any] = {"vocab_size": 37, "context": 24, "width": 16, "layers": 2, "heads": 4}
 KINDS = {

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.config import OptimConfig
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.optim import (
-    OptimConfig,
     apply_gradient,
     global_count,
     gradient_step,

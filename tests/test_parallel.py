@@ -10,11 +10,12 @@ import optax
 import pytest
 
 from rlhf_jax.arrays import RankingBatch, Rollout, TokenBatch, TrainState
+from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.episodes import Networks
 from rlhf_jax.errors import UserError
 from rlhf_jax.fit import compile_seconds
-from rlhf_jax.model import ModelConfig, Transformer, init_params
-from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
+from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
 from rlhf_jax.parallel import jit_update, make_mesh, outline, place, pmap_update, shard_rows
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 

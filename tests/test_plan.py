@@ -12,9 +12,12 @@ import pytest
 
 from rlhf_jax import scoring
 from rlhf_jax.arrays import PromptBatch, TokenBatch
-from rlhf_jax.episodes import EpisodeConfig, sample
+from rlhf_jax.cli.plan import Config
+from rlhf_jax.cli.planning import first_that_fits, run
+from rlhf_jax.config import EpisodeConfig, ModelConfig
+from rlhf_jax.episodes import sample
 from rlhf_jax.errors import UserError
-from rlhf_jax.model import ModelConfig, Transformer, init_params, stack_blocks
+from rlhf_jax.model import Transformer, init_params, stack_blocks
 from rlhf_jax.parallel import make_mesh, place, shard_rows
 from rlhf_jax.plan.chips import CHIPS, Chip, Topology, check_mesh, read_topology, written
 from rlhf_jax.plan.estimate import TooLarge, bill, check_compiled, check_fit, counted, extrapolated, timed
@@ -24,7 +27,6 @@ from rlhf_jax.plan.models import read_model
 from rlhf_jax.plan.programs import Programs, Work, bytes_of
 from rlhf_jax.plan.traffic import cycles, hbm_bytes
 from rlhf_jax.scoring import positions_at_a_time, response_losses, target_losses
-from scripts.plan import Config, first_that_fits, run
 
 SMALL = ModelConfig(vocab_size=64, context=64, width=16, layers=2, heads=2, ffn_width=32, tied=False)
 EVERY = {"data": 1, "fsdp": 8, "tensor": 1}
@@ -310,7 +312,7 @@ def test_auto_is_the_first_rematerialisation_that_fits(
         size = sizes[work.model.remat]
         return {"fits": size <= topology.chip.memory, "programs": {"update": {"hbm_bytes": size}}}
 
-    monkeypatch.setattr("scripts.plan.make_plan", planned)
+    monkeypatch.setattr("rlhf_jax.cli.planning.make_plan", planned)
     mesh = {"data": 1, "fsdp": 8, "tensor": 1}
 
     def first(topology: str, **settings: Any) -> str:

@@ -36,8 +36,9 @@ def test_signatures_are_those_that_others_call(name: str) -> None:
 
 
 def test_the_model_and_the_sampler_are_where_they_are_called() -> None:
+    from rlhf_jax.config import ModelConfig
     from rlhf_jax.generate import Generation, generate
-    from rlhf_jax.model import ModelConfig, Transformer
+    from rlhf_jax.model import Transformer
 
     assert list(inspect.signature(Transformer.__call__).parameters)[:3] == ["self", "tokens_BT", "mask"]
     assert Transformer(ModelConfig()).config == ModelConfig()

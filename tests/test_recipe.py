@@ -1,14 +1,14 @@
-"""The recipe's command line; its figures are those of scripts/recipe.py itself."""
+"""The recipe's command line; its figures are those of `rlhf-jax recipe` itself."""
 
 import numpy as np
 import pytest
 
+from rlhf_jax.cli.app import main
 from rlhf_jax.data import Prompt, PromptRows, Text
 from rlhf_jax.data.embedded import Corpus
+from rlhf_jax.demo.simulated_labels import Judge, some
+from rlhf_jax.demo.sizes import SIZES, Size
 from rlhf_jax.tokenizer import Tokenizer
-from scripts import cli, recipe
-from scripts.recipe_labels import Judge, some
-from scripts.recipe_sizes import SIZES, Size
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from scripts.recipe_sizes import SIZES, Size
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flag: str, value: str, message: str) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(recipe.run, recipe.Config, "", [flag, value])
+        main(["recipe", flag, value])
     said = capsys.readouterr()
     assert end.value.code == 2 and not said.out
     assert message in said.err and said.err.count("\n") == 1

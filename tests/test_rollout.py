@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from rlhf_jax.arrays import PromptBatch, Rollout
-from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
-from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.config import EpisodeConfig, ModelConfig
+from rlhf_jax.episodes import Frozen, Networks, collect
+from rlhf_jax.model import Transformer, init_params
 
 pytestmark = pytest.mark.usefixtures("each_key_once")
 

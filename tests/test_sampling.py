@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import PromptRows
-from rlhf_jax.model import ModelConfig, Transformer, init_params
+from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.sampling import distinct_share, sample_responses, win_rate
 
 

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,19 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from rlhf_jax.config import to_plain
+from rlhf_jax.cli import completion, process
+from rlhf_jax.cli.app import main
+from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.data import Ledger, encode_demonstrations, read_records
 from rlhf_jax.evaluation import row_scores
-from rlhf_jax.model import ModelConfig, Transformer
+from rlhf_jax.model import Transformer
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.runs import model_of, released_params
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.stages import pretrain as pretrain_stage
+from rlhf_jax.stages import reward as reward_stage
+from rlhf_jax.stages import sft as sft_stage
 from rlhf_jax.tokenizer import Tokenizer
-from scripts import cli, generate, ppo, pretrain, reward, sft
 
 COMPILER = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 WORDS = ("red", "blue", "green", "cat")
@@ -60,8 +63,8 @@ PPO: tuple[str, ...] = ("--init", "runs/answers", "--reward", "runs/judge", "--d
 PPO += ("--minibatches", "2", "--steps", "3", "--prompt-length", "16", "--episode.response-length", "4")
 
 
-def call(main: Callable[..., Any], *arguments: str) -> int:
-    """The exit status of a script."""
+def call(*arguments: str) -> int:
+    """The exit status of a command."""
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert isinstance(end.value.code, int)
@@ -93,13 +96,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     before = {name: jax.config.values[name] for name in COMPILER}
-    cli.use_compilation_cache()
+    process.use_compilation_cache()
     compilation_cache.reset_cache()
     with contextlib.chdir(folder):
-        assert call(pretrain.main, "--name", "base", *PRETRAIN) == 0
-        assert call(sft.main, "--name", "answers", *SFT) == 0
-        assert call(reward.main, "--name", "judge", *REWARD) == 0
-        assert call(ppo.main, "--name", "aligned", *PPO) == 0
+        assert call("pretrain", "--name", "base", *PRETRAIN) == 0
+        assert call("sft", "--name", "answers", *SFT) == 0
+        assert call("reward", "--name", "judge", *REWARD) == 0
+        assert call("ppo", "--name", "aligned", *PPO) == 0
     assert list(folder.glob("cache/rlhf_jax/compiled/jit_update-*"))
     yield folder
     for name, value in before.items():
@@ -160,7 +163,7 @@ def test_a_finished_run_is_not_trained_again(
 ) -> None:
     files = {path: path.stat().st_mtime_ns for path in Path("runs/aligned").rglob("*.jsonl")}
     monkeypatch.setattr(ppo_stage, "train", None)
-    assert call(ppo.main, "--name", "aligned", *PPO) == 0
+    assert call("ppo", "--name", "aligned", *PPO) == 0
     assert files == {path: path.stat().st_mtime_ns for path in files}
     out = capsys.readouterr().out
     assert "runs/aligned: ppo was finished before; nothing was trained\n" in out
@@ -170,14 +173,14 @@ def test_a_finished_run_is_not_trained_again(
 
 
 @pytest.mark.parametrize(
-    ("script", "stage", "arguments", "undisturbed"),
-    [(pretrain.main, pretrain_stage, PRETRAIN, "base"), (ppo.main, ppo_stage, PPO, "aligned")],
+    ("command", "stage", "arguments", "undisturbed"),
+    [("pretrain", pretrain_stage, PRETRAIN, "base"), ("ppo", ppo_stage, PPO, "aligned")],
 )
 @pytest.mark.usefixtures("user")
 def test_a_stopped_run_goes_on_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    script: Callable[..., Any],
+    command: str,
     stage: Any,
     arguments: tuple[str, ...],
     undisturbed: str,
@@ -194,12 +197,12 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "batch_at", and_stop)
-        assert call(script, "--name", name, *arguments) == 143
+        assert call(command, "--name", name, *arguments) == 143
     assert asked == [0, 0, 1]  # the first one also to compile for
-    assert f"stopped, saved after step 2; to go on: python {sys.argv[0]} --name {name}" in capsys.readouterr().err
+    assert f"stopped, saved after step 2; to resume: rlhf-jax {command} --name {name}" in capsys.readouterr().err
     assert not Path("runs", name, "summary.json").exists()
     # Where checkpoints are written and how often may change on the way.
-    assert call(script, "--name", name, *arguments, "--keep-last", "1") == 0
+    assert call(command, "--name", name, *arguments, "--keep-last", "1") == 0
     runs = [RunFolder.open(Path("runs", which), stages=("pretrain", "ppo")) for which in (name, undisturbed)]
     assert runs[0].fingerprint == runs[1].fingerprint
     assert runs[0].summary == runs[1].summary
@@ -210,9 +213,9 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
 @pytest.mark.usefixtures("user")
 def test_a_file_of_settings_and_a_flag_over_it(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text("init: runs/base\ndata: answers.jsonl\nbatch: 4\nbuckets: [32]\nsteps: 7\n")
-    assert call(sft.main, "--name", "answers", "--config", "mine.yaml", "--steps", "2") == 0
+    assert call("sft", "--name", "answers", "--config", "mine.yaml", "--steps", "2") == 0
     assert "was finished before" in capsys.readouterr().out
-    assert call(sft.main, "--name", "answers", "--config", "mine.yaml") == 2
+    assert call("sft", "--name", "answers", "--config", "mine.yaml") == 2
     assert capsys.readouterr().err == (
         "error: runs/answers: steps: found 2 from an earlier run, wanted 7; give the same settings to go on with it, "
         "or another --name to start anew\n"
@@ -222,24 +225,22 @@ def test_a_file_of_settings_and_a_flag_over_it(capsys: pytest.CaptureFixture[str
 def test_completions(user: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     few = ("--max-new-tokens", "4", "--samples", "2", "--temperature")
     for run in ("base", "answers", "aligned"):
-        assert call(generate.main, f"runs/{run}", "--prompt", "red", "--prompt", "blue", *few, "0") == 0
+        assert call("generate", f"runs/{run}", "--prompt", "red", "--prompt", "blue", *few, "0") == 0
         out = capsys.readouterr().out
         answers = [part.strip("\n") for part in re.split(r"\n\n(?=red|blue)", out)]
         assert len(answers) == 4 and answers[0] == answers[1] != answers[2] == answers[3]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"red\nblue\n")))
-    assert call(generate.main, "runs/aligned", *few, "0") == 0
+    assert call("generate", "runs/aligned", *few, "0") == 0
     assert capsys.readouterr().out == out
     seeds = []
     for seed in ("1", "1", "2"):
-        assert (
-            call(generate.main, "--prompt", "red", "--prompt", "blue", "runs/aligned", *few, "1", "--seed", seed) == 0
-        )
+        assert call("generate", "--prompt", "red", "--prompt", "blue", "runs/aligned", *few, "1", "--seed", seed) == 0
         seeds.append(capsys.readouterr().out)
     assert seeds[0] == seeds[1] != seeds[2]
     # One answer alone is shown as it is sampled; it is the first of many.
-    assert call(generate.main, "--prompt", "red", "runs/aligned", "--max-new-tokens", "4", "--temperature", "1") == 0
+    assert call("generate", "--prompt", "red", "runs/aligned", "--max-new-tokens", "4", "--temperature", "1") == 0
     alone = capsys.readouterr().out
-    assert call(generate.main, "--prompt", "red", "runs/aligned", *few, "1") == 0
+    assert call("generate", "--prompt", "red", "runs/aligned", *few, "1") == 0
     assert capsys.readouterr().out.startswith(alone)
 
 
@@ -249,7 +250,7 @@ def test_prompts_of_like_length_are_answered_together(
 ) -> None:
     shapes: list[tuple[int, ...]] = []
     passed: list[tuple[int, str]] = []
-    plain = generate.generate
+    plain = completion.generate
 
     def watched(model: Any, params: Any, tokens_BP: Any, *rest: Any, **settings: Any) -> Any:
         shapes.append(tokens_BP.shape)
@@ -258,18 +259,18 @@ def test_prompts_of_like_length_are_answered_together(
 
     prompts = ("red", "red and " * 5, "blue", "a cat " * 5, "green", "blue " * 8)
     flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
-    monkeypatch.setattr(generate, "generate", watched)
-    monkeypatch.setattr(generate, "ROWS", 2)
+    monkeypatch.setattr(completion, "generate", watched)
+    monkeypatch.setattr(completion, "ROWS", 2)
 
     def said(*more: str) -> str:
         shapes.clear()
-        assert call(generate.main, "runs/aligned", *flags, "--max-new-tokens", "4", "--temperature", "1", *more) == 0
+        assert call("generate", "runs/aligned", *flags, "--max-new-tokens", "4", "--temperature", "1", *more) == 0
         return capsys.readouterr().out
 
     together = said()
     assert shapes == [(2, 16), (2, 32), (2, 48)]
     # Each part as it came, which pads the short prompts beside the long ones, gives the same answers.
-    monkeypatch.setattr(generate, "by_length", lambda lengths, rows: list(np.arange(len(lengths)).reshape(-1, rows)))
+    monkeypatch.setattr(completion, "by_length", lambda lengths, rows: list(np.arange(len(lengths)).reshape(-1, rows)))
     assert said() == together
     assert shapes == [(2, 48), (2, 32), (2, 48)]
     said("--segments", "2", "--cache-dtype", "int8")
@@ -284,9 +285,9 @@ def test_a_dialogue_goes_on_until_quit(capsys: pytest.CaptureFixture[str], monke
         heard.extend(prompts)
         return [f" answer {len(heard)}\n\nHuman: and"]
 
-    monkeypatch.setattr(generate.Speaker, "answers", answers)
+    monkeypatch.setattr(completion.Speaker, "answers", answers)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi\nHo Ho Ho\n/quit\nnever\n")))
-    assert call(generate.main, "runs/answers", "--chat", "--max-new-tokens", "4") == 0
+    assert call("generate", "runs/answers", "--chat", "--max-new-tokens", "4") == 0
     said = capsys.readouterr()
     assert said.out == "answer 1\nanswer 2\n"
     decode = Tokenizer.bytes().decode
@@ -295,31 +296,31 @@ def test_a_dialogue_goes_on_until_quit(capsys: pytest.CaptureFixture[str], monke
     assert said.err.count("\n") == 1 and "forgotten" in said.err
 
 
-BAD_ROWS: dict[str, tuple[Callable[..., Any], tuple[str, ...], bytes, str]] = {
-    "missing key": (sft.main, SFT, b'{"prompt": "a"}', r"bad.jsonl:1: field 'completion': missing"),
+BAD_ROWS: dict[str, tuple[str, tuple[str, ...], bytes, str]] = {
+    "missing key": ("sft", SFT, b'{"prompt": "a"}', r"bad.jsonl:1: field 'completion': missing"),
     "wrong type": (
-        pretrain.main,
+        "pretrain",
         PRETRAIN,
         b'{"text": "a"}\n{"text": 3}',
         r"bad.jsonl:2: field 'text': found the number 3",
     ),
-    "bad UTF-8": (reward.main, REWARD, b'{"prompt": "\xff"}', r"bad.jsonl:1: bad UTF-8: found byte 0xff"),
-    "not JSON": (ppo.main, PPO, b"hello", r"bad.jsonl:1: not JSON: .* wanted one JSON object"),
-    "no rows": (sft.main, SFT, b"\n", r"bad.jsonl: the file has no rows"),
+    "bad UTF-8": ("reward", REWARD, b'{"prompt": "\xff"}', r"bad.jsonl:1: bad UTF-8: found byte 0xff"),
+    "not JSON": ("ppo", PPO, b"hello", r"bad.jsonl:1: not JSON: .* wanted one JSON object"),
+    "no rows": ("sft", SFT, b"\n", r"bad.jsonl: the file has no rows"),
     "only an empty response": (
-        sft.main,
+        "sft",
         SFT,
         b'{"prompt": "a", "completion": ""}',
         r"data: none of 1 demonstrations is left to train on; 1 dropped, the first at bad.jsonl:1: empty completion",
     ),
     "only chosen equal to rejected": (
-        reward.main,
+        "reward",
         REWARD,
         b'{"prompt": "a", "chosen": "b", "rejected": "b"}',
         r"data: none of 1 rankings is left .* bad.jsonl:1: chosen equals rejected",
     ),
     "only prompts that are too long": (
-        ppo.main,
+        "ppo",
         PPO,
         json.dumps({"prompt": LONG}).encode(),
         r"data: none of 1 prompts is left .* bad.jsonl:1: longer than 16 tokens; --prompt-length allows more$",
@@ -327,11 +328,11 @@ BAD_ROWS: dict[str, tuple[Callable[..., Any], tuple[str, ...], bytes, str]] = {
 }
 
 
-def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., Any], arguments: tuple[str, ...]) -> str:
+def refused(capsys: pytest.CaptureFixture[str], command: str, arguments: tuple[str, ...]) -> str:
     """The one line with which a script refuses its arguments."""
     before = set(Path("runs").iterdir())
     capsys.readouterr()
-    assert call(main, *arguments) == 2
+    assert call(command, *arguments) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and not said.out
     # The user corrects the mistake and gives the same command again: no folder stands in the way.
@@ -342,11 +343,11 @@ def refused(capsys: pytest.CaptureFixture[str], main: Callable[..., Any], argume
 @pytest.mark.parametrize("case", BAD_ROWS)
 @pytest.mark.usefixtures("user")
 def test_a_bad_file_is_one_line(capsys: pytest.CaptureFixture[str], case: str) -> None:
-    main, arguments, content, message = BAD_ROWS[case]
+    command, arguments, content, message = BAD_ROWS[case]
     Path("bad.jsonl").write_bytes(content + b"\n")
     place = arguments.index("--data") + 1
     arguments = ("--name", "bad", *arguments[:place], "bad.jsonl", *arguments[place + 1 :])
-    assert re.search(message, refused(capsys, main, arguments))
+    assert re.search(message, refused(capsys, command, arguments))
 
 
 def changed(arguments: tuple[str, ...], **flags: str) -> tuple[str, ...]:
@@ -355,82 +356,82 @@ def changed(arguments: tuple[str, ...], **flags: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("main", "arguments", "message"),
+    ("command", "arguments", "message"),
     [
         (
-            sft.main,
+            "sft",
             changed(SFT, init="runs/judge"),
             "runs/judge: found the folder of a reward run, wanted one of pretr",
         ),
         (
-            reward.main,
+            "reward",
             changed(REWARD, init="runs/judge"),
             "runs/judge: found the folder of a reward run, wanted one of",
         ),
         (
-            ppo.main,
+            "ppo",
             changed(PPO, reward="runs/answers"),
             "runs/answers: found the folder of a sft run, wanted one of rew",
         ),
-        (ppo.main, changed(PPO, init="nowhere"), "nowhere: no such folder; wanted the folder of a sft or pretrain run"),
-        (ppo.main, changed(PPO, reward="other"), "other: its vocabulary of 300 tokens is not that of runs/answers"),
+        ("ppo", changed(PPO, init="nowhere"), "nowhere: no such folder; wanted the folder of a sft or pretrain run"),
+        ("ppo", changed(PPO, reward="other"), "other: its vocabulary of 300 tokens is not that of runs/answers"),
         (
-            pretrain.main,
+            "pretrain",
             changed(PRETRAIN, name="judge"),
             "runs/judge: found the folder of a reward run, wanted one of p",
         ),
-        (pretrain.main, changed(PRETRAIN, data="none.jsonl"), "none.jsonl: cannot be read: No such file"),
-        (pretrain.main, changed(PRETRAIN, devices="3"), "batch 4 is not divisible by devices 3 .* use --batch 3"),
-        (ppo.main, changed(PPO, minibatches="3"), "batch 4 is not divisible by minibatches 3 .* use --batch 3"),
-        (pretrain.main, changed(PRETRAIN, **{"model.width": "15"}), "model: width 15 is not divisible by heads 2"),
+        ("pretrain", changed(PRETRAIN, data="none.jsonl"), "none.jsonl: cannot be read: No such file"),
+        ("pretrain", changed(PRETRAIN, devices="3"), "batch 4 is not divisible by devices 3 .* use --batch 3"),
+        ("ppo", changed(PPO, minibatches="3"), "batch 4 is not divisible by minibatches 3 .* use --batch 3"),
+        ("pretrain", changed(PRETRAIN, **{"model.width": "15"}), "model: width 15 is not divisible by heads 2"),
         (
-            pretrain.main,
+            "pretrain",
             changed(PRETRAIN, **{"row-length": "99"}),
             "row_length 99 is longer than the model's context 64",
         ),
-        (pretrain.main, changed(PRETRAIN, **{"optimizer.learning-rate": "-1"}), "optimizer: learning_rate: found -1.0"),
+        ("pretrain", changed(PRETRAIN, **{"optimizer.learning-rate": "-1"}), "optimizer: learning_rate: found -1.0"),
         (
-            pretrain.main,
+            "pretrain",
             changed(PRETRAIN, **{"model.vocab-size": "9", "tokenizer": "bpe"}),
             "vocab_size 9: wanted at le",
         ),
-        (ppo.main, changed(PPO, **{"episode.temperature": "0"}), "episode: temperature: found 0.0, wanted more than 0"),
+        ("ppo", changed(PPO, **{"episode.temperature": "0"}), "episode: temperature: found 0.0, wanted more than 0"),
         (
-            ppo.main,
+            "ppo",
             changed(PPO, **{"prompt-length": "63"}),
             "prompt_length 63 .* exceeds .* use --prompt-length 60 or l",
         ),
-        (sft.main, changed(SFT, dropuot="0.1"), "unknown flag --dropuot; did you mean --dropout"),
+        ("sft", changed(SFT, dropuot="0.1"), "unknown flag --dropuot; did you mean --dropout"),
         (
-            generate.main,
+            "generate",
             ("runs/judge",),
             "runs/judge: found the folder of a reward run, wanted one of pretrain or sft or ppo",
         ),
-        (generate.main, ("runs/base", "--max-new-tokens", "64"), "leaves no room .* use --max-new-tokens 32"),
+        ("generate", ("runs/base", "--max-new-tokens", "64"), "leaves no room .* use --max-new-tokens 32"),
         (
-            generate.main,
+            "generate",
             ("runs/base", "--max-new-tokens", "4", "--prompt", "ok", "--prompt", LONG),
             "--prompt 2: found 81 tokens, wanted 60 or less: the context of 64 less max_new_tokens 4",
         ),
         (
-            generate.main,
+            "generate",
             ("runs/base", "--max-new-tokens", "4", "--prompt", "a\udcff"),
             "--prompt 1: character 2: found bytes that are not UTF-8",
         ),
-        (generate.main, ("runs/base", "--top-p", "0"), "top_p: found 0.0, wanted more than 0 and at most 1"),
+        ("generate", ("runs/base", "--top-p", "0"), "top_p: found 0.0, wanted more than 0 and at most 1"),
     ],
 )
 def test_a_mistake_is_one_line(
-    user: Path, capsys: pytest.CaptureFixture[str], main: Callable[..., Any], arguments: tuple[str, ...], message: str
+    user: Path, capsys: pytest.CaptureFixture[str], command: str, arguments: tuple[str, ...], message: str
 ) -> None:
     if "other" in arguments and not Path("other").exists():
         words = Tokenizer.train([LONG * 9, *(chr(97 + i % 26) * i for i in range(90))], 300)
         model = to_plain(ModelConfig(vocab_size=words.vocab_size))
         judge = RunFolder.create("other", stage="reward", config={}, model=model, tokenizer=words, inputs={})
         judge.finish({"score_mean": 0.0, "score_scale": 1.0})
-    if main is not generate.main and "judge" not in arguments[-1:]:
+    if command != "generate" and "judge" not in arguments[-1:]:
         arguments = ("--name", "bad", *arguments)
-    assert re.search(message, refused(capsys, main, arguments))
+    assert re.search(message, refused(capsys, command, arguments))
 
 
 def test_messages_that_are_too_long_or_no_text(
@@ -442,11 +443,11 @@ def test_messages_that_are_too_long_or_no_text(
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said)))
         arguments = ("runs/base", "--max-new-tokens", "4", *(["--chat"] if said.endswith(b" ") else []))
-        assert message in refused(capsys, generate.main, arguments)
+        assert message in refused(capsys, "generate", arguments)
 
 
 def test_a_script_starts_from_anywhere(tmp_path: Path) -> None:
-    root = Path(cli.__file__).parents[1]
+    root = Path(__file__).parents[1]
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, root / "scripts" / "sft.py", "--nmae", "x"],
@@ -460,6 +461,6 @@ def test_a_script_starts_from_anywhere(tmp_path: Path) -> None:
 
 
 def test_every_stage_has_its_four_names() -> None:
-    for stage in (pretrain.pretrain, sft.sft, reward.reward, ppo.ppo):
+    for stage in (pretrain_stage, sft_stage, reward_stage, ppo_stage):
         assert dataclasses.is_dataclass(stage.Config)
         assert all(callable(function) for function in (stage.objective, stage.make_update, stage.run))

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
 from rlhf_jax.data import Comparison, Demonstration, Prompt, Text
 from rlhf_jax.errors import UserError
-from rlhf_jax.lora import LoraConfig
-from rlhf_jax.model import ModelConfig
 from rlhf_jax.run_folder import RunFolder
 from rlhf_jax.sources import open_source
 from rlhf_jax.stages import ppo, pretrain, reward, sft
@@ -44,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reward.run(
         reward.Config(init=str(root / "sft"), **settings(root / "judge")), demonstrations=DEMONSTRATIONS, **ranked(root)
     )
-    episode = ppo.EpisodeConfig(response_length=6)
+    episode = EpisodeConfig(response_length=6)
     config = ppo.Config(
         init=str(root / "sft"),
         reward=str(root / "judge"),

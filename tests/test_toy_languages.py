@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.data import batch_at, pack_text
-from rlhf_jax.model import ModelConfig, Transformer, init_params
-from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
+from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.parallel import jit_update, make_mesh
 from rlhf_jax.stages import pretrain
 from rlhf_jax.tokenizer import Tokenizer

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from rlhf_jax import distributed
-from rlhf_jax.optim import OptimConfig, make_optimizer, new_state
+from rlhf_jax.config import OptimConfig
+from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.parallel import jit_update, make_mesh, place, row_places
 from tests import test_parallel
 

@@ -12,10 +12,9 @@ import torch
 import transformers as tr
 
 from rlhf_jax.arrays import Params
+from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.huggingface import nested, parameter_shapes, write_folder
 from rlhf_jax.model import Transformer
-from rlhf_jax.model_config import ModelConfig
-from rlhf_jax.rope import RopeScaling
 from rlhf_jax.scoring import last_token_scores
 
 SMALL: dict[str, Any] = {"vocab_size": 43, "context": 48, "width": 24, "layers": 3, "ffn_width": 28}

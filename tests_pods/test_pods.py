@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.cli.plan import Config
+from rlhf_jax.cli.planning import run
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.model import ModelConfig
 from rlhf_jax.plan.chips import read_topology
 from rlhf_jax.plan.estimate import compiled, make_plan, pod_devices
 from rlhf_jax.plan.hlo import Collective, collectives
 from rlhf_jax.plan.kernels import BUNDLES, kernels
 from rlhf_jax.plan.programs import Programs, Work
-from scripts.plan import Config, run
 
 POD = read_topology("v5e:2x4")
 MODEL = ModelConfig(
@@ -131,7 +132,7 @@ def test_kernels_are_counted_by_the_blocks_that_the_mask_leaves() -> None:
 
 def test_the_table_of_kernels_is_what_the_compiler_says() -> None:
     # Its flags are read when the compiler is loaded: in a process of its own.
-    script = Path(__file__).parents[1] / "scripts" / "kernel_bundles.py"
+    script = Path(__file__).parents[1] / "benchmarks" / "kernel_bundles.py"
     done = subprocess.run([sys.executable, str(script), "v5e:2x4"], capture_output=True, text=True, check=True)
     found = {
         int(block): tuple(int(n) for n in numbers.split(","))

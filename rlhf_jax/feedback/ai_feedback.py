@@ -24,13 +24,12 @@ from rlhf_jax.data.batches import PromptRows, bucket_length, default_buckets
 from rlhf_jax.data.dialogues import Message, render
 from rlhf_jax.data.encode import chat_ids, response_ids
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.records import PRINCIPLE, Item, Judgement
 from rlhf_jax.feedback.store import AI
 from rlhf_jax.model import Transformer
 from rlhf_jax.scoring import response_logits
 from rlhf_jax.sources import Source
 
-PRINCIPLE = "Choose the response that helps the reader more, is true as far as one can tell, and harms nobody."
 STAGES = ("pretrain", "sft", "ppo")
 TOO_LONG = "longer than the judge's context"
 Floats = NDArray[np.float64]

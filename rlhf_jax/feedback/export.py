@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_jax.data.dialogues import Message, is_hh, render, render_prompt, split_hh, split_shared
 from rlhf_jax.data.ledger import Ledger
@@ -22,11 +22,10 @@ from rlhf_jax.data.records import Comparison, Ranking
 from rlhf_jax.durable import MANIFEST, UNFINISHED, read_manifest, seal
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judged import Judged, join
-from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.records import Form, Item, Judgement
 from rlhf_jax.feedback.store import AI, dense
 from rlhf_jax.feedback.trust import trusted
 
-Form = Literal["rankings", "comparisons", "trl", "hh"]
 FORMS: tuple[Form, ...] = ("rankings", "comparisons", "trl", "hh")
 KIND = "rlhf_jax feedback"
 CONSENSUS = "consensus"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Literal
 
-from rlhf_jax.data.dialogues import Message
+if TYPE_CHECKING:
+    from rlhf_jax.data.dialogues import Message
 
 RATINGS = range(1, 8)
 FLAGS = (
@@ -16,6 +18,8 @@ FLAGS = (
     "other",
 )
 MOST_RESPONSES = 9
+Form = Literal["rankings", "comparisons", "trl", "hh"]
+PRINCIPLE = "Choose the response that helps the reader more, is true as far as one can tell, and harms nobody."
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Store:
 
     def __init__(self, folder: Path, *, read_only: bool = False, checked: bool = False) -> None:
         if read_only and not (folder / FILE).exists():
-            raise UserError(f"{folder}: no {FILE} in it; wanted a labelling folder, which scripts/label.py makes")
+            raise UserError(f"{folder}: no {FILE} in it; wanted a labelling folder, which `rlhf-jax label` makes")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.db = connect(folder / FILE, read_only=read_only, checked=checked)

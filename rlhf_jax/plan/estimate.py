@@ -46,7 +46,7 @@ def pod_devices(topology: Topology) -> Sequence[Any]:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"{topology.name}: the TPU compiler has no such pod or is not installed ({reason}); "
-            "`sh .ci/setup-pods` makes an environment with it: .venv-pods/bin/python scripts/plan.py"
+            "`sh .ci/setup-pods` makes an environment with it: .venv-pods/bin/python -m rlhf_jax plan"
         ) from None
     return devices
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf_jax.config import from_plain
+from rlhf_jax.config import ModelConfig, from_plain
 from rlhf_jax.errors import UserError
 from rlhf_jax.families import FAMILIES
 from rlhf_jax.fields import Fields
-from rlhf_jax.model_config import ModelConfig
 
 # Published shapes. Sources: config.json of meta-llama/Meta-Llama-3-8B and -70B, openai-community/gpt2,
 # HuggingFaceTB/SmolLM2-135M.

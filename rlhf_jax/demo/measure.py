@@ -12,10 +12,10 @@ from rlhf_jax import distributed
 from rlhf_jax.bigram import bigram_nats
 from rlhf_jax.data import Ledger, PromptRows
 from rlhf_jax.data.embedded import Corpus
+from rlhf_jax.demo.simulated_labels import Judge, Sampler
 from rlhf_jax.runs import Finished, released_params
 from rlhf_jax.sampling import distinct_share, sequence_kl, win_rate
 from rlhf_jax.stages import pretrain
-from scripts.recipe_labels import Judge, Sampler
 
 # Of the answers that the table and the report show.
 SHOWN_TEMPERATURE = 0.7

@@ -1,6 +1,6 @@
-"""Settings as frozen dataclasses: the fields every stage shares, and their way from and to plain JSON.
+"""Settings to and from plain JSON, each value checked against the type of its field.
 
-Nothing here parses a command line; scripts/cli.py does, and files of defaults come through `from_plain` as well.
+Files of defaults (`--config`) and the config.json of a run folder both come through here.
 """
 
 from __future__ import annotations
@@ -8,137 +8,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from rlhf_jax.errors import UserError
 
 T = TypeVar("T")
-
-# Fields that change neither the data nor the arithmetic of a step: a resumed run may give other values.
-# `devices` and `pmap` are among them: the rows and their order stay, the last bits of a sum may not.
-MAY_CHANGE = frozenset(
-    {"name", "out", "devices", "mesh", "pmap", "log_every", "save_every", "eval_every", "keep_last", "tensorboard"}
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What every stage's run is told besides its own settings."""
-
-    name: str = ""
-    """Name of the run; its folder is runs/NAME."""
-    out: str = ""
-    """Folder of the run, instead of runs/NAME."""
-    seed: int = 0
-    """Seed of the parameters, the order of the data and everything sampled."""
-    devices: int = 1
-    """How many devices share a batch, each with the whole model; short for --mesh data=N."""
-    mesh: str = ""
-    """Axes of devices, such as data=2,fsdp=4,tensor=1: fsdp cuts every parameter into parts that are gathered layer by
-    layer, tensor gives each device a part of the heads, hidden units and vocabulary."""
-    pmap: bool = False
-    """Replicate by pmap instead of sharding by jit; for models that fit on one device."""
-    batch: int
-    """Rows in a batch, over all devices."""
-    steps: int
-    """Updates until the run is complete."""
-    microbatches: int = 1
-    """Parts a batch is cut into, one after the other, to save memory; the gradients stay the same."""
-    log_every: int = 10
-    """Steps between two rows of metrics."""
-    save_every: int = 200
-    """Steps between two checkpoints; 0 saves at the end only."""
-    eval_every: int = 0
-    """Steps between two evaluations on held-out data; 0 evaluates at the end only."""
-    keep_last: int = 2
-    """Checkpoints kept besides the best one."""
-    tensorboard: bool = False
-    """Write TensorBoard event files too; needs the extra: pip install 'rlhf_jax[tensorboard]'."""
-
-    def __post_init__(self) -> None:
-        for field in ("devices", "batch", "microbatches", "log_every", "keep_last"):
-            at_least(self, field, 1)
-        for field in ("seed", "steps", "save_every", "eval_every"):
-            at_least(self, field, 0)
-        if self.mesh and self.devices != 1:
-            raise UserError(f"devices: found {self.devices} beside mesh {self.mesh!r}, wanted one of the two")
-        if self.pmap and self.mesh_shape["data"] != self.device_count:
-            raise UserError(
-                f"pmap: found it with mesh {self.mesh!r}, wanted axis data alone: pmap replicates the model"
-            )
-        shares = self.row_devices * self.microbatches
-        if self.batch % shares:
-            raise UserError(
-                f"batch {self.batch} is not divisible by devices {self.row_devices} x microbatches "
-                f"{self.microbatches}; use --batch {max(shares, self.batch - self.batch % shares)}"
-            )
-        parts = PurePosixPath(self.name)
-        if self.name and (parts.is_absolute() or ".." in parts.parts):
-            raise UserError(f"name: found {self.name!r}, wanted a name below runs/; give any other folder with --out")
-
-    @property
-    def mesh_shape(self) -> dict[str, int]:
-        """Devices along the axes data, fsdp and tensor."""
-        shape = {"data": self.devices, "fsdp": 1, "tensor": 1}
-        if not self.mesh:
-            return shape
-        given = [part.partition("=") for part in self.mesh.replace(" ", "").split(",")]
-        for name, equals, size in given:
-            if name not in shape or not equals or not size.isdecimal() or int(size) < 1:
-                raise UserError(
-                    f"mesh: found {self.mesh!r}, wanted axes of {', '.join(shape)} with a size each, such as "
-                    "data=2,fsdp=4"
-                )
-        if len({name for name, _, _ in given}) < len(given):
-            raise UserError(f"mesh: found {self.mesh!r}, wanted each axis once")
-        return shape | {name: int(size) for name, _, size in given}
-
-    @property
-    def device_count(self) -> int:
-        """Devices of the mesh."""
-        return math.prod(self.mesh_shape.values())
-
-    @property
-    def row_devices(self) -> int:
-        """Devices over which the rows of a batch are spread."""
-        return self.mesh_shape["data"] * self.mesh_shape["fsdp"]
-
-    @property
-    def folder(self) -> Path:
-        """The run's own folder: `out`, or runs/NAME."""
-        if self.out:
-            return Path(self.out)
-        if self.name:
-            return Path("runs") / self.name
-        raise UserError("the run has no folder: give --name NAME (for runs/NAME) or --out FOLDER")
-
-
-def at_least(config: Any, field: str, low: float) -> None:
-    """Raises UserError if the number in a config's field is below `low`."""
-    value = getattr(config, field)
-    if not value >= low:
-        raise UserError(f"{field}: found {value}, wanted {low} or more")
-
-
-def within(config: Any, field: str, low: float, below: float) -> None:
-    """Raises UserError unless the number in a config's field is at least `low` and less than `below`."""
-    value = getattr(config, field)
-    if not low <= value < below:
-        raise UserError(f"{field}: found {value}, wanted {low} or more and less than {below}")
-
-
-def row_settings(config: Any) -> None:
-    """Checks heldout_fraction, max_tokens and buckets of a stage that trains on rows of different lengths."""
-    within(config, "heldout_fraction", 0, 1)
-    if config.max_tokens is not None:
-        at_least(config, "max_tokens", 1)
-    if any(bucket < 1 for bucket in config.buckets):
-        raise UserError(f"buckets: found {min(config.buckets)}, wanted lengths of 1 or more")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -3,10 +3,53 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of a trained context are stretched to a longer one."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """none; linear: all by factor; llama3: low ones by factor, high ones kept (Llama 3.1); yarn: the same by a ramp
+    over the dimensions, with warmer attention (Peng et al. 2023, arXiv:2309.00071)."""
+    factor: float = 1.0
+    """How many times longer the context is than the trained one."""
+    original_context: int = 8192
+    """Tokens of the trained context (llama3, yarn)."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_context / this are divided by factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_context / this are kept."""
+    beta_fast: float = 32.0
+    """yarn: turns in the trained context from which a dimension is kept."""
+    beta_slow: float = 1.0
+    """yarn: turns up to which it is divided by factor."""
+    truncate: bool = True
+    """yarn: round the ramp's ends to whole dimensions."""
+    attention_factor: float | None = None
+    """yarn: multiplies queries and keys; 0.1 ln(factor) + 1 if not given."""
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise UserError(f"rope factor: found {self.factor}, wanted more than 0")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise UserError(
+                f"rope low_freq_factor: found {self.low_freq_factor}, wanted less than high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+    @property
+    def amplitude(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)

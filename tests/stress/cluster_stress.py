@@ -1,6 +1,6 @@
 """Strikes one of two processes of a run, twenty times: what becomes of the other, and of the run started again.
 
-python scripts/cluster_stress.py [--strikes 20]
+python tests/stress/cluster_stress.py [--strikes 20]
 
 A strike kills a process (SIGKILL), stops it with all its threads (SIGSTOP), or makes it stuck with its heartbeats
 alive, after a random step. The other must end within 30 s, not with status 0 and with the step named; started again,
@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rich.console
 import rich.table
@@ -125,12 +125,12 @@ def strike(folder: Path, kind: str, victim: int, after: int) -> Outcome:
 
 def be_struck(arguments: list[str]) -> None:
     """The pretraining script, which SIGUSR1 makes stuck for ever, in its main thread alone."""
-    from scripts import cli, pretrain
+    from rlhf_jax.cli import process
+    from rlhf_jax.cli.app import main as command
 
     signal.signal(signal.SIGUSR1, lambda *_: time.sleep(1e6))
-    cli.use_compilation_cache()
-    sys.argv[0] = "scripts/pretrain.py"
-    pretrain.main(arguments)
+    process.use_compilation_cache()
+    command(["pretrain", *arguments])
 
 
 def main() -> None:

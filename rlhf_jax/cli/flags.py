@@ -1,4 +1,4 @@
-"""Command lines from config dataclasses, and how a script ends.
+"""Command-line flags from config dataclasses.
 
 Every field is a flag with the text under it as help. `--config FILE` (YAML or JSON) gives defaults that flags override.
 """
@@ -10,126 +10,18 @@ import dataclasses
 import difflib
 import io
 import json
-import os
 import re
-import resource
-import shlex
-import signal
-import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import jax
 import tyro
-import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from rlhf_jax import distributed
-from rlhf_jax.config import RunConfig, coerce_fields, over_defaults
-from rlhf_jax.durable import user_cache
+from rlhf_jax.config import coerce_fields, over_defaults
 from rlhf_jax.errors import UserError
-from rlhf_jax.fit import Stopped
-from rlhf_jax.runs import Finished
-from scripts.huge_pages import give_back_what_compiling_took
 
 C = TypeVar("C")
-S = TypeVar("S", bound=RunConfig)
-INTERRUPTED = "interrupted; the same command starts again, from its last checkpoint if it keeps any"
-
-
-def main(
-    run: Callable[[C], object], config_class: type[C], description: str = "", argv: Sequence[str] | None = None
-) -> NoReturn:
-    """Parses the command line, runs, and exits: 0 done, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM.
-
-    Args:
-      run: the script's work on a config.
-      argv: the arguments, without the program's name; None for those of this process.
-    """
-    try:
-        with _interrupted_anywhere():
-            config, cluster = _parse(config_class, description, argv)
-            if cluster.distributed:
-                cluster.join(config)
-            run(config)
-    except UserError as error:
-        _exit(2, f"error: {error}")
-    except BrokenPipeError:
-        # Whoever read the output has gone, such as `head`; nothing is left to be said to them at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        # A file that the user named, or a disk that is full: the system's words say it.
-        _exit(2, f"error: {error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        _exit(130, INTERRUPTED)
-    except Stopped as stop:
-        saved = f"saved after step {stop.step}; to go on:" if stop.saved else "nothing was saved; to start again:"
-        arguments = sys.argv[1:] if argv is None else argv
-        _exit(128 + stop.signal, f"stopped, {saved} {shlex.join(['python', sys.argv[0], *arguments])}", together=True)
-    sys.exit(0)
-
-
-def reported(run: Callable[[S], Finished]) -> Callable[[S], None]:
-    """A stage's run that prints the figures of its summary when it is done."""
-
-    def work(config: S) -> None:
-        again = distributed.from_first((config.folder / "summary.json").exists)
-        use_cpu_devices(config.device_count)
-        finished = run(config)
-        if not distributed.is_first():
-            return
-        state = "was finished before; nothing was trained" if again else "finished"
-        table = Table("figure", box=box.SIMPLE)
-        table.add_column("value", justify="right")
-        for name, value in finished.summary.items():
-            shown = "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
-            table.add_row(name.replace("_", " "), shown)
-        table.add_row("peak resident memory", f"{peak_memory() / 2**30:.2f} GiB")
-        print(f"{finished.run.path}: {finished.run.stage} {state}")
-        Console(highlight=False).print(table)
-
-    return work
-
-
-def peak_memory() -> int:
-    """Most bytes that this process has held in the host's memory so far."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-def use_cpu_devices(count: int) -> None:
-    """Lets a CPU count as `count` devices, which --devices asks for; other machines have the devices they have."""
-    if (
-        count > 1
-        and distributed.count() == 1
-        and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
-    ):
-        jax.config.update("jax_num_cpu_devices", count)
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the next start of a script need not compile them again.
-
-    They lie in JAX_COMPILATION_CACHE_DIR if that is set, else below the user's cache folder. The memory that compiling
-    took goes back to the system.
-    """
-    give_back_what_compiling_took()
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "compiled"))
-    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def parse(config_class: type[C], description: str = "", argv: Sequence[str] | None = None) -> C:
-    """A config from flags, over the defaults of `--config FILE`, over the class's own. See `_parse`."""
-    return _parse(config_class, description, argv)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,22 +37,22 @@ class Cluster:
     process: int | None = None
     """With --distributed elsewhere: number of this one, from 0."""
 
-    def join(self, config: Any) -> None:
-        """Finds the other processes. config: of the script; a CPU then counts as a part of its devices."""
-        if self.processes:
-            wanted: int = config.device_count if isinstance(config, RunConfig) else config.devices
-            use_cpu_devices(wanted // self.processes)
-        distributed.initialize(self.coordinator, self.processes, self.process)
+
+def parse(config_class: type[C], arguments: Sequence[str], description: str = "") -> C:
+    """A config from flags, over the defaults of `--config FILE`, over the class's own. See `parse_command`."""
+    return parse_command(config_class, description, arguments)[0]
 
 
-def _parse(config_class: type[C], description: str, argv: Sequence[str] | None) -> tuple[C, Cluster]:
+def parse_command(
+    config_class: type[C], description: str, arguments: Sequence[str], *, program: str = "rlhf-jax"
+) -> tuple[C, Cluster]:
     """What the script is told, and where the other processes are, for scripts whose settings have devices.
 
     A list may be given as `--data a b` or as `--data a --data b`; it replaces the default.
 
     Raises: UserError for a file that does not fit and for a wrong flag or value; SystemExit for --help.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(arguments)
     fields = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
     bases = (config_class, Cluster) if "devices" in fields else (config_class,)
     flags = {flag: many for base in bases for flag, many in _flags(base).items()}
@@ -184,7 +76,11 @@ def _parse(config_class: type[C], description: str, argv: Sequence[str] | None) 
     try:
         with contextlib.redirect_stderr(said):
             given = tyro.cli(
-                with_file, args=arguments, default=default, description=description or config_class.__doc__
+                with_file,
+                prog=program,
+                args=arguments,
+                default=default,
+                description=description or config_class.__doc__,
             )
     except SystemExit as end:
         if end.code:
@@ -197,33 +93,6 @@ def _parse(config_class: type[C], description: str, argv: Sequence[str] | None) 
     if cluster != Cluster() and not cluster.distributed:
         raise UserError("coordinator, processes, process: found one of them alone, wanted --distributed beside it")
     return config, cluster
-
-
-@contextlib.contextmanager
-def _interrupted_anywhere() -> Iterator[None]:
-    """Ends the process where Ctrl-C falls into a callback, such as JAX's of the garbage collector.
-
-    Python would print a traceback there and go on.
-    """
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            before(unraisable)
-            return
-        sys.stderr.write(INTERRUPTED + "\n")
-        sys.stderr.flush()
-        os._exit(130)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-
-
-def _exit(status: int, line: str, *, together: bool = False) -> NoReturn:
-    distributed.leave(status, line, together=together)
 
 
 def _without_box(text: str) -> str:
@@ -250,6 +119,8 @@ def _unchecked(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; hyphens in names are underscores."""
+    import yaml  # a tenth of the time until --help is there
+
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

@@ -1,0 +1,149 @@
+"""Fills a labelling folder and serves its page: what `rlhf-jax label` does."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.cli.label import Config
+from rlhf_jax.data import Ledger, read_records
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.database import folder_lock
+from rlhf_jax.feedback.guard import Address, is_loopback
+from rlhf_jax.feedback.queue import Queue, Rules
+from rlhf_jax.feedback.records import Item
+from rlhf_jax.feedback.store import Store
+from rlhf_jax.feedback.tasks import read_tasks
+from rlhf_jax.runs import say
+
+ADMIN = "admin"
+ALONE = "me"
+
+
+def run(config: Config) -> None:
+    """Fills the folder and serves it until it is told to stop."""
+    if config.serve and not is_loopback(config.host) and not config.labeller and not _has_people(config):
+        raise UserError(
+            f"host: found {config.host}, which others can reach, wanted labellers with tokens; give --labeller NAME"
+        )
+    folder = Path(config.folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: found a file, wanted a folder for labels")
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder), contextlib.closing(Store(folder)) as store:
+        added = store.add_items(items_of(config))
+        total = len(store.items())
+        say(f"{folder}: {total:,} items, {added:,} of them new")
+        if not total:
+            raise UserError(f"{folder}: found no items, wanted some; give --data FILE or --run, --run and --prompts")
+        if config.serve:
+            serve(config, store)
+
+
+def items_of(config: Config) -> Iterator[Item]:
+    """What the command line asks to label."""
+    yield from read_tasks(config.quiz, kind="quiz", gold=True)
+    yield from read_tasks(config.calibration, kind="calibration", gold=config.gold)
+    yield from read_tasks(config.data, gold=config.gold)
+    if config.run:
+        # Models take seconds to import.
+        from rlhf_jax.feedback.sampled import sample_items
+        from rlhf_jax.sources import LANGUAGE, open_source
+
+        yield from sample_items(
+            [open_source(spec, stages=LANGUAGE) for spec in config.run],
+            read_records(config.prompts, "prompts", Ledger()),
+            samples=config.samples,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
+
+
+def serve(config: Config, store: Store) -> None:
+    """Serves until SIGINT or SIGTERM; what is being answered then is answered."""
+    try:
+        import uvicorn
+
+        from rlhf_jax.feedback.server import Service, link, make_app
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; wanted the extra: pip install 'rlhf_jax[ui]'") from None
+
+    with listen(config.host, config.port) as listening:
+        address = Address(config.host, listening.getsockname()[1], config.origin)
+        rules = Rules(config.labellers_per_item, config.lease_minutes * 60, config.pass_mark)
+        service = Service(store, Queue(store, rules), address)
+        for name, token in new_tokens(config, store):
+            print(f"{name}: {link(address, token)}")
+        print(f"serving {store.folder} at {address.url}; Ctrl-C stops, and nothing is lost", flush=True)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(service),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                lifespan="off",
+                ws="none",
+                http="h11",
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        # uvicorn raises the signal that stopped it once more when it is done: that is no accident here.
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            server.run(sockets=[listening])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    print(f"stopped; everything is in {store.folder}", flush=True)
+
+
+def new_tokens(config: Config, store: Store) -> Iterator[tuple[str, str]]:
+    """(name, token) of whoever gets a new one at this start."""
+    known = {labeller.name: labeller for labeller in store.labellers()}
+    for name in config.new_link:
+        if name not in known:
+            raise UserError(
+                f"new_link: found {name!r}, wanted one of the folder's labellers: {', '.join(known) or 'none'}"
+            )
+        store.revoke(known[name])
+    people = [store.add_labeller(name) for name in config.labeller if name != ADMIN]
+    if not people and not any(labeller.role == "labeller" for labeller in known.values()):
+        people = [store.add_labeller(ALONE)]
+    # Alone on this machine, one link at each start is what a person looks for.
+    for person in {labeller.name: labeller for labeller in (*people, *known.values())}.values():
+        if person.role == "labeller" and (not store.has_token(person) or person.name in (ALONE, *config.new_link)):
+            yield person.name, store.new_token(person)
+    yield "admin page", store.new_token(store.add_labeller(ADMIN, "admin"))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections. Raises: UserError if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(128)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        reason: Any = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"host, port: found {host}:{port}, which cannot be had: {reason}; give another --port"
+        ) from None
+    return listening
+
+
+def _has_people(config: Config) -> bool:
+    """Whether the folder has labellers with tokens, of whom none is the one that stands for whoever sits here."""
+    folder = Path(config.folder)
+    if not (folder / "labels.sqlite").exists():
+        return False
+    with contextlib.closing(Store(folder, read_only=True)) as store:
+        people = [labeller for labeller in store.labellers() if labeller.role == "labeller"]
+        return any(labeller.name != ALONE and store.has_token(labeller) for labeller in people)

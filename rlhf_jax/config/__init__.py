@@ -1,0 +1,31 @@
+"""Settings as frozen dataclasses, checked when they are made. Nothing here imports JAX: flags are parsed before it."""
+
+from rlhf_jax.config.checks import at_least, row_settings, within
+from rlhf_jax.config.model import ModelConfig, RopeScaling
+from rlhf_jax.config.plain import Partial, coerce_fields, from_plain, over_defaults, to_plain
+from rlhf_jax.config.run import MAY_CHANGE, PLACES, CacheDtype, EpisodeConfig, LoraConfig, OptimConfig, RunConfig
+from rlhf_jax.config.stages import PPOConfig, PretrainConfig, RewardConfig, SFTConfig
+
+__all__ = [
+    "MAY_CHANGE",
+    "PLACES",
+    "CacheDtype",
+    "EpisodeConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PPOConfig",
+    "Partial",
+    "PretrainConfig",
+    "RewardConfig",
+    "RopeScaling",
+    "RunConfig",
+    "SFTConfig",
+    "at_least",
+    "coerce_fields",
+    "from_plain",
+    "over_defaults",
+    "row_settings",
+    "to_plain",
+    "within",
+]

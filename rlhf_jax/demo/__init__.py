@@ -1,0 +1,1 @@
+"""The embedded default: the recipe on Python's documentation, with simulated labellers."""
