@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 
 from rlhf_jax.cli.app import execute
 from rlhf_jax.config import at_least, to_plain, within
-from rlhf_jax.data.lines import read_rows
-from rlhf_jax.durable import write_json
+from rlhf_jax.data.jsonl import read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.active import Beliefs, Floats, Heads, choose, preference_probabilities
 from rlhf_jax.feedback.features import hidden_states, principal, standardized
-from rlhf_jax.runs import say
-from rlhf_jax.sources import LANGUAGE, open_source
+from rlhf_jax.pretrained.source import LANGUAGE, open_source
+from rlhf_jax.runs.atomic_files import write_json
+from rlhf_jax.runs.lifecycle import say
 
 STRATEGIES = ("random", "ensemble", "targeted")
 CANDIDATES = 20

@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rlhf_jax import attention
 from rlhf_jax.errors import UserError
-from rlhf_jax.plan.chips import read_topology
-from rlhf_jax.plan.estimate import pod_devices
-from rlhf_jax.plan.kernels import BUNDLES, PHASES
-from rlhf_jax.sharding import AXES, DATA, FSDP
+from rlhf_jax.layers import attention
+from rlhf_jax.parallel.sharding import AXES, DATA, FSDP
+from rlhf_jax.pods.chips import read_topology
+from rlhf_jax.pods.estimate import pod_devices
+from rlhf_jax.pods.kernels import BUNDLES, PHASES
 
 LISTINGS = Path(os.environ["LIBTPU_INIT_ARGS"].rpartition("=")[2])
 

@@ -26,16 +26,16 @@ from rlhf_jax.cli.process import give_back_what_compiling_took
 from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
 from rlhf_jax.data import Demonstration, Ledger, encode_demonstrations
 from rlhf_jax.data.batches import RaggedRows, RankingRows, SharedRankingRows, batch_at
-from rlhf_jax.data.embedded import load_corpus
-from rlhf_jax.data.lines import read_rows as read_lines
+from rlhf_jax.data.jsonl import read_rows as read_lines
 from rlhf_jax.data.packing import pack_rows
-from rlhf_jax.episodes import Frozen, Networks
+from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.generate import generate
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.parallel import CompiledUpdate, jit_update, make_mesh, outline, place
+from rlhf_jax.parallel.mesh import CompiledUpdate, jit_update, make_mesh, outline, place
 from rlhf_jax.stages import ppo, pretrain, reward, sft
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.stages.rollout import Frozen, Networks
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 FACTS = {"jax": jax.__version__}
 LONGEST = 256

@@ -37,11 +37,12 @@ import jax
 import numpy as np
 from shapes import SIZES
 
-from rlhf_jax import parallel, runs
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import RankingRows
-from rlhf_jax.data.embedded import load_corpus
+from rlhf_jax.demo.python_docs import load_corpus
+from rlhf_jax.parallel import mesh
+from rlhf_jax.runs import lifecycle
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
@@ -52,7 +53,7 @@ WARM = 2
 class Timed:
     """An update that notes how long it ran and how long nothing ran before it, in seconds."""
 
-    def __init__(self, update: parallel.CompiledUpdate, mesh: Any) -> None:
+    def __init__(self, update: mesh.CompiledUpdate, mesh: Any) -> None:
         self.update = update
         self.mesh = mesh
         self.ran: list[float] = []
@@ -60,7 +61,7 @@ class Timed:
         self.ended: float | None = None
 
     def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        batch = jax.block_until_ready(parallel.shard_rows(batch, self.mesh))
+        batch = jax.block_until_ready(mesh.shard_rows(batch, self.mesh))
         called = time.perf_counter()
         found = jax.block_until_ready(self.update(state, batch, *frozen))
         if self.ended is not None:
@@ -81,13 +82,13 @@ class Timed:
 def host_shares(folder: Path, steps: int) -> dict[str, tuple[float, float]]:
     """Stage -> (share of an iteration in which no program runs, seconds of an iteration)."""
     made: list[Timed] = []
-    compiled = runs.jit_update
+    compiled = lifecycle.jit_update
 
-    def timed(update: parallel.Update, mesh: Any) -> Timed:
+    def timed(update: mesh.Update, mesh: Any) -> Timed:
         made.append(Timed(compiled(update, mesh), mesh))
         return made[-1]
 
-    runs.jit_update = timed  # type: ignore[assignment]
+    lifecycle.jit_update = timed  # type: ignore[assignment]
     layers, width, heads, vocabulary, context = SIZES["S"]
     model = ModelConfig.gpt2(layers=layers, width=width, heads=heads, vocab_size=vocabulary, context=context)
     corpus = load_corpus()
@@ -115,7 +116,7 @@ def host_shares(folder: Path, steps: int) -> dict[str, tuple[float, float]]:
         ),
         prompts=corpus.prompts,
     )
-    runs.jit_update = compiled
+    lifecycle.jit_update = compiled
     return {
         stage: (found.share, statistics.median(found.ran[WARM:])) for stage, found in zip(STAGES, made, strict=True)
     }

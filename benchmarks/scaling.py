@@ -38,7 +38,7 @@ from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.generate import generate
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh, place
+from rlhf_jax.parallel.mesh import jit_update, make_mesh, place
 from rlhf_jax.stages import pretrain
 
 BASE = {"width": 256, "layers": 4, "batch": 16, "context": 256, "response": 64, "devices": 1}

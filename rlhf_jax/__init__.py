@@ -1,8 +1,8 @@
 """The recipe behind ChatGPT in JAX: pretraining, supervised fine-tuning, reward modelling and PPO.
 
-The public names, one line each, imported when first asked for: `import rlhf_jax` costs nothing. Functions that share
-their module's name come from it: `from rlhf_jax.generate import generate`, `from rlhf_jax.fit import fit`. The stages
-are modules: `from rlhf_jax.stages import ppo`.
+The public names, one line each, imported when first asked for: `import rlhf_jax` costs nothing. A function that shares
+its module's name comes from it: `from rlhf_jax.generate import generate`. The stages are modules:
+`from rlhf_jax.stages import ppo`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from rlhf_jax.data import batch_at as batch_at
     from rlhf_jax.data import extract_dialogues as extract_dialogues
     from rlhf_jax.data import read_records as read_records
-    from rlhf_jax.episodes import Frozen as Frozen
-    from rlhf_jax.episodes import Networks as Networks
-    from rlhf_jax.episodes import collect as collect
     from rlhf_jax.errors import UserError as UserError
     from rlhf_jax.kl import adapt_kl_coef as adapt_kl_coef
     from rlhf_jax.kl import kl_estimate as kl_estimate
@@ -41,30 +38,33 @@ if TYPE_CHECKING:
     from rlhf_jax.model import to_scalar_head as to_scalar_head
     from rlhf_jax.optim import make_optimizer as make_optimizer
     from rlhf_jax.optim import new_state as new_state
-    from rlhf_jax.parallel import jit_update as jit_update
-    from rlhf_jax.parallel import make_mesh as make_mesh
-    from rlhf_jax.parallel import pmap_update as pmap_update
+    from rlhf_jax.parallel.mesh import jit_update as jit_update
+    from rlhf_jax.parallel.mesh import make_mesh as make_mesh
+    from rlhf_jax.parallel.mesh import pmap_update as pmap_update
     from rlhf_jax.returns import generalized_advantages as generalized_advantages
     from rlhf_jax.returns import kl_penalized_reward as kl_penalized_reward
-    from rlhf_jax.run_folder import RunFolder as RunFolder
-    from rlhf_jax.tokenizer import Tokenizer as Tokenizer
+    from rlhf_jax.runs.folder import RunFolder as RunFolder
+    from rlhf_jax.stages.rollout import Frozen as Frozen
+    from rlhf_jax.stages.rollout import Networks as Networks
+    from rlhf_jax.stages.rollout import collect as collect
+    from rlhf_jax.tokenizers.bpe import Tokenizer as Tokenizer
 
 # The same for Python itself; a test holds the two together.
 _NAMES = {
     "arrays": "PromptBatch RankingBatch Rollout TokenBatch TrainState",
     "data": "Ledger batch_at extract_dialogues read_records",
     "config": "EpisodeConfig ModelConfig OptimConfig",
-    "episodes": "Frozen Networks collect",
+    "stages.rollout": "Frozen Networks collect",
     "errors": "UserError",
     "kl": "adapt_kl_coef kl_estimate",
     "losses": "clipped_surrogate clipped_value_loss next_token_loss pairwise_loss ranking_loss",
     "masked": "masked_mean masked_whiten",
     "model": "Transformer init_params to_scalar_head",
     "optim": "make_optimizer new_state",
-    "parallel": "jit_update make_mesh pmap_update",
+    "parallel.mesh": "jit_update make_mesh pmap_update",
     "returns": "generalized_advantages kl_penalized_reward",
-    "run_folder": "RunFolder",
-    "tokenizer": "Tokenizer",
+    "runs.folder": "RunFolder",
+    "tokenizers.bpe": "Tokenizer",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = list(_HOME)

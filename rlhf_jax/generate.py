@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Array, Params, pytree
-from rlhf_jax.cache import Cache, empty_cache, grown
 from rlhf_jax.config import CacheDtype
+from rlhf_jax.layers.kv_cache import Cache, empty_cache, grown
 from rlhf_jax.masked import at_least_float32
 from rlhf_jax.model import MASKED, Transformer
-from rlhf_jax.sharding import constrain, constrain_rows, decoding, decoding_params
+from rlhf_jax.parallel.sharding import constrain, constrain_rows, decoding, decoding_params
 
 
 class Generation(NamedTuple):

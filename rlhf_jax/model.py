@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Array, Params, pytree
-from rlhf_jax.attention import MASKED, attend, choose
-from rlhf_jax.cache import Cache, empty_cache, write
 from rlhf_jax.config import ModelConfig, RopeScaling
-from rlhf_jax.rope import frequencies, rotate, turns
-from rlhf_jax.sharding import constrain, constrain_cache, on_a_mesh
+from rlhf_jax.layers.attention import MASKED, attend, choose
+from rlhf_jax.layers.kv_cache import Cache, empty_cache, write
+from rlhf_jax.layers.rotary import frequencies, rotate, turns
+from rlhf_jax.parallel.sharding import constrain, constrain_cache, on_a_mesh
 
 __all__ = [
     "MASKED",

@@ -23,7 +23,7 @@ from typing import IO
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from rlhf_jax.distributed import PEER_LOST
+from rlhf_jax.parallel.processes import PEER_LOST
 
 KEPT = 200
 """Lines of output that are remembered."""

@@ -12,7 +12,7 @@
 # runs it with a gcloud of its own, and what it starts was tried by scripts/local_cluster.py.
 set -euo pipefail
 
-# As in rlhf_jax/distributed.py and rlhf_jax/cli/process.py: a mistake of the user's, or a stop on demand. The same again would
+# As in rlhf_jax/parallel/processes.py and rlhf_jax/cli/process.py: a mistake of the user's, or a stop on demand. The same again would
 # end the same, or is not wanted.
 readonly MISTAKE=2 INTERRUPTED=130 TERMINATED=143
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_jax import checkpoint
-from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.runs import checkpoint
+from rlhf_jax.runs.checkpoint import Checkpoints
 from tests import test_fit
 
 real = checkpoint.shutil.rmtree

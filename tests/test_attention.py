@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import attention
-from rlhf_jax.attention import attend, choose, cudnn, plain, splash
 from rlhf_jax.config import ModelConfig
+from rlhf_jax.layers import attention
+from rlhf_jax.layers.attention import attend, choose, cudnn, plain, splash
 from rlhf_jax.model import Transformer, init_params, stack_blocks
-from rlhf_jax.parallel import make_mesh
+from rlhf_jax.parallel.mesh import make_mesh
 
 B, H, G, T, D = 2, 4, 2, 200, 16
 

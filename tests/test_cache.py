@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from rlhf_jax import model as model_file
-from rlhf_jax.cache import Int8, empty_cache, to_int8, write
 from rlhf_jax.config import CacheDtype, ModelConfig
 from rlhf_jax.generate import generate, stream
+from rlhf_jax.layers.kv_cache import Int8, empty_cache, to_int8, write
 from rlhf_jax.model import Transformer, init_params, stack_blocks
-from rlhf_jax.parallel import make_mesh, place, shard_rows
+from rlhf_jax.parallel.mesh import make_mesh, place, shard_rows
 
 SMALL: dict[str, Any] = {"vocab_size": 23, "context": 24, "width": 16, "layers": 2, "heads": 4}
 KINDS = {

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax.chat import ChatTemplate, chat_ids, chat_response_ids, chat_row
 from rlhf_jax.errors import UserError
-from rlhf_jax.hf_tokenizer import HuggingFaceTokenizer
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.tokenizers.chat_template import ChatTemplate, chat_ids, chat_response_ids, chat_row
+from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from tests.tiny_tokenizers import CHATML, GEMMA, INST, LLAMA3, THINKS, ZEPHYR, load, unmarked
 
 TALK = [("user", "Hi"), ("assistant", "Yes."), ("user", "  Why?\n"), ("assistant", "So it is")]
@@ -215,9 +215,9 @@ def test_our_own_tokenizer_has_no_template() -> None:
 def test_without_jinja(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from rlhf_jax import chat
+    from rlhf_jax.tokenizers import chat_template
 
-    monkeypatch.setattr(chat, "_environment", chat._environment.__wrapped__)
+    monkeypatch.setattr(chat_template, "_environment", chat_template._environment.__wrapped__)
     for name in [name for name in sys.modules if name.split(".")[0] == "jinja2"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r'need jinja2; install it with: pip install "rlhf_jax\[hf\]"'):

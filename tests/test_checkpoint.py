@@ -18,10 +18,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax import checkpoint
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.checkpoint import Checkpoints, fingerprint, load_params
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import checkpoint
+from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint, load_params
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 

@@ -14,7 +14,7 @@ import pytest
 from rlhf_jax.cli import flags, process
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.fit import Stopped
+from rlhf_jax.runs.loop import Stopped
 
 
 @dataclasses.dataclass(frozen=True)

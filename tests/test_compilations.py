@@ -13,8 +13,8 @@ from rlhf_jax.config import EpisodeConfig, ModelConfig
 from rlhf_jax.data import Demonstration, Ledger, Prompt, RankingRows, Text, encode_rankings, new_lengths
 from rlhf_jax.data.batches import RaggedRows, SharedRankingRows, batch_at
 from rlhf_jax.data.records import Comparison
-from rlhf_jax.metrics import JsonLines
-from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.metrics import JsonLines
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 STEPS = 50

@@ -10,11 +10,11 @@ import pytest
 
 from rlhf_jax.cli import convert
 from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
-from rlhf_jax.convert import export, import_model
 from rlhf_jax.data import Demonstration, Ledger, Prompt, Text, encode_rankings, read_records
 from rlhf_jax.errors import UserError
-from rlhf_jax.run_folder import RunFolder
-from rlhf_jax.sources import open_source
+from rlhf_jax.pretrained.convert import export, import_model
+from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) + 60

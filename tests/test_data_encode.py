@@ -21,7 +21,7 @@ from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.packing import pack_text
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Text
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.tiny_tokenizers import CHATML, GEMMA, THINKS, load
 
 BYTES = Tokenizer.bytes()

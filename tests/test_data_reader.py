@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.jsonl import MAX_LINE_BYTES
 from rlhf_jax.data.ledger import Ledger
-from rlhf_jax.data.lines import MAX_LINE_BYTES
 from rlhf_jax.data.reader import Kind, read_records
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
 from rlhf_jax.errors import UserError

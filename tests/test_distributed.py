@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.checkpoint import Checkpoints, load_params
 from rlhf_jax.data.batches import batch_at
-from rlhf_jax.fit import fit
-from rlhf_jax.metrics import read_rows
 from rlhf_jax.model import Transformer
 from rlhf_jax.optim import new_state
-from rlhf_jax.parallel import jit_update, make_mesh, place
+from rlhf_jax.parallel.mesh import jit_update, make_mesh, place
+from rlhf_jax.parallel.watchdog import FIRST_TIME, STUCK, Beat, Watchdog, verdict
+from rlhf_jax.runs.checkpoint import Checkpoints, load_params
+from rlhf_jax.runs.loop import fit
+from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages import pretrain
-from rlhf_jax.watchdog import FIRST_TIME, STUCK, Beat, Watchdog, verdict
 from scripts import local_cluster
 from tests.stress import cluster_stress
 from tests.test_data_batches import numbered_rows

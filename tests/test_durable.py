@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.durable import Damaged, read_json, read_manifest, seal, verify, write_json
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs.atomic_files import Damaged, read_json, read_manifest, seal, verify, write_json
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax.data import embedded
-from rlhf_jax.data.embedded import Corpus, first_sentence, help_page, load_corpus, prompt_of
-from rlhf_jax.data.relevance import words_mentioned
+from rlhf_jax.demo import python_docs
+from rlhf_jax.demo.python_docs import Corpus, first_sentence, help_page, load_corpus, prompt_of
+from rlhf_jax.demo.relevance import words_mentioned
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def corpus() -> Corpus:
 
 
 def test_the_second_start_parses_nothing(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = embedded._remembered(Path(sysconfig.get_paths()["stdlib"]))  # by the start that made `corpus`
+    library = python_docs._remembered(Path(sysconfig.get_paths()["stdlib"]))  # by the start that made `corpus`
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     parsed: list[Path] = []
 
@@ -25,7 +25,7 @@ def test_the_second_start_parses_nothing(corpus: Corpus, tmp_path: Path, monkeyp
         parsed.append(root)
         return library[::2]
 
-    monkeypatch.setattr(embedded, "_functions_of_library", counted)
+    monkeypatch.setattr(python_docs, "_functions_of_library", counted)
     few = load_corpus()
     assert load_corpus() == few and len(few.demonstrations) < len(corpus.demonstrations)
     assert len(parsed) == 1
@@ -37,7 +37,7 @@ def test_the_second_start_parses_nothing(corpus: Corpus, tmp_path: Path, monkeyp
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(embedded, "user_cache", homeless)
+    monkeypatch.setattr(python_docs, "user_cache", homeless)
     assert load_corpus() == few
     assert len(parsed) == 3
 

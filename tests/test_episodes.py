@@ -10,12 +10,12 @@ import pytest
 
 from rlhf_jax.arrays import PromptBatch, TokenBatch
 from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
-from rlhf_jax.episodes import Frozen, Networks, collect
 from rlhf_jax.errors import UserError
+from rlhf_jax.logprobs import last_token_scores, response_losses
 from rlhf_jax.model import Transformer, init_params
-from rlhf_jax.parallel import jit_update, make_mesh, pmap_update
-from rlhf_jax.scoring import last_token_scores, response_losses
+from rlhf_jax.parallel.mesh import jit_update, make_mesh, pmap_update
 from rlhf_jax.stages import ppo
+from rlhf_jax.stages.rollout import Frozen, Networks, collect
 
 pytestmark = pytest.mark.usefixtures("each_key_once")
 

@@ -8,8 +8,8 @@ import pytest
 
 from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.errors import UserError
-from rlhf_jax.families import FAMILIES, family_of
-from rlhf_jax.fields import Fields
+from rlhf_jax.pretrained.config_fields import Fields
+from rlhf_jax.pretrained.families import FAMILIES, family_of
 
 # The sizes that every config.json has, and as ModelConfig calls them.
 SIZES = {

@@ -16,8 +16,8 @@ from rlhf_jax.feedback.judged import join
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.trust import agreement_with_people
 from rlhf_jax.model import Transformer, init_params
-from rlhf_jax.sources import Source
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.pretrained.source import Source
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 ITEMS = [
     Item("1", "Say it.", ("long one", "ok", "middle")),

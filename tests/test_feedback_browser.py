@@ -14,7 +14,7 @@ import pytest
 from rlhf_jax.config import OptimConfig
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
-from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.stages import pretrain, reward
 from tests.stress.label_stress import Server
 

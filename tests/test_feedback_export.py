@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data import Comparison, Ledger, Message, Ranking, read_records
-from rlhf_jax.durable import Damaged, verify
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.export import FORMS, consensus_ranks, export
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.tasks import make_item
+from rlhf_jax.runs.atomic_files import Damaged, verify
 
 TURNS = (Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "Why?"))
 CHAT = make_item("\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:", ["a", "b", "c"], turns=TURNS)

@@ -16,8 +16,8 @@ from rlhf_jax.feedback.next_items import next_by_ensemble, next_by_heads
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.model import Transformer, init_params, unstack_blocks
-from rlhf_jax.sources import Source
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.pretrained.source import Source
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 # Responses differ in the first feature alone, in the second alone, or in none.
 FIRST, SECOND, NONE = ([1.0, 0.0], [-1.0, 0.0]), ([0.0, 1.0], [0.0, -1.0]), ([0.5, 0.5], [0.5, 0.5])

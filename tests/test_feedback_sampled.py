@@ -16,8 +16,8 @@ from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.sampled import sample_items
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.model import Transformer, init_params
-from rlhf_jax.sources import Source
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.pretrained.source import Source
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 PROMPTS = [
     Prompt("red blue ->", "prompts.jsonl:1"),
@@ -69,7 +69,7 @@ def test_what_cannot_be_sampled_is_named() -> None:
 
 def test_two_runs_are_compared_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rlhf_jax.sources.open_source", source)
+    monkeypatch.setattr("rlhf_jax.pretrained.source.open_source", source)
     Path("prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n} ->"}) for n in range(12)))
     flags = ["labels", "--run", "runs/a", "--run", "runs/other", "--prompts", "prompts.jsonl", "--max-new-tokens", "6"]
     for _ in range(2):  # the second time adds nothing

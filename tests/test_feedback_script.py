@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import pytest
 
-from rlhf_jax import sources
 from rlhf_jax.cli.app import main
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.feedback.judged import item_row, judgement_row, read_items, read_judgements
@@ -17,7 +16,8 @@ from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.model import Transformer, init_params
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.pretrained import source
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 ITEMS = [make_item(f"p{n}", [" a", " bb", f" c{n}"]) for n in range(6)]
 SAID = [
@@ -41,14 +41,14 @@ def files(tmp_path: Path) -> list[str]:
     return ["--items", str(items), "--judgements", str(said)]
 
 
-def tiny(spec: str, *, stages: tuple[str, ...]) -> sources.Source:
+def tiny(spec: str, *, stages: tuple[str, ...]) -> source.Source:
     """A model whose parameters are those of the seed that it is named by."""
     scalar = set(stages) == {"reward"}
     tokenizer = Tokenizer.bytes()
     config = ModelConfig(vocab_size=tokenizer.vocab_size, context=256, width=16, layers=1, heads=2)
     params = init_params(Transformer(config, scalar=scalar), jax.random.key(int(spec)))
     about: dict[str, Any] = {"where": spec, "spec": spec, "stage": "sft", "origin": None, "identify": lambda: ""}
-    return sources.Source(model=config, tokenizer=tokenizer, scalar=scalar, own=lambda: params, **about)
+    return source.Source(model=config, tokenizer=tokenizer, scalar=scalar, own=lambda: params, **about)
 
 
 def test_agreement_and_export(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +69,7 @@ def test_agreement_and_export(files: list[str], tmp_path: Path, capsys: pytest.C
 def test_a_model_judges_into_the_labelling_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sources, "open_source", tiny)
+    monkeypatch.setattr(source, "open_source", tiny)
     with contextlib.closing(Store(tmp_path / "labels")) as store:
         store.add_items(ITEMS)
         store.record(SAID)
@@ -86,7 +86,7 @@ def test_a_model_judges_into_the_labelling_folder(
 def test_models_judge_files_and_disagree(
     files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sources, "open_source", tiny)
+    monkeypatch.setattr(source, "open_source", tiny)
     run("ai", *files, "--judge", "1", "--out", tmp_path / "ai.jsonl")
     assert {one.labeller for one in read_judgements([tmp_path / "ai.jsonl"])} == {"ai:1"}
     run("active", *files, "--run", "1", "--run", "2", "--count", "1", "--out", tmp_path / "next.jsonl")
@@ -98,7 +98,7 @@ def test_models_judge_files_and_disagree(
 def test_labels_decide_what_is_asked_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sources, "open_source", tiny)
+    monkeypatch.setattr(source, "open_source", tiny)
     folder = tmp_path / "labels"
     items = [make_item(f"p{n}", [f"answer {n * n}", f"no {n}"]) for n in range(12)]
     items.append(make_item("x" * 300, ["a", "b"]))

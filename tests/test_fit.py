@@ -15,12 +15,12 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import fit as fit_module
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.checkpoint import Checkpoints, fingerprint
 from rlhf_jax.errors import UserError
-from rlhf_jax.fit import Stopped, fit
-from rlhf_jax.metrics import JsonLines, read_rows
+from rlhf_jax.runs import loop as fit_module
+from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
+from rlhf_jax.runs.loop import Stopped, fit
+from rlhf_jax.runs.metrics import JsonLines, read_rows
 
 OPTIMIZER = optax.adam(0.1)
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from rlhf_jax import gguf_file, gguf_reader, gguf_tokenizer
 from rlhf_jax.errors import UserError
-from rlhf_jax.gguf_reader import packaged_gguf, read_gguf
+from rlhf_jax.pretrained import gguf_file, gguf_reader, gguf_tokenizer
+from rlhf_jax.pretrained.gguf_reader import packaged_gguf, read_gguf
 
 Q = gguf.GGMLQuantizationType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6

@@ -12,11 +12,11 @@ import pytest
 from tokenizers import Tokenizer as Package
 from tokenizers import models, normalizers
 
-from rlhf_jax.byte_bpe import PATTERNS, from_letters, last_pair, nfc, table_of, to_letters, to_oniguruma
 from rlhf_jax.errors import UserError
-from rlhf_jax.hf_export import to_hugging_face, write_folder
-from rlhf_jax.hf_tokenizer import HuggingFaceTokenizer
-from rlhf_jax.tokenizer import WORDS_PATTERN, Tokenizer
+from rlhf_jax.tokenizers.bpe import WORDS_PATTERN, Tokenizer
+from rlhf_jax.tokenizers.export import to_hugging_face, write_folder
+from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from rlhf_jax.tokenizers.merges import PATTERNS, from_letters, last_pair, nfc, table_of, to_letters, to_oniguruma
 from tests.tiny_tokenizers import BYTE_LEVEL, CHATML, CORPUS, SENTENCEPIECE, SPECIAL, content_of, load, package, strings
 
 BYTES = {to_letters(bytes([byte])): byte for byte in range(256)}

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.arrays import Params
 from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.errors import UserError
-from rlhf_jax.huggingface import (
+from rlhf_jax.model import Transformer
+from rlhf_jax.pretrained.huggingface import (
     as_published,
     flattened,
     nested,
@@ -24,8 +25,7 @@ from rlhf_jax.huggingface import (
     read_folder,
     write_folder,
 )
-from rlhf_jax.model import Transformer
-from rlhf_jax.safetensors_folder import write_file
+from rlhf_jax.pretrained.safetensors_files import write_file
 
 safetensors = pytest.importorskip("safetensors.numpy")
 SMALL: dict[str, Any] = {"vocab_size": 43, "context": 32, "width": 24, "layers": 2, "ffn_width": 28}

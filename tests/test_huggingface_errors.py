@@ -13,7 +13,7 @@ import pytest
 from rlhf_jax.arrays import Params
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.huggingface import nested, parameter_shapes, read_folder, write_folder
+from rlhf_jax.pretrained.huggingface import nested, parameter_shapes, read_folder, write_folder
 
 safetensors = pytest.importorskip("safetensors.numpy")
 

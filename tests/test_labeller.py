@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rlhf_jax.data.labeller import gold_score, noise_for_agreement, rank, virtues_of
-from rlhf_jax.data.relevance import Usage
+from rlhf_jax.demo.gold_score import gold_score, noise_for_agreement, rank, virtues_of
+from rlhf_jax.demo.relevance import Usage
 
 USAGE = Usage(frozenset("return true if the posix path is used for spawn a of it".split()))
 PROMPT = " use posix spawn (args) ->"

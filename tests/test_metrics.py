@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax import metrics
-from rlhf_jax.metrics import Console, JsonLines, TensorBoard, Throughput, Writers, matmul_peak, read_rows
+from rlhf_jax.runs import metrics
+from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Throughput, Writers, matmul_peak, read_rows
 
 
 class Terminal(io.StringIO):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelConfig, RopeScaling, from_plain, to_plain
+from rlhf_jax.layers.rotary import frequencies, rotate, turns
 from rlhf_jax.model import (
     Transformer,
     count_parameters,
@@ -21,7 +22,6 @@ from rlhf_jax.model import (
     to_scalar_head,
     unstack_blocks,
 )
-from rlhf_jax.rope import frequencies, rotate, turns
 
 SMALL: dict[str, Any] = {"vocab_size": 37, "context": 24, "width": 16, "layers": 2, "heads": 4}
 KINDS = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_jax.data.names import known_words, words_of
+from rlhf_jax.demo.names import known_words, words_of
 
 KNOWN = frozenset("get default time out timeout file name dict month range".split())
 

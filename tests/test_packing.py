@@ -10,12 +10,12 @@ import pytest
 
 from rlhf_jax.arrays import PromptBatch
 from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
-from rlhf_jax.episodes import Frozen, Networks
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.packing import find_places, over_rows, pack_episodes, unpack
-from rlhf_jax.parallel import pmap_update
+from rlhf_jax.parallel.mesh import pmap_update
 from rlhf_jax.stages import ppo
+from rlhf_jax.stages.rollout import Frozen, Networks
 
 CONFIG = ModelConfig(vocab_size=11, context=16, width=16, layers=1, heads=2, kv_heads=1)
 NETWORKS = Networks(Transformer(CONFIG), Transformer(CONFIG, scalar=True))

@@ -11,13 +11,13 @@ import pytest
 
 from rlhf_jax.arrays import RankingBatch, Rollout, TokenBatch, TrainState
 from rlhf_jax.config import ModelConfig, OptimConfig
-from rlhf_jax.episodes import Networks
 from rlhf_jax.errors import UserError
-from rlhf_jax.fit import compile_seconds
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh, outline, place, pmap_update, shard_rows
+from rlhf_jax.parallel.mesh import jit_update, make_mesh, outline, place, pmap_update, shard_rows
+from rlhf_jax.runs.loop import compile_seconds
 from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.stages.rollout import Networks
 
 CONFIG = ModelConfig(vocab_size=13, context=12, width=8, layers=1, heads=2, ffn_width=16)
 MODEL, SCORER = Transformer(CONFIG), Transformer(CONFIG, scalar=True)

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.config import LoraConfig, ModelConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.huggingface import flattened, nested, parameter_shapes
 from rlhf_jax.lora import init_adapter
 from rlhf_jax.model import stack_blocks
-from rlhf_jax.peft import base_of, read_adapter, write_adapter
+from rlhf_jax.pretrained.huggingface import flattened, nested, parameter_shapes
+from rlhf_jax.pretrained.peft import base_of, read_adapter, write_adapter
 
 SMALL: dict[str, Any] = {"vocab_size": 19, "context": 12, "width": 8, "layers": 2, "heads": 2, "ffn_width": 12}
 NEOX: dict[str, Any] = {"norm": "layer", "residual": "parallel", "activation": "gelu_exact", "bias": True}

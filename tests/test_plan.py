@@ -10,23 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import scoring
+from rlhf_jax import logprobs
 from rlhf_jax.arrays import PromptBatch, TokenBatch
 from rlhf_jax.cli.plan import Config
 from rlhf_jax.cli.planning import first_that_fits, run
 from rlhf_jax.config import EpisodeConfig, ModelConfig
-from rlhf_jax.episodes import sample
 from rlhf_jax.errors import UserError
+from rlhf_jax.logprobs import positions_at_a_time, response_losses, target_losses
 from rlhf_jax.model import Transformer, init_params, stack_blocks
-from rlhf_jax.parallel import make_mesh, place, shard_rows
-from rlhf_jax.plan.chips import CHIPS, Chip, Topology, check_mesh, read_topology, written
-from rlhf_jax.plan.estimate import TooLarge, bill, check_compiled, check_fit, counted, extrapolated, timed
-from rlhf_jax.plan.hlo import collectives
-from rlhf_jax.plan.kernels import causal_blocks, kernels
-from rlhf_jax.plan.models import read_model
-from rlhf_jax.plan.programs import Programs, Work, bytes_of
-from rlhf_jax.plan.traffic import cycles, hbm_bytes
-from rlhf_jax.scoring import positions_at_a_time, response_losses, target_losses
+from rlhf_jax.parallel.mesh import make_mesh, place, shard_rows
+from rlhf_jax.pods.chips import CHIPS, Chip, Topology, check_mesh, read_topology, written
+from rlhf_jax.pods.estimate import TooLarge, bill, check_compiled, check_fit, counted, extrapolated, timed
+from rlhf_jax.pods.hlo import collectives
+from rlhf_jax.pods.kernels import causal_blocks, kernels
+from rlhf_jax.pods.models import read_model
+from rlhf_jax.pods.programs import Programs, Work, bytes_of
+from rlhf_jax.pods.traffic import cycles, hbm_bytes
+from rlhf_jax.stages.rollout import sample
 
 SMALL = ModelConfig(vocab_size=64, context=64, width=16, layers=2, heads=2, ffn_width=32, tied=False)
 EVERY = {"data": 1, "fsdp": 8, "tensor": 1}
@@ -383,13 +383,13 @@ def test_positions_at_a_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert positions_at_a_time(dataclasses.replace(SMALL, vocab_size=49152), 8, 1024) == 147  # 170 fit
     assert positions_at_a_time(dataclasses.replace(SMALL, head_chunk=0), 1024, 2048) == 2048
     assert positions_at_a_time(dataclasses.replace(SMALL, head_chunk=7), 1, 2048) == 7
-    monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * 8 * 64 * 3)  # of three positions of eight rows
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * 8 * 64 * 3)  # of three positions of eight rows
     assert positions_at_a_time(SMALL, 8, 10) == 3  # four parts
     with jax.set_mesh(make_mesh(data=2)):
         assert positions_at_a_time(SMALL, 8, 10) == 5  # six fit
     with jax.set_mesh(make_mesh(fsdp=2, tensor=2)):
         assert positions_at_a_time(SMALL, 8, 12) == 12
-    monkeypatch.setattr(scoring, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 1)
     assert positions_at_a_time(SMALL, 8, 10) == 1
 
 

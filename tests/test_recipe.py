@@ -5,10 +5,10 @@ import pytest
 
 from rlhf_jax.cli.app import main
 from rlhf_jax.data import Prompt, PromptRows, Text
-from rlhf_jax.data.embedded import Corpus
-from rlhf_jax.demo.simulated_labels import Judge, some
-from rlhf_jax.demo.sizes import SIZES, Size
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.demo.python_docs import Corpus
+from rlhf_jax.recipe.labels import Judge, some
+from rlhf_jax.recipe.sizes import SIZES, Size
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 
 @pytest.mark.parametrize(

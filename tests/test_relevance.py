@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlhf_jax.data.embedded import load_corpus
-from rlhf_jax.data.relevance import LIFT, Usage, same_word, stem, topic_words, words_mentioned
+from rlhf_jax.demo.python_docs import load_corpus
+from rlhf_jax.demo.relevance import LIFT, Usage, same_word, stem, topic_words, words_mentioned
 
 PROMPT = " use posix spawn (args) ->"
 

@@ -13,11 +13,11 @@ import pytest
 import rich.console
 
 from rlhf_jax.data import Ledger
-from rlhf_jax.demo.tables import figures_table
 from rlhf_jax.errors import UserError
-from rlhf_jax.report import write_report
-from rlhf_jax.report.charts import Line, line_chart, smoothed, thinned, ticks
-from rlhf_jax.report.html import Figures, duration, short, text
+from rlhf_jax.evaluation.report import write_report
+from rlhf_jax.evaluation.report.charts import Line, line_chart, smoothed, thinned, ticks
+from rlhf_jax.evaluation.report.html import Figures, duration, short, text
+from rlhf_jax.recipe.tables import figures_table
 
 SUMMARY: dict[str, Any] = {
     "pretrain.heldout_bits_per_byte": 1.874,

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.batches import RankingRows
-from rlhf_jax.evaluation import scores_of
+from rlhf_jax.evaluation.heldout import scores_of
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.stages import reward
 

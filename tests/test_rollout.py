@@ -10,8 +10,8 @@ import pytest
 
 from rlhf_jax.arrays import PromptBatch, Rollout
 from rlhf_jax.config import EpisodeConfig, ModelConfig
-from rlhf_jax.episodes import Frozen, Networks, collect
 from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.stages.rollout import Frozen, Networks, collect
 
 pytestmark = pytest.mark.usefixtures("each_key_once")
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import pytest
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.checkpoint import Checkpoints, fingerprint
 from rlhf_jax.errors import UserError
-from rlhf_jax.run_folder import RunFolder
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 TOKENIZER = Tokenizer.bytes()
 

@@ -6,8 +6,8 @@ import pytest
 
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import PromptRows
+from rlhf_jax.evaluation.samples import distinct_share, sample_responses, win_rate
 from rlhf_jax.model import Transformer, init_params
-from rlhf_jax.sampling import distinct_share, sample_responses, win_rate
 
 
 def test_responses_are_those_to_their_prompts_also_where_slots_are_passed_on() -> None:

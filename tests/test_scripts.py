@@ -27,15 +27,15 @@ from rlhf_jax.cli import completion, process
 from rlhf_jax.cli.app import main
 from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.data import Ledger, encode_demonstrations, read_records
-from rlhf_jax.evaluation import row_scores
+from rlhf_jax.evaluation.heldout import row_scores
 from rlhf_jax.model import Transformer
-from rlhf_jax.run_folder import RunFolder
-from rlhf_jax.runs import model_of, released_params
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.lifecycle import model_of, released_params
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.stages import reward as reward_stage
 from rlhf_jax.stages import sft as sft_stage
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 COMPILER = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 WORDS = ("red", "blue", "green", "cat")

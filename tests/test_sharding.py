@@ -12,14 +12,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rlhf_jax.arrays import TokenBatch, TrainState
-from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import init_adapter
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh, place, shard_rows, shardings
-from rlhf_jax.sharding import parameter_axes, spec
+from rlhf_jax.parallel.mesh import jit_update, make_mesh, place, shard_rows, shardings
+from rlhf_jax.parallel.sharding import parameter_axes, spec
+from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.stages import pretrain
 
 CONFIG = ModelConfig(vocab_size=64, context=16, width=16, layers=3, heads=4, ffn_width=32, tied=False)

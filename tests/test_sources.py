@@ -11,8 +11,8 @@ import pytest
 from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
 from rlhf_jax.data import Comparison, Demonstration, Prompt, Text
 from rlhf_jax.errors import UserError
-from rlhf_jax.run_folder import RunFolder
-from rlhf_jax.sources import open_source
+from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 pytestmark = pytest.mark.usefixtures("each_key_once")

@@ -9,7 +9,7 @@ import requests
 import tiktoken
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizer import Tokenizer, write_tokenizer
+from rlhf_jax.tokenizers.bpe import Tokenizer, write_tokenizer
 
 CORPUS = ["The cat sat on the mat. ", "the other cat, the better cat\n", "naïve café — 你好 0123"] * 20
 

@@ -9,9 +9,9 @@ from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.data import batch_at, pack_text
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh
+from rlhf_jax.parallel.mesh import jit_update, make_mesh
 from rlhf_jax.stages import pretrain
-from rlhf_jax.tokenizer import Tokenizer
+from rlhf_jax.tokenizers.bpe import Tokenizer
 
 LINES = ("0101", "010101", "01010101", "0011", "00110011", "001100110011")
 STEPS = 120

@@ -11,8 +11,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from rlhf_jax import byte_bpe
-from rlhf_jax.hf_tokenizer import HuggingFaceTokenizer
+from rlhf_jax.tokenizers import merges
+from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 
 CORPUS = [
     "The cat sat on the mat, and the other cat didn't. It's the 1234th time we've said I'LL.\n\n\tif x == 10:\r\n  y\n",
@@ -35,7 +35,7 @@ def byte_level(kind: str, size: int = 700, start: str = "", ignore_merges: bool 
     if kind.startswith("digit"):
         level = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=kind == "digits"), level])
     elif kind not in ("gpt2", "uncut"):
-        pattern = {"llama3": byte_bpe.LLAMA3, "qwen2": byte_bpe.QWEN2, "o200k": byte_bpe.O200K}.get(kind, kind)
+        pattern = {"llama3": merges.LLAMA3, "qwen2": merges.QWEN2, "o200k": merges.O200K}.get(kind, kind)
         level = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), level])
     tokenizer.pre_tokenizer = level
     if kind == "qwen2":

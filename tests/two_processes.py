@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax import distributed
 from rlhf_jax.config import OptimConfig
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.parallel import jit_update, make_mesh, place, row_places
+from rlhf_jax.parallel import processes
+from rlhf_jax.parallel.mesh import jit_update, make_mesh, place, row_places
 from tests import test_parallel
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}  # `data` between the processes, the others within each
@@ -32,7 +32,7 @@ BOTH = optax.GradientTransformation(
 
 
 def host(tree: Any) -> Any:
-    return jax.tree.map(distributed.fetch, tree)
+    return jax.tree.map(processes.fetch, tree)
 
 
 def errors(name: str) -> tuple[float, int]:
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
     arguments = parser.parse_args()
-    distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
+    processes.initialize(arguments.coordinator, arguments.processes, arguments.process)
     test_parallel.RECORDER = BOTH
     print(json.dumps({name: errors(name) for name in test_parallel.OBJECTIVES}), flush=True)
 

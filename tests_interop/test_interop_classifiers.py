@@ -12,9 +12,9 @@ import torch
 import transformers as tr
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.huggingface import read_folder, write_folder
+from rlhf_jax.logprobs import last_token_scores
 from rlhf_jax.model import Transformer
-from rlhf_jax.scoring import last_token_scores
+from rlhf_jax.pretrained.huggingface import read_folder, write_folder
 
 PAD = 0
 COMMON: dict[str, Any] = {

@@ -19,7 +19,7 @@ import transformers as tr
 from tokenizers import Tokenizer
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.gguf_reader import CUTS, GgufModel, packaged_gguf, read_gguf
+from rlhf_jax.pretrained.gguf_reader import CUTS, GgufModel, packaged_gguf, read_gguf
 from tests.test_gguf_reader import Vocabulary, byte_alphabet, byte_level, converted, metadata, sentencepiece, write
 
 RANDOM = random.Random(0)

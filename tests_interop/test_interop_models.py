@@ -12,10 +12,10 @@ import torch
 import transformers as tr
 from safetensors.numpy import load_file
 
-from rlhf_jax.families import FAMILIES
-from rlhf_jax.fields import Fields
-from rlhf_jax.huggingface import read_folder, write_folder
 from rlhf_jax.model import Transformer, empty_cache
+from rlhf_jax.pretrained.config_fields import Fields
+from rlhf_jax.pretrained.families import FAMILIES
+from rlhf_jax.pretrained.huggingface import read_folder, write_folder
 
 COMMON: dict[str, Any] = {"vocab_size": 43, "max_position_embeddings": 48, "bos_token_id": 1, "eos_token_id": 2}
 ODD = {"hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 3}

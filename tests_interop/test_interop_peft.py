@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 
 from rlhf_jax.arrays import Params
 from rlhf_jax.config import LoraConfig
-from rlhf_jax.huggingface import Pretrained, read_folder
 from rlhf_jax.lora import attach, init_adapter
 from rlhf_jax.model import Transformer
-from rlhf_jax.peft import base_of, read_adapter, write_adapter
+from rlhf_jax.pretrained.huggingface import Pretrained, read_folder
+from rlhf_jax.pretrained.peft import base_of, read_adapter, write_adapter
 
 COMMON: dict[str, Any] = {
     "vocab_size": 43,

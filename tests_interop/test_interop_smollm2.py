@@ -15,11 +15,11 @@ import pytest
 import torch
 import transformers as tr
 
-from rlhf_jax.convert import export
 from rlhf_jax.generate import generate
-from rlhf_jax.gguf_reader import packaged_gguf
 from rlhf_jax.losses import next_token_loss
-from rlhf_jax.sources import Source, open_source
+from rlhf_jax.pretrained.convert import export
+from rlhf_jax.pretrained.gguf_reader import packaged_gguf
+from rlhf_jax.pretrained.source import Source, open_source
 
 ROOT = Path(__file__).parents[1]
 SENTENCES = [

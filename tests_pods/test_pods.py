@@ -15,11 +15,11 @@ from rlhf_jax.cli.plan import Config
 from rlhf_jax.cli.planning import run
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.plan.chips import read_topology
-from rlhf_jax.plan.estimate import compiled, make_plan, pod_devices
-from rlhf_jax.plan.hlo import Collective, collectives
-from rlhf_jax.plan.kernels import BUNDLES, kernels
-from rlhf_jax.plan.programs import Programs, Work
+from rlhf_jax.pods.chips import read_topology
+from rlhf_jax.pods.estimate import compiled, make_plan, pod_devices
+from rlhf_jax.pods.hlo import Collective, collectives
+from rlhf_jax.pods.kernels import BUNDLES, kernels
+from rlhf_jax.pods.programs import Programs, Work
 
 POD = read_topology("v5e:2x4")
 MODEL = ModelConfig(

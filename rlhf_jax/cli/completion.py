@@ -16,8 +16,8 @@ from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_
 from rlhf_jax.data.dialogues import HEADERS, Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import generate, stream, uniform_numbers
-from rlhf_jax.runs import say
-from rlhf_jax.sources import open_source
+from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.runs.lifecycle import say
 
 # Responses sampled side by side; of more prompts, so many are read ahead and those of like length go together.
 ROWS, AHEAD = 32, 256

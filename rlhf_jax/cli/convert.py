@@ -42,7 +42,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Converts and says what was written."""
-    from rlhf_jax.convert import export, import_model
+    from rlhf_jax.pretrained.convert import export, import_model
 
     kind, colon, folder = config.target.partition(":")
     if colon and kind in ("hf", "peft"):

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.cli.feedback import Active, Agreement, Ai, Export, Judgements
-from rlhf_jax.durable import write_json
 from rlhf_jax.feedback.agreement import INSTRUCTGPT_AGREEMENT, flags, report
 from rlhf_jax.feedback.ai_feedback import STAGES, Judge, judge_items
 from rlhf_jax.feedback.database import folder_lock
@@ -23,6 +22,7 @@ from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.reliability import dawid_skene, estimate
 from rlhf_jax.feedback.store import AI, Store
 from rlhf_jax.feedback.trust import agreement_with_people
+from rlhf_jax.runs.atomic_files import write_json
 
 DIMENSIONS = 128
 """Leading principal components of a backbone's features that `active` keeps."""
@@ -96,7 +96,7 @@ def export_judgements(config: Export) -> None:
 
 def ai(config: Ai) -> None:
     """Judges what the model has not judged yet, and prints its agreement with people."""
-    from rlhf_jax.sources import open_source
+    from rlhf_jax.pretrained.source import open_source
 
     items, judgements = read(config)
     name = AI + (config.name or config.judge.replace(":", " ").replace("/", " ").strip()[-60:])
@@ -120,10 +120,10 @@ def ai(config: Ai) -> None:
 def active(config: Active) -> None:
     """Chooses what to ask next, and writes it down or puts it at the front of the queue."""
     from rlhf_jax.data.batches import RankingRows
-    from rlhf_jax.evaluation import scores_of
+    from rlhf_jax.evaluation.heldout import scores_of
     from rlhf_jax.feedback.features import hidden_states, rows_of, standardized
     from rlhf_jax.feedback.next_items import asked, next_by_ensemble, next_by_heads
-    from rlhf_jax.sources import LANGUAGE, open_source
+    from rlhf_jax.pretrained.source import LANGUAGE, open_source
 
     items, judgements = read(config)
     done = asked(judgements)

@@ -18,7 +18,7 @@ from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.records import Item
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import read_tasks
-from rlhf_jax.runs import say
+from rlhf_jax.runs.lifecycle import say
 
 ADMIN = "admin"
 ALONE = "me"
@@ -52,7 +52,7 @@ def items_of(config: Config) -> Iterator[Item]:
     if config.run:
         # Models take seconds to import.
         from rlhf_jax.feedback.sampled import sample_items
-        from rlhf_jax.sources import LANGUAGE, open_source
+        from rlhf_jax.pretrained.source import LANGUAGE, open_source
 
         yield from sample_items(
             [open_source(spec, stages=LANGUAGE) for spec in config.run],

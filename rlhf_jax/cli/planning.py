@@ -18,10 +18,10 @@ from rlhf_jax.cli.plan import Config
 from rlhf_jax.cli.process import peak_memory
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.plan.chips import Topology, read_topology, written
-from rlhf_jax.plan.estimate import GIB, TooLarge, bill, make_plan
-from rlhf_jax.plan.models import read_model
-from rlhf_jax.plan.programs import Work
+from rlhf_jax.pods.chips import Topology, read_topology, written
+from rlhf_jax.pods.estimate import GIB, TooLarge, bill, make_plan
+from rlhf_jax.pods.models import read_model
+from rlhf_jax.pods.programs import Work
 
 # In the order of their speed: --search tries both, --remat auto the next where one does not fit.
 REMAT: tuple[Literal["dots", "full"], ...] = ("dots", "full")

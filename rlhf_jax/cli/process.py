@@ -17,13 +17,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax import distributed
 from rlhf_jax.cli.flags import Cluster
 from rlhf_jax.config import RunConfig
-from rlhf_jax.durable import user_cache
 from rlhf_jax.errors import UserError
-from rlhf_jax.fit import Stopped
-from rlhf_jax.runs import Finished
+from rlhf_jax.parallel import processes
+from rlhf_jax.runs.atomic_files import user_cache
+from rlhf_jax.runs.lifecycle import Finished
+from rlhf_jax.runs.loop import Stopped
 
 C = TypeVar("C")
 S = TypeVar("S", bound=RunConfig)
@@ -62,10 +62,10 @@ def run(work: Callable[[C], object], config: C, cluster: Cluster | None = None, 
 
 def run_stage(work: Callable[[S], Finished], config: S) -> None:
     """Runs a stage and prints the figures of its summary."""
-    again = distributed.from_first((config.folder / "summary.json").exists)
+    again = processes.from_first((config.folder / "summary.json").exists)
     use_cpu_devices(config.device_count)
     finished = work(config)
-    if not distributed.is_first():
+    if not processes.is_first():
         return
     state = "was finished before; nothing was trained" if again else "finished"
     table = Table("figure", box=box.SIMPLE)
@@ -88,7 +88,7 @@ def use_cpu_devices(count: int) -> None:
     """Lets a CPU count as `count` devices, which --devices asks for; other machines have the devices they have."""
     if (
         count > 1
-        and distributed.count() == 1
+        and processes.count() == 1
         and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     ):
         jax.config.update("jax_num_cpu_devices", count)
@@ -129,7 +129,7 @@ def join(cluster: Cluster, config: Any) -> None:
     if cluster.processes:
         devices: int = config.device_count if isinstance(config, RunConfig) else config.devices
         use_cpu_devices(devices // cluster.processes)
-    distributed.initialize(cluster.coordinator, cluster.processes, cluster.process)
+    processes.initialize(cluster.coordinator, cluster.processes, cluster.process)
 
 
 @contextlib.contextmanager
@@ -156,4 +156,4 @@ def _interrupted_anywhere() -> Iterator[None]:
 
 
 def _exit(status: int, line: str, *, together: bool = False) -> NoReturn:
-    distributed.leave(status, line, together=together)
+    processes.leave(status, line, together=together)

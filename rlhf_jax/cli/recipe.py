@@ -1,8 +1,8 @@
 """The whole recipe with one command: pretrain → SFT → reward model → PPO on the embedded corpus, and what it gained.
 
-Each stage is a run of its own under runs/NAME, as the stage scripts make it; stopped at any point, the same command
-goes on. People are simulated by a written-down gold score with noise (rlhf_jax/data/labeller.py); the held-out figures
-are by the gold score itself.
+Each stage is a run of its own under runs/NAME, as the stage's own command makes it; stopped at any point, the same
+command resumes. People are simulated by a written-down gold score with noise (rlhf_jax/demo/gold_score.py); the
+held-out figures are by the gold score itself.
 """
 
 from __future__ import annotations
@@ -46,6 +46,6 @@ class Config:
 
 def run(config: Config) -> None:
     """Runs the recipe."""
-    from rlhf_jax.demo import recipe
+    from rlhf_jax.recipe import run
 
-    recipe.run(config)
+    run.run(config)

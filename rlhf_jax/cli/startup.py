@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from rlhf_jax.durable import user_cache, write_json
+from rlhf_jax.runs.atomic_files import user_cache, write_json
 
 TUNABLES = ":".join(
     (

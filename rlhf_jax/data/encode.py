@@ -4,8 +4,8 @@ A row is `[bos] prompt response [eos]`, with prompt and response tokenised apart
 row for a demonstration, for a response that the reward model scores, and for one that was sampled. A row that is too
 long is dropped and named in the ledger; nothing is cut.
 
-Messages are written by the tokenizer's chat template (chat.py), where a published model brought one; else by the
-Human / Assistant template. A prompt that was given as text stays as it is.
+Messages are written by the tokenizer's chat template (chat_template.py), where a published model brought one; else by
+the Human / Assistant template. A prompt that was given as text stays as it is.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from rlhf_jax import chat
 from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows
 from rlhf_jax.data.dialogues import HEADERS, Message, render_message
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompted, Ranking, Text
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizer import TextTokenizer
+from rlhf_jax.tokenizers import chat_template
+from rlhf_jax.tokenizers.bpe import TextTokenizer
 
 Row = tuple[list[int], list[bool]]
 
@@ -47,7 +47,7 @@ def prompt_ids(prompt: Prompted, tokenizer: TextTokenizer) -> list[int]:
 def chat_ids(messages: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
     """`[bos] messages` up to the place where the assistant answers, as `dialogue_row` trains it."""
     if tokenizer.chat_template is not None:
-        return chat.chat_ids(messages, tokenizer)
+        return chat_template.chat_ids(messages, tokenizer)
     ids, _, pending = _turns(messages, tokenizer)
     return ids + _said(pending + HEADERS["assistant"], ids, tokenizer)
 
@@ -61,7 +61,7 @@ def response_ids(
     the assistant's next message, all of it, and ends it as it ends a turn.
     """
     if turns and tokenizer.chat_template is not None:
-        return chat.chat_response_ids(turns, response.removeprefix(" "), tokenizer, ended=ended)
+        return chat_template.chat_response_ids(turns, response.removeprefix(" "), tokenizer, ended=ended)
     ids = tokenizer.encode_continuation(response)
     return [*ids, tokenizer.eos_id] if ended else ids
 
@@ -74,7 +74,7 @@ def dialogue_row(messages: Sequence[Message], tokenizer: TextTokenizer) -> Row:
     """
     if tokenizer.chat_template is not None:
         last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=len(messages))
-        return chat.chat_row(messages[: last + 1], tokenizer)
+        return chat_template.chat_row(messages[: last + 1], tokenizer)
     ids, mask, pending = _turns(messages, tokenizer)
     rest = _said(pending, ids, tokenizer)
     return ids + rest, mask + [False] * len(rest)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from rlhf_jax.data.dialogues import ROLES, Message, is_hh, render, render_prompt, split_hh, split_shared
+from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
-from rlhf_jax.data.lines import describe, read_rows
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
 from rlhf_jax.errors import UserError
 

@@ -1,1 +1,1 @@
-"""The embedded default: the recipe on Python's documentation, with simulated labellers."""
+"""The embedded default: the documentation of Python itself as a corpus, and a written-down gold score."""

@@ -26,9 +26,9 @@ from rlhf_jax.data.encode import chat_ids, response_ids
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import PRINCIPLE, Item, Judgement
 from rlhf_jax.feedback.store import AI
+from rlhf_jax.logprobs import response_logits
 from rlhf_jax.model import Transformer
-from rlhf_jax.scoring import response_logits
-from rlhf_jax.sources import Source
+from rlhf_jax.pretrained.source import Source
 
 STAGES = ("pretrain", "sft", "ppo")
 TOO_LONG = "longer than the judge's context"

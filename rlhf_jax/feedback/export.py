@@ -19,12 +19,12 @@ from rlhf_jax.data.dialogues import Message, is_hh, render, render_prompt, split
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
 from rlhf_jax.data.records import Comparison, Ranking
-from rlhf_jax.durable import MANIFEST, UNFINISHED, read_manifest, seal
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judged import Judged, join
 from rlhf_jax.feedback.records import Form, Item, Judgement
 from rlhf_jax.feedback.store import AI, dense
 from rlhf_jax.feedback.trust import trusted
+from rlhf_jax.runs.atomic_files import MANIFEST, UNFINISHED, read_manifest, seal
 
 FORMS: tuple[Form, ...] = ("rankings", "comparisons", "trl", "hh")
 KIND = "rlhf_jax feedback"

@@ -20,9 +20,9 @@ from rlhf_jax.data.records import Prompt
 from rlhf_jax.feedback.active import Floats
 from rlhf_jax.feedback.records import Item
 from rlhf_jax.model import Transformer
-from rlhf_jax.runs import say
-from rlhf_jax.sources import Source
-from rlhf_jax.tokenizer import TextTokenizer
+from rlhf_jax.pretrained.source import Source
+from rlhf_jax.runs.lifecycle import say
+from rlhf_jax.tokenizers.bpe import TextTokenizer
 
 ROWS = 32
 _EVERY = 50

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlhf_jax.data.lines import parse_row
+from rlhf_jax.data.jsonl import parse_row
 from rlhf_jax.errors import UserError
 
 MOST_BYTES = 32 * 1024

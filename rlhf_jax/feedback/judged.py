@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
-from rlhf_jax.data.lines import describe, read_rows
+from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import FLAGS, MOST_RESPONSES, RATINGS, Item, Judgement
 from rlhf_jax.feedback.tasks import read_tasks

@@ -15,7 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
 from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.generate import generate, uniform_numbers
-from rlhf_jax.sources import Source
+from rlhf_jax.pretrained.source import Source
 
 ROWS = 32
 

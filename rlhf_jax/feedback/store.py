@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_jax.data.dialogues import Message
-from rlhf_jax.durable import sync_folder
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import FILE, connect, transaction
 from rlhf_jax.feedback.records import FLAGS, RATINGS, Item, Judgement
+from rlhf_jax.runs.atomic_files import sync_folder
 
 Role = Literal["labeller", "admin", "model"]
 AI = "ai:"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
+from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
-from rlhf_jax.data.lines import describe, read_rows
 from rlhf_jax.data.reader import read_records
 from rlhf_jax.data.records import Comparison
 from rlhf_jax.errors import UserError

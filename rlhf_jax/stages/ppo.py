@@ -14,14 +14,13 @@ import optax
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, TokenBatch, TrainState, pytree
 from rlhf_jax.config import PPOConfig
 from rlhf_jax.data import Ledger, Prompt, Text, batch_at, encode_prompts, encode_text, pack_text, read_records
-from rlhf_jax.data.embedded import load_corpus
-from rlhf_jax.episodes import Frozen, Networks, collect
+from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.kl import adapt_kl_coef
+from rlhf_jax.logprobs import packed_losses, packed_values, response_losses, state_values, target_losses
 from rlhf_jax.lora import attach
 from rlhf_jax.losses import clipped_surrogate, clipped_value_loss
 from rlhf_jax.masked import masked_mean
-from rlhf_jax.metrics import read_rows
 from rlhf_jax.optim import (
     apply_gradient,
     global_count,
@@ -31,7 +30,8 @@ from rlhf_jax.optim import (
     summed_gradients,
 )
 from rlhf_jax.packing import PackedEpisodes, pack_episodes
-from rlhf_jax.runs import (
+from rlhf_jax.pretrained.source import Source, Start, open_source, same_tokenizer, start_from
+from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
@@ -41,8 +41,8 @@ from rlhf_jax.runs import (
     say,
     train,
 )
-from rlhf_jax.scoring import packed_losses, packed_values, response_losses, state_values, target_losses
-from rlhf_jax.sources import Source, Start, open_source, same_tokenizer, start_from
+from rlhf_jax.runs.metrics import read_rows
+from rlhf_jax.stages.rollout import Frozen, Networks, collect
 
 STAGE = "ppo"
 Config = PPOConfig

@@ -12,17 +12,26 @@ import optax
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
 from rlhf_jax.config import PretrainConfig
 from rlhf_jax.data import Ledger, Text, TokenRows, batch_at, encode_text, pack_text, read_records
-from rlhf_jax.data.embedded import load_corpus
+from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import mean_loss
+from rlhf_jax.evaluation.heldout import mean_loss
+from rlhf_jax.logprobs import target_losses
 from rlhf_jax.lora import attach
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer, count_parameters, init_params
 from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.runs import Finished, complete, create_run, fingerprint_of, hold_out, refuse_empty, say, train
-from rlhf_jax.scoring import target_losses
-from rlhf_jax.sources import Start, open_source, start_from
-from rlhf_jax.tokenizer import TextTokenizer, Tokenizer
+from rlhf_jax.pretrained.source import Start, open_source, start_from
+from rlhf_jax.runs.lifecycle import (
+    Finished,
+    complete,
+    create_run,
+    fingerprint_of,
+    hold_out,
+    refuse_empty,
+    say,
+    train,
+)
+from rlhf_jax.tokenizers.bpe import TextTokenizer, Tokenizer
 
 STAGE = "pretrain"
 Config = PretrainConfig

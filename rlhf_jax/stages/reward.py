@@ -27,13 +27,15 @@ from rlhf_jax.data import (
 )
 from rlhf_jax.data.batches import Rows, SharedRankingRows
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import pair_accuracy, row_scores, scores_of
+from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
+from rlhf_jax.logprobs import ranking_scores
 from rlhf_jax.lora import attach
 from rlhf_jax.losses import ordered_pairs, ranking_loss
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
 from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.runs import (
+from rlhf_jax.pretrained.source import Source, Start, open_source, start_from
+from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
@@ -45,8 +47,6 @@ from rlhf_jax.runs import (
     say,
     train,
 )
-from rlhf_jax.scoring import ranking_scores
-from rlhf_jax.sources import Source, Start, open_source, start_from
 
 STAGE = "reward"
 Config = RewardConfig

@@ -21,15 +21,17 @@ from rlhf_jax.data import (
     read_records,
 )
 from rlhf_jax.data.batches import Rows
-from rlhf_jax.data.embedded import load_corpus
 from rlhf_jax.data.packing import pack_rows
+from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import mean_loss
+from rlhf_jax.evaluation.heldout import mean_loss
+from rlhf_jax.logprobs import target_losses
 from rlhf_jax.lora import attach
 from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer, count_parameters
 from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.runs import (
+from rlhf_jax.pretrained.source import open_source, start_from
+from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
@@ -40,8 +42,6 @@ from rlhf_jax.runs import (
     say,
     train,
 )
-from rlhf_jax.scoring import target_losses
-from rlhf_jax.sources import open_source, start_from
 
 STAGE = "sft"
 Config = SFTConfig

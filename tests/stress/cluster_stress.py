@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import rich.console
 import rich.table
 
-from rlhf_jax.metrics import read_rows
-from rlhf_jax.run_folder import RunFolder
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.metrics import read_rows
 from scripts.local_cluster import Cluster
 
 STRIKES = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "stuck": signal.SIGUSR1}

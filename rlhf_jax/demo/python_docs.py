@@ -1,0 +1,277 @@
+"""The default corpus, carried by every Python: the language's own documentation.
+
+Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library, each under its function's name
+and signature as help() shows it. Demonstrations are pairs of a function's name and signature, written as words, and the
+first sentence of its docstring, where that says most words of the name, as six in ten do: the simulated labeller
+wants what is about the function (labeller.py), and who writes demonstrations is told what labellers want. Functions
+without a docstring give further prompts, and pages of name and signature alone. Sources are parsed, never imported, so
+nothing of theirs runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_jax.data.records import Demonstration, Prompt, Text
+from rlhf_jax.demo.names import known_words, words_of
+from rlhf_jax.demo.relevance import words_mentioned
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs.atomic_files import read_json, user_cache, write_json
+
+# Written in C, so that no source file of theirs carries a docstring; importing them has no side effect.
+_C_MODULES = ("builtins", "math", "itertools", "time", "_collections", "_functools", "_operator", "array", "zlib",
+              "_struct", "select", "unicodedata", "binascii", "_bisect", "_heapq", "_random", "cmath", "_socket",
+              "_datetime", "_io", "_json", "_csv", "posix", "gc", "signal", "faulthandler", "mmap")  # fmt: skip
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3",
+    "turtledemo",
+}
+_LEAST_DEMONSTRATIONS = 1000
+# Of a name's words that a demonstration says. One alone would do for the labeller; from sentences that say most of them
+# a small model learns better to speak of what it was asked (docs/lab-notebook.md).
+_LEAST_SAID = 0.6
+_READ_AS = 1  # counted up when _functions_of_source finds other things than before
+# What help() says of a function without a docstring is its name and its signature, and the second repeats the first.
+# Seen twice, these pages make a small model learn within minutes to speak of what it was asked (docs/lab-notebook.md).
+_TIMES_UNDOCUMENTED = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A named function or class of the standard library: its words, and the first sentence of its docstring, if any."""
+
+    where: str
+    prompt: str
+    sentence: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The embedded corpus, split by a hash of the prompt or text, so that the split is the same for every seed.
+
+    texts, heldout_texts: for pretraining, about 24 to 1. demonstrations, heldout_demonstrations: (prompt, first
+    sentence), about 9 to 1. prompts, heldout_prompts: all prompts of either side, with or without a demonstration.
+    heldout_sentences: by held-out prompt, the first sentence of its docstring, whether or not it is a demonstration.
+    descriptions: (prompt, first paragraph of its docstring) of the functions that texts are about.
+    """
+
+    texts: list[Text]
+    heldout_texts: list[Text]
+    demonstrations: list[Demonstration]
+    heldout_demonstrations: list[Demonstration]
+    prompts: list[Prompt]
+    heldout_prompts: list[Prompt]
+    heldout_sentences: dict[str, str]
+    descriptions: list[tuple[str, str]]
+
+
+def signature_of(name: str, arguments: list[str], known: frozenset[str] = frozenset()) -> str:
+    """A function's name and up to four arguments as words: ` use posix spawn (args)`.
+
+    The leading space makes the words the same tokens as in the middle of a sentence, so that a model can copy them.
+    For that, too, names that run words together are cut into those that are known.
+    """
+    inner = [" ".join(words_of(argument, known)) for argument in arguments if argument not in ("self", "cls")]
+    signature = f" ({', '.join(a for a in inner[:4] if a)})" if any(inner) else ""
+    return f" {' '.join(words_of(name, known))}{signature}"
+
+
+def prompt_of(name: str, arguments: list[str], known: frozenset[str] = frozenset()) -> str:
+    """The question about a function: ` use posix spawn (args) ->`."""
+    return f"{signature_of(name, arguments, known)} ->"
+
+
+def help_page(name: str, arguments: list[str], docstring: str = "", known: frozenset[str] = frozenset()) -> str:
+    """What help() shows of a function: ` use posix spawn: use posix spawn (args)`, and its docstring below."""
+    page = f" {' '.join(words_of(name, known))}:{signature_of(name, arguments, known)}"
+    return f"{page}\n\n {docstring}" if docstring else page
+
+
+def first_paragraph(docstring: str) -> str:
+    """What stands above a docstring's first empty line."""
+    return docstring.strip().partition("\n\n")[0]
+
+
+def first_sentence(docstring: str) -> str | None:
+    """A docstring's first sentence if it reads as one: a capital to a full stop, 15 to 120 characters, no markup.
+
+    A signature that stands above it is passed over; a capital and a full stop are set, and marks around a name taken
+    off, where the writer did otherwise.
+    """
+    paragraphs = [" ".join(paragraph.split()) for paragraph in docstring.strip().split("\n\n")]
+    if re.match(r"[\w.]+\([^)]*\)? ?(--?>|$)", paragraphs[0]):
+        del paragraphs[0]
+    if not paragraphs:
+        return None
+    plain = re.sub(r"`(\w[^`']*)'", r"\1", paragraphs[0])  # `name', as TeX quotes
+    plain = re.sub(r"(?::[a-z]+:)?``?([^`]*)``?", r"\1", plain)
+    plain = re.sub(r"\bself\.(?=\w)|(?<!\w)\*(\w+)\*(?!\w)", r"\1", plain)
+    match = re.match(r"[A-Za-z][a-z].*?[A-Za-z0-9\])](?=\.(?:\s|$)|$)", plain)
+    if match is None:
+        return None
+    sentence = f"{match[0][0].upper()}{match[0][1:]}."
+    # Other markup, and stops that end no sentence.
+    if re.search(r"[`*<>|{}=\\_]|->|\.\.|::| :\w|\b(?:etc|vs|cf|[A-Za-z]\.[A-Za-z])\.$", sentence):
+        return None
+    return sentence if 15 <= len(sentence) <= 120 else None
+
+
+def _says_most_of(prompt: str, sentence: str) -> bool:
+    """Whether a sentence says most words of the function's name, and one at least."""
+    said, asked = words_mentioned(prompt, sentence)
+    return said > 0 and said >= _LEAST_SAID * asked
+
+
+def _functions_of_source(path: Path, name: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
+    """(where, docstring, name, arguments) of a module and of everything defined in it."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # files of the standard library that hold deliberate mistakes
+        return
+    yield f"{name}:1", ast.get_docstring(tree), "", []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
+        elif isinstance(node, ast.ClassDef):
+            arguments = []
+        else:
+            continue
+        yield f"{name}:{node.lineno}", ast.get_docstring(node), node.name, arguments
+
+
+def _functions_of_c_module(module: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
+    try:
+        owner = importlib.import_module(module)
+    except ImportError:  # not on every platform
+        return
+    for name, member in sorted(vars(owner).items()):
+        members = [(name, member)]
+        if inspect.isclass(member):
+            members += sorted(vars(member).items())
+        for label, function in members:
+            if callable(function) and not label.startswith("__"):
+                docstring = inspect.getdoc(function)
+                yield f"{module}.{name}", docstring, label, []
+
+
+def _share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
+
+
+def _functions_of_library(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
+    """(where, docstring, name, arguments) of everything that the standard library's sources define."""
+    found: list[tuple[str, str | None, str, list[str]]] = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if not _SKIPPED_FOLDERS.intersection(relative.parts) and relative.parts[0] != "pydoc_data":
+            found.extend(_functions_of_source(path, str(relative)))
+    return found
+
+
+def _remembered(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
+    """The same, from the user's cache where an earlier start has left it: parsing takes seconds."""
+    key = hashlib.sha256(f"{_READ_AS} {sys.version} {root}".encode()).hexdigest()
+    try:
+        path = user_cache() / f"library-{key[:16]}.json"
+    except RuntimeError:  # a user without a home, as in some containers
+        return _functions_of_library(root)
+    try:
+        rows = read_json(path)["functions"]
+        return [(str(where), docstring, str(name), list(arguments)) for where, docstring, name, arguments in rows]
+    except (UserError, KeyError, TypeError, ValueError):
+        pass  # not there, or not whole
+    found = _functions_of_library(root)
+    # A cache that cannot be written (a read-only home) is none.
+    with contextlib.suppress(OSError, ValueError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"functions": found})
+    return found
+
+
+def load_corpus() -> Corpus:
+    """Reads the corpus from the running Python: in a few seconds, later in one.
+
+    Raises: UserError where this Python has been stripped of its documentation.
+    """
+    documents: dict[str, tuple[str, str]] = {}  # text: where it stands, the prompt of its function
+    undocumented: dict[str, Text] = {}  # by prompt
+    functions: dict[str, Function] = {}
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        topics = {}
+    for topic, text in sorted(topics.items()):
+        documents.setdefault(text.strip(), (f"pydoc_data.topics:{topic}", ""))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = _remembered(root)
+    for module in _C_MODULES:
+        found.extend(_functions_of_c_module(module))
+    # A bare list of words, those of held-out docstrings among them: nothing that an answer could be learnt from.
+    known = known_words(first_paragraph(docstring) for _, docstring, _, _ in found if docstring)
+    for where, docstring, name, arguments in found:
+        named = bool(name) and not name.startswith("__") and bool(words_of(name))
+        prompt = prompt_of(name, arguments, known) if named else ""
+        if docstring:
+            text = inspect.cleandoc(docstring).strip()
+            documents.setdefault(help_page(name, arguments, text, known) if named else text, (where, prompt))
+        elif named:
+            undocumented.setdefault(prompt, Text(help_page(name, arguments, known=known), where))
+        if not named:
+            continue
+        sentence = first_sentence(docstring) if docstring else None
+        if prompt not in functions or (functions[prompt].sentence is None and sentence is not None):
+            functions[prompt] = Function(where, prompt, sentence)
+    demonstrations = [
+        Demonstration(f.prompt, " " + f.sentence, f.where)
+        for f in functions.values()
+        if f.sentence and _says_most_of(f.prompt, f.sentence)
+    ]
+    if len(demonstrations) < _LEAST_DEMONSTRATIONS:
+        raise UserError(
+            f"the embedded corpus: {len(demonstrations)} docstrings that say what a function does found in {root} "
+            f"({sys.version.split()[0]}), wanted at least {_LEAST_DEMONSTRATIONS}; this Python was installed without "
+            "its documentation, pass files with --data"
+        )
+    prompts = [Prompt(f.prompt, f.where) for f in functions.values()]
+    pages = [(Text(text, where), prompt) for text, (where, prompt) in documents.items() if len(text) >= 40]
+    # Nothing of a held-out function is pretrained on: no page of its own, and none that opens with the same sentence.
+    unseen = {prompt for prompt in functions if _share(prompt) < 0.1}
+    heldout_sentences = {f.sentence for f in functions.values() if f.sentence and f.prompt in unseen}
+
+    def held_out(text: str, prompt: str) -> bool:
+        body = text.split("\n\n", 1)[-1] if prompt else text
+        return _share(text) < 0.04 or prompt in unseen or first_sentence(body) in heldout_sentences
+
+    demonstrated = [d for d in demonstrations if d.prompt not in unseen]
+    training = [(text, prompt) for text, prompt in pages if not held_out(text.text, prompt)]
+    # A method overridden under another signature has the same sentence: not held out if it was shown.
+    shown = {d.completion for d in demonstrated}
+    return Corpus(
+        texts=[text for text, _ in training]
+        + [t for p, t in undocumented.items() if functions[p].sentence is None and p not in unseen]
+        * _TIMES_UNDOCUMENTED,
+        heldout_texts=[text for text, _ in pages if _share(text.text) < 0.04],
+        demonstrations=demonstrated,
+        heldout_demonstrations=[d for d in demonstrations if d.prompt in unseen and d.completion not in shown],
+        prompts=[p for p in prompts if p.prompt not in unseen],
+        heldout_prompts=[p for p in prompts if p.prompt in unseen],
+        heldout_sentences={f.prompt: f.sentence for f in functions.values() if f.sentence and f.prompt in unseen},
+        descriptions=[(prompt, first_paragraph(text.text.partition("\n\n")[2])) for text, prompt in training if prompt],
+    )

@@ -1,0 +1,81 @@
+"""Exact figures over a whole held-out set: losses and reward-model accuracy."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TokenBatch
+from rlhf_jax.data.batches import RaggedRows, RankingRows, SharedRankingRows, TokenRows
+from rlhf_jax.logprobs import last_token_scores, ranking_scores, target_losses
+from rlhf_jax.losses import ordered_pairs
+from rlhf_jax.model import Transformer
+from rlhf_jax.parallel.processes import fetch
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _loss_sum(model: Transformer, params: Params, batch: TokenBatch, counted_B: Array) -> tuple[Array, Array]:
+    loss_BT, mask_BT = target_losses(model, params, batch)
+    mask_BT &= counted_B[:, None]
+    return jnp.sum(jnp.where(mask_BT, loss_BT, 0.0)), jnp.sum(mask_BT)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _scores(model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch) -> Array:
+    return ranking_scores(model, params, batch)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _row_scores(model: Transformer, params: Params, batch: TokenBatch) -> Array:
+    return last_token_scores(model, params, batch.tokens_BT, batch.segment_ids_BT > 0)
+
+
+def _in_batches(rows: Any, batch_size: int) -> Any:
+    """(batch, its indices, True where the index is no repetition) over all rows, every batch of one shape."""
+    everyone = np.arange(len(rows))
+    for start in range(0, len(rows), batch_size):
+        indices = np.arange(start, start + batch_size)
+        yield rows.batch(indices % len(rows), among=everyone), indices % len(rows), indices < len(rows)
+
+
+def mean_loss(
+    model: Transformer, params: Params, rows: TokenRows | RaggedRows, *, batch_size: int = 32
+) -> tuple[float, int]:
+    """(mean nats per target token, target tokens) over all rows."""
+    total, count = 0.0, 0
+    for batch, _, counted_B in _in_batches(rows, batch_size):
+        loss, targets = _loss_sum(model, params, batch, counted_B)
+        total += float(loss)
+        count += int(targets)
+    return total / max(count, 1), count
+
+
+def scores_of(
+    model: Transformer, params: Params, rows: RankingRows | SharedRankingRows, *, batch_size: int = 32
+) -> np.ndarray:
+    """Reward-model scores [N, K] of all rows; what stands where a response is missing means nothing."""
+    out = np.zeros((len(rows), rows.responses), np.float32)
+    for batch, indices, counted_B in _in_batches(rows, batch_size):
+        out[indices[counted_B]] = fetch(_scores(model, params, batch))[counted_B]
+    return out
+
+
+def row_scores(model: Transformer, params: Params, rows: RaggedRows, *, batch_size: int = 32) -> np.ndarray:
+    """Reward-model scores [N] of all rows, each a prompt with a response."""
+    out = np.zeros(len(rows), np.float32)
+    for batch, indices, counted_B in _in_batches(rows, batch_size):
+        out[indices[counted_B]] = fetch(_row_scores(model, params, batch))[counted_B]
+    return out
+
+
+def pair_accuracy(scores_NK: np.ndarray, ranks_NK: np.ndarray, mask_NK: np.ndarray) -> tuple[float, int]:
+    """(share of ordered pairs whose better response scores higher, pairs); equal scores count half."""
+    wins = np.asarray(ordered_pairs(jnp.asarray(ranks_NK), jnp.asarray(mask_NK)))
+    gap = scores_NK[:, :, None] - scores_NK[:, None, :]
+    right = np.where(gap > 0, 1.0, np.where(gap == 0, 0.5, 0.0))
+    count = int(wins.sum())
+    return float(right[wins].sum() / max(count, 1)), count

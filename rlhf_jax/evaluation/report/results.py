@@ -1,0 +1,262 @@
+"""What the run came to: the outcome in words, the key figures, the recipe's picture, win rates, answers and bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlhf_jax.evaluation.report.charts import interval_chart
+from rlhf_jax.evaluation.report.html import Figures, details, duration, number, percent, section, table, text
+
+LEAST_DISTINCT = 0.8  # of SFT's share of distinct answers
+SHOWN, MOST = 10, 100  # samples that are not folded away, and in all
+
+
+def distinct_of_sft(figures: Figures) -> float | None:
+    """PPO's share of distinct answers over SFT's."""
+    given = figures.number("ppo.distinct_share_of_sft")
+    ppo, sft = figures.number("ppo.distinct_share"), figures.number("sft.distinct_share")
+    return given if given is not None or ppo is None or not sft else ppo / sft
+
+
+def headline(figures: Figures) -> str:
+    """The outcome in one plain sentence."""
+    rate, interval = figures.number("ppo.win_rate_vs_sft"), figures.interval("ppo.win_rate_vs_sft_interval")
+    distinct = distinct_of_sft(figures)
+    if rate is None:
+        return "What the recipe made"
+    low, high = interval or (rate, rate)
+    if low > 0.5:
+        said = f"After RLHF, answers beat those of SFT on {rate:.0%} of held-out prompts"
+    elif high < 0.5:
+        said = f"RLHF made answers worse: they beat those of SFT on only {rate:.0%} of held-out prompts"
+    else:
+        said = f"RLHF changed little: its answers beat those of SFT on {rate:.0%} of held-out prompts, no clear win"
+    return said + (", but it repeats itself" if distinct is not None and distinct < LEAST_DISTINCT else "")
+
+
+def lead(figures: Figures) -> str:
+    """Two or three sentences under the headline."""
+    said = [
+        "A language model was trained on plain text, taught to answer by demonstrations (SFT), a reward model learned "
+        "from rankings what is preferred, and PPO trained the answers against that reward model."
+    ]
+    kl = figures.shown("ppo.kl_nats")
+    if kl is not None:
+        said.append(f"The policy ended {kl} nats a response from SFT.")
+    said.append("The judge is a written-down gold score that PPO never sees; ties count half.")
+    return " ".join(said)
+
+
+def cards(figures: Figures) -> str:
+    """The key figures; one that the summary lacks has no card."""
+
+    def within(key: str) -> str:
+        pair = figures.interval(key)
+        return f"95% interval {percent(pair[0])} to {percent(pair[1])}" if pair else ""
+
+    def against(words: str, key: str, form: str) -> str:
+        found = figures.shown(key, form)
+        return f"{words} {found}" if found else ""
+
+    distinct = distinct_of_sft(figures)
+    wanted = (
+        ("PPO wins over SFT", "ppo.win_rate_vs_sft", "%", within("ppo.win_rate_vs_sft_interval")),
+        ("SFT wins over pretrained", "sft.win_rate_vs_pretrained", "%", within("sft.win_rate_vs_pretrained_interval")),
+        ("Reward model’s accuracy", "reward.heldout_accuracy", "%",
+         against("of held-out pairs; from scratch", "reward.scratch_heldout_accuracy", "%") or "of held-out pairs"),
+        ("KL from SFT", "ppo.kl_nats", "{:.2f}", "nats a response"),
+        ("Distinct answers, PPO", "ppo.distinct_share", "%",
+         f"{percent(distinct)} of SFT’s share" if distinct is not None else ""),
+        ("PPO’s answers about the function", "ppo.topic_share", "%", against("SFT’s", "sft.topic_share", "%")),
+        ("Gold score of PPO’s answers", "ppo.gold_mean", "{:.2f}", against("of 7; SFT’s", "sft.gold_mean", "{:.2f}")),
+        ("SFT’s nats a response token", "sft.heldout_response_nll", "{:.2f}",
+         against("held out; the pretrained model’s", "pretrain.heldout_response_nll", "{:.2f}")),
+        ("Bits a byte, held out", "pretrain.heldout_bits_per_byte", "{:.2f}",
+         against("token bigrams need", "pretrain.bigram_bits_per_byte", "{:.2f}")),
+    )  # fmt: skip
+    out = [
+        f"<div><dt>{title}</dt><dd>{shown}<small>{note}</small></dd></div>"
+        for title, key, form, note in wanted
+        if (shown := figures.shown(key, form)) is not None
+    ]
+    return f'<dl class="cards">{"".join(out)}</dl>' if out else ""
+
+
+def recipe(figures: Figures, ledgers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Data → model at each of the four stages, one handing on to the next, with a figure each."""
+
+    def data(stage: str, name: str, unit: str) -> str:
+        ledger = ledgers.get(stage) or {}
+        count = number(ledger.get("tokens" if unit == "tokens" else "accepted"))
+        return f"{name}<small>{count:,.0f} {unit}</small>" if count else name
+
+    steps = (
+        ("pretrain", data("pretrain", "Text", "tokens"), "Language model", "predicts the next token",
+         figures.shown("pretrain.heldout_bits_per_byte"), "bits a byte, held out"),
+        ("sft", data("sft", "Demonstrations", "rows"), "SFT model", "learns to answer",
+         figures.shown("sft.heldout_response_nll"), "nats a response token, held out"),
+        ("reward", data("reward", "Rankings", "rows"), "Reward model", "starts from SFT, learns what is preferred",
+         figures.shown("reward.heldout_accuracy", "%"), "of held-out pairs right"),
+        ("ppo", data("ppo", "Prompts", "rows"), "PPO policy", "starts from SFT, seeks reward, stays near",
+         figures.shown("ppo.win_rate_vs_sft", "%"), "wins over SFT"),
+    )  # fmt: skip
+    items = "".join(
+        f'<li class="c-{stage}"><div class="data">{source}</div>'
+        f'<div class="model"><b>{name}</b><span>{what}</span></div>'
+        + (f'<p class="figure"><b>{figure}</b> {unit}</p>' if figure is not None else "")
+        + "</li>"
+        for stage, source, name, what, figure, unit in steps
+    )
+    return section("recipe", "The recipe", f'<ol class="recipe">{items}</ol>')
+
+
+def gains(figures: Figures) -> str:
+    """Win rates with their intervals, and each model's figures side by side."""
+    prompts = figures.number("ppo.heldout_prompts")
+    many = f"{prompts:,.0f} " if prompts else ""
+    pairs = (
+        ("SFT against pretrained", "sft", "sft.win_rate_vs_pretrained"),
+        ("PPO against SFT", "ppo", "ppo.win_rate_vs_sft"),
+    )
+    rows = [
+        (name, colour, rate, figures.interval(key + "_interval"))
+        for name, colour, key in pairs
+        if (rate := figures.number(key)) is not None
+    ]
+    measures = (
+        ("Gold score, mean", "gold_mean", "{:.2f}"),
+        ("One finished sentence", "finished_share", "%"),
+        ("All words are words", "known_share", "%"),
+        ("About the function", "topic_share", "%"),
+        ("Sensible: all three of them", "sensible_share", "%"),
+        ("Sensible, and no word twice", "sensible_fluent_share", "%"),
+        ("Three to eight words", "concise_share", "%"),
+        ("Distinct answers", "distinct_share", "%"),
+        ("Nats a response token", "heldout_response_nll", "{:.2f}"),
+    )
+    models = {"pretrain": "Pretrained", "sft": "SFT", "ppo": "PPO"}
+    if figures.number("docstrings.gold_mean") is not None:
+        models["docstrings"] = "Documentation"
+    lines = [
+        (title, *(figures.shown(f"{model}.{key}", form) or "–" for model in models))
+        for title, key, form in measures
+        if any(figures.number(f"{model}.{key}") is not None for model in models)
+    ]
+    compared = table("On held-out prompts", ("", *models.values()), lines)
+    return section(
+        "gains",
+        "What each stage gained",
+        f'<div class="two">{interval_chart(rows)}{compared}</div>' if rows or lines else "",
+        lead=f"Share of {many}held-out prompts where the later model’s answer has the higher gold score, ties half; "
+        "bars are 95% intervals.",
+    )
+
+
+def answers(samples: Sequence[Mapping[str, Any]]) -> str:
+    """The three models' answers to the same prompts, with gold scores; the best of a row is marked."""
+    documented_first = sorted(samples, key=lambda sample: not sample.get("docstring"))
+    rows = [_answer(sample) for sample in documented_first[:MOST]]
+    rest = len(rows) - SHOWN
+    warmth = samples[0].get("temperature") if samples else None
+    sampled = f" Sampled at temperature {warmth}; every figure above is at 1." if warmth else ""
+    return section(
+        "answers",
+        "The same prompts, three models",
+        _answers(rows[:SHOWN]),
+        details(f"{rest} more of {len(samples):,} prompts", _answers(rows[SHOWN:])),
+        lead="Held-out prompts: a function’s name and arguments, in words. The last column is its real documentation; "
+        f"prompts that have one come first. The number is the gold score, ★ the highest of its row.{sampled}",
+    )
+
+
+def _answers(rows: Sequence[str]) -> str:
+    head = "".join(
+        f'<th scope="col" role="columnheader">{name}</th>'
+        for name in ("Prompt", "Pretrained", "SFT", "PPO", "Documentation")
+    )
+    if not rows:
+        return ""
+    return (
+        '<table class="answers" role="table"><caption class="hidden">Answers side by side</caption>'
+        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
+        f'<tbody role="rowgroup">{"".join(rows)}</tbody></table>'
+    )
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    gold = sample.get("gold")
+    scores = {name: number(gold.get(name)) for name in ("pretrain", "sft", "ppo")} if isinstance(gold, Mapping) else {}
+    known = [score for score in scores.values() if score is not None]
+    prompt = text(sample.get("prompt", "")).strip().replace("-&gt;", '<span class="whole">-&gt;</span>')
+    cells = [f'<th scope="row" role="rowheader"><code>{prompt}</code></th>']
+    for name, title in (("pretrain", "Pretrained"), ("sft", "SFT"), ("ppo", "PPO")):
+        answer = text(sample.get(name, "")).strip() or '<i class="none">nothing</i>'
+        mark, score = "", scores.get(name)
+        if score is not None:
+            best = len(known) > 1 and score == max(known) > min(known)
+            star = '<span title="highest of the row">★</span> ' if best else ""
+            css = "gold best" if best else "gold"
+            mark = f'<span class="{css}">{star}<span class="hidden">gold score </span>{_signed(score)}</span>'
+        cells.append(f'<td role="cell" class="c-{name}" data-label="{title}">{answer}{mark}</td>')
+    documented = sample.get("docstring")
+    css = "doc" if documented else "doc none"
+    cells.append(f'<td role="cell" class="{css}" data-label="Documentation">{text(documented or "–")}</td>')
+    return f'<tr role="row">{"".join(cells)}</tr>'
+
+
+def _signed(score: float) -> str:
+    return f"{score:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def bars(figures: Figures) -> str:
+    """What the default recipe must show, what this run shows, and whether that holds."""
+    get = figures.number
+    seed = get("seed")
+    below: Callable[[float, float], bool] = lambda found, bar: found < bar  # noqa: E731
+    above: Callable[[float, float], bool] = lambda found, bar: found > bar  # noqa: E731
+    most: Callable[[float, float], bool] = lambda found, bar: found <= bar  # noqa: E731
+    least: Callable[[float, float], bool] = lambda found, bar: found >= bar  # noqa: E731
+    wanted = (
+        ("Held-out bits a byte, below those of token bigrams", get("pretrain.heldout_bits_per_byte"),
+         below, get("pretrain.bigram_bits_per_byte"), "below"),
+        ("SFT’s nats a held-out response token, below the pretrained model’s", get("sft.heldout_response_nll"),
+         below, get("pretrain.heldout_response_nll"), "below"),
+        ("Reward model’s accuracy on held-out pairs", get("reward.heldout_accuracy"), least, 0.75, "at least"),
+        ("The same, above a reward model from scratch", get("reward.heldout_accuracy"),
+         above, get("reward.scratch_heldout_accuracy"), "above"),
+        ("PPO’s win rate over SFT", get("ppo.win_rate_vs_sft"), least, 0.70, "at least"),
+        ("PPO’s distinct answers, as a share of SFT’s", distinct_of_sft(figures), least, LEAST_DISTINCT, "at least"),
+        ("|ratio − 1| before the first update", get("ppo.first_ratio_error"), most, 1e-4, "at most"),
+        ("KL before the first update", get("ppo.first_kl"), most, 1e-4, "at most"),
+        ("Seconds, all stages", get("wall_seconds"), most, 480.0, "at most"),
+    )  # fmt: skip
+    rows = []
+    for title, found, holds, bar, words in wanted:
+        if found is None or bar is None:
+            continue
+        verdict = '<span class="yes">✓ holds</span>' if holds(found, bar) else '<span class="no">✗ missed</span>'
+        rows.append((title, f"{words} {_exact(bar)}", _exact(found), verdict))
+    one = "" if seed is None else f", seed {seed:.0f}"
+    return section(
+        "bars",
+        "Which bars hold",
+        table("Bars of the default recipe", ("Bar", "Wanted", f"This run{one}", "Verdict"), rows, hidden=True),
+        lead="The bars are set for the median over seeds 0, 1 and 2 of the default recipe; this page is one run.",
+    )
+
+
+def _exact(value: float) -> str:
+    """Four digits, so that no rounding carries a figure over its bar."""
+    if value and abs(value) < 1e-2:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.{1 if abs(value) >= 100 else 4}f}".rstrip("0").rstrip(".")
+
+
+def eyebrow(name: str, figures: Figures) -> str:
+    """The run's name, seed and time in one small line."""
+    seed, seconds = figures.number("seed"), figures.number("wall_seconds")
+    parts = [f"run {text(name)}"] if name else []
+    parts += [f"seed {seed:.0f}"] if seed is not None else []
+    parts += [duration(seconds)] if seconds is not None else []
+    return " · ".join(parts)

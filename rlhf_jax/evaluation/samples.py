@@ -1,0 +1,131 @@
+"""Responses of a model to many prompts and what they are worth: win rates, distinct answers, distance to another."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.arrays import Array, Params
+from rlhf_jax.data.batches import PromptRows
+from rlhf_jax.generate import generate
+from rlhf_jax.logprobs import response_logits
+from rlhf_jax.losses import next_token_loss
+from rlhf_jax.model import Transformer
+
+
+def sample_responses(
+    model: Transformer,
+    params: Params,
+    prompts: PromptRows,
+    key: Array,
+    *,
+    samples: int = 1,
+    batch_size: int = 256,
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    temperature: float = 1.0,
+    slots: int = 0,
+) -> list[list[list[int]]]:
+    """`samples` responses to each prompt, as token ids; one that ended has its eos.
+
+    Args:
+      key: typed; each batch folds its number in.
+      batch_size: rows sampled at once; every batch has that many, so that one program serves all.
+      slots: rows of a batch that are computed at a time, as `generate` has it.
+    """
+    # Where a batch is whole prompts, each of them is computed once for all its samples.
+    together = 1 if batch_size % samples or slots % (4 * samples) else samples
+    rows = np.repeat(np.arange(len(prompts)), samples)
+    flat: list[list[int]] = []
+    for number, start in enumerate(range(0, len(rows), batch_size)):
+        batch = prompts.batch(rows[np.arange(start, start + batch_size, together) % len(rows)])
+        out = generate(
+            model,
+            params,
+            batch.tokens_BP,
+            batch.mask_BP,
+            jax.random.fold_in(key, number),
+            max_new_tokens=max_new_tokens,
+            stop_ids=(eos_id,),
+            pad_id=pad_id,
+            temperature=temperature,
+            slots=slots,
+            samples=together,
+        )
+        tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
+        flat += [tokens[i][mask[i]].tolist() for i in range(min(batch_size, len(rows) - start))]
+    return [flat[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length", "temperature"))
+def _response_logp(
+    model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, length: int, temperature: float
+) -> Array:
+    logits = response_logits(model, params, tokens_BT, mask_BT, response_length=length, temperature=temperature)
+    logp = -next_token_loss(logits, tokens_BT[:, -length:])
+    return jnp.sum(jnp.where(mask_BT[:, -length:], logp, 0.0), axis=1)
+
+
+def sequence_kl(
+    model: Transformer,
+    params: Params,
+    reference: Params,
+    prompts: PromptRows,
+    responses: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+) -> np.ndarray:
+    """k1 estimate of KL(π, π_ref) in nats of each response, [N]: log π - log π_ref of the sampled tokens, summed.
+
+    Args:
+      responses: one a prompt, sampled from `params` at this temperature.
+    """
+    out = np.zeros(len(prompts))
+    for start in range(0, len(prompts), batch_size):
+        indices = np.arange(start, start + batch_size) % len(prompts)
+        batch = prompts.batch(indices)
+        tokens = np.full((batch_size, max_new_tokens), prompts.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for place, index in enumerate(indices.tolist()):
+            tokens[place, : len(responses[index])] = responses[index]
+            mask[place, : len(responses[index])] = True
+        whole = (np.concatenate([batch.tokens_BP, tokens], axis=1), np.concatenate([batch.mask_BP, mask], axis=1))
+        logp, ref_logp = (
+            _response_logp(model, network, *whole, length=max_new_tokens, temperature=temperature)
+            for network in (params, reference)
+        )
+        count = min(batch_size, len(prompts) - start)
+        out[start : start + count] = np.asarray(logp - ref_logp)[:count]
+    return out
+
+
+def win_rate(scores: np.ndarray, other: np.ndarray) -> tuple[float, list[float]]:
+    """(share of prompts on which `scores` wins, ties half; its 95% interval), paired by prompt.
+
+    The interval is mean ± 1.96 standard errors of the per-prompt outcomes, cut to [0, 1].
+
+    Args:
+      scores, other: [N], or [N, K] and [N, L] where a prompt has several answers; each of one side then meets each of
+        the other, and a prompt's outcome is the mean over those pairs.
+    """
+    first_NK1, second_N1L = scores.reshape(len(scores), -1, 1), other.reshape(len(other), 1, -1)
+    outcomes_NKL = np.where(first_NK1 > second_N1L, 1.0, np.where(first_NK1 == second_N1L, 0.5, 0.0))
+    outcomes = outcomes_NKL.mean(axis=(1, 2))
+    rate = float(outcomes.mean())
+    margin = 1.96 * float(outcomes.std(ddof=1)) / math.sqrt(len(outcomes))
+    return rate, [max(rate - margin, 0.0), min(rate + margin, 1.0)]
+
+
+def distinct_share(texts: Sequence[str]) -> float:
+    """Share of answers that were given once only."""
+    counts = Counter(texts)
+    return sum(counts[text] == 1 for text in texts) / len(texts)

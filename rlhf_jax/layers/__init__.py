@@ -1,0 +1,1 @@
+"""The parts of the transformer: attention, rotary positions, the KV cache."""

@@ -1,0 +1,196 @@
+"""What a model says of given tokens: the loss of targets, the log-probability of responses, the score of a response."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TokenBatch
+from rlhf_jax.config import ModelConfig
+from rlhf_jax.losses import next_token_loss
+from rlhf_jax.model import Transformer
+from rlhf_jax.packing import PackedEpisodes
+from rlhf_jax.parallel.sharding import DATA, FSDP, TENSOR
+
+# Logits that a loss holds at once on a device, where the model's head_chunk does not say how many positions' these are.
+LOGITS_BYTES = 2**28
+
+
+def target_losses(
+    model: Transformer, params: Params, batch: TokenBatch, dropout_key: Array | None = None
+) -> tuple[Array, Array]:
+    """(loss, mask) of the targets of a batch: nats [B, T-1], and True where the token is a target.
+
+    Args:
+      dropout_key: turns dropout on; training of the stages 1 and 2 only.
+    """
+    tokens, segments, targets, mask = batch.shifted()
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    hidden = model.apply(
+        {"params": params}, tokens, segment_ids=segments, deterministic=dropout_key is None, rngs=rngs, method="hidden"
+    )
+    return _by_chunks(model, params, hidden, targets, lambda logits, ids: (next_token_loss(logits, ids),))[0], mask
+
+
+def response_logits(
+    model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, response_length: int, temperature: float
+) -> Array:
+    """Logits [B, R, V] that predict the last R tokens of each row, divided by the temperature; float32.
+
+    The head is computed on those positions only. Training takes `response_losses`, which need not hold all of them.
+    """
+    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
+    return model.apply({"params": params}, hidden_BRD, method="head") / temperature
+
+
+def response_losses(
+    model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, response_length: int, temperature: float
+) -> tuple[Array, Array]:
+    """(-log p, entropy), each [B, R] in nats, of the last R tokens of each row at a temperature.
+
+    The head is computed on the positions that predict them only.
+    """
+    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
+    tokens_BR = tokens_BT[:, -response_length:]
+
+    return _losses_at(model, params, hidden_BRD, tokens_BR, temperature)
+
+
+def packed_losses(
+    model: Transformer, params: Params, packed: PackedEpisodes, *, temperature: float
+) -> tuple[Array, Array]:
+    """`response_losses` of packed episodes."""
+    return _losses_at(model, params, _packed_hidden(model, params, packed), packed.targets_BR, temperature)
+
+
+def packed_values(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
+    """`state_values` of packed episodes."""
+    return model.apply({"params": params}, _packed_hidden(model, params, packed), method="head")
+
+
+def packed_scores(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
+    """Score [B, R] at each response token itself, of which an episode's last one is its score."""
+    after = dataclasses.replace(packed, at_BR=jnp.minimum(packed.at_BR + 1, packed.tokens_BT.shape[1] - 1))
+    return packed_values(model, params, after)
+
+
+def _packed_hidden(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
+    segments_BT = packed.segment_ids_BT
+    return model.apply(
+        {"params": params}, packed.tokens_BT, segment_ids=segments_BT, at_BQ=packed.at_BR, method="hidden"
+    )
+
+
+def _losses_at(
+    model: Transformer, params: Params, hidden_BRD: Array, tokens_BR: Array, temperature: float
+) -> tuple[Array, Array]:
+    def of_logits(logits: Array, ids: Array) -> tuple[Array, Array]:
+        logits = logits / temperature
+        return next_token_loss(logits, ids), entropy(logits)
+
+    loss_BR, entropy_BR = _by_chunks(model, params, hidden_BRD, tokens_BR, of_logits)
+    return loss_BR, entropy_BR
+
+
+def positions_at_a_time(config: ModelConfig, rows: int, length: int) -> int:
+    """How many of `length` positions of `rows` rows have their logits computed at once: head_chunk, or by memory.
+
+    On a mesh a device holds its share of the rows and of the vocabulary.
+    """
+    if config.head_chunk is not None:
+        return config.head_chunk or length
+    mesh = dict(jax.sharding.get_abstract_mesh().shape)
+    here = math.ceil(rows / (mesh.get(DATA, 1) * mesh.get(FSDP, 1))) * config.vocab_rows / mesh.get(TENSOR, 1)
+    fit = max(1, int(LOGITS_BYTES / (4 * here)))
+    # Parts of like length: none is small.
+    return math.ceil(length / math.ceil(length / fit))
+
+
+def _by_chunks(
+    model: Transformer,
+    params: Params,
+    hidden_BTD: Array,
+    targets_BT: Array,
+    of_logits: Callable[[Array, Array], tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """What `of_logits` makes [B, T] of logits [B, T, V] and targets [B, T], `positions_at_a_time` of them.
+
+    Where these are not all, logits are never held whole, nor kept for the backward pass, which computes those of a
+    chunk anew.
+    """
+
+    def of_hidden(params: Params, hidden_BCD: Array, targets_BC: Array) -> tuple[Array, ...]:
+        return of_logits(model.apply({"params": params}, hidden_BCD, method="head"), targets_BC)
+
+    rows, length = targets_BT.shape
+    chunk = positions_at_a_time(model.config, rows, length)
+    if chunk >= length:
+        return of_hidden(params, hidden_BTD, targets_BT)
+    once = jax.checkpoint(of_hidden, prevent_cse=not model.config.scan_layers)
+    if not model.config.scan_layers:
+        parts = [
+            once(params, hidden_BTD[:, i : i + chunk], targets_BT[:, i : i + chunk]) for i in range(0, length, chunk)
+        ]
+        return tuple(jnp.concatenate(column, axis=1) for column in zip(*parts, strict=True))
+    missing = -length % chunk
+
+    def sliced(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0) for _ in x.shape[2:])))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    _, columns = jax.lax.scan(
+        lambda _, part: (None, once(params, *part)), None, (sliced(hidden_BTD), sliced(targets_BT))
+    )
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length] for x in columns)
+
+
+def state_values(
+    model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, response_length: int
+) -> Array:
+    """Value [B, R] of the state before each of the last R tokens, by a scalar-head model."""
+    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
+    return model.apply({"params": params}, hidden_BRD, method="head")
+
+
+def _before_responses(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, length: int) -> Array:
+    """Hidden states [B, R, D] of the columns before each of the last R; the last block computes no others."""
+    hidden = model.apply({"params": params}, tokens_BT, mask_BT, last=length + 1, method="hidden")
+    return hidden[:, :-1]
+
+
+def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
+    """Score [B] of each row by a scalar-head model, read at the row's last real token; 0 for a row without one.
+
+    Not at a pad behind it, which sees the same tokens but was never trained, nor one token too early or late.
+    """
+    last_B1 = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1, keepdims=True)
+    hidden_B1D = model.apply({"params": params}, tokens_BT, mask_BT, at_BQ=last_B1, method="hidden")
+    score_B = model.apply({"params": params}, hidden_B1D[:, 0], method="head")
+    return jnp.where(jnp.any(mask_BT, axis=1), score_B, 0.0)
+
+
+def ranking_scores(model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch) -> Array:
+    """Scores [B, K] of the ranked responses; a shared prompt is computed once for all of them."""
+    if isinstance(batch, SharedRankingBatch):
+        hidden_BKD = model.apply(
+            {"params": params},
+            batch.tokens_BT,
+            segment_ids=batch.segment_ids_BT,
+            at_BQ=batch.at_BK,
+            shared_prompt=True,
+            method="hidden",
+        )
+        return jnp.where(batch.mask_BK, model.apply({"params": params}, hidden_BKD, method="head"), 0.0)
+    rows, responses, length = batch.tokens_BKT.shape
+    flat = (batch.tokens_BKT.reshape(rows * responses, length), batch.mask_BKT.reshape(rows * responses, length))
+    return last_token_scores(model, params, *flat).reshape(rows, responses)
+
+
+def entropy(logits: Array) -> Array:
+    """Entropy in nats of softmax(logits [..., V]), [...]; -inf logits carry no probability."""
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.where(jnp.isfinite(logp), jnp.exp(logp) * logp, 0.0), axis=-1)

@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, shardings, several processes as one run. The only code that knows them."""

@@ -1,0 +1,268 @@
+"""The tokenizer of a GGUF file as Hugging Face's tokenizer.json would have it: byte-level BPE, and SentencePiece's."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.pretrained.gguf_file import GgufFields
+
+# Token types of the specification.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_SPACE = "▁"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """What one value of tokenizer.ggml.pre stands for: how text is cut before the merges."""
+
+    pattern: str | None = None  # None is GPT-2's, which ByteLevel has built in
+    digits: bool = False  # each digit is a piece
+    nfc: bool = False  # Unicode normal form C first
+    whole: bool = False  # a piece that is a token needs no merges
+    bos: bool = False  # begin-of-text is added where the file does not say
+
+
+def _words(digits: str, word: str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+", end: str = "") -> str:
+    """The patterns since cl100k: words with one character before, digits, punctuation with line ends, white space."""
+    return rf"{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{end}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+# Words that begin with capitals, as o200k and Mistral's Tekken cut them.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BY_CASE = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_LLAMA3_CUT = _Cut(_words(r"\p{N}{1,3}"), whole=True, bos=True)
+CUTS = {
+    "default": _Cut(),
+    "gpt-2": _Cut(),
+    "mpt": _Cut(nfc=True),  # GPT-NeoX's tokenizer, Pythia's too
+    "olmo": _Cut(nfc=True),
+    "smollm": _Cut(digits=True),
+    "starcoder": _Cut(digits=True),
+    "refact": _Cut(digits=True),
+    "llama-bpe": _LLAMA3_CUT,
+    "llama3": _LLAMA3_CUT,
+    "llama-v3": _LLAMA3_CUT,
+    "smaug-bpe": _Cut(_words(r"\p{N}{1,3}")),
+    "qwen2": _Cut(_words(r"\p{N}"), nfc=True),
+    "stablelm2": _Cut(_words(r"\p{N}"), nfc=True),
+    "tekken": _Cut(_words(r"\p{N}", _BY_CASE, "/"), whole=True, bos=True),
+}
+
+
+def token_id(fields: GgufFields, name: str) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    if not fields.has(key):
+        return None
+    found = fields.values[key]
+    if type(found) is not int or not 0 <= found < len(fields.texts("tokenizer.ggml.tokens")):
+        raise fields.wrong(key, "the id of a token")
+    return found
+
+
+def tokenizer_of(fields: GgufFields) -> tuple[dict[str, Any], dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json.
+
+    Tokens of type unused (the converter's padding) have no entry in either: no text becomes one of them.
+    """
+    tokens = fields.texts("tokenizer.ggml.tokens")
+    types = [int(kind) for kind in fields.reals("tokenizer.ggml.token_type")]
+    if len(types) != len(tokens):
+        raise fields.wrong("tokenizer.ggml.token_type", f"one type for each of {len(tokens)} tokens")
+    vocab: dict[str, int] = {}
+    for at, (token, kind) in enumerate(zip(tokens, types)):
+        if kind != _UNUSED and vocab.setdefault(token, at) != at:
+            raise UserError(f"{fields.path}: tokenizer.ggml.tokens: ids {vocab[token]} and {at} are both {token!r}")
+    model = fields.text("tokenizer.ggml.model")
+    if model == "gpt2":
+        parts, add_bos = _byte_level(fields, vocab)
+    elif model == "llama":
+        parts, add_bos = _sentencepiece(fields, vocab, types), True
+    else:
+        raise fields.wrong("tokenizer.ggml.model", "'gpt2' (byte-level) or 'llama' (SentencePiece)")
+
+    ids = {name: token_id(fields, key) for name, key in NAMED_TOKENS.items()}
+    config: dict[str, Any] = {f"{name}_token": None if id is None else tokens[id] for name, id in ids.items()}
+    ends: dict[str, list[tuple[str, int]]] = {}
+    for name, default in (("bos", add_bos), ("eos", False)):
+        id = ids[name]
+        adds = id is not None and fields.flag(f"tokenizer.ggml.add_{name}_token", default)
+        ends[name] = [(tokens[id], id)] if id is not None and adds else []
+        config[f"add_{name}_token"] = adds
+    config["chat_template"] = fields.text("tokenizer.chat_template") if fields.has("tokenizer.chat_template") else None
+    config |= {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+
+    added = [
+        {"id": id, "content": tokens[id], "special": kind != _USER_DEFINED}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for id, kind in enumerate(types)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "post_processor": _template(ends["bos"], ends["eos"]),
+        **parts,
+    }, config
+
+
+def _template(first: Sequence[tuple[str, int]], last: Sequence[tuple[str, int]]) -> dict[str, Any] | None:
+    """The post-processor that puts special tokens around a text, None for none; a pair of texts is two texts."""
+    if not first and not last:
+        return None
+
+    def around(name: str, number: int) -> list[dict[str, Any]]:
+        special = [[{"SpecialToken": {"id": token, "type_id": number}} for token, _ in ends] for ends in (first, last)]
+        return [*special[0], {"Sequence": {"id": name, "type_id": number}}, *special[1]]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]} for token, id in (*first, *last)},
+    }
+
+
+def _byte_level(fields: GgufFields, vocab: dict[str, int]) -> tuple[dict[str, Any], bool]:
+    """Byte-level BPE; the merges are in the file. Also whether begin-of-text is added by default."""
+    key = "tokenizer.ggml.pre"
+    # Files from before May 2024 do not say; GPT-2's own needs no saying.
+    cut = CUTS.get(fields.text(key, "gpt-2" if fields.architecture == "gpt2" else None))
+    if cut is None:
+        raise fields.wrong(key, f"one of {', '.join(CUTS)}")
+    merges = [tuple(merge.split(" ")) for merge in fields.texts("tokenizer.ggml.merges")]
+    for index, merge in enumerate(merges):
+        if len(merge) != 2 or any(token not in vocab for token in (*merge, "".join(merge))):
+            raise UserError(f"{fields.path}: tokenizer.ggml.merges[{index}]: {' '.join(merge)!r} joins no two tokens")
+    byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = cut.pattern is None
+    before: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if cut.digits else []
+    if cut.pattern is not None:
+        split = {"type": "Split", "pattern": {"Regex": cut.pattern}, "behavior": "Isolated", "invert": False}
+        before.append(split)
+    return {
+        "normalizer": {"type": "NFC"} if cut.nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, byte_level]} if before else byte_level,
+        "decoder": byte_level | {"use_regex": True},
+        "model": _bpe(vocab, merges, ignore_merges=cut.whole),
+    }, cut.bos
+
+
+def _sentencepiece(fields: GgufFields, vocab: dict[str, int], types: list[int]) -> dict[str, Any]:
+    """SentencePiece's BPE: it joins the pair whose token has the highest score, so the scores are the merges' order.
+
+    The space before a text also comes before each stretch after a special token, as llama.cpp has it.
+    Raises: UserError where merges in an order cannot say the same.
+    """
+    for key in ("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"):
+        if fields.has(key) and fields.values[key] is not False:
+            raise fields.wrong(key, "none; such a normalisation is not supported")
+    prefix = fields.flag("tokenizer.ggml.add_space_prefix", True)
+    tokens = fields.texts("tokenizer.ggml.tokens")
+    scores = fields.reals("tokenizer.ggml.scores")
+    if len(scores) != len(tokens):
+        raise fields.wrong("tokenizer.ggml.scores", f"one score for each of {len(tokens)} tokens")
+    bytes_found = sum(f"<0x{byte:02X}>" in vocab for byte in range(256))
+    if bytes_found not in (0, 256):
+        raise UserError(f"{fields.path}: tokenizer.ggml.tokens: {bytes_found} of 256 byte tokens, wanted all or none")
+    for id, (token, kind) in enumerate(zip(tokens, types)):
+        # They are matched in the text before the space comes in front of it, SentencePiece's after.
+        if prefix and kind == _USER_DEFINED and (" " in token or _SPACE in token):
+            raise UserError(f"{fields.path}: tokenizer.ggml.tokens[{id}]: user-defined {token!r} with a space in it")
+
+    normal = {token: id for token, id in vocab.items() if types[id] == _NORMAL}
+    vocab = dict(vocab)
+    for token in [token for token in normal if len(token) > 1]:
+        for character in token:
+            if character in vocab:
+                continue
+            if not character.isascii() or not bytes_found:
+                raise UserError(f"{fields.path}: tokenizer.ggml.tokens: {token!r} holds {character!r}, no token itself")
+            # SentencePiece joins characters that are no tokens; alone they fall back to a byte, which is this one.
+            normal[character] = vocab[character] = vocab[f"<0x{ord(character):02X}>"]
+    merges = _merges(fields, normal, scores)
+    unknown = [tokens[id] for id, kind in enumerate(types) if kind == _UNKNOWN]
+    named = token_id(fields, "unknown")
+    to_space = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    from_space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    decoders = [to_space, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, from_space]}
+        if prefix
+        else from_space,
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe(
+            vocab,
+            merges,
+            unk_token=tokens[named] if named is not None else (unknown[0] if unknown else None),
+            fuse_unk=True,
+            byte_fallback=bytes_found == 256,
+        ),
+    }
+
+
+def _merges(fields: GgufFields, normal: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to make a token of two parts: best score first, then the longer left part.
+
+    Where two tokens share a score SentencePiece joins the leftmost pair, which no order says. Llama's and Mistral's
+    runs of spaces share one; for such runs of one character it is tried whether both join them alike.
+    """
+    ways = []
+    by_score: dict[float, dict[str, None]] = {}
+    for token, id in normal.items():
+        for cut in range(1, len(token)):
+            if token[:cut] in normal and token[cut:] in normal:
+                ways.append((-scores[id], -cut, cut - len(token), token[:cut], token[cut:]))
+                by_score.setdefault(scores[id], {})[token] = None
+    runs: dict[str, dict[int, float]] = {}
+    for score, tied in by_score.items():
+        for token in tied:
+            if len(set(token)) == 1:
+                runs.setdefault(token[0], {})[len(token)] = score
+    shared = {score: tied for score, tied in by_score.items() if len(tied) > 1}
+    harmless = {token[0] for tied in shared.values() for token in tied if len(set(token)) == 1}
+    harmless = {character for character in harmless if _joined_alike(runs[character])}
+    for score, tied in shared.items():
+        for token in tied:
+            if len(set(token)) > 1 or token[0] not in harmless:
+                raise UserError(
+                    f"{fields.path}: tokenizer.ggml.scores: {len(tied)} tokens share {score}, {token!r} among them, so"
+                    " the order of the merges cannot be rebuilt; use the tokenizer.json of the original model"
+                )
+    ways.sort(key=lambda way: way[:3])
+    return [(left, right) for *_, left, right in ways]
+
+
+def _joined_alike(runs: dict[int, float]) -> bool:
+    """Whether runs of one character are joined alike by score, the leftmost first, and by the order of `_merges`.
+
+    runs: length of each run that is a token -> score. Tried up to three times the longest: then the joins repeat.
+    """
+    longest = max(runs)
+    if longest > 64:
+        return False  # trying would take long, and no tokenizer has such a token
+
+    def joined(length: int, parts: bool) -> list[int]:
+        pieces = [1] * length
+        while True:
+            pairs = [(a, b, -at) for at, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in runs]
+            if not pairs:
+                return pieces
+            a, b, at = max(pairs, key=lambda pair: (runs[pair[0] + pair[1]], *(pair if parts else pair[2:])))
+            pieces[-at : 2 - at] = [a + b]
+
+    return all(joined(length, True) == joined(length, False) for length in range(2, 3 * longest))
+
+
+def _bpe(vocab: dict[str, int], merges: Sequence[Sequence[str]], **settings: Any) -> dict[str, Any]:
+    nothing = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {"type": "BPE", **nothing, **flags, **settings, "vocab": vocab, "merges": [list(merge) for merge in merges]}

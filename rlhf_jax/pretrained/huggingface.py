@@ -1,0 +1,387 @@
+"""Models in Hugging Face's folder layout: config.json, *.safetensors with their index, tokenizer, chat template.
+
+Reading goes a tensor at a time straight to its place on the devices; writing goes a shard at a time. What is read and
+written back is the same to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.arrays import Params
+from rlhf_jax.config import ModelConfig
+from rlhf_jax.errors import UserError
+from rlhf_jax.model import Transformer
+from rlhf_jax.pretrained.config_fields import Fields
+from rlhf_jax.pretrained.families import FAMILIES, family_of
+from rlhf_jax.pretrained.safetensors_files import SafetensorsFolder, write_tensors
+from rlhf_jax.pretrained.weights import BUFFERS, Tensor, head_of, join, shape_in_file, split, tensors_of
+from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, sync_folder, write_json
+
+SHARD_BYTES = 2 * 2**30
+OURS = "rlhf_jax"  # the key of config.json under which stands what transformers has no word for
+
+
+class Tensors(Protocol):
+    """Named tensors of a file or of a folder of files, read one at a time."""
+
+    def names(self) -> list[str]: ...
+
+    def tensor(self, name: str) -> np.ndarray: ...
+
+    def where(self, name: str) -> str:
+        """The file that a tensor is in."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A published model: where it is, what it is, and its tensors, not yet read.
+
+    where: as errors name it. model_type: key of FAMILIES. origin: what `write_folder` needs to write it as it was.
+    model: its vocab_size is the file's until `for_tokenizer` narrows it. scalar: it has one score, no language head.
+    """
+
+    where: str
+    model_type: str
+    model: ModelConfig
+    scalar: bool
+    origin: dict[str, Any]
+    tensors: Tensors
+
+    def for_tokenizer(self, vocab_size: int, pad_id: int) -> Pretrained:
+        """The same with logits for the tokenizer's ids alone, and a row for a pad that the model does not know.
+
+        Rows that were added for the hardware thus get no probability.
+        Raises: UserError where the tokenizer has ids that the model has no row for.
+        """
+        rows = self.model.vocab_rows
+        if vocab_size > rows:
+            raise UserError(
+                f"{self.where}: its tokenizer has ids up to {vocab_size - 1}, its embedding has {rows} rows"
+            )
+        model = dataclasses.replace(self.model, vocab_size=vocab_size, embedding_rows=max(rows, pad_id + 1))
+        return dataclasses.replace(self, model=model)
+
+    def load(self, place: Callable[[str, np.ndarray], jax.Array] | None = None, dtype: str = "float32") -> Params:
+        """The parameters, nested dicts.
+
+        Args:
+          place: (dotted path, host array) -> where and how it lies on the devices; the default device if not given.
+            The host holds one tensor at a time.
+          dtype: of the parameters.
+        Raises: UserError for a tensor that is missing, of another shape or type, or of no use to the model.
+        """
+        table = tensors_of(self.model_type, self.model, scalar=self.scalar)
+        held = self._held(table)
+        shapes = parameter_shapes(self.model, self.scalar)
+
+        def placed(path: str, value: np.ndarray) -> jax.Array:
+            host = np.asarray(value, jnp.dtype(dtype), order="C")
+            return jnp.asarray(host) if place is None else place(path, host)
+
+        flat: dict[str, Any] = {}
+        for tensor in table:
+            wanted = shape_in_file(tensor, tuple(shapes[path] for path in tensor.ours), self.origin["rows"])
+            # No name may hold the tensor beyond this line, or there would be two in memory.
+            parts = split(tensor, self._checked(held[tensor.name], wanted), self.model)
+            flat |= {path: placed(path, part) for path, part in zip(tensor.ours, parts, strict=True)}
+            del parts
+        if self.scalar:
+            ours = Fields(self.origin["config"], _config_file(self.where)).inner(OURS)
+            flat["score.bias"] = placed("score.bias", np.full(1, ours.number("score_bias", 0.0)))
+        return nested(flat)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of config.json's content and of every file of tensors."""
+        digest = hashlib.sha256(json.dumps(self.origin["config"], sort_keys=True).encode())
+        for path in sorted({self.tensors.where(name) for name in self.tensors.names()}):
+            with Path(path).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _held(self, table: Sequence[Tensor]) -> dict[str, str]:
+        """Name in the table -> name in the file, which may lack the prefix of the base model."""
+        prefix = FAMILIES[self.model_type].prefix
+        head = head_of(self.model_type)
+        held = {}
+        for name in self.tensors.names():
+            full = name if name.startswith((prefix, head, "score.")) else prefix + name
+            if not full.endswith(BUFFERS):
+                held[full] = name
+        missing = [tensor.name for tensor in table if tensor.name not in held]
+        if missing:
+            raise UserError(
+                f"{self.where}: tensor {missing[0]!r} is missing ({len(missing)} of {len(table)} are); "
+                f"config.json says {self.model_type} with {self.model.layers} layers"
+            )
+        # A reward model's file may still have its language head; a tied one may hold it a second time.
+        extra = sorted(set(held) - {tensor.name for tensor in table} - {head})
+        if extra:
+            name = held[extra[0]]
+            raise UserError(
+                f"{self.tensors.where(name)}: tensor {name!r} has no place in the model of config.json "
+                f"({len(extra)} such tensors)"
+            )
+        if self.model.tied and not self.scalar and head in held:
+            embedding, unembedding = (self._digest(held[name]) for name in (table[0].name, head))
+            if embedding != unembedding:
+                raise UserError(
+                    f"{self.tensors.where(held[head])}: tensor {head!r} is not the embedding, to which config.json "
+                    "ties it; set its field 'tie_word_embeddings' to false"
+                )
+        return held
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        value = self.tensors.tensor(name)
+        at = f"{self.tensors.where(name)}: tensor {name!r}"
+        if value.shape != shape:
+            raise UserError(f"{at}: found shape {list(value.shape)}, wanted {list(shape)} by config.json")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise UserError(f"{at}: found type {value.dtype}, wanted floating-point numbers, not quantised ones")
+        return value
+
+    def _digest(self, name: str) -> bytes:
+        return hashlib.sha256(np.ascontiguousarray(self.tensors.tensor(name)).view(np.uint8).data).digest()
+
+
+def read_folder(folder: str | Path) -> Pretrained:
+    """The model in a folder. Raises: UserError for an unknown kind, and for files that are missing, cut or not JSON."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; wanted one with a config.json and safetensors files")
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no config.json in it; wanted a model's folder in Hugging Face's layout")
+    config, generation = read_json(folder / "config.json"), None
+    if isinstance(config, dict) and "format_version" in config and "model_type" not in config:
+        raise UserError(f"{folder}: found a run's folder, wanted a published model's; for the run, leave out hf:")
+    if (folder / "generation_config.json").exists():
+        generation = read_json(folder / "generation_config.json")
+        if not isinstance(generation, dict):
+            raise UserError(f"{folder}/generation_config.json: found {type(generation).__name__}, wanted an object")
+    return pretrained(str(folder), config, SafetensorsFolder(folder), generation_config=generation)
+
+
+def pretrained(
+    where: str, config: Any, tensors: Tensors, *, generation_config: dict[str, Any] | None = None
+) -> Pretrained:
+    """A model from the content of its config.json and its tensors, wherever they come from."""
+    at = _config_file(where)
+    if not isinstance(config, dict):
+        raise UserError(f"{at}: found {type(config).__name__}, wanted an object")
+    fields = Fields(config, at)
+    if config.get("model_type") == "gemma3":
+        raise fields.wrong("model_type", "gemma3_text, its text part")
+    model_type = fields.word("model_type", {name: name for name in sorted(FAMILIES)})
+    family = FAMILIES[model_type]
+    architectures = [family.architecture] if "architectures" not in fields else config["architectures"]
+    scalar = architectures == [family.classifier]
+    if not scalar and architectures != [family.architecture]:
+        raise fields.wrong("architectures", f"['{family.architecture}'] or ['{family.classifier}']")
+    if scalar:
+        _one_label(fields)
+    if "quantization_config" in fields:
+        raise UserError(f"{at}: field 'quantization_config': found one, wanted weights that are not quantised")
+    fields.refuse("is_causal", unless=True)
+    try:
+        model = family.read(fields)
+    except UserError as error:
+        # What ModelConfig refuses does not know the file.
+        raise UserError(str(error) if str(error).startswith(at) else f"{at}: {error}") from None
+    names = tensors.names()
+    if not names:
+        raise UserError(f"{where}: found no tensor")
+    # Small ones. Norms may be finer than the rest: then the finer type is what loses nothing.
+    norms = [name for name in names if "norm" in name or "ln_" in name]
+    dtypes = [tensors.tensor(min(some, key=len)).dtype for some in (names, norms) if some]
+    origin = {
+        "model_type": model_type,
+        "config": config,
+        "generation_config": generation_config,
+        "dtype": str(jnp.result_type(*dtypes)),
+        "rows": model.vocab_rows,
+    }
+    return Pretrained(where, model_type, model, scalar, origin, tensors)
+
+
+def write_folder(
+    folder: str | Path,
+    params: Params,
+    model: ModelConfig,
+    *,
+    origin: Mapping[str, Any] | None = None,
+    special_ids: Mapping[str, int] | None = None,
+    extra_files: Callable[[Path], None] | None = None,
+    dtype: str | None = None,
+    extras: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> str:
+    """Writes a model so that transformers, vLLM or llama.cpp's converter can read it; returns its architecture.
+
+    Args:
+      folder: must not exist, or be empty; it appears when it is whole.
+      params: of a language model, or with a `score` head.
+      origin: of the published model that these parameters started from; a model of our own gets the first family
+        that can hold it.
+      special_ids: bos, eos, pad; those that are given stand in config.json.
+      extra_files: writes the tokenizer's files into the folder it is given.
+      dtype: of the tensors; the origin's, or the parameters' own.
+      extras: figures that transformers has no word for, under "rlhf_jax" in config.json.
+      shard_bytes: most bytes of a file.
+    Raises: UserError for a folder in use, and for a model that no family can hold.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: found something there, wanted a new or empty folder")
+    ids = {} if special_ids is None else special_ids
+    scalar, own = "score" in params, origin is None
+    if origin is None:
+        params, model, origin = as_published(params, model)
+    rows = origin["rows"]
+    if scalar and rows <= ids.get("pad", 0) < model.vocab_rows:
+        rows = model.vocab_rows  # the class finds a row's last token by its pad, which so needs a row of its own
+    known_ids = {f"{role}_token_id": id for role, id in ids.items() if id < rows}
+    kind = jnp.dtype(origin["dtype"] if dtype is None else dtype)
+    family = FAMILIES[origin["model_type"]]
+    architecture = family.classifier if scalar else family.architecture
+    config = {**origin["config"], "architectures": [architecture], "vocab_size": rows, "dtype": str(kind)}
+    config.pop("torch_dtype", None)
+    flat = flattened(params)
+    given = {} if extras is None else dict(extras)
+    if scalar:
+        flat.pop("unembedding", None)  # an adapter's base still has it
+        config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        given = {"score_bias": float(np.asarray(flat.pop("score.bias"))[0])} | given
+    if scalar or own:
+        config |= known_ids
+    if given:
+        config[OURS] = {**config.get(OURS, {}), **given}
+    generation = origin["generation_config"]
+    if generation is None and special_ids is not None:
+        generation = known_ids
+
+    table = {tensor.name: tensor for tensor in tensors_of(origin["model_type"], model, scalar=scalar)}
+    odd = sorted(set(flat) ^ {path for tensor in table.values() for path in tensor.ours})
+    if odd:
+        trouble = "has no place for it" if odd[0] in flat else "wants it"
+        raise UserError(f"{folder}: parameter {odd[0]!r} ({len(odd)} such): {architecture} {trouble}")
+
+    def in_file(name: str) -> np.ndarray:
+        parts = tuple(np.asarray(flat[path]) for path in table[name].ours)
+        return join(table[name], parts, model, rows).astype(kind)
+
+    sizes = {name: sum(flat[path].size for path in tensor.ours) * kind.itemsize for name, tensor in table.items()}
+    with _appearing(folder) as unfinished:
+        write_tensors(unfinished, _shards(sizes, shard_bytes), in_file)
+        write_json(unfinished / "config.json", config)
+        if generation is not None and not scalar:
+            write_json(unfinished / "generation_config.json", generation)
+        if extra_files is not None:
+            extra_files(unfinished)
+    return architecture
+
+
+def as_published(params: Params, model: ModelConfig) -> tuple[Params, ModelConfig, dict[str, Any]]:
+    """A model of our own as one of a published family: (parameters, config, origin).
+
+    Raises: UserError if no family has its parts.
+    """
+    embedding = np.asarray(params["embedding"])
+    if model.embedding_scale != 1.0 and not model.post_norms:
+        # Only Gemma scales embeddings. For the others: a scaled table on the way in, the plain one on the way out.
+        params = {**params, "embedding": embedding * np.float32(model.embedding_scale)}
+        if model.tied and "score" not in params:
+            params["unembedding"] = embedding.T
+        model = dataclasses.replace(model, tied=False, embedding_scale=1.0)
+    model_type, config = family_of(model)
+    origin = {
+        "model_type": model_type,
+        "config": config,
+        "generation_config": None,
+        "dtype": str(embedding.dtype),
+        "rows": model.vocab_rows,
+    }
+    return params, model, origin
+
+
+def parameter_shapes(model: ModelConfig, scalar: bool) -> dict[str, tuple[int, ...]]:
+    """Dotted path -> shape of every parameter."""
+    module = Transformer(model, scalar=scalar)
+    tree = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    return {path: leaf.shape for path, leaf in flattened(tree).items()}
+
+
+def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts as one dict of dotted paths."""
+
+    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in node.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(tree, ""))
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flattened`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, last = path.split(".")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = value
+    return tree
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    if folder.exists():
+        folder.rmdir()
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
+
+
+def _config_file(where: str) -> str:
+    """What errors about the config begin with."""
+    return f"{where}/config.json" if Path(where).is_dir() else where
+
+
+def _one_label(fields: Fields) -> None:
+    """Raises UserError for a classifier that is no reward model. transformers writes no key for two labels."""
+    name = "id2label" if "id2label" in fields else "num_labels"
+    count = len(fields.inner(name).values) if name == "id2label" else fields.integer(name, 2)
+    if count != 1:
+        raise fields.wrong(name, "one label: a reward model has one score")
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names, each shard's sizes at most so much together; a larger tensor has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards

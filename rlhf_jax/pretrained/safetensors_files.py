@@ -1,0 +1,116 @@
+"""Named tensors in the safetensors files of a folder: one file, or several and their index."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs.atomic_files import read_json, write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """The tensors of a folder, read one at a time. Raises: UserError for a file that is missing, cut or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        single, index = folder / SINGLE, folder / INDEX
+        if single.exists():
+            self._files = dict.fromkeys(_open(single).keys(), single)
+        elif index.exists():
+            self._files = {name: folder / file for name, file in _weight_map(index).items()}
+            for file in sorted(set(self._files.values())):
+                if not file.exists():
+                    raise UserError(f"{file}: missing, but named in {index.name}; copy the folder again")
+                held = set(_open(file).keys())
+                for name in (name for name, at in self._files.items() if at == file and name not in held):
+                    raise UserError(f"{file}: tensor {name!r} is missing, but named in {index.name}")
+        else:
+            old = sorted(path.name for path in folder.glob("*.bin"))
+            hint = f"; {old[0]} is a pickle, which runs code: save it as safetensors first" if old else ""
+            raise UserError(f"{folder}: found neither {SINGLE} nor {INDEX}{hint}")
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._files)
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor, in its own memory."""
+        file = self._files[name]
+        try:
+            tensor: np.ndarray = _open(file).get_tensor(name)
+        except (
+            _module("safetensors").SafetensorError,
+            AttributeError,
+        ) as error:  # AttributeError: a type without numpy's
+            raise UserError(f"{file}: tensor {name!r} is unreadable: {error}") from None
+        return tensor
+
+    def where(self, name: str) -> str:
+        """The file that a tensor is in."""
+        return str(self._files[name])
+
+
+def write_tensors(folder: Path, shards: Sequence[Sequence[str]], tensor: Callable[[str], np.ndarray]) -> None:
+    """Writes a file of each shard's tensors, onto the disk, and an index if there are several. Holds one shard."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        # safetensors writes the memory behind an array as it lies: a transposed view would come out wrong.
+        values = {name: np.ascontiguousarray(tensor(name)) for name in names}
+        write_file(folder / file, values)
+        weight_map |= dict.fromkeys(names, file)
+        total += sum(value.nbytes for value in values.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX, index)
+
+
+def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes contiguous tensors onto the disk. Raises: UserError, for example where the disk is full."""
+    try:
+        _module("safetensors.numpy").save_file(tensors, file, metadata={"format": "pt"})
+    except _module("safetensors").SafetensorError as error:
+        raise UserError(f"{file}: cannot be written: {error}") from None
+    # safetensors makes files for their owner alone: who may read the folder may read this too.
+    file.chmod(file.parent.stat().st_mode & 0o666)
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    listed = read_json(index)
+    files = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"{index}: field 'weight_map': found {files!r:.100}, wanted tensor names and their files")
+    return files
+
+
+def _open(path: Path) -> Any:
+    """A file, its header read."""
+    safetensors = _module("safetensors")
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
+        size = path.stat().st_size
+        raise UserError(f"{path}: cut or damaged ({size:,} bytes): {error}; copy it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: unreadable: {error}") from None
+
+
+def _module(name: str) -> Any:
+    """An optional package."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"reading and writing safetensors wants the package {error.name}; install it with: "
+            'pip install "rlhf_jax[hf]"'
+        ) from None

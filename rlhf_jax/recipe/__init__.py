@@ -1,0 +1,1 @@
+"""The recipe as one program on the embedded default: sizes, simulated labels, figures, tables."""

@@ -1,0 +1,130 @@
+"""The figures that the recipe stands by, all on held-out text and prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.data import Ledger, PromptRows
+from rlhf_jax.demo.python_docs import Corpus
+from rlhf_jax.evaluation.bigram import bigram_nats
+from rlhf_jax.evaluation.samples import distinct_share, sequence_kl, win_rate
+from rlhf_jax.parallel import processes
+from rlhf_jax.recipe.labels import Judge, Sampler
+from rlhf_jax.runs.lifecycle import Finished, released_params
+from rlhf_jax.stages import pretrain
+
+# Of the answers that the table and the report show.
+SHOWN_TEMPERATURE = 0.7
+# Answers to each held-out prompt behind a win rate: one more or less good draw moves it by little.
+ANSWERS = 4
+
+
+def measure(
+    runs: Mapping[str, Finished],
+    corpus: Corpus,
+    sampler: Sampler,
+    judge: Judge,
+    prompts: PromptRows,
+    *,
+    row_length: int,
+    seed: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """The figures by their dotted names; answers side by side go to samples.json.
+
+    Args:
+      runs: pretrain, sft, reward, reward_scratch and ppo.
+      prompts: held out.
+      row_length: of the pretraining rows, which the bigram model is counted on as well.
+    """
+    tokenizer = judge.tokenizer
+    params = {name: released_params(runs[name].run) for name in ("pretrain", "sft", "ppo")}
+    said = {name: run.summary for name, run in runs.items()}
+    answers = {name: sampler(params[name], prompts, seed + 4, ANSWERS) for name in params}
+    gold = {name: judge.scores(list(prompts.sources), answers[name]) for name in params}
+    texts = {name: [tokenizer.decode(row[0]).strip() for row in answers[name]] for name in params}
+    distinct = {name: distinct_share(texts[name]) for name in texts}
+    against_sft, sft_interval = win_rate(gold["ppo"], gold["sft"])
+    against_pretrained, pretrained_interval = win_rate(gold["sft"], gold["pretrain"])
+    kl = sequence_kl(
+        sampler.model,
+        params["ppo"],
+        params["sft"],
+        prompts,
+        [row[0] for row in answers["ppo"]],
+        max_new_tokens=sampler.response_tokens,
+    )
+    training, heldout = (
+        pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)
+    )
+    heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
+    # What people read, they sample cooler. All figures but *_shown are at 1, the distribution that PPO trained.
+    shown = {name: sampler(params[name], prompts, seed + 5, temperature=SHOWN_TEMPERATURE) for name in params}
+    shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
+    samples = [
+        {
+            "prompt": prompt.prompt.strip(),
+            **{name: tokenizer.decode(shown[name][i][0]).strip() for name in params},
+            "docstring": corpus.heldout_sentences.get(prompt.prompt),
+            "gold": {name: round(float(shown_gold[name][i]), 3) for name in params},
+            "temperature": SHOWN_TEMPERATURE,
+        }
+        for i, prompt in enumerate(prompts.sources)
+    ]
+    if processes.is_first():
+        (folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
+    shares: dict[str, float] = {}
+    for name in params:
+        for suffix, sampled in (("", answers[name]), ("_shown", shown[name])):
+            found = judge.shares(list(prompts.sources), sampled)
+            shares |= {f"{name}.{key}{suffix}": value for key, value in found.items()}
+    # What people wrote about the same functions, by the same rules: as much as a model can be expected to have.
+    documented = [p for p in prompts.sources if p.prompt in corpus.heldout_sentences]
+    written = [[[*tokenizer.encode(corpus.heldout_sentences[p.prompt]), tokenizer.eos_id]] for p in documented]
+    if documented:
+        shares |= {f"docstrings.{key}": value for key, value in judge.shares(documented, written).items()}
+        shares["docstrings.gold_mean"] = float(judge.scores(documented, written).mean())
+        # How often the rule takes a sentence about another function for one about this.
+        half = len(written) // 2
+        others = judge.shares(documented, written[half:] + written[:half])
+        shares["docstrings.topic_share_of_others"] = others["topic_share"]
+    return shares | {
+        "pretrain.heldout_bits_per_byte": said["pretrain"]["heldout_bits_per_byte"],
+        "pretrain.bigram_bits_per_byte": bigram_nats(training, heldout, tokenizer.vocab_size)
+        / math.log(2)
+        / heldout_bytes,
+        "pretrain.heldout_response_nll": said["sft"]["heldout_response_nll_before"],
+        "sft.heldout_response_nll": said["sft"]["heldout_response_nll"],
+        "sft.win_rate_vs_pretrained": against_pretrained,
+        "sft.win_rate_vs_pretrained_interval": pretrained_interval,
+        "sft.distinct_share": distinct["sft"],
+        "sft.gold_mean": float(gold["sft"].mean()),
+        "pretrain.gold_mean": float(gold["pretrain"].mean()),
+        "pretrain.distinct_share": distinct["pretrain"],
+        "reward.heldout_accuracy": said["reward"]["heldout_accuracy"],
+        "reward.heldout_pairs": said["reward"]["heldout_pairs"],
+        "reward.scratch_heldout_accuracy": said["reward_scratch"]["heldout_accuracy"],
+        "ppo.win_rate_vs_sft": against_sft,
+        "ppo.win_rate_vs_sft_interval": sft_interval,
+        "ppo.heldout_prompts": len(prompts),
+        "ppo.kl_nats": float(kl.mean()),
+        "ppo.distinct_share": distinct["ppo"],
+        "ppo.distinct_share_of_sft": distinct["ppo"] / max(distinct["sft"], 1e-9),
+        "ppo.gold_mean": float(gold["ppo"].mean()),
+        "ppo.first_ratio_error": said["ppo"]["first_ratio_error"],
+        "ppo.first_kl": said["ppo"]["first_kl"],
+    }
+
+
+def nested(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The dotted keys once more as a dict for each stage."""
+    stages: dict[str, dict[str, Any]] = {}
+    for key, value in summary.items():
+        stage, dot, name = key.partition(".")
+        if dot:
+            stages.setdefault(stage, {})[name] = value
+    return stages

@@ -1,0 +1,252 @@
+"""The whole recipe on the embedded default: pretrain → SFT → reward model → PPO, and what it gained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import rich.console
+
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.cli.process import use_cpu_devices
+from rlhf_jax.cli.recipe import Config
+from rlhf_jax.config import EpisodeConfig, OptimConfig
+from rlhf_jax.data import RankingRows
+from rlhf_jax.demo.python_docs import Corpus, load_corpus
+from rlhf_jax.evaluation.report import write_report
+from rlhf_jax.model import Transformer
+from rlhf_jax.parallel import processes
+from rlhf_jax.recipe.labels import Judge, Sampler, gold_rankings, label, prompt_rows, some
+from rlhf_jax.recipe.measure import measure, nested
+from rlhf_jax.recipe.sizes import SIZES, Size
+from rlhf_jax.recipe.tables import figures_table, print_summary
+from rlhf_jax.runs.atomic_files import write_json
+from rlhf_jax.runs.lifecycle import Finished, model_of, released_params
+from rlhf_jax.stages import ppo, pretrain, reward, sft
+
+
+def stage_settings(config: Config, name: str, *, save_every: int) -> dict[str, Any]:
+    """What every stage's config takes from the recipe's."""
+    return {
+        "out": str(config.folder / name),
+        "seed": config.seed,
+        "devices": config.devices,
+        "pmap": config.pmap,
+        "save_every": save_every,
+    }
+
+
+def cosine(rate: float, **changes: Any) -> OptimConfig:
+    """AdamW from a learning rate down to a tenth."""
+    return OptimConfig(**({"learning_rate": rate} | changes))
+
+
+def run(config: Config) -> None:
+    """The recipe with one seed, or with several and the medians of their figures."""
+    use_cpu_devices(config.devices)
+    if config.seeds == 1:
+        run_seed(config)
+        return
+    summaries = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        folder = config.folder / f"seed{seed}"
+        run_seed(dataclasses.replace(config, seed=seed, seeds=1, out=str(folder)))
+        summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    medians = {
+        key: float(np.median([summary[key] for summary in summaries]))
+        for key, value in summaries[0].items()
+        if isinstance(value, int | float) and key != "seed"
+    }
+    if not processes.is_first():
+        return
+    write_json(config.folder / "summary.json", medians | nested(medians) | {"seeds": [s["seed"] for s in summaries]})
+    rich.console.Console().print(figures_table(medians, f"medians over {config.seeds} seeds"))
+
+
+def run_seed(config: Config) -> None:
+    """Runs what is not done yet, then tells what came out."""
+    size, console = SIZES[config.size], rich.console.Console(quiet=not processes.is_first())
+    config.folder.mkdir(parents=True, exist_ok=True)
+    clock = Clock(config.folder / "seconds.json")
+
+    def announce(text: str) -> None:
+        console.rule(f"[bold]{text}", align="left")
+
+    announce("corpus: the documentation of this Python")
+    corpus = load_corpus()
+    clock.lap("start")
+
+    announce("1  pretrain: every token of raw text")
+    pretrained = pretrain.run(
+        pretrain.Config(
+            **stage_settings(config, "pretrain", save_every=400),
+            batch=size.pretrain_batch,
+            steps=size.pretrain_steps,
+            row_length=size.row_length,
+            optimizer=cosine(size.pretrain_rate),
+            model=size.model,
+        ),
+        texts=corpus.texts,
+        heldout=corpus.heldout_texts,
+    )
+    clock.lap("pretrain")
+
+    announce("2  SFT: demonstrations, response tokens only")
+    limit = size.prompt_tokens + size.response_tokens
+    tuned = sft.run(
+        sft.Config(
+            **stage_settings(config, "sft", save_every=400),
+            init=str(pretrained.run.path),
+            batch=size.sft_batch,
+            steps=size.sft_steps,
+            max_tokens=limit,
+            pack=size.row_length,
+            dropout=size.sft_dropout,
+            optimizer=cosine(size.sft_rate),
+        ),
+        records=corpus.demonstrations,
+        heldout=corpus.heldout_demonstrations,
+    )
+    clock.lap("sft")
+
+    announce("3.1  reward model: four responses to a prompt, ranked")
+    tokenizer = tuned.run.tokenizer
+    model = Transformer(model_of(tuned.run))
+    sampler, judge = Sampler(model, tokenizer, size.response_tokens), Judge(corpus, tokenizer)
+    sft_params = released_params(tuned.run)
+    train_prompts = prompt_rows(corpus.prompts, tokenizer, size.prompt_tokens)
+    heldout_prompts = prompt_rows(corpus.heldout_prompts, tokenizer, size.prompt_tokens)
+    rankings, agreement = label(
+        sampler, judge, sft_params, train_prompts, rankings=size.rankings, seed=config.seed, folder=config.folder
+    )
+    heldout_rankings = gold_rankings(sampler, judge, sft_params, heldout_prompts, config.seed)
+    longer = len(corpus.prompts) - len(train_prompts)
+    console.print(
+        f"{len(rankings):,} rankings over {len(train_prompts):,} prompts ({longer:,} are longer than "
+        f"{size.prompt_tokens} tokens); two labellers agree on {agreement:.1%} of pairs (InstructGPT's: 73%)"
+    )
+    clock.lap("labels")
+    judged = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward", "init")
+    clock.lap("reward")
+    announce("3.1  the same from scratch, to see what the SFT model gave")
+    scratch = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward_scratch", "scratch")
+    clock.lap("reward_scratch")
+
+    announce("3.2  PPO: maximise the reward, stay near the SFT model")
+    watched = some(heldout_prompts, 128)
+
+    def watch(state: TrainState) -> dict[str, float]:
+        responses = sampler(state.params["policy"], watched, config.seed + 3)
+        return {"gold": float(judge.scores(list(watched.sources), responses).mean())}
+
+    optimised = ppo.run(
+        ppo.Config(
+            **stage_settings(config, "ppo", save_every=20),
+            init=str(tuned.run.path),
+            reward=str(judged.run.path),
+            batch=size.episodes,
+            steps=size.iterations,
+            minibatches=size.minibatches,
+            epochs=size.epochs,
+            log_every=1,
+            eval_every=15,
+            prompt_length=size.prompt_tokens,
+            kl_coef=size.kl_coef,
+            pretraining_coef=size.pretraining_coef,
+            pretraining_batch=size.minibatches * 2 if size.pretraining_coef else 0,
+            pretraining_row_length=size.row_length,
+            policy=OptimConfig(learning_rate=size.policy_rate, schedule="linear", epsilon=1e-5),
+            critic=OptimConfig(learning_rate=size.critic_rate, schedule="linear", epsilon=1e-5),
+            episode=EpisodeConfig(
+                response_length=size.response_tokens,
+                missing_end="subtract",
+                pack=size.pack if config.devices == 1 else 0,
+            ),
+        ),
+        prompts=list(train_prompts.sources),
+        texts=corpus.texts,
+        evaluate=watch,
+    )
+    clock.lap("ppo")
+
+    announce("what came out")
+    runs = {"pretrain": pretrained, "sft": tuned, "reward": judged, "reward_scratch": scratch, "ppo": optimised}
+    summary = measure(
+        runs,
+        corpus,
+        sampler,
+        judge,
+        heldout_prompts,
+        row_length=size.row_length,
+        seed=config.seed,
+        folder=config.folder,
+    )
+    summary |= {"reward.labeller_agreement": agreement, "seed": config.seed}
+    clock.lap("measure")
+    processes.by_first(lambda: tell(config, console, clock, summary))
+    console.print(f"try it: rlhf-jax generate {optimised.run.path} --prompt ' find longest match (a, b) ->'")
+
+
+def tell(config: Config, console: rich.console.Console, clock: Clock, summary: dict[str, Any]) -> None:
+    """Writes and prints what came out."""
+    summary |= {"wall_seconds": clock.total, "stage_seconds": clock.seconds}
+    write_json(config.folder / "summary.json", summary | nested(summary))
+    print_summary(console, config.folder, summary)
+    report = write_report(config.folder)
+    console.print(f"report: {report}   figures: {config.folder / 'summary.json'}")
+
+
+class Clock:
+    """Seconds spent in each part, kept over restarts: a part that an earlier start finished keeps its time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = processes.from_first(
+            lambda: json.loads(path.read_text()) if path.exists() else {}
+        )
+        self._last = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        """The part ends now."""
+        now = time.monotonic()
+        self.seconds[part] = max(self.seconds.get(part, 0.0), now - self._last)
+        self._last = now
+        if processes.is_first():
+            write_json(self.path, self.seconds)
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return sum(self.seconds.values())
+
+
+def train_reward(
+    config: Config,
+    size: Size,
+    tuned: Finished,
+    rankings: RankingRows,
+    heldout: RankingRows,
+    corpus: Corpus,
+    name: str,
+    backbone: Literal["init", "scratch"],
+) -> Finished:
+    """A reward model on the SFT model's backbone or on a fresh one."""
+    return reward.run(
+        reward.Config(
+            **stage_settings(config, name, save_every=0),
+            init=str(tuned.run.path),
+            backbone=backbone,
+            batch=size.reward_batch,
+            optimizer=cosine(size.reward_rate),
+            max_tokens=rankings.limit,
+            buckets=rankings.buckets,
+            share_prompts=True,
+        ),
+        rankings=rankings,
+        heldout=heldout,
+        demonstrations=corpus.demonstrations[:512],
+    )

@@ -1,0 +1,352 @@
+"""Checkpoints: a run's state on disk, complete and proven, or not there at all.
+
+A step is a sealed folder `00000200/` (durable.py) with Orbax's `params/`, what a later stage takes, and `training/`,
+the rest of the state. It is written under another name and renamed, and a deletion renames first: whenever the
+process is killed, what is listed is whole. Orbax itself sees neither a flipped bit nor another dtype, so the manifest
+is checked before it reads. One run writes; of its processes, each writes the parts of arrays that its devices hold,
+and the first does all else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rlhf_jax.parallel import processes
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.runs.atomic_files import UNFINISHED, Damaged, read_manifest, seal, sync_folder, verify
+from rlhf_jax.errors import UserError
+
+FORMAT_VERSION = 1
+_DELETED, _REPLACED, _DAMAGED = ".deleted", ".replaced", ".damaged"
+_PARTS = ("params", "training")
+_log = logging.getLogger("rlhf_jax")
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last few and the best.
+
+    Args:
+      folder: where the steps are.
+      keep_last: how many of the newest steps stay.
+      best_metric: name of the metric by which one more step stays, the best; None for no such step.
+      best_mode: whether the best is the lowest ("min") or the highest ("max").
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        keep_last: int = 2,
+        best_metric: str | None = None,
+        best_mode: Literal["min", "max"] = "min",
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}; a run needs at least 1 checkpoint to go on from")
+        self.folder = Path(folder).absolute()
+        self.keep_last = keep_last
+        self.best_metric = best_metric
+        self.best_mode = best_mode
+
+    def steps(self) -> list[int]:
+        """The finished steps, oldest first; a damaged one is among them until `restore` meets it."""
+        return saved_steps(self.folder)
+
+    def latest(self) -> int | None:
+        """The newest finished step."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the best value of the metric, the newest of equals; None if no step has a value."""
+        return best_step(self.folder)
+
+    def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Writes a step, in place of an earlier one of that number, then deletes those no longer kept.
+
+        All processes call it. Returns when everything is on the disk.
+        Raises: UserError if the disk is full or refuses; the steps before are then untouched.
+        """
+        leaves = _leaves(state)
+        needed = sum(leaf.nbytes for leaf in leaves.values())
+        unfinished, final = (self.folder / (_name(step) + suffix) for suffix in (UNFINISHED, ""))
+
+        def make_room() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise UserError(f"{self.folder}: step {step} needs {needed:,} bytes, the disk has {free:,}; make room")
+
+        def finish() -> None:
+            seal(unfinished, about)
+            if final.exists():
+                final.rename(final.with_name(final.name + _REPLACED))
+            unfinished.rename(final)
+            sync_folder(self.folder)
+
+        try:
+            processes.by_first(make_room)
+            for part in _PARTS:
+                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+                    checkpointer.save(unfinished / part, args=ocp.args.StandardSave(_part(leaves, part)))
+            about = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+                "best": {"metric": self.best_metric, "mode": self.best_mode},
+                "arrays": _describe(leaves),
+            }
+            processes.barrier("arrays written")
+            processes.by_first(finish)
+        except (OSError, ValueError) as error:
+            reason = _refusal(error)
+            if reason is None:
+                raise
+            latest = self.latest()
+            last = "there is no earlier one" if latest is None else f"the last checkpoint is that of step {latest}"
+            raise UserError(f"{self.folder}: step {step} could not be saved: {reason}; {last}") from error
+        finally:
+            if processes.is_first():
+                self._sweep()
+        processes.by_first(self._prune)
+
+    def restore(self, template: TrainState, step: int | None = None) -> TrainState:
+        """The saved state, laid out over devices as the template is; the template itself if nothing is saved yet.
+
+        A damaged newest step is set aside, named in a warning, and the one before is used.
+
+        Args:
+          template: a state of the wanted structure, shapes, dtypes and shardings; its values do not matter.
+          step: a certain step, instead of the newest; then damage is an error.
+        Raises: UserError if no saved step is intact, or if the saved state has other leaves, shapes or dtypes.
+        """
+        chosen = processes.from_first(lambda: self._intact(step))
+        if chosen is None:
+            return template
+        path = self.folder / _name(chosen)
+        return _restore(path, _manifest(path), template)
+
+    def _intact(self, step: int | None) -> int | None:
+        """The newest intact step, or the one asked for; None if nothing is saved yet. See `restore`."""
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise UserError(f"{self.folder}: no checkpoint of step {step}; there are {steps}")
+        if not steps:
+            return None
+        for candidate in [step] if step is not None else reversed(steps):
+            path = self.folder / _name(candidate)
+            try:
+                verify(path)
+            except Damaged as damage:
+                if step is not None:
+                    raise UserError(f"{path}: damaged: {damage}") from None
+                aside = path.with_name(path.name + _DAMAGED)
+                _log.warning(
+                    "warning: %s is damaged (%s); renamed to %s, trying the one before", path, damage, aside.name
+                )
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                continue
+            return candidate
+        raise UserError(
+            f"{self.folder}: none of the checkpoints {steps} is intact; remove the run's folder to start from the "
+            f"beginning, or give another --name"
+        )
+
+    def close(self) -> None:
+        """Removes what a killed process left behind."""
+        if self.folder.is_dir() and processes.is_first():
+            self._sweep()
+
+    def _prune(self) -> None:
+        steps = self.steps()
+        for step in {*steps[: -self.keep_last]} - {self.best()}:
+            path = self.folder / _name(step)
+            path.rename(path.with_name(path.name + _DELETED))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        for path in self.folder.glob("*" + _REPLACED):
+            # Killed between the two renames, the new one did not get its name: the old one is the checkpoint again.
+            whole = path.with_suffix("")
+            path.rename(path.with_suffix(_DELETED) if whole.exists() else whole)
+        for path in self.folder.iterdir():
+            if path.name.endswith((UNFINISHED, _DELETED)):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The finished steps in a folder of checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def best_step(folder: Path) -> int | None:
+    """The best step by the metric that the newest readable manifest names, the newest of equals; None without one."""
+    manifests = []
+    for step in saved_steps(folder):
+        try:
+            manifests.append(_manifest(folder / _name(step)))
+        except Damaged:
+            continue
+    if not manifests:
+        return None
+    metric, mode = manifests[-1]["best"]["metric"], manifests[-1]["best"]["mode"]
+    sign = -1.0 if mode == "min" else 1.0
+    values = [(sign * m["metrics"][metric], int(m["step"])) for m in manifests if metric in m["metrics"]]
+    return max(values)[1] if values else None
+
+
+def load_params(folder: Path, which: Literal["last", "best"] = "last") -> dict[str, Any]:
+    """The parameters of the last or best step, as nested dicts of numpy arrays; where there is no best, of the last.
+
+    A damaged step is named in a warning, and the newest intact one is used.
+    Raises: UserError if there is none.
+    """
+    folder = folder.absolute()
+    steps = saved_steps(folder)
+    best = best_step(folder) if which == "best" else None
+    for step in [*([] if best is None else [best]), *(step for step in reversed(steps) if step != best)]:
+        path = folder / _name(step)
+        try:
+            verify(path, "params")
+            described = _part(_manifest(path)["arrays"], "params")
+        except Damaged as damage:
+            _log.warning("warning: %s is damaged (%s); trying another", path, damage)
+            continue
+        wanted = {name: jax.ShapeDtypeStruct(d["shape"], jnp.dtype(d["dtype"])) for name, d in described.items()}
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy)
+            flat = checkpointer.restore(path / "params", args=arguments)
+        return _nested({name: np.asarray(leaf) for name, leaf in flat.items()})
+    raise UserError(f"{folder}: no intact checkpoint to take parameters from; the steps there are {steps}")
+
+
+def fingerprint(tree: Any) -> str:
+    """SHA-256 in hex over the path, dtype, shape and bytes of every leaf."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _restore(path: Path, manifest: dict[str, Any], template: TrainState) -> TrainState:
+    _check_version(path, manifest)
+    wanted = _leaves(template)
+    saved, described = manifest["arrays"], _describe(wanted)
+    # The parameters first: what differs in them differs in the optimizer too.
+    for name in sorted({*saved, *described}, key=lambda name: (not name.startswith("params."), name)):
+        if saved.get(name) != described.get(name):
+            found, want = _show(saved.get(name)), _show(described.get(name))
+            raise UserError(f"{path}: {name}: found {found}, wanted {want}; it was saved with other settings")
+    restored: dict[str, jax.Array] = {}
+    for part in _PARTS:
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in _part(wanted, part).items()
+        }
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            restored |= checkpointer.restore(path / part, args=ocp.args.StandardRestore(abstract))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(template)
+    leaves = [_like(leaf, restored[_leaf_name(key_path)]) for key_path, leaf in paths]
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _leaves(state: TrainState) -> dict[str, jax.Array]:
+    """Name -> leaf, random keys as their data: "params.layer.kernel", "opt_state.0.count"."""
+    leaves: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = _leaf_name(path)
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+            raise TypeError(f"{name}: a state holds arrays only, found {type(leaf).__name__}")
+        array = jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
+        if array.dtype != leaf.dtype and not _is_key(leaf):
+            raise TypeError(f"{name}: {leaf.dtype} would be saved as {array.dtype}")
+        if array.weak_type:
+            # A restored array is never weakly typed; the resumed run would promote, and so round, differently.
+            raise TypeError(f"{name}: weakly typed; make it with jnp.{array.dtype}(…)")
+        if name in leaves:
+            raise TypeError(f"{name}: two leaves of the state have this name")
+        leaves[name] = processes.everywhere(array)
+    for path, _ in jax.tree_util.tree_leaves_with_path(state.params):
+        # A later stage reads the parameters without a template, from their names.
+        if not all(isinstance(key, jax.tree_util.DictKey) and "." not in str(key.key) for key in path):
+            raise TypeError(f"params{jax.tree_util.keystr(path)}: parameters are nested dicts with no dots in the keys")
+    return leaves
+
+
+def _part(leaves: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves.items() if name.startswith("params.") == (part == "params")}
+
+
+def _is_key(leaf: Any) -> TypeGuard[jax.Array]:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _like(leaf: Any, value: jax.Array) -> jax.Array:
+    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
+
+
+def _leaf_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _describe(leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+    return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()}
+
+
+def _show(described: Mapping[str, Any] | None) -> str:
+    return "nothing" if described is None else f"{described['dtype']}{described['shape']}"
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *folders, last = name.split(".")[1:]
+        inner = nested
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = leaf
+    return nested
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    _check_version(path, manifest)
+    return manifest
+
+
+def _check_version(path: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version: found {manifest.get('format_version')}, wanted {FORMAT_VERSION}; use the "
+            f"release of rlhf_jax that wrote it"
+        )
+
+
+def _refusal(error: OSError | ValueError) -> str | None:
+    """What the system said when it refused to write; None for an error of another kind."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # The array library raises ValueError with the system's number in its text.
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return None if code is None else os.strerror(int(code[1]))
+
+
+def _name(step: int) -> str:
+    return f"{step:08d}"

@@ -1,0 +1,311 @@
+"""The one training loop. It knows `update(state, batch) -> (state, metrics)` and nothing of the stage behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.parallel import processes
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs.metrics import Throughput, Writer, matmul_peak
+
+if TYPE_CHECKING:
+    from rlhf_jax.runs.checkpoint import Checkpoints
+
+Metrics = Mapping[str, Any]
+# Steps in a row whose loss or reward may be lost before the run ends, and how such metrics' names end.
+PATIENCE = 3
+GUARDED = ("loss", "reward")
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT ended the run at a step boundary. signal: its number. step: updates done, all of them saved
+    if `saved`."""
+
+    def __init__(self, signal: int, step: int, saved: bool) -> None:
+        super().__init__(f"stopped by signal {signal} after step {step}")
+        self.signal = signal
+        self.step = step
+        self.saved = saved
+
+
+def fit(
+    state: TrainState,
+    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    batch_at: Callable[[int], Any],
+    *,
+    steps: int,
+    writers: Writer,
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 0,
+    log_every: int = 10,
+    evaluate: Callable[[TrainState], Metrics] | None = None,
+    eval_every: int = 0,
+    flops_per_token: float | None = None,
+    prepare: Callable[[TrainState], TrainState] | None = None,
+) -> TrainState:
+    """Updates the state until its step is `steps`.
+
+    A row of metrics is written every `log_every` steps, and wherever a checkpoint is, so that a resumed run goes on
+    between two rows: the mean of each metric over the steps since the row before. Between rows the host reads nothing
+    back and runs ahead of the devices.
+
+    Args:
+      update: one compiled step, counting state.step up by one; metrics are scalars. If "tokens" is among them (tokens
+        of this batch), rows have tokens_per_second, and with `flops_per_token` peak_share.
+      batch_at: the batch of a step, a pure function of it.
+      save_every, eval_every: 0 means at the end only.
+      evaluate: figures of a state, written as "eval/…"; those of a checkpoint's step are saved with it.
+      prepare: called with `state` before the first step, it compiles what is to come, so that no step waits, and
+        returns the state to begin with; of the one it is given only the step need be an array (`parallel.outline`).
+    Returns: the last state.
+    Raises: Stopped after SIGTERM or SIGINT, at the next step, once the state is saved. UserError if the state is no
+      longer finite, or if a loss or a reward was not for 3 steps in a row.
+    """
+    step = int(state.step)
+    if step >= steps:
+        return state
+    first = step + 1
+    throughput = Throughput(flops_per_token, lambda: matmul_peak() * machines)
+    guard = _Guard(writers, checkpoints)
+    pending: list[Metrics] = []
+    met: set[str] = set()
+    pace = _Pace()
+    try:
+        writers.start(step, steps)
+        with _signals() as received, processes.steps():
+            if prepare is not None:
+                processes.phase("compiling", step + 1, may_compile=True)
+                state = prepare(state)
+            kind = _kind(state)
+            machines = _machines(state)
+            guard.check_start(state)
+            while step < steps:
+                processes.phase("reading the batch", step + 1)
+                batch = batch_at(step)
+                shapes = _shapes(batch)
+                new = shapes not in met
+                processes.phase(
+                    "computing", step + 1, waits=True, limit=pace.limit(len(pending) + 1, new), may_compile=new
+                )
+                met.add(shapes)
+                compiled = compile_seconds()
+                state, metrics = update(state, batch)
+                step += 1
+                compiled = compile_seconds() - compiled
+                pace.begin(compiled)
+                if step == first:
+                    _refuse_drift(kind, _kind(state))
+                elif compiled > 0:
+                    throughput.exclude(compiled)
+                    writers.event(step, f"recompiled in {compiled:.1f} s for a batch of {shapes}")
+                pending.append(metrics)
+                if processes.count() > 1 and processes.stop_asked(step):
+                    received.append(signal.SIGTERM)
+                stopping = bool(received)
+                saving = checkpoints is not None and _due(step, save_every, steps)
+                evaluating = evaluate is not None and _due(step, eval_every, steps) and not (stopping and step < steps)
+                if stopping or saving or evaluating or step == 1 or _due(step, log_every, steps):
+                    processes.phase("waiting for the devices", step, waits=True, limit=pace.limit(len(pending)))
+                    rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(pending)]
+                    pending = []
+                    pace.lap(len(rows))
+                    guard.check_metrics(step, rows)
+                    row = _means(rows)
+                    if "tokens" in row and first <= step - len(rows):
+                        row |= throughput.lap(sum(r["tokens"] for r in rows))
+                    if evaluate is not None and evaluating:
+                        processes.phase("evaluating", step)
+                        row |= {f"eval/{name}": float(value) for name, value in jax.device_get(evaluate(state)).items()}
+                        if processes.count() == 1:
+                            stopping = bool(received)
+                    writers.row(step, row)
+                    if checkpoints is not None and (saving or stopping):
+                        processes.phase("saving", step, limit=_saving_limit(state))
+                        guard.check_state(step, state)
+                        checkpoints.save(step, state, row)
+                    throughput.restart()
+                if stopping and step < steps:
+                    raise Stopped(received[0], step, saved=checkpoints is not None)
+    finally:
+        writers.close()
+    return state
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric of the last row over the rows that have it."""
+    columns = {name: [row[name] for row in rows if name in row] for name in rows[-1]}
+    return {name: sum(values) / len(values) for name, values in columns.items()}
+
+
+class _Guard:
+    """Ends a run that has lost its numbers, before they are saved."""
+
+    def __init__(self, writers: Writer, checkpoints: Checkpoints | None) -> None:
+        self.writers = writers
+        self.checkpoints = checkpoints
+        self.in_a_row = 0
+
+    def check_metrics(self, step: int, rows: list[dict[str, float]]) -> None:
+        """Looks at each step's losses and rewards; `rows` are those of the steps up to `step`."""
+        for at, row in enumerate(rows, start=step - len(rows) + 1):
+            lost = [name for name, value in row.items() if name.endswith(GUARDED) and not math.isfinite(value)]
+            self.in_a_row = self.in_a_row + 1 if lost else 0
+            if lost:
+                self.writers.event(at, f"{lost[0]} is {row[lost[0]]}")
+            if self.in_a_row == PATIENCE:
+                self._end(f"{lost[0]} was not finite for {PATIENCE} steps in a row, last at step {at}")
+
+    def check_start(self, state: TrainState) -> None:
+        """Raises UserError if training would start from a parameter that is not finite."""
+        if not bool(_sound(state)[0]):
+            raise UserError("a parameter is not finite before the first step; the model to start from is damaged")
+
+    def check_state(self, step: int, state: TrainState) -> None:
+        """Raises UserError if a parameter is not finite or anything else in the state is undefined."""
+        params_finite, rest_defined = jax.device_get(_sound(state))
+        if not params_finite:
+            self._end(f"a parameter is not finite after step {step}; this state is not saved")
+        if not rest_defined:
+            self._end(f"the optimizer's state is undefined (NaN) after step {step}; this state is not saved")
+
+    def _end(self, what: str) -> None:
+        latest = None if self.checkpoints is None else self.checkpoints.latest()
+        good = "no checkpoint was saved" if latest is None else f"the last good checkpoint is that of step {latest}"
+        raise UserError(f"{what}; {good}; try a lower learning rate under another --name")
+
+
+@jax.jit
+def _sound(state: TrainState) -> tuple[jax.Array, jax.Array]:
+    def every(keep: Callable[[jax.Array], jax.Array], tree: Any) -> jax.Array:
+        floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        return jnp.all(jnp.asarray([jnp.all(keep(leaf)) for leaf in floats], bool))
+
+    # An optimizer may hold an infinity by design, such as the best loss seen before the first.
+    return every(jnp.isfinite, state.params), every(lambda x: ~jnp.isnan(x), (state.opt_state, state.extras))
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. At the end the handlers from before are back.
+
+    Of several processes each may be asked at another step, so jax's own handler of SIGTERM stays and agrees on one
+    (processes.stop_asked); Ctrl-C is handed to it.
+    """
+    received: list[int] = []
+    interrupted: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if (received or interrupted) and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        if processes.count() > 1:
+            received.clear()
+            interrupted.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.write(2, b"\nstopping after this step\n")
+
+    # Elsewhere Python allows no handlers, and signals go to the main thread anyway.
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    handled = (signal.SIGTERM, signal.SIGINT) if processes.count() == 1 else (signal.SIGINT,)
+    before = {number: signal.signal(number, handle) for number in handled}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@functools.cache
+def _compile_clock() -> list[float]:
+    """[seconds spent in the compiler so far], counted from the first call on."""
+    total = [0.0]
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            total[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return total
+
+
+def compile_seconds() -> float:
+    """Seconds this process has spent in XLA's compiler since the first call."""
+    return _compile_clock()[0]
+
+
+def _machines(state: TrainState) -> int:
+    """How many times the peak of one device the state's devices have; on a CPU one device has all cores."""
+    if jax.default_backend() == "cpu":
+        return 1
+    leaves = [leaf for leaf in jax.tree.leaves(state.params) if isinstance(leaf, jax.Array)]
+    return len({device for leaf in leaves for device in leaf.devices()})
+
+
+def _kind(state: TrainState) -> dict[str, str]:
+    """Path -> type of each leaf of the state."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    avals = {jax.tree_util.keystr(path): jax.typeof(leaf) for path, leaf in leaves}
+    return {path: f"{a.dtype}{list(a.shape)}{' (weakly typed)' if a.weak_type else ''}" for path, a in avals.items()}
+
+
+def _refuse_drift(before: dict[str, str], after: dict[str, str]) -> None:
+    """A state whose types change compiles the update twice, and a resumed run would round differently."""
+    for path in sorted({*before, *after}):
+        found, wanted = after.get(path, "nothing"), before.get(path, "nothing")
+        if found != wanted:
+            raise TypeError(f"update changed state{path}: found {found}, wanted {wanted} as before the step")
+
+
+class _Pace:
+    """How long the devices take for a step at most, and so how long waiting for them may last."""
+
+    def __init__(self) -> None:
+        self.slowest: float | None = None
+        self._since: float | None = None
+
+    def begin(self, compiled: float) -> None:
+        """A step is on its way. compiled: seconds that went into the compiler first."""
+        if self._since is None:
+            self._since = time.monotonic()
+        elif compiled > 0:
+            self._since += compiled
+
+    def lap(self, steps: int) -> None:
+        """So many steps are done."""
+        if self._since is not None:
+            self.slowest = max(self.slowest or 0.0, (time.monotonic() - self._since) / steps)
+        self._since = None
+
+    def limit(self, steps: int, new: bool = False) -> float:
+        """Seconds for so many steps. new: one of them has to be compiled."""
+        return processes.slowest(None if new or self.slowest is None else self.slowest * steps)
+
+
+def _saving_limit(state: TrainState) -> float:
+    """Seconds that writing, syncing and hashing a state may take, on a disk of a tenth of today's speed."""
+    return 300.0 + sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 20e6
+
+
+def _shapes(batch: Any) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    return ", ".join(
+        f"{jax.tree_util.keystr(path, simple=True, separator='.')}{list(jnp.shape(leaf))}" for path, leaf in leaves
+    )

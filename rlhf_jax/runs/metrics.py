@@ -1,0 +1,319 @@
+"""Where the figures of a run go: the console, metrics.jsonl, TensorBoard; and how fast the machine could be.
+
+Every writer has the same four methods: `start` before the first step, `row` for figures, `event` for a line of text,
+`close` at the end. After `close` a writer can start again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.live
+import rich.progress
+import rich.text
+
+from rlhf_jax.runs.atomic_files import UNFINISHED
+from rlhf_jax.errors import UserError
+
+
+class Writer(Protocol):
+    """What `fit` writes to."""
+
+    def start(self, step: int, steps: int) -> None:
+        """A run goes on after `step` of its `steps`; what was written for later steps is void."""
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Figures after a step."""
+
+    def event(self, step: int, message: str) -> None:
+        """Something that happened at a step, in words."""
+
+    def close(self) -> None:
+        """Everything is on its way to the disk, the terminal is as before."""
+
+
+class Writers:
+    """Several writers as one."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self.writers = tuple(writers)
+
+    def start(self, step: int, steps: int) -> None:
+        for writer in self.writers:
+            writer.start(step, steps)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self.writers:
+            writer.row(step, values)
+
+    def event(self, step: int, message: str) -> None:
+        for writer in self.writers:
+            writer.event(step, message)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+class JsonLines:
+    """metrics.jsonl: one object a line, {"step": …, "time": …, name: number}; an event has "event": its words.
+
+    time is in seconds since 1970; a number that is not finite is null.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file: TextIO | None = None
+
+    def start(self, step: int, steps: int) -> None:
+        self.close()
+        if not self.path.exists():
+            return
+        # A killed run has rows after its last checkpoint, the last of them perhaps torn; the same steps come again.
+        kept = [line for line, row in _lines(self.path) if row["step"] <= step]
+        unfinished = self.path.with_name(self.path.name + UNFINISHED)
+        unfinished.write_text("".join(kept), encoding="utf-8")
+        unfinished.replace(self.path)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        self._write({"step": step, "time": round(time.time(), 3)} | {name: _number(v) for name, v in values.items()})
+
+    def event(self, step: int, message: str) -> None:
+        self._write({"step": step, "time": round(time.time(), 3), "event": message})
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        # One write a row, handed to the system at once: a killed process loses none.
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of figures in a metrics.jsonl, without events and without a torn last line; [] if there is no file."""
+    path = Path(path)
+    return [row for _, row in _lines(path) if "event" not in row] if path.exists() else []
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    lines = []
+    # Only \n ends a line; splitlines would cut at U+2028 inside an event.
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            lines.append((line + "\n", row))
+    return lines
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+class TensorBoard:
+    """Event files for TensorBoard. Raises: UserError if tensorboardX is not installed."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        try:
+            import tensorboardX
+        except ImportError:
+            raise UserError("tensorboard: tensorboardX is not installed; pip install 'rlhf_jax[tensorboard]'") from None
+        self.folder = Path(folder)
+        self._make = tensorboardX.SummaryWriter
+        self._writer: Any = None
+        self._after = 0
+        self._opened = 0
+
+    def start(self, step: int, steps: int) -> None:
+        self.close()
+        self._after = step
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._open().add_scalar(name, value, step)
+
+    def event(self, step: int, message: str) -> None:
+        self._open().add_text("events", message, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _open(self) -> Any:
+        if self._writer is None:
+            self._opened += 1
+            self._writer = self._make(
+                str(self.folder),
+                # TensorBoard itself hides what an earlier start wrote for later steps.
+                purge_step=self._after + 1 if self._after else None,
+                # The names hold the time in whole seconds; within one, a second file would replace the first.
+                filename_suffix=f".{os.getpid()}.{self._opened}",
+            )
+        return self._writer
+
+
+class Console:
+    """Progress with time left: a bar and the figures on a terminal, in a log a line every `interval` seconds.
+
+    Args:
+      title: what the line begins with, e.g. the stage's name.
+      show: names of the figures worth a place in the line, in this order; the latest value of each is shown.
+      interval: seconds between lines when the output is no terminal.
+      file: where to write; None for standard error.
+    """
+
+    def __init__(
+        self, title: str, show: Sequence[str] = ("loss",), *, interval: float = 10.0, file: TextIO | None = None
+    ) -> None:
+        self.title = title
+        self.show = tuple(show)
+        self.interval = interval
+        self._console = rich.console.Console(file=file, stderr=file is None, highlight=False, soft_wrap=True)
+        self._bar = rich.progress.Progress(
+            "[bold]{task.description}",
+            rich.progress.BarColumn(bar_width=None),
+            "{task.completed:.0f}/{task.total:.0f}",
+            "[cyan]{task.fields[left]}",
+            console=self._console,
+            expand=True,
+        )
+        self._live: rich.live.Live | None = None
+        self._latest: dict[str, float] = {}
+        self._steps = 0
+        self._clock = _Clock()
+        self._printed = -math.inf
+
+    def start(self, step: int, steps: int) -> None:
+        self.close()
+        self._latest, self._steps, self._clock, self._printed = {}, steps, _Clock(), -math.inf
+        if self._console.is_terminal:
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task(self.title, total=steps, completed=step, left="compiling")
+            self._live = rich.live.Live(get_renderable=self._lines, console=self._console, refresh_per_second=4)
+            self._live.start()
+        elif step:
+            self._console.print(f"{self.title} goes on after step {step}", markup=False)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        self._latest.update(values)
+        left = self._clock.left(step, self._steps)
+        if self._live is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, left=left)
+        elif time.monotonic() - self._printed >= self.interval or step >= self._steps:
+            self._printed = time.monotonic()
+            self._console.print(f"{self.title} {step}/{self._steps}  {self._figures()}  {left}".rstrip(), markup=False)
+
+    def event(self, step: int, message: str) -> None:
+        self._console.print(f"{self.title} {step}: {message}", markup=False)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _lines(self) -> rich.console.RenderableType:
+        figures = rich.text.Text("  " + self._figures(), no_wrap=True, overflow="ellipsis")
+        return rich.console.Group(self._bar.get_renderable(), figures)
+
+    def _figures(self) -> str:
+        names = (*self.show, *(f"eval/{name}" for name in self.show), "tokens_per_second", "peak_share")
+        return "  ".join(_figure(name, self._latest[name]) for name in names if name in self._latest)
+
+
+class _Clock:
+    """Time left, from the pace since the first row after the start, which waited for the compiler."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, float] | None = None
+
+    def left(self, step: int, steps: int) -> str:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (step, now)
+        done, spent = step - self.first[0], now - self.first[1]
+        if step >= steps:
+            return f"took {_minutes(spent)}"
+        return f"{_minutes(spent / done * (steps - step))} left" if done else ""
+
+
+def _minutes(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "tokens_per_second":
+        return f"{value:,.0f} tokens/s"
+    if name == "peak_share":
+        return f"{value:.0%} of peak"
+    return f"{name.replace('_', ' ').replace('/', ' ')} {value:.4g}"
+
+
+class Throughput:
+    """Tokens a second and the share of the machine's peak they use, over the time since the last lap.
+
+    Args:
+      flops_per_token: floating point operations a token costs in training; None leaves the share out.
+      peak: floating point operations a second to compare with, e.g. `matmul_peak`; asked at a lap and not before.
+    """
+
+    def __init__(self, flops_per_token: float | None = None, peak: Callable[[], float] | None = None) -> None:
+        self.flops_per_token = flops_per_token
+        self.peak = peak
+        self._since = time.perf_counter()
+
+    def restart(self) -> None:
+        """The time until now was spent on something else."""
+        self._since = time.perf_counter()
+
+    def exclude(self, seconds: float) -> None:
+        """So many seconds of this lap went elsewhere, e.g. into the compiler."""
+        self._since += seconds
+
+    def lap(self, tokens: float) -> dict[str, float]:
+        """tokens_per_second and peak_share for `tokens` since the last lap."""
+        seconds = time.perf_counter() - self._since
+        row = {"tokens_per_second": tokens / seconds}
+        if self.flops_per_token is not None and self.peak is not None:
+            row["peak_share"] = row["tokens_per_second"] * self.flops_per_token / self.peak()
+        self.restart()
+        return row
+
+
+@functools.cache
+def matmul_peak() -> float:
+    """FLOP/s of the fastest large matrix product on one device, measured once in a process, in under half a second.
+
+    float32 on a CPU, where one device has all cores; bfloat16 elsewhere, the faster of the two that training may use.
+    """
+    device = jax.local_devices()[0]
+    size, dtype = (1024, jnp.float32) if device.platform == "cpu" else (8192, jnp.bfloat16)
+    multiply = jax.jit(jnp.matmul)
+    a = jax.device_put(jnp.ones((size, size), dtype), device)
+    multiply(a, a).block_until_ready()
+    best, stop = math.inf, time.perf_counter() + 0.25
+    while time.perf_counter() < stop:
+        begin = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best

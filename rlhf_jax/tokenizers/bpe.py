@@ -1,0 +1,336 @@
+"""Text to token ids and back: bytes, a byte-pair encoding trained on the user's corpus, or a named tiktoken encoding.
+
+Whatever the encoding, a tokenizer adds three ids of its own above the encoding's ranks: end of text (eos), begin of
+text (bos) and padding (pad). No text is ever encoded to one of them, so no text can end, begin or hide a row.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import rustbpe
+import tiktoken
+
+from rlhf_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf_jax.tokenizers.chat_template import ChatTemplate
+
+FORMAT = "rlhf_jax tokenizer"
+FORMAT_VERSION = 1
+SPECIAL_IDS = 3
+Token = bytes  # inside the class, `bytes` is a constructor
+
+# Pieces that a token never crosses. Bytes: any cut will do, short ones are fast. Words: GPT-4's pattern.
+BYTES_PATTERN = r"(?s).{1,64}"
+WORDS_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+# The regex engine below tiktoken backtracks over white space and overflows its stack near a million characters.
+MAX_SPACE_RUN = 4096
+
+# tiktoken asks for "gpt2" under other addresses than for "r50k_base", which is the same encoding.
+_SAME_ENCODING = {"gpt2": "r50k_base"}
+
+
+class TextTokenizer(Protocol):
+    """What every tokenizer has, this file's and `hf_tokenizer.HuggingFaceTokenizer`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int:
+        """Ids from 0 that may be sampled or encoded; pad_id may be one above them."""
+        ...
+
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int:
+        """Neither eos, nor bos, nor in stop_ids."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Texts that a chat template may write for a special token; `encode` takes them as plain text."""
+        ...
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What stands before a text; may be empty."""
+        ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response, eos first."""
+        ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]: ...
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of text that goes on after other text; `encode` may put a space before it, as SentencePiece does."""
+        ...
+
+    def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
+        """Ids of each section of one running text, tokenised apart, where a special token's text is that token.
+
+        stand_ins: characters to put back once special tokens are found, as `str.translate` takes them.
+        """
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+    def decode_batch(self, rows: Iterable[Sequence[int]]) -> list[str]: ...
+    def token_bytes(self, id: int) -> Token: ...
+    def save(self, path: str | Path) -> None: ...
+
+
+class Tokenizer:
+    """A tiktoken encoding with pad, bos and eos ids of its own; immutable, equal when its fingerprint is."""
+
+    def __init__(self, name: str, pattern: str, ranks: dict[Token, int]):
+        """Args:
+          name: what a report calls it; not part of the fingerprint.
+          pattern: the regular expression that cuts text into pieces.
+          ranks: token bytes -> id; all 256 single bytes must be there, so that any text can be encoded.
+        Raises: UserError if a byte is missing or two tokens share an id.
+        """
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if missing:
+            raise UserError(
+                f"tokenizer {name}: {len(missing)} of 256 bytes have no token, the first is {missing[0]:#04x}"
+            )
+        if len(set(ranks.values())) != len(ranks) or min(ranks.values()) < 0:
+            raise UserError(
+                f"tokenizer {name}: {len(ranks)} tokens have {len(set(ranks.values()))} different ids from 0"
+            )
+        self.name = name
+        self.pattern = pattern
+        self._ranks = dict(ranks)
+        self._bytes = {id: token for token, id in ranks.items()}
+        # No special tokens here: what the encoding's makers call special is plain text to us.
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={})
+        # The end comes first: for GPT-2 it is then 50256, the id that its pretrained weights know.
+        first = max(ranks.values()) + 1
+        self.eos_id, self.bos_id, self.pad_id = first, first + 1, first + 2
+        self.start_ids, self.stop_ids = (self.bos_id,), (self.eos_id,)
+        self.special_tokens: Mapping[str, int] = {}  # no text names one
+        self.chat_template: ChatTemplate | None = None
+
+    @classmethod
+    def bytes(cls) -> Tokenizer:
+        """Every byte of UTF-8 is a token; the id is the byte."""
+        return cls("bytes", BYTES_PATTERN, {bytes([byte]): byte for byte in range(256)})
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Byte-pair encoding of a corpus (Sennrich et al. 2016), the same for the same texts.
+
+        Args:
+          texts: the corpus; streamed.
+          vocab_size: all ids: 256 bytes, the merges, 3 special ids. A small corpus may have fewer merges to give.
+        """
+        if vocab_size < 256 + SPECIAL_IDS:
+            raise UserError(
+                f"vocab_size {vocab_size}: wanted at least {256 + SPECIAL_IDS} (256 bytes and 3 special ids)"
+            )
+        trainer = rustbpe.Tokenizer()
+        parts = (piece for text in texts for piece in pieces(text))
+        trainer.train_from_iterator(parts, vocab_size - SPECIAL_IDS, pattern=WORDS_PATTERN)
+        return cls("bpe", WORDS_PATTERN, {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()})
+
+    @classmethod
+    def named(cls, name: str) -> Tokenizer:
+        """An encoding that tiktoken knows, such as "gpt2" or "cl100k_base"; downloaded once, then read from its cache.
+
+        Raises: UserError for an unknown name, and without network and cache, saying what to do instead.
+        """
+        known = sorted(tiktoken.list_encoding_names())
+        if name not in known:
+            raise UserError(f"tokenizer {name!r}: tiktoken knows {', '.join(known)}; or use 'bytes' or a trained one")
+        candidates = [name, _SAME_ENCODING[name]] if name in _SAME_ENCODING else [name]
+        problems = []
+        for candidate in candidates:
+            try:
+                encoding = tiktoken.get_encoding(candidate)
+            except (OSError, ValueError) as error:  # requests' errors are OSErrors; a damaged file is a ValueError
+                problems.append(f"{type(error).__name__}: {_one_line(error)}")
+                continue
+            # tiktoken has no public name for these two, and a run folder must hold them.
+            return cls(name, encoding._pat_str, encoding._mergeable_ranks)
+        cache = os.environ.get("TIKTOKEN_CACHE_DIR", "unset")
+        raise UserError(
+            f"tokenizer {name!r}: tiktoken could not load its rank file ({problems[0]}). Offline, set"
+            f" TIKTOKEN_CACHE_DIR (now {cache}) to a folder that holds it, copied from a machine with network; or use"
+            " 'bytes', a tokenizer trained on your corpus, or the tokenizer.json of another run"
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> TextTokenizer:
+        """The tokenizer that `save` wrote, of either kind.
+
+        Raises: UserError naming the file and what is wrong with it.
+        """
+        try:
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a readable tokenizer file: {_one_line(error)}") from None
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise UserError(f"{path}: not a tokenizer file; wanted the tokenizer.json of a run folder")
+        if saved.get("format_version") != FORMAT_VERSION:
+            raise UserError(f"{path}: format_version {saved.get('format_version')!r}, wanted {FORMAT_VERSION}")
+        if saved.get("kind") == "huggingface":
+            # It imports this file, and who has no such model does not wait for it.
+            from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer.from_saved(saved, path)
+        try:
+            tokens = {int(id): base64.b64decode(token, validate=True) for id, token in saved["tokens"].items()}
+            tokenizer = Tokenizer(saved["name"], saved["pattern"], {token: id for id, token in tokens.items()})
+        except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
+            raise UserError(f"{path}: damaged tokenizer file: {type(error).__name__}: {_one_line(error)}") from None
+        if tokenizer.fingerprint != saved.get("fingerprint"):
+            raise UserError(f"{path}: damaged tokenizer file: its content does not match its fingerprint")
+        return tokenizer
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything it is as one JSON text; `load` needs nothing else, no network and no cache."""
+        write_saved(path, self, self._content())
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids, the three special ones included: what a model's embedding needs."""
+        return self.pad_id + 1
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset((self.eos_id, self.bos_id, self.pad_id))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of pattern and tokens, in hexadecimal: equal exactly when every text gets the same ids."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode("ascii")).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; "<|endoftext|>" in it is encoded as those 13 characters.
+
+        Raises: UserError if text holds a lone surrogate, which no UTF-8 text does.
+        """
+        if len(text) <= MAX_SPACE_RUN and text.isascii():
+            return self._encoding.encode_ordinary(text)
+        return [id for piece in pieces(text) for id in self._encoding.encode_ordinary(piece)]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The same as `encode`."""
+        return self.encode(text)
+
+    def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
+        """`encode` of each section, with the characters put back that stand_ins names; no text is a special token's."""
+        return [self.encode(section.translate(stand_ins)) for section in sections]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """`encode` of each text. A plain loop: tiktoken's threads cost more than they gain on short texts."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids, special ids dropped; bytes that are no UTF-8 become U+FFFD.
+
+        Raises: UserError for an id outside the vocabulary.
+        """
+        return b"".join(self.token_bytes(id) for id in ids).decode("utf-8", errors="replace")
+
+    def decode_batch(self, rows: Iterable[Sequence[int]]) -> list[str]:
+        return [self.decode(row) for row in rows]
+
+    def token_bytes(self, id: int) -> Token:
+        """The bytes of one token, b"" for a special id and for an id that a named encoding leaves out."""
+        id = int(id)
+        if not 0 <= id < self.vocab_size:
+            raise UserError(f"token id {id} is outside the vocabulary of {self.vocab_size} ids")
+        return self._bytes.get(id, b"")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
+
+    def _content(self) -> dict[str, object]:
+        tokens = {str(id): base64.b64encode(self._bytes[id]).decode("ascii") for id in sorted(self._bytes)}
+        return {"pattern": self.pattern, "tokens": tokens}
+
+
+def write_saved(path: str | Path, tokenizer: TextTokenizer, content: Mapping[str, object]) -> None:
+    """Writes the file that `Tokenizer.load` reads. content: what the tokenizer is made of."""
+    saved = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "special_ids": {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id},
+        **content,
+    }
+    # A crash half-way must leave the old file or the new one.
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(saved, indent=0, ensure_ascii=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_tokenizer(tokenizer: TextTokenizer, folder: str | Path) -> None:
+    """Writes a tokenizer of either kind as the files that transformers reads, tokenizer.json and those beside it."""
+    from rlhf_jax.tokenizers.export import write_folder
+
+    write_folder(tokenizer, folder)
+
+
+def pieces(text: str, longest: int = MAX_SPACE_RUN) -> Iterator[str]:
+    """The text, cut where white space runs on for more than `longest` characters.
+
+    Raises: UserError if text holds a lone surrogate.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        ) from None
+    if len(text) <= longest:
+        yield text
+        return
+    start = 0
+    for run in _long_space(longest).finditer(text):
+        for cut in range(run.start() + longest, run.end(), longest):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+@functools.cache
+def _long_space(longest: int) -> re.Pattern[str]:
+    return re.compile(rf"\s{{{longest + 1},}}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,186 @@
+"""Two ways to encode by a tokenizer.json: tiktoken, where `byte_bpe` shows it exact, and the package `tokenizers`.
+
+Both leave the texts of special tokens as they are: they look for added tokens that are not special only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import tiktoken
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizers.merges import from_letters, nfc, unknown_characters
+
+if TYPE_CHECKING:
+    import tokenizers
+
+Content = Mapping[str, Any]
+Place = Literal["start", "special", "text"]  # what stands before a text: nothing, a special token, other text
+
+
+class Added(NamedTuple):
+    """An entry of "added_tokens": text that is found before anything is merged."""
+
+    id: int
+    content: str
+    special: bool
+    normalized: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+
+    @classmethod
+    def of(cls, entry: Content) -> Added:
+        return cls(*(entry[field] for field in cls._fields))
+
+
+def steps(part: Content | None, name: str) -> list[Content]:
+    """The steps of a normalizer, decoder, …, in order. name: the field of a sequence that holds them."""
+    if part is None:
+        return []
+    return [step for inner in part[name] for step in steps(inner, name)] if part["type"] == "Sequence" else [part]
+
+
+def bytes_of(text: str, decoder: Sequence[Content]) -> bytes:
+    """The bytes of one token of a vocabulary, by the decoder's steps."""
+    for step in decoder:
+        kind = step["type"]
+        if kind == "ByteLevel":
+            token = from_letters(text)
+            return text.encode("utf-8") if token is None else token
+        if kind == "ByteFallback" and re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return bytes([int(text[3:5], 16)])
+        if kind == "Metaspace":
+            text = text.replace(step["replacement"], " ")
+        if kind == "Replace" and "String" in step["pattern"]:
+            text = text.replace(step["pattern"]["String"], step["content"])
+    return text.encode("utf-8")
+
+
+class RankEncoder:
+    """tiktoken, with a table of ids beside it: ranks say which merge comes first, ids need not.
+
+    A text with a character that has no token (SmolLM2 lacks seven control characters) is for the package.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        table: Sequence[tuple[bytes, int]],
+        added: Collection[Added],
+        *,
+        composes: bool,
+        package: Callable[[], PackageEncoder],
+    ):
+        ranks = {token: rank for rank, (token, _) in enumerate(table)}
+        self._encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._ids = [id for _, id in table]
+        self._unknown, self._package = unknown_characters(ranks.keys()), package
+        self._compose = nfc if composes else str
+        # Some are looked for in the text as it is, then others in what has been composed.
+        self._first = _finder([token for token in added if not token.normalized], str)
+        self._then = _finder([token for token in added if token.normalized], self._compose)
+
+    def encode(self, text: str, place: Place) -> list[int]:
+        """Ids of the text, wherever it stands."""
+        if self._unknown.search(self._compose(text)):
+            return self._package().encode(text, place)
+        ids: list[int] = []
+        for outer in self._first(text):
+            for part in [outer] if isinstance(outer, int) else self._then(self._compose(outer)):
+                if isinstance(part, int):
+                    ids.append(part)
+                else:
+                    ids += [self._ids[rank] for rank in self._encoding.encode_ordinary(part)]
+        return ids
+
+
+def _finder(added: Sequence[Added], compose: Callable[[str], str]) -> Callable[[str], Iterable[str | int]]:
+    """Cuts a text at the added tokens in it, each given as its id; the longest of several that start together."""
+    ids = {compose(token.content): None if token.special else token.id for token in added}
+    if not any(id is not None for id in ids.values()):
+        return lambda text: [text]
+    pattern = re.compile("|".join(map(re.escape, sorted(ids, key=len, reverse=True))))
+
+    def find(text: str) -> Iterator[str | int]:
+        start = 0
+        for match in pattern.finditer(text):
+            id = ids[match[0]]
+            # A special token is passed over, and with it what else might be found inside.
+            if id is not None:
+                yield from (text[start : match.start()], id)
+                start = match.end()
+        yield text[start:]
+
+    return find
+
+
+class PackageEncoder:
+    """The package `tokenizers`, for all that tiktoken cannot do: SentencePiece's BPE, Unigram, other patterns."""
+
+    def __init__(self, content: Content, name: str):
+        self._content = {**content, "truncation": None, "padding": None, "post_processor": None}
+        self._name = name
+        self._made: dict[Place, tokenizers.Tokenizer] = {}
+        self.at("start")
+
+    def at(self, place: Place) -> tokenizers.Tokenizer:
+        """The tokenizer for text at a place: only a text's start gets a space put before it.
+
+        Raises: UserError if the package is not installed or cannot read the file.
+        """
+        if place in self._made:
+            return self._made[place]
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(
+                f"{self._name}: its tokenizer.json needs the package tokenizers; install it with: "
+                'pip install "rlhf_jax[hf]"'
+            ) from None
+        content = {
+            **self._content,
+            "normalizer": _placed(self._content.get("normalizer"), place),
+            "pre_tokenizer": _placed(self._content.get("pre_tokenizer"), place),
+        }
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+        # The package raises no narrower one.
+        except Exception as error:  # noqa: BLE001
+            raise UserError(f"{self._name}: tokenizer.json: {' '.join(str(error).split())[:200]}") from None
+        tokenizer.encode_special_tokens = True
+        self._made[place] = tokenizer
+        return tokenizer
+
+    def encode(self, text: str, place: Place) -> list[int]:
+        """Ids of the text at a place of a running text."""
+        return list(self.at(place).encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The package's own decoding of a row."""
+        return str(self.at("start").decode(ids, skip_special_tokens=True))
+
+
+def _placed(part: Content | None, place: Place) -> Content | None:
+    """A normalizer or pre-tokenizer for text at a place, without the space that is not put before it there.
+
+    Prepend and ByteLevel put one after each special token, too; Metaspace does if its scheme is "always".
+    """
+    if part is None or place == "start":
+        return part
+    kind = part["type"]
+    if kind == "Sequence":
+        name = "normalizers" if "normalizers" in part else "pretokenizers"
+        return {**part, name: [step for inner in part[name] if (step := _placed(inner, place)) is not None]}
+    if kind == "Metaspace" and (place == "text" or part.get("prepend_scheme") == "first"):
+        kept = {key: value for key, value in part.items() if key != "add_prefix_space"}
+        return {**kept, "prepend_scheme": "never"}
+    if kind == "Prepend" and place == "text":
+        return None
+    if kind == "ByteLevel" and place == "text":
+        return {**part, "add_prefix_space": False}
+    return part

@@ -1,0 +1,101 @@
+"""Our own tokenizer as Hugging Face's libraries read one: tokenizer.json and tokenizer_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizers.bpe import BYTES_PATTERN, TextTokenizer, Tokenizer
+from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from rlhf_jax.tokenizers.merges import merges_of, to_letters, to_oniguruma
+
+NAMES = {"eos": "<|endoftext|>", "bos": "<|begin|>", "pad": "<|pad|>"}
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json that gives our ids in transformers, bos before a text.
+
+    Raises: UserError if the pattern may mean something else to Hugging Face's regex engine, or a token is named as one
+      of our special ones.
+    """
+    ids = {tokenizer.token_bytes(id): id for id in range(tokenizer.eos_id)}
+    ids.pop(b"", None)
+    merges, all_made = merges_of(ids)
+    special = {NAMES["eos"]: tokenizer.eos_id, NAMES["bos"]: tokenizer.bos_id, NAMES["pad"]: tokenizer.pad_id}
+    vocab = {to_letters(token): id for token, id in ids.items()}
+    taken = [name for name in special if name in vocab]
+    if taken:
+        raise UserError(
+            f"tokenizer {tokenizer.name}: found a token {taken[0]!r}, wanted none: a special one is so called"
+        )
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    pre_tokenizer: dict[str, Any] = level
+    # Where nothing is merged, any cut will do.
+    if tokenizer.pattern != BYTES_PATTERN or merges:
+        pattern = to_oniguruma(tokenizer.pattern)
+        if pattern is None:
+            raise UserError(
+                f"tokenizer {tokenizer.name}: found the pattern {tokenizer.pattern!r}, wanted one that Hugging Face's "
+                "regex engine reads as tiktoken's does"
+            )
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, level]}
+    bos = {"id": NAMES["bos"], "type_id": 0}
+    texts = [{"Sequence": {"id": name, "type_id": at}} for at, name in enumerate("AB")]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": id, "content": name, **_FLAGS} for name, id in special.items()],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": bos}, texts[0]],
+            "pair": [{"SpecialToken": bos}, *texts],
+            "special_tokens": {NAMES["bos"]: {"id": NAMES["bos"], "ids": [tokenizer.bos_id], "tokens": [NAMES["bos"]]}},
+        },
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            # tiktoken finds a piece of text that is a token without merging anything.
+            "ignore_merges": not all_made,
+            "vocab": vocab | special,
+            "merges": [[to_letters(left), to_letters(right)] for left, right in merges],
+        },
+    }
+
+
+def to_hugging_face_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of the tokenizer_config.json beside it."""
+    ids = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{role}_token": name for role, name in NAMES.items()},
+        "added_tokens_decoder": {str(ids[role]): {"content": name, **_FLAGS} for role, name in NAMES.items()},
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def write_folder(tokenizer: TextTokenizer, folder: str | Path) -> None:
+    """Writes a tokenizer of either kind as the files that transformers reads."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.write_folder(folder)
+    elif isinstance(tokenizer, Tokenizer):
+        content, config = to_hugging_face(tokenizer), to_hugging_face_config(tokenizer)
+        files = {"tokenizer.json": content, "tokenizer_config.json": config}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, part in files.items():
+            text = json.dumps(part, ensure_ascii=False, indent=2) + "\n"
+            (Path(folder) / name).write_bytes(text.encode("utf-8"))
+    else:
+        raise TypeError(f"{type(tokenizer).__name__}, wanted a Tokenizer or a HuggingFaceTokenizer")

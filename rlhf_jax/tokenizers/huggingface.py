@@ -1,0 +1,363 @@
+"""A published model's tokenizer, from the files that Hugging Face's libraries keep: tokenizer.json and those beside it.
+
+Where a tiktoken encoding gives the same ids for every text (`byte_bpe.table_of`), tiktoken encodes; else the package
+`tokenizers` does. Two things differ from transformers on purpose. The text of a special token is plain text, always.
+And pad is never eos: a model that has no pad of its own gets an id above its embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizers.bpe import Token, pieces, write_saved
+from rlhf_jax.tokenizers.chat_template import ChatTemplate
+from rlhf_jax.tokenizers.encoders import Added, PackageEncoder, Place, RankEncoder, bytes_of, steps
+from rlhf_jax.tokenizers.merges import pattern_of, table_of
+
+ROLES = ("eos", "bos", "pad")
+Ids = Mapping[str, int | Sequence[int] | None]
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# tiktoken's regex engine overflows near a million characters of white space; Hugging Face's does not.
+_LONGEST_SPACE = 250_000
+
+
+class HuggingFaceTokenizer:
+    """A published model's tokenizer; immutable, equal when its fingerprint is.
+
+    vocab_size is the largest id that has a token, plus one: rows of the embedding above it, which only round it up, are
+    never sampled. pad_id may be `rows`, one above the embedding: it needs a row of its own and has no logit.
+    """
+
+    def __init__(self, files: Mapping[str, str], *, rows: int, name: str, ids: Ids):
+        """Args:
+          files: name -> text: tokenizer.json, and tokenizer_config.json, special_tokens_map.json, chat_template.jinja.
+          rows: rows of the model's embedding.
+          name: what a report calls it; not part of the fingerprint.
+          ids: "bos", "eos" and "pad" as the model's configuration has them, for what the files do not say; a list
+            of several eos ids adds to stop_ids, as does the end of a turn in the chat template.
+        Raises: UserError naming the file and what is missing or wrong in it.
+        """
+        self.name = name
+        self.rows = rows
+        self.files = {name: files[name] for name in _FILES if name in files}
+        self._ids = {role: _as_list(role, ids.get(role)) for role in ROLES}
+        self._content = _parse(files, "tokenizer.json", name)
+        config = {**_parse(files, "special_tokens_map.json", name), **_parse(files, "tokenizer_config.json", name)}
+        try:
+            self._vocab = _vocabulary(self._content)
+            self._added = [Added.of(entry) for entry in self._content.get("added_tokens", [])]
+            self._roles(config)
+            self.backend: Literal["tiktoken", "tokenizers"] = "tokenizers"
+            self._encoder = self._choose_encoder()
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise UserError(f"{name}: tokenizer.json: {type(error).__name__}: {error}; is the file whole?") from None
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, rows: int) -> HuggingFaceTokenizer:
+        """The tokenizer of a model's folder, as `save_pretrained` and the Hub lay it out. rows: of its embedding."""
+        folder = Path(folder)
+        files = {name: text for name in _FILES if (text := _read(folder / name)) is not None}
+        if "tokenizer.json" not in files:
+            raise UserError(
+                f"{folder}: no tokenizer.json in it; let transformers write one: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        ids: dict[str, Any] = {}
+        # What is said for sampling goes before what is said for the model.
+        for name in ("config.json", "generation_config.json"):
+            text = _read(folder / name)
+            found = _parse({name: text}, name, str(folder)) if text is not None else {}
+            ids |= {role: found[f"{role}_token_id"] for role in ROLES if found.get(f"{role}_token_id") is not None}
+        return cls(files, rows=rows, name=folder.resolve().name, ids=ids)
+
+    @classmethod
+    def from_content(
+        cls,
+        tokenizer: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        rows: int,
+        name: str,
+        ids: Ids | None = None,
+    ) -> HuggingFaceTokenizer:
+        """The same of the parsed content of tokenizer.json and tokenizer_config.json, whoever made it."""
+        files = {
+            "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+            "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
+        }
+        return cls(files, rows=rows, name=name, ids=ids if ids is not None else {})
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any], path: str | Path) -> HuggingFaceTokenizer:
+        """What `save` wrote, parsed; `Tokenizer.load` calls it. Raises: UserError naming path."""
+        try:
+            tokenizer = cls(dict(saved["files"]), rows=saved["rows"], name=saved["name"], ids=saved["ids"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: damaged tokenizer file: {type(error).__name__}: {error}") from None
+        if tokenizer.fingerprint != saved.get("fingerprint"):
+            raise UserError(f"{path}: damaged tokenizer file: its content does not match its fingerprint")
+        return tokenizer
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything it is as one JSON text; `Tokenizer.load` needs nothing else."""
+        ids = self._ids | {"eos": list(self.stop_ids)}
+        content = {"kind": "huggingface", "backend": self.backend, "rows": self.rows, "ids": ids}
+        write_saved(path, self, {**content, "files": self.files})
+
+    def write_folder(self, folder: str | Path) -> None:
+        """Writes the files that it was made of, byte for byte, for transformers to read."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, text in self.files.items():
+            (Path(folder) / name).write_bytes(text.encode("utf-8"))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of all that decides the ids of a text or of messages."""
+        content = {key: value for key, value in self._content.items() if key not in ("truncation", "padding")}
+        template = self.chat_template
+        parts = [content, self.eos_id, self.bos_id, self.pad_id, self.start_ids, self.stop_ids, self.special_tokens]
+        parts += [template.source, template.tokens] if template else []
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("ascii")).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, as transformers has them with `add_special_tokens=False, split_special_tokens=True`.
+
+        Only white space of more than 250,000 characters, which tiktoken must be given in parts, may be cut elsewhere.
+        Raises: UserError if text holds a lone surrogate, or something that the model itself makes a special token of.
+        """
+        return self._encode(text, "start")
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of text that goes on after other text: without the space that SentencePiece puts before a text."""
+        return self._encode(text, "text")
+
+    def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
+        """Ids of each section of one running text, tokenised apart, where a special token's text is that token.
+
+        stand_ins: characters to put back once special tokens are found, as `str.translate` takes them.
+        """
+        rows: list[list[int]] = []
+        place: Place = "start"
+        for section in sections:
+            row: list[int] = []
+            for part in self._cut(section):
+                if isinstance(part, int):
+                    row.append(part)
+                    place = "special"
+                elif part:
+                    row += self._encode(part.translate(stand_ins), place)
+                    place = "text"
+            rows.append(row)
+        return rows
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids, special ids dropped; bytes that are no UTF-8 become U+FFFD.
+
+        A tokenizer that puts a space before a text takes it away again from the row's front, whatever stands there.
+        Raises: UserError for an id outside the vocabulary.
+        """
+        plain = [id for id in map(self._checked, ids) if id not in self.special_ids]
+        if isinstance(self._encoder, PackageEncoder):
+            return self._encoder.decode(plain)
+        return b"".join(self._bytes.get(id, b"") for id in plain).decode("utf-8", errors="replace")
+
+    def decode_batch(self, rows: Iterable[Sequence[int]]) -> list[str]:
+        return [self.decode(row) for row in rows]
+
+    def token_bytes(self, id: int) -> Token:
+        """The bytes of one token wherever it stands, b"" for a special id and for an id without a token."""
+        id = self._checked(id)
+        return b"" if id in self.special_ids else self._bytes.get(id, b"")
+
+    def _checked(self, id: int) -> int:
+        id = int(id)
+        if not 0 <= id < self.vocab_size and id != self.pad_id:
+            raise UserError(f"token id {id} is outside the vocabulary of {self.vocab_size} ids")
+        return id
+
+    @functools.cached_property
+    def _bytes(self) -> dict[int, Token]:
+        decoder = steps(self._content.get("decoder"), "decoders")
+        found = {id: bytes_of(text, decoder) for text, id in self._vocab.items()}
+        return found | {added.id: added.content.encode("utf-8") for added in self._added}
+
+    def _encode(self, text: str, place: Place) -> list[int]:
+        longest = _LONGEST_SPACE if self.backend == "tiktoken" else max(len(text), 1)
+        return [id for piece in pieces(text, longest) for id in self._refused(self._encoder.encode(piece, place))]
+
+    def _refused(self, ids: list[int]) -> list[int]:
+        """The ids. Raises: UserError if there is a special one among them, which only some models' own tables make."""
+        if not self._never.isdisjoint(ids):
+            id = next(id for id in ids if id in self._never)
+            name = next(name for name, special in self.special_tokens.items() if special == id)
+            raise UserError(
+                f"tokenizer {self.name}: found {name!r} in a text, wanted none: it would be a special token"
+            )
+        return ids
+
+    def _cut(self, text: str) -> Iterator[str | int]:
+        """The text, cut at the special tokens that it names; they may take the white space beside them away."""
+        start = 0
+        for match in self._special_pattern.finditer(text):
+            yield text[start : match.start()]
+            yield self.special_tokens[match[int(match.lastindex or 0)]]
+            start = match.end()
+        yield text[start:]
+
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        about = {added.content: added for added in self._added}
+        parts = []
+        for text in sorted(self.special_tokens, key=len, reverse=True):
+            left = r"\s*" if text in about and about[text].lstrip else ""
+            right = r"\s*" if text in about and about[text].rstrip else ""
+            parts.append(f"{left}({re.escape(text)}){right}")
+        return re.compile("|".join(parts) if parts else "(?!)")
+
+    def _roles(self, config: Mapping[str, Any]) -> None:
+        """Sets the ids that have a part to play, and the chat template."""
+        names = {**self._vocab, **{added.content: added.id for added in self._added}}
+        texts = {id: text for text, id in names.items()}
+        variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}
+        eos, bos, pad = (self._role(role, config, names.get(variables.get(f"{role}_token", ""))) for role in ROLES)
+        if eos is None or eos not in texts:
+            raise UserError(
+                f"{self.name}: found no end-of-text token, wanted 'eos_token' in tokenizer_config.json or "
+                "'eos_token_id' in config.json"
+            )
+        self.eos_id: int = eos
+        self.bos_id: int | None = bos if bos is not None and bos in texts else None
+        for role, id in (("eos", self.eos_id), ("bos", self.bos_id)):
+            if id is not None:
+                variables.setdefault(f"{role}_token", texts[id])
+        self.chat_template = self._template(config, variables)
+        self.start_ids = self._starts()
+        marked = {added.id for added in self._added if added.special}
+        stops = [eos, *(id for id in self._ids["eos"] if id in texts)]
+        if self.chat_template is not None:
+            # Gemma's turns end otherwise than its texts, and not every file says so.
+            end = self.chat_template.turn_end([texts[id] for id in sorted(texts) if id in marked or id == eos])
+            stops += [names[end]] if end is not None else []
+        self.stop_ids = tuple(dict.fromkeys(stops))
+        taken = {*self.start_ids, *self.stop_ids} | ({self.bos_id} if self.bos_id is not None else set())
+        above = [id for id in texts if id >= self.rows and (id not in marked or id in taken)]
+        if above:
+            raise UserError(
+                f"{self.name}: tokenizer.json: found id {above[0]} of {texts[above[0]]!r}, wanted one below "
+                f"{self.rows}, the rows of the model's embedding"
+            )
+        self.vocab_size = max(id for id in texts if id < self.rows) + 1
+        # Some models pad with a token of ordinary text; it is no pad to us.
+        self.pad_id = self.rows if pad is None or pad not in marked - taken or pad >= self.rows else pad
+        special = marked | taken
+        self.special_tokens = {texts[id]: id for id in sorted(texts) if id in special and id < self.rows}
+        self.special_ids = frozenset(self.special_tokens.values()) | {self.pad_id}
+        # A character that the model does not know is its <unk>, which is no way to end or hide anything.
+        model = self._content["model"]
+        unknown = model.get("unk_id") if model.get("unk_token") is None else names.get(model["unk_token"])
+        self._never = frozenset(special) - ({unknown} - taken)
+
+    def _role(self, role: str, config: Mapping[str, Any], named: int | None) -> int | None:
+        """The id that tokenizer_config.json names, else the one of the model's configuration."""
+        # A null is an answer for bos: Qwen's config.json names a bos that the model never saw.
+        if named is not None or (role == "bos" and "bos_token" in config) or not self._ids[role]:
+            return named
+        return self._ids[role][0]
+
+    def _starts(self) -> tuple[int, ...]:
+        """What tokenizer.json puts before a text. transformers, too, asks no `add_bos_token` beside it."""
+        starts: list[int] = []
+        for step in steps(self._content.get("post_processor"), "processors"):
+            if step["type"] == "TemplateProcessing":
+                for part in step["single"]:
+                    if "SpecialToken" not in part:
+                        break
+                    starts += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+            elif step["type"] in ("BertProcessing", "RobertaProcessing"):
+                starts.append(step["cls"][1])
+        return tuple(starts)
+
+    def _template(self, config: Mapping[str, Any], variables: Mapping[str, str]) -> ChatTemplate | None:
+        source = self.files.get("chat_template.jinja", config.get("chat_template"))
+        if source is None:
+            return None
+        return ChatTemplate(source, variables) if isinstance(source, str) else ChatTemplate.named(source, variables)
+
+    def _choose_encoder(self) -> RankEncoder | PackageEncoder:
+        """tiktoken where it is exact, which sets `backend`."""
+        package = functools.cache(lambda: PackageEncoder(self._content, self.name))
+        normalizer = self._content.get("normalizer")
+        pattern = pattern_of(self._content.get("pre_tokenizer"))
+        odd = any(a.single_word or a.lstrip or a.rstrip for a in self._added if not a.special)
+        if pattern is not None and not odd and (normalizer is None or normalizer.get("type") == "NFC"):
+            table = table_of(self._content["model"], self.special_ids | self._never)
+            if table is not None:
+                self.backend = "tiktoken"
+                return RankEncoder(pattern, table, self._added, composes=normalizer is not None, package=package)
+        return package()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HuggingFaceTokenizer) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"HuggingFaceTokenizer({self.name!r}, vocab_size={self.vocab_size}, backend={self.backend!r})"
+
+
+def _read(path: Path) -> str | None:
+    """The file's text, byte for byte; None if there is no such file."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable text file: {error}") from None
+
+
+def _parse(files: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
+    """The JSON object that a file holds; {} if there is no such file."""
+    if name not in files:
+        return {}
+    try:
+        content = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {name}: not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: {name}: found {type(content).__name__}, wanted a JSON object")
+    return content
+
+
+def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
+    vocab = content["model"]["vocab"]
+    # Unigram lists [token, score]; the place is the id.
+    return dict(vocab) if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
+
+
+def _as_list(role: str, ids: int | Sequence[int] | None) -> list[int]:
+    found = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in found):
+        raise UserError(f"{role}_token_id: found {ids!r}, wanted an id or a list of ids")
+    return found
+
+
+def _text(value: object) -> str | None:
+    """The text of a token in tokenizer_config.json, where it is a string or an object with its "content"."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
