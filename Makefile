@@ -1,27 +1,29 @@
 # The doors of the project; `make help` lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe test test-interop test-pods lint format lock clean
+.PHONY: help setup recipe test test-interop test-pods test-lowest test-newest test-wheel lint format lock clean
 
-BIN := .venv/bin
-# The Python that makes .venv; empty: the first of python3, python3.14 … python3.11 that is 3.11 or newer.
+# The environment that setup makes and all others use, e.g. `make test VENV=.venv-3.13 PYTHON=python3.13`.
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The Python that makes the environment; empty: the first of python3, python3.14 … python3.11 that is 3.11 or newer.
 PYTHON ?=
 # Extras to add to the development set, e.g. `make setup EXTRAS=cuda13`.
 EXTRAS ?=
-# What `make recipe` and `make test` pass on, e.g. `make recipe ARGS="--seed 1"`, `make test ARGS="tests/test_kl.py"`.
+# What `make recipe` and `make test` pass on, e.g. `make recipe ARGS="--seed 1"`, `make test ARGS="-m core"`.
 ARGS ?=
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS='	' read -r name what; do printf '  make %-13s %s\n' "$$name" "$$what"; done
 
-setup: ## make .venv with everything that development needs (nothing is done when nothing changed)
-	@PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' sh .ci/setup
+setup: ## make .venv with everything that development needs (does nothing when nothing changed)
+	@VENV='$(VENV)' PYTHON='$(PYTHON)' EXTRAS='$(EXTRAS)' sh .ci/setup
 
 recipe: setup ## the whole recipe on the embedded default: pretrain, SFT, reward model, PPO
-	@$(BIN)/python scripts/recipe.py $(ARGS)
+	@$(BIN)/rlhf-jax recipe $(ARGS)
 
-# Two workers, each with whole files: 6 to 7 minutes on two cores.
-test: setup ## the tests
+# Two workers, each with whole files.
+test: setup ## the tests; ARGS="-m core" for the part to run while working, also pretrained, feedback, slow
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 test-interop: setup ## the tests against torch and transformers, in .venv-interop
@@ -32,8 +34,19 @@ test-pods: setup ## the tests that compile for TPUs, which need none, in .venv-p
 	@sh .ci/setup-pods
 	@.venv-pods/bin/python -m pytest -q tests_pods $(ARGS)
 
-lint: setup ## ruff and mypy
-	@failed=0; $(BIN)/ruff check . || failed=1; $(BIN)/ruff format --check . || failed=1; $(BIN)/mypy || failed=1; exit $$failed
+test-lowest: ## the core tests with the oldest packages that pyproject.toml allows, in .venv-lowest
+	@RESOLUTION=lowest-direct VENV=.venv-lowest PYTHON='$(PYTHON)' sh .ci/setup
+	@.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile -m core $(ARGS)
+
+test-newest: ## the core tests with the newest packages that it allows, in .venv-newest
+	@RESOLUTION=highest VENV=.venv-newest PYTHON='$(PYTHON)' sh .ci/setup
+	@.venv-newest/bin/python -m pytest -q -n 2 --dist loadfile -m core $(ARGS)
+
+test-wheel: setup ## the wheel, installed into a fresh environment outside the checkout, runs the recipe
+	@VENV='$(VENV)' sh .ci/wheel
+
+lint: setup ## ruff, mypy, the order of imports, white space: every hook of .pre-commit-config.yaml on every file
+	@$(BIN)/pre-commit run --all-files
 
 format: setup ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
@@ -43,6 +56,6 @@ lock: setup ## resolve requirements.lock anew from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
 	  --no-emit-index-url --extra dev --extra notebook --extra tensorboard --extra hf --extra ui pyproject.toml --output-file requirements.lock
 
-clean: ## remove .venv and every cache; runs/ stays
-	@rm -rf .venv .venv-interop .venv-pods .pytest_cache .mypy_cache .ruff_cache .jax_cache build dist *.egg-info
+clean: ## remove the environments and every cache; runs/ stays
+	@rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jax_cache build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -151,7 +151,7 @@ def features_of(config: Config, texts: Sequence[str], out: Path) -> Floats:
     key = hashlib.sha256(json.dumps([config.features, *texts]).encode()).hexdigest()[:12]
     path = out / f"features-{key}.npy"
     if path.exists():
-        raw = np.load(path, allow_pickle=False)
+        raw = np.load(path, allow_pickle=False)  # noqa: TID251
     else:
         raw = words(texts) if config.features == "words" else read_by_model(config.features, texts)
         np.save(path, raw)

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.data.chat import chat_ids, chat_response_ids, chat_row
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.tokenizers.chat_template import ChatTemplate, chat_ids, chat_response_ids, chat_row
+from rlhf_jax.tokenizers.chat_template import ChatTemplate
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from tests.tiny_tokenizers import CHATML, GEMMA, INST, LLAMA3, THINKS, ZEPHYR, load, unmarked
 

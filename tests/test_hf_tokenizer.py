@@ -16,6 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import WORDS_PATTERN, Tokenizer
 from rlhf_jax.tokenizers.export import to_hugging_face, write_folder
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from rlhf_jax.tokenizers.load import load_tokenizer
 from rlhf_jax.tokenizers.merges import PATTERNS, from_letters, last_pair, nfc, table_of, to_letters, to_oniguruma
 from tests.tiny_tokenizers import BYTE_LEVEL, CHATML, CORPUS, SENTENCEPIECE, SPECIAL, content_of, load, package, strings
 
@@ -260,7 +261,7 @@ def test_a_folder_comes_back_byte_for_byte(tmp_path: Path) -> None:
     assert (tokenizer.name, tokenizer.eos_id, tokenizer.stop_ids) == ("m", 3, (3, 4))
     assert tokenizer.chat_template is not None and tokenizer.chat_template.render([("user", "x")]) == "<s>x"
     tokenizer.save(tmp_path / "saved.json")
-    loaded = Tokenizer.load(tmp_path / "saved.json")
+    loaded = load_tokenizer(tmp_path / "saved.json")
     assert isinstance(loaded, HuggingFaceTokenizer) and loaded == tokenizer and hash(loaded) == hash(tokenizer)
     assert (loaded.stop_ids, loaded.pad_id, loaded.chat_template) == ((3, 4), ROWS, tokenizer.chat_template)
     assert loaded.encode("a cat") == tokenizer.encode("a cat")
@@ -280,7 +281,7 @@ def test_a_damaged_saved_file_is_named(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(saved | change))
         with pytest.raises(UserError, match=rf"tokenizer\.json: .*{message}"):
-            Tokenizer.load(path)
+            load_tokenizer(path)
 
 
 def test_a_folder_without_the_file_says_what_to_do(tmp_path: Path) -> None:

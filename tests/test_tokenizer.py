@@ -9,7 +9,9 @@ import requests
 import tiktoken
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizers.bpe import Tokenizer, write_tokenizer
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.tokenizers.export import write_folder as write_tokenizer
+from rlhf_jax.tokenizers.load import load_tokenizer
 
 CORPUS = ["The cat sat on the mat. ", "the other cat, the better cat\n", "naïve café — 你好 0123"] * 20
 
@@ -118,7 +120,7 @@ def test_lone_surrogates_and_unknown_ids_are_errors(trained: Tokenizer) -> None:
 def test_save_and_load(trained: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     trained.save(path)
-    loaded = Tokenizer.load(path)
+    loaded = load_tokenizer(path)
     assert loaded == trained and loaded.name == "bpe"
     assert loaded.encode("the café") == trained.encode("the café")
     assert (loaded.eos_id, loaded.bos_id, loaded.pad_id) == (trained.eos_id, trained.bos_id, trained.pad_id)
@@ -144,17 +146,17 @@ def test_a_damaged_file_is_named(change: dict[str, object], message: str, traine
     trained.save(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=rf"tokenizer\.json: .*{message}"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000])
 def test_no_tokenizer_file(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="not a readable tokenizer file"):
-        Tokenizer.load(path)
+        load_tokenizer(path)
     path.write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json: not a "):
-        Tokenizer.load(path)
+        load_tokenizer(path)
 
 
 def test_named_encoding_needs_no_cache_once_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +169,7 @@ def test_named_encoding_needs_no_cache_once_saved(tmp_path: Path, monkeypatch: p
     assert tokenizer.token_bytes(299) == b""
     tokenizer.save(tmp_path / "tokenizer.json")
     monkeypatch.undo()
-    assert Tokenizer.load(tmp_path / "tokenizer.json") == tokenizer
+    assert load_tokenizer(tmp_path / "tokenizer.json") == tokenizer
 
 
 def test_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

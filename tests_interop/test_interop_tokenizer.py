@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_jax.data.chat import chat_ids, chat_row
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.tokenizers.chat_template import chat_ids, chat_row
 from rlhf_jax.tokenizers.export import write_folder
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from tests.tiny_tokenizers import (

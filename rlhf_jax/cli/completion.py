@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.cli.generate import Config
 from rlhf_jax.data import chat_ids
 from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
 from rlhf_jax.data.dialogues import HEADERS, Message
@@ -21,6 +20,9 @@ from rlhf_jax.runs.lifecycle import say
 
 # Responses sampled side by side; of more prompts, so many are read ahead and those of like length go together.
 ROWS, AHEAD = 32, 256
+
+if TYPE_CHECKING:
+    from rlhf_jax.cli.generate import Config
 
 
 class Speaker:

@@ -8,11 +8,10 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_jax.cli.feedback import Active, Agreement, Ai, Export, Judgements
 from rlhf_jax.feedback.agreement import INSTRUCTGPT_AGREEMENT, flags, report
 from rlhf_jax.feedback.ai_feedback import STAGES, Judge, judge_items
 from rlhf_jax.feedback.database import folder_lock
@@ -26,6 +25,9 @@ from rlhf_jax.runs.atomic_files import write_json
 
 DIMENSIONS = 128
 """Leading principal components of a backbone's features that `active` keeps."""
+
+if TYPE_CHECKING:
+    from rlhf_jax.cli.feedback import Active, Agreement, Ai, Export, Judgements
 
 
 def read(config: Judgements) -> tuple[list[Item], list[Judgement]]:

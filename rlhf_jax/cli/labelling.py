@@ -7,9 +7,8 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.cli.label import Config
 from rlhf_jax.data import Ledger, read_records
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import folder_lock
@@ -22,6 +21,9 @@ from rlhf_jax.runs.lifecycle import say
 
 ADMIN = "admin"
 ALONE = "me"
+
+if TYPE_CHECKING:
+    from rlhf_jax.cli.label import Config
 
 
 def run(config: Config) -> None:

@@ -8,13 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_jax.cli.plan import Config
 from rlhf_jax.cli.process import peak_memory
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
@@ -25,6 +24,9 @@ from rlhf_jax.pods.programs import Work
 
 # In the order of their speed: --search tries both, --remat auto the next where one does not fit.
 REMAT: tuple[Literal["dots", "full"], ...] = ("dots", "full")
+
+if TYPE_CHECKING:
+    from rlhf_jax.cli.plan import Config
 
 
 def work_of(config: Config, mesh: dict[str, int], remat: Literal["none", "full", "dots"]) -> Work:

@@ -21,6 +21,7 @@ from rlhf_jax.cli.flags import Cluster
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import processes
+from rlhf_jax.parallel.mesh import use_cpu_devices
 from rlhf_jax.runs.atomic_files import user_cache
 from rlhf_jax.runs.lifecycle import Finished
 from rlhf_jax.runs.loop import Stopped
@@ -82,16 +83,6 @@ def peak_memory() -> int:
     """Most bytes that this process has held in the host's memory so far."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
-
-
-def use_cpu_devices(count: int) -> None:
-    """Lets a CPU count as `count` devices, which --devices asks for; other machines have the devices they have."""
-    if (
-        count > 1
-        and processes.count() == 1
-        and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
-    ):
-        jax.config.update("jax_num_cpu_devices", count)
 
 
 def use_compilation_cache() -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
+from rlhf_jax.data import chat
 from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows
 from rlhf_jax.data.dialogues import HEADERS, Message, render_message
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompted, Ranking, Text
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizers import chat_template
-from rlhf_jax.tokenizers.bpe import TextTokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 Row = tuple[list[int], list[bool]]
 
@@ -47,7 +47,7 @@ def prompt_ids(prompt: Prompted, tokenizer: TextTokenizer) -> list[int]:
 def chat_ids(messages: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
     """`[bos] messages` up to the place where the assistant answers, as `dialogue_row` trains it."""
     if tokenizer.chat_template is not None:
-        return chat_template.chat_ids(messages, tokenizer)
+        return chat.chat_ids(messages, tokenizer)
     ids, _, pending = _turns(messages, tokenizer)
     return ids + _said(pending + HEADERS["assistant"], ids, tokenizer)
 
@@ -61,7 +61,7 @@ def response_ids(
     the assistant's next message, all of it, and ends it as it ends a turn.
     """
     if turns and tokenizer.chat_template is not None:
-        return chat_template.chat_response_ids(turns, response.removeprefix(" "), tokenizer, ended=ended)
+        return chat.chat_response_ids(turns, response.removeprefix(" "), tokenizer, ended=ended)
     ids = tokenizer.encode_continuation(response)
     return [*ids, tokenizer.eos_id] if ended else ids
 
@@ -74,7 +74,7 @@ def dialogue_row(messages: Sequence[Message], tokenizer: TextTokenizer) -> Row:
     """
     if tokenizer.chat_template is not None:
         last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=len(messages))
-        return chat_template.chat_row(messages[: last + 1], tokenizer)
+        return chat.chat_row(messages[: last + 1], tokenizer)
     ids, mask, pending = _turns(messages, tokenizer)
     rest = _said(pending, ids, tokenizer)
     return ids + rest, mask + [False] * len(rest)

@@ -22,7 +22,7 @@ from rlhf_jax.feedback.records import Item
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.source import Source
 from rlhf_jax.runs.lifecycle import say
-from rlhf_jax.tokenizers.bpe import TextTokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 ROWS = 32
 _EVERY = 50

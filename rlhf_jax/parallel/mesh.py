@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -31,6 +32,16 @@ class CompiledUpdate(Protocol):
           state: the arrays themselves or, from `outline`, only their shapes.
         """
         ...
+
+
+def use_cpu_devices(count: int) -> None:
+    """Lets a CPU count as `count` devices, which --devices asks for; other machines have the devices they have."""
+    if (
+        count > 1
+        and processes.count() == 1
+        and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
+    ):
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:

@@ -17,7 +17,7 @@ from rlhf_jax.pretrained.peft import write_adapter
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, unstacked
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.tokenizers.bpe import write_tokenizer
+from rlhf_jax.tokenizers.export import write_folder as write_tokenizer
 
 
 def open_any(spec: str) -> Source:

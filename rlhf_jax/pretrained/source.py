@@ -21,7 +21,7 @@ from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.checkpoint import fingerprint
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import model_of, released_params
-from rlhf_jax.tokenizers.bpe import TextTokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 # Layers up to which a published model's blocks are held one by one, which decodes faster; more are one compiled loop.
 MOST_UNROLLED = 8

@@ -17,7 +17,7 @@ from rlhf_jax.demo.relevance import Usage
 from rlhf_jax.evaluation.samples import sample_responses
 from rlhf_jax.model import Transformer
 from rlhf_jax.parallel import processes
-from rlhf_jax.tokenizers.bpe import TextTokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 RESPONSES = 4  # that a labeller ranks, K
 # Responses in a batch where there are so many: one that has ended gives its place to the next, a quarter less time on a

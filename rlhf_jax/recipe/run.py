@@ -12,16 +12,16 @@ import numpy as np
 import rich.console
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.cli.process import use_cpu_devices
-from rlhf_jax.cli.recipe import Config
 from rlhf_jax.config import EpisodeConfig, OptimConfig
 from rlhf_jax.data import RankingRows
 from rlhf_jax.demo.python_docs import Corpus, load_corpus
 from rlhf_jax.evaluation.report import write_report
 from rlhf_jax.model import Transformer
 from rlhf_jax.parallel import processes
+from rlhf_jax.parallel.mesh import use_cpu_devices
 from rlhf_jax.recipe.labels import Judge, Sampler, gold_rankings, label, prompt_rows, some
 from rlhf_jax.recipe.measure import measure, nested
+from rlhf_jax.recipe.settings import RecipeConfig
 from rlhf_jax.recipe.sizes import SIZES, Size
 from rlhf_jax.recipe.tables import figures_table, print_summary
 from rlhf_jax.runs.atomic_files import write_json
@@ -29,7 +29,7 @@ from rlhf_jax.runs.lifecycle import Finished, model_of, released_params
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 
-def stage_settings(config: Config, name: str, *, save_every: int) -> dict[str, Any]:
+def stage_settings(config: RecipeConfig, name: str, *, save_every: int) -> dict[str, Any]:
     """What every stage's config takes from the recipe's."""
     return {
         "out": str(config.folder / name),
@@ -45,7 +45,7 @@ def cosine(rate: float, **changes: Any) -> OptimConfig:
     return OptimConfig(**({"learning_rate": rate} | changes))
 
 
-def run(config: Config) -> None:
+def run(config: RecipeConfig) -> None:
     """The recipe with one seed, or with several and the medians of their figures."""
     use_cpu_devices(config.devices)
     if config.seeds == 1:
@@ -67,7 +67,7 @@ def run(config: Config) -> None:
     rich.console.Console().print(figures_table(medians, f"medians over {config.seeds} seeds"))
 
 
-def run_seed(config: Config) -> None:
+def run_seed(config: RecipeConfig) -> None:
     """Runs what is not done yet, then tells what came out."""
     size, console = SIZES[config.size], rich.console.Console(quiet=not processes.is_first())
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def run_seed(config: Config) -> None:
     console.print(f"try it: rlhf-jax generate {optimised.run.path} --prompt ' find longest match (a, b) ->'")
 
 
-def tell(config: Config, console: rich.console.Console, clock: Clock, summary: dict[str, Any]) -> None:
+def tell(config: RecipeConfig, console: rich.console.Console, clock: Clock, summary: dict[str, Any]) -> None:
     """Writes and prints what came out."""
     summary |= {"wall_seconds": clock.total, "stage_seconds": clock.seconds}
     write_json(config.folder / "summary.json", summary | nested(summary))
@@ -225,7 +225,7 @@ class Clock:
 
 
 def train_reward(
-    config: Config,
+    config: RecipeConfig,
     size: Size,
     tuned: Finished,
     rankings: RankingRows,

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlhf_jax.parallel import processes
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.runs.atomic_files import UNFINISHED, Damaged, read_manifest, seal, sync_folder, verify
 from rlhf_jax.errors import UserError
+from rlhf_jax.parallel import processes
+from rlhf_jax.runs.atomic_files import UNFINISHED, Damaged, read_manifest, seal, sync_folder, verify
 
 FORMAT_VERSION = 1
 _DELETED, _REPLACED, _DAMAGED = ".deleted", ".replaced", ".damaged"

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.config import MAY_CHANGE
-from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, write_json
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizers.bpe import TextTokenizer, Tokenizer
+from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, write_json
+from rlhf_jax.tokenizers.load import load_tokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 FORMAT_VERSION = 1
 _ABSENT = "nothing"
@@ -152,7 +153,7 @@ class RunFolder:
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer kept in the folder."""
-        return Tokenizer.load(self.path / "tokenizer.json")
+        return load_tokenizer(self.path / "tokenizer.json")
 
     @property
     def checkpoints(self) -> Path:

@@ -13,14 +13,11 @@ import jax
 import jax.numpy as jnp
 import rich.console
 
-from rlhf_jax.parallel import processes
 from rlhf_jax.arrays import Params, TrainState
-from rlhf_jax.runs.checkpoint import Checkpoints, load_params
 from rlhf_jax.config import ModelConfig, RunConfig, from_plain, to_plain
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.loop import fit
-from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
+from rlhf_jax.parallel import processes
 from rlhf_jax.parallel.mesh import (
     Update,
     copied,
@@ -34,9 +31,12 @@ from rlhf_jax.parallel.mesh import (
     row_places,
     use_all,
 )
-from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.parallel.sharding import DATA
-from rlhf_jax.tokenizers.bpe import TextTokenizer
+from rlhf_jax.runs.checkpoint import Checkpoints, load_params
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.loop import fit
+from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 _RELEASED = "released"
 

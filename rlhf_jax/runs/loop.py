@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.parallel import processes
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
+from rlhf_jax.parallel import processes
 from rlhf_jax.runs.metrics import Throughput, Writer, matmul_peak
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ import rich.live
 import rich.progress
 import rich.text
 
-from rlhf_jax.runs.atomic_files import UNFINISHED
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs.atomic_files import UNFINISHED
 
 
 class Writer(Protocol):

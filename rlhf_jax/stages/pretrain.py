@@ -31,7 +31,8 @@ from rlhf_jax.runs.lifecycle import (
     say,
     train,
 )
-from rlhf_jax.tokenizers.bpe import TextTokenizer, Tokenizer
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 STAGE = "pretrain"
 Config = PretrainConfig

@@ -7,7 +7,6 @@ text (bos) and padding (pad). No text is ever encoded to one of them, so no text
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import hashlib
 import json
@@ -15,20 +14,15 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
 
 import rustbpe
 import tiktoken
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizers.chat_template import ChatTemplate
+from rlhf_jax.tokenizers.protocol import Token, one_line, write_saved
 
-if TYPE_CHECKING:
-    from rlhf_jax.tokenizers.chat_template import ChatTemplate
-
-FORMAT = "rlhf_jax tokenizer"
-FORMAT_VERSION = 1
 SPECIAL_IDS = 3
-Token = bytes  # inside the class, `bytes` is a constructor
 
 # Pieces that a token never crosses. Bytes: any cut will do, short ones are fast. Words: GPT-4's pattern.
 BYTES_PATTERN = r"(?s).{1,64}"
@@ -41,66 +35,6 @@ MAX_SPACE_RUN = 4096
 
 # tiktoken asks for "gpt2" under other addresses than for "r50k_base", which is the same encoding.
 _SAME_ENCODING = {"gpt2": "r50k_base"}
-
-
-class TextTokenizer(Protocol):
-    """What every tokenizer has, this file's and `hf_tokenizer.HuggingFaceTokenizer`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def vocab_size(self) -> int:
-        """Ids from 0 that may be sampled or encoded; pad_id may be one above them."""
-        ...
-
-    @property
-    def eos_id(self) -> int: ...
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def pad_id(self) -> int:
-        """Neither eos, nor bos, nor in stop_ids."""
-        ...
-
-    @property
-    def special_ids(self) -> frozenset[int]: ...
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """Texts that a chat template may write for a special token; `encode` takes them as plain text."""
-        ...
-
-    @property
-    def start_ids(self) -> tuple[int, ...]:
-        """What stands before a text; may be empty."""
-        ...
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a response, eos first."""
-        ...
-
-    @property
-    def chat_template(self) -> ChatTemplate | None: ...
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]: ...
-    def encode_continuation(self, text: str) -> list[int]:
-        """Ids of text that goes on after other text; `encode` may put a space before it, as SentencePiece does."""
-        ...
-
-    def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
-        """Ids of each section of one running text, tokenised apart, where a special token's text is that token.
-
-        stand_ins: characters to put back once special tokens are found, as `str.translate` takes them.
-        """
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-    def decode_batch(self, rows: Iterable[Sequence[int]]) -> list[str]: ...
-    def token_bytes(self, id: int) -> Token: ...
-    def save(self, path: str | Path) -> None: ...
 
 
 class Tokenizer:
@@ -172,7 +106,7 @@ class Tokenizer:
             try:
                 encoding = tiktoken.get_encoding(candidate)
             except (OSError, ValueError) as error:  # requests' errors are OSErrors; a damaged file is a ValueError
-                problems.append(f"{type(error).__name__}: {_one_line(error)}")
+                problems.append(f"{type(error).__name__}: {one_line(error)}")
                 continue
             # tiktoken has no public name for these two, and a run folder must hold them.
             return cls(name, encoding._pat_str, encoding._mergeable_ranks)
@@ -183,36 +117,8 @@ class Tokenizer:
             " 'bytes', a tokenizer trained on your corpus, or the tokenizer.json of another run"
         )
 
-    @staticmethod
-    def load(path: str | Path) -> TextTokenizer:
-        """The tokenizer that `save` wrote, of either kind.
-
-        Raises: UserError naming the file and what is wrong with it.
-        """
-        try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable tokenizer file: {_one_line(error)}") from None
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise UserError(f"{path}: not a tokenizer file; wanted the tokenizer.json of a run folder")
-        if saved.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{path}: format_version {saved.get('format_version')!r}, wanted {FORMAT_VERSION}")
-        if saved.get("kind") == "huggingface":
-            # It imports this file, and who has no such model does not wait for it.
-            from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
-
-            return HuggingFaceTokenizer.from_saved(saved, path)
-        try:
-            tokens = {int(id): base64.b64decode(token, validate=True) for id, token in saved["tokens"].items()}
-            tokenizer = Tokenizer(saved["name"], saved["pattern"], {token: id for id, token in tokens.items()})
-        except (KeyError, TypeError, AttributeError, ValueError, binascii.Error) as error:
-            raise UserError(f"{path}: damaged tokenizer file: {type(error).__name__}: {_one_line(error)}") from None
-        if tokenizer.fingerprint != saved.get("fingerprint"):
-            raise UserError(f"{path}: damaged tokenizer file: its content does not match its fingerprint")
-        return tokenizer
-
     def save(self, path: str | Path) -> None:
-        """Writes everything it is as one JSON text; `load` needs nothing else, no network and no cache."""
+        """Writes everything it is as one JSON text; `load_tokenizer` needs nothing else, no network and no cache."""
         write_saved(path, self, self._content())
 
     @property
@@ -281,30 +187,6 @@ class Tokenizer:
         return {"pattern": self.pattern, "tokens": tokens}
 
 
-def write_saved(path: str | Path, tokenizer: TextTokenizer, content: Mapping[str, object]) -> None:
-    """Writes the file that `Tokenizer.load` reads. content: what the tokenizer is made of."""
-    saved = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "name": tokenizer.name,
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "special_ids": {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id},
-        **content,
-    }
-    # A crash half-way must leave the old file or the new one.
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(saved, indent=0, ensure_ascii=True) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
-def write_tokenizer(tokenizer: TextTokenizer, folder: str | Path) -> None:
-    """Writes a tokenizer of either kind as the files that transformers reads, tokenizer.json and those beside it."""
-    from rlhf_jax.tokenizers.export import write_folder
-
-    write_folder(tokenizer, folder)
-
-
 def pieces(text: str, longest: int = MAX_SPACE_RUN) -> Iterator[str]:
     """The text, cut where white space runs on for more than `longest` characters.
 
@@ -330,7 +212,3 @@ def pieces(text: str, longest: int = MAX_SPACE_RUN) -> Iterator[str]:
 @functools.cache
 def _long_space(longest: int) -> re.Pattern[str]:
     return re.compile(rf"\s{{{longest + 1},}}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,8 +1,6 @@
-"""Chat templates: messages as the text that a published model was trained on, as token ids, and as targets.
+"""Chat templates: messages as the text that a published model was trained on.
 
-A template is a Jinja program that came with a model: it runs in a sandbox. Special tokens are those that the template
-itself writes. The text of one in a message stays text: its first character is replaced, before the template runs, by a
-stand-in that occurs nowhere, and put back once the rendering has been cut at its special tokens.
+A template is a Jinja program that came with a model: it runs in a sandbox.
 """
 
 from __future__ import annotations
@@ -12,18 +10,15 @@ import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizers.bpe import TextTokenizer
 
 if TYPE_CHECKING:
     import jinja2
 
 Turns = Sequence[tuple[str, str]]  # (role, content) of each message
-Section = tuple[str, bool]  # text, and whether it is a target
 
-_PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that no text is meant to hold
 _NO_MARKS = ("", "")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # What a template's own lines may raise, beside jinja2's errors.
@@ -86,7 +81,7 @@ class ChatTemplate:
             whole = self.render([("user", "a"), ("assistant", "b")])
         except UserError:
             return None
-        return _Tokens.of(tuple(special)).first_of_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+        return SpecialTexts.of(tuple(special)).first_of_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
 
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
@@ -105,118 +100,7 @@ class ChatTemplate:
         return hash(self.source)
 
 
-def chat_ids(messages: Turns, tokenizer: TextTokenizer) -> list[int]:
-    """The prompt: messages up to the place where the assistant answers."""
-    talk = _Talk(messages, tokenizer)
-    return talk.ids([talk.render(len(messages), prompt=True)])[0]
-
-
-def chat_response_ids(messages: Turns, response: str, tokenizer: TextTokenizer, *, ended: bool = True) -> list[int]:
-    """What the assistant answers to `chat_ids(messages)`, and the end of its turn if it `ended`.
-
-    Raises: UserError if the template renders an answer otherwise than after its own prompt.
-    """
-    talk = _Talk([*messages, ("assistant", response)], tokenizer)
-    answer = talk.answer(len(messages))
-    if answer is None:
-        raise UserError(_NOT_AFTER_PROMPT)
-    return talk.ids([answer.prompt, answer.text + (answer.end if ended else "")])[1]
-
-
-def chat_row(messages: Turns, tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:
-    """(ids, loss mask) of a whole dialogue: the assistant's answers and the ends of its turns are targets.
-
-    The template's {% generation %} blocks say what they are. Without any, an answer is what follows the prompt of the
-    turns before it, up to the special token that ends the turn. A template may render an answer otherwise once others
-    follow (Qwen3 drops its thoughts); what the model is never asked to write after that prompt is no target.
-
-    Raises: UserError if no answer is left.
-    """
-    talk = _Talk(messages, tokenizer)
-    sections = talk.marked_sections() if talk.template.marks_answers else talk.answered_sections()
-    if not any(target for _, target in sections):
-        raise UserError(_NOT_AFTER_PROMPT)
-    ids: list[int] = []
-    mask: list[bool] = []
-    for (_, target), part in zip(sections, talk.ids([text for text, _ in sections])):
-        ids += part
-        mask += [target] * len(part)
-    return ids, mask
-
-
-_NOT_AFTER_PROMPT = (
-    "chat template: found no answer of the assistant's that is rendered as it would follow the generation prompt; "
-    "wanted messages with one (a template that opens with <think> wants it in the answer)"
-)
-
-
-class _Answer(NamedTuple):
-    """One of the assistant's turns. prompt: all before it. end: the special tokens that end it, "" if none do."""
-
-    prompt: str
-    text: str
-    end: str
-
-
-class _Talk:
-    """Messages and a tokenizer; renderings hold stand-ins until `ids` puts back what they stand for."""
-
-    def __init__(self, messages: Turns, tokenizer: TextTokenizer):
-        if tokenizer.chat_template is None:
-            raise UserError(f"tokenizer {tokenizer.name}: found no chat template, wanted one to render messages with")
-        self.tokenizer = tokenizer
-        self.template = tokenizer.chat_template
-        self.tokens = _Tokens.of(tuple(tokenizer.special_tokens))
-        contents = [content for _, content in messages]
-        taken = set(self.template.source).union(*contents, *tokenizer.special_tokens)
-        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
-        self._marks = (next(free), next(free))
-        places = [self.tokens.openings(content) for content in contents]
-        hidden = sorted({content[at] for content, found in zip(contents, places) for at in found})
-        self._stand_ins = dict(zip(hidden, free))
-        self.messages = [
-            (
-                role,
-                "".join(self._stand_ins[c] if at in found else c for at, c in enumerate(content)) if found else content,
-            )
-            for (role, content), found in zip(messages, places)
-        ]
-
-    def render(self, count: int, *, prompt: bool = False) -> str:
-        """The first `count` messages; with `prompt`, up to the assistant's answer to them."""
-        return self.template.render(self.messages[:count], add_generation_prompt=prompt)
-
-    def ids(self, sections: Sequence[str]) -> list[list[int]]:
-        back = {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
-        return self.tokenizer.encode_sections(sections, back)
-
-    def answer(self, at: int) -> _Answer | None:
-        """The turn of message `at`, the assistant's, when it was the last; None if it does not follow the prompt."""
-        prompt, whole = self.render(at, prompt=True), self.render(at + 1)
-        if not whole.startswith(prompt):
-            return None
-        return _Answer(prompt, *self.tokens.split_end(whole[len(prompt) :]))
-
-    def answered_sections(self) -> list[Section]:
-        """Sections of the whole rendering, with targets where an answer stands as it follows its prompt."""
-        whole = self.render(len(self.messages))
-        sections, done = [], 0
-        for at, (role, _) in enumerate(self.messages):
-            answer = self.answer(at) if role == "assistant" else None
-            if answer is None or len(answer.prompt) < done or not whole.startswith("".join(answer)):
-                continue
-            sections += [(whole[done : len(answer.prompt)], False), (answer.text + answer.end, True)]
-            done = len("".join(answer))
-        return [*sections, (whole[done:], False)]
-
-    def marked_sections(self) -> list[Section]:
-        """Sections of the whole rendering, with targets in its {% generation %} blocks."""
-        whole = self.template.render(self.messages, generation_marks=self._marks)
-        parts = re.split("[" + "".join(self._marks) + "]", whole)
-        return [(part, at % 2 == 1) for at, part in enumerate(parts)]
-
-
-class _Tokens:
+class SpecialTexts:
     """The texts of special tokens, and where they stand or may come to stand."""
 
     def __init__(self, texts: Collection[str]):
@@ -232,7 +116,7 @@ class _Tokens:
 
     @classmethod
     @functools.lru_cache(maxsize=8)
-    def of(cls, texts: tuple[str, ...]) -> _Tokens:
+    def of(cls, texts: tuple[str, ...]) -> SpecialTexts:
         return cls(texts)
 
     def openings(self, text: str) -> set[int]:

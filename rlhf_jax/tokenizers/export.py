@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizers.bpe import BYTES_PATTERN, TextTokenizer, Tokenizer
+from rlhf_jax.tokenizers.bpe import BYTES_PATTERN, Tokenizer
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from rlhf_jax.tokenizers.merges import merges_of, to_letters, to_oniguruma
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 NAMES = {"eos": "<|endoftext|>", "bos": "<|begin|>", "pad": "<|pad|>"}
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizers.bpe import Token, pieces, write_saved
+from rlhf_jax.tokenizers.bpe import pieces
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
 from rlhf_jax.tokenizers.encoders import Added, PackageEncoder, Place, RankEncoder, bytes_of, steps
 from rlhf_jax.tokenizers.merges import pattern_of, table_of
+from rlhf_jax.tokenizers.protocol import Token, write_saved
 
 ROLES = ("eos", "bos", "pad")
 Ids = Mapping[str, int | Sequence[int] | None]
@@ -98,7 +99,7 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], path: str | Path) -> HuggingFaceTokenizer:
-        """What `save` wrote, parsed; `Tokenizer.load` calls it. Raises: UserError naming path."""
+        """What `save` wrote, parsed; `load_tokenizer` calls it. Raises: UserError naming path."""
         try:
             tokenizer = cls(dict(saved["files"]), rows=saved["rows"], name=saved["name"], ids=saved["ids"])
         except UserError as error:
@@ -110,7 +111,7 @@ class HuggingFaceTokenizer:
         return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Writes everything it is as one JSON text; `Tokenizer.load` needs nothing else."""
+        """Writes everything it is as one JSON text; `load_tokenizer` needs nothing else."""
         ids = self._ids | {"eos": list(self.stop_ids)}
         content = {"kind": "huggingface", "backend": self.backend, "rows": self.rows, "ids": ids}
         write_saved(path, self, {**content, "files": self.files})
