@@ -38,12 +38,12 @@ import numpy as np
 from shapes import SIZES
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.config import ModelConfig
+from rlhf_jax.config import EpisodeConfig, ModelConfig
 from rlhf_jax.data import RankingRows
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.parallel import mesh
 from rlhf_jax.runs import lifecycle
-from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 STAGES = ("pretrain", "sft", "reward", "ppo")
 # Iterations that are not counted: the first ones compile.
@@ -110,7 +110,7 @@ def host_shares(folder: Path, steps: int) -> dict[str, tuple[float, float]]:
         ppo.Config(
             init=str(folder / "sft"),
             reward=str(folder / "reward"),
-            episode=ppo.EpisodeConfig(response_length=64),
+            episode=EpisodeConfig(response_length=64),
             **settings,  # type: ignore[arg-type]
             **out("ppo"),
         ),

@@ -15,7 +15,7 @@ from rlhf_jax.data.batches import RaggedRows, SharedRankingRows, batch_at
 from rlhf_jax.data.records import Comparison
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import JsonLines
-from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 STEPS = 50
 BUCKETS = (48, 80)

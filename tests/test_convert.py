@@ -15,7 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.convert import export, import_model
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) + 60
 ANSWERS = [Demonstration(f"say {word}", f" {word}!") for word in ("red", "blue", "green", "grey")]

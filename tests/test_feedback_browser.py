@@ -15,7 +15,7 @@ from rlhf_jax.config import OptimConfig
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.stages import pretrain, reward
+from rlhf_jax.trainers import pretrain, reward
 from tests.stress.label_stress import Server
 
 CHROMIUM = Path("/usr/bin/chromium")

@@ -8,7 +8,7 @@ from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.batches import RankingRows
 from rlhf_jax.evaluation.heldout import scores_of
 from rlhf_jax.model import Transformer, init_params
-from rlhf_jax.stages import reward
+from rlhf_jax.trainers import reward
 
 
 def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(

@@ -36,6 +36,10 @@ from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.stages import reward as reward_stage
 from rlhf_jax.stages import sft as sft_stage
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.trainers import ppo as ppo_trainer
+from rlhf_jax.trainers import pretrain as pretrain_trainer
+from rlhf_jax.trainers import reward as reward_trainer
+from rlhf_jax.trainers import sft as sft_trainer
 
 COMPILER = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 WORDS = ("red", "blue", "green", "cat")
@@ -162,7 +166,7 @@ def test_a_finished_run_is_not_trained_again(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {path: path.stat().st_mtime_ns for path in Path("runs/aligned").rglob("*.jsonl")}
-    monkeypatch.setattr(ppo_stage, "train", None)
+    monkeypatch.setattr(ppo_trainer, "train", None)
     assert call("ppo", "--name", "aligned", *PPO) == 0
     assert files == {path: path.stat().st_mtime_ns for path in files}
     out = capsys.readouterr().out
@@ -174,7 +178,7 @@ def test_a_finished_run_is_not_trained_again(
 
 @pytest.mark.parametrize(
     ("command", "stage", "arguments", "undisturbed"),
-    [("pretrain", pretrain_stage, PRETRAIN, "base"), ("ppo", ppo_stage, PPO, "aligned")],
+    [("pretrain", pretrain_trainer, PRETRAIN, "base"), ("ppo", ppo_trainer, PPO, "aligned")],
 )
 @pytest.mark.usefixtures("user")
 def test_a_stopped_run_goes_on_with_the_same_bits(
@@ -460,7 +464,9 @@ def test_a_script_starts_from_anywhere(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "error: unknown flag --nmae; did you mean --name?\n")
 
 
-def test_every_stage_has_its_four_names() -> None:
+def test_every_stage_has_its_names() -> None:
     for stage in (pretrain_stage, sft_stage, reward_stage, ppo_stage):
         assert dataclasses.is_dataclass(stage.Config)
-        assert all(callable(function) for function in (stage.objective, stage.make_update, stage.run))
+        assert callable(stage.objective) and callable(stage.make_update)
+    for trainer in (pretrain_trainer, sft_trainer, reward_trainer, ppo_trainer):
+        assert callable(trainer.run)

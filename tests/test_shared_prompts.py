@@ -9,7 +9,7 @@ from rlhf_jax.data.batches import RankingRows, SharedRankingRows
 from rlhf_jax.logprobs import ranking_scores
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.stages import reward
+from rlhf_jax.trainers import reward
 
 
 def rankings() -> RankingRows:

@@ -13,7 +13,7 @@ from rlhf_jax.data import Comparison, Demonstration, Prompt, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 pytestmark = pytest.mark.usefixtures("each_key_once")
 

@@ -11,6 +11,6 @@ from rlhf_jax.config import PretrainConfig as Config
 def run(config: Config) -> None:
     """Runs the stage and prints its figures."""
     from rlhf_jax.cli.process import run_stage
-    from rlhf_jax.stages import pretrain
+    from rlhf_jax.trainers import pretrain
 
     run_stage(pretrain.run, config)

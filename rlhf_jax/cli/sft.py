@@ -11,6 +11,6 @@ from rlhf_jax.config import SFTConfig as Config
 def run(config: Config) -> None:
     """Runs the stage and prints its figures."""
     from rlhf_jax.cli.process import run_stage
-    from rlhf_jax.stages import sft
+    from rlhf_jax.trainers import sft
 
     run_stage(sft.run, config)

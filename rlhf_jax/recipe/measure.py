@@ -15,7 +15,7 @@ from rlhf_jax.evaluation.samples import distinct_share, sequence_kl, win_rate
 from rlhf_jax.parallel import processes
 from rlhf_jax.recipe.labels import Judge, Sampler
 from rlhf_jax.runs.lifecycle import Finished, released_params
-from rlhf_jax.stages import pretrain
+from rlhf_jax.trainers import pretrain
 
 # Of the answers that the table and the report show.
 SHOWN_TEMPERATURE = 0.7

@@ -26,7 +26,7 @@ from rlhf_jax.recipe.sizes import SIZES, Size
 from rlhf_jax.recipe.tables import figures_table, print_summary
 from rlhf_jax.runs.atomic_files import write_json
 from rlhf_jax.runs.lifecycle import Finished, model_of, released_params
-from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 
 def stage_settings(config: RecipeConfig, name: str, *, save_every: int) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""The stages of the recipe, each with Config, objective, make_update and run."""
+"""The four stages as pure functions: Config, objective, make_update."""

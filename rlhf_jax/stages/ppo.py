@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,9 +12,6 @@ import optax
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, TokenBatch, TrainState, pytree
 from rlhf_jax.config import PPOConfig
-from rlhf_jax.data import Ledger, Prompt, Text, batch_at, encode_prompts, encode_text, pack_text, read_records
-from rlhf_jax.demo.python_docs import load_corpus
-from rlhf_jax.errors import UserError
 from rlhf_jax.kl import adapt_kl_coef
 from rlhf_jax.logprobs import packed_losses, packed_values, response_losses, state_values, target_losses
 from rlhf_jax.lora import attach
@@ -30,18 +26,6 @@ from rlhf_jax.optim import (
     summed_gradients,
 )
 from rlhf_jax.packing import PackedEpisodes, pack_episodes
-from rlhf_jax.pretrained.source import Source, Start, open_source, same_tokenizer, start_from
-from rlhf_jax.runs.lifecycle import (
-    Finished,
-    complete,
-    create_run,
-    fingerprint_of,
-    refuse_empty,
-    release,
-    say,
-    train,
-)
-from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.rollout import Frozen, Networks, collect
 
 STAGE = "ppo"
@@ -263,134 +247,6 @@ def make_update(
         return TrainState(state.step + 1, params, opt_state, state.key, extras), metrics
 
     return update
-
-
-def run(
-    config: Config,
-    *,
-    prompts: Sequence[Prompt] | None = None,
-    texts: Sequence[Text] | None = None,
-    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
-) -> Finished:
-    """Optimises the model of config.init against that of config.reward; goes on where an earlier start stopped.
-
-    Args:
-      prompts, texts: records in place of the files (or the embedded corpus) that the config names.
-      evaluate: figures of a state, written as "eval/…".
-    """
-    for field, wanted in (("init", "a fine-tuned model"), ("reward", "a reward model")):
-        if not dataclasses.asdict(config)[field]:
-            raise UserError(f"{field}: found nothing, wanted {wanted}; give --{field} FOLDER")
-    source = open_source(config.init, stages=("sft", "pretrain"))
-    judge = open_source(config.reward, stages=("reward",))
-    same_tokenizer(source, judge)
-    if not judge.score_scale > 0:
-        raise UserError(
-            f"{judge.where}: found score_scale {judge.score_scale}, wanted scores that differ; train it on more data"
-        )
-    tokenizer = source.tokenizer
-    networks = Networks(source.network(), judge.network())
-    length = config.prompt_length + config.episode.response_length
-    for network in networks:
-        if length > network.config.context:
-            raise UserError(
-                f"prompt_length {config.prompt_length} + response_length {config.episode.response_length} exceeds the "
-                f"context of {network.config.context} tokens; use --prompt-length "
-                f"{max(network.config.context - config.episode.response_length, 1)} or less"
-            )
-    if config.pretraining_batch and config.pretraining_row_length > networks.policy.config.context:
-        raise UserError(
-            f"pretraining_row_length: found {config.pretraining_row_length}, wanted at most the context of "
-            f"{networks.policy.config.context} tokens"
-        )
-    ledger = Ledger()
-    if prompts is None:
-        prompts = read_records(config.data, "prompts", ledger) if config.data else load_corpus().prompts
-    mixing = config.pretraining_batch > 0
-    if texts is None and mixing:
-        paths = config.pretraining_data
-        texts = read_records(paths, "text", Ledger()) if paths else load_corpus().texts
-    inputs = {
-        "init": source.fingerprint,
-        "reward": judge.fingerprint,
-        "prompts": fingerprint_of(prompts),
-        "texts": fingerprint_of(texts or () if mixing else ()),
-    }
-    rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
-    refuse_empty(rows, "prompts", ledger)
-    policy, scorer = starts(config, source, judge)
-    folder = create_run(
-        config,
-        stage=STAGE,
-        model=networks.policy.config,
-        tokenizer=tokenizer,
-        inputs=inputs,
-        origin=source.origin,
-        base=policy.record,
-    )
-    if folder.finished:
-        return Finished(folder, folder.summary)
-    say(ledger.summary())
-    text_rows = None
-    if mixing and texts is not None:
-        text_rows = pack_text(
-            encode_text(texts, tokenizer, ledger=Ledger()),
-            length=config.pretraining_row_length + 1,
-            start_ids=tokenizer.start_ids,
-            eos_id=tokenizer.eos_id,
-        )
-
-    def batch(step: int, **share: Any) -> Batch:
-        text = None
-        if text_rows is not None:
-            text = batch_at(text_rows, batch_size=config.pretraining_batch, seed=config.seed, step=step, **share)
-        return Batch(batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share), text)
-
-    frozen = Frozen(
-        reference=policy.params,
-        reward=scorer.params,
-        score_mean=jnp.asarray(judge.score_mean, jnp.float32),
-        score_scale=jnp.asarray(judge.score_scale, jnp.float32),
-        backbone=policy.base,
-        scorer_backbone=None if scorer.base is policy.base else scorer.base,
-    )
-    forward = networks.policy.config.flops_per_token(length, language_head=False)
-    state = train(
-        folder,
-        config,
-        lambda: initial_state(config, policy.params, rescaled(scorer.params, judge.score_mean, judge.score_scale)),
-        lambda axis: make_update(networks, config, eos_id=tokenizer.stop_ids, pad_id=tokenizer.pad_id, axis_name=axis),
-        batch,
-        frozen=(frozen,),
-        evaluate=evaluate,
-        # Sampling, four scorings, and forward and backward of policy and critic in each epoch.
-        flops_per_token=forward * (5 + 2 * config.lora.passes * config.epochs),
-        show=("score", "kl", "response_tokens", "missing_end"),
-    )
-    release(folder, state.extras["ema"] if config.ema_decay else state.params["policy"], config.steps)
-    metrics = read_rows(folder.metrics)
-    summary = {
-        "first_ratio_error": metrics[0]["first_ratio_error"],
-        "first_kl": metrics[0]["kl"],
-        "first_score": metrics[0]["score"],
-        "last_score": metrics[-1]["score"],
-        "last_kl": metrics[-1]["kl"],
-        "kl_coef": float(state.extras["kl_coef"]),
-    }
-    return complete(folder, summary, ledger)
-
-
-def starts(config: Config, source: Source, judge: Source) -> tuple[Start, Start]:
-    """(the policy's start, the reward model's), on one backbone where their adapters stand beside the same."""
-
-    def keys() -> Array:
-        return jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-
-    policy = start_from(source, config.lora, lambda: keys()[0])
-    own = judge.lora == config.lora and judge.base is not None
-    if own and policy.record is not None and policy.record["fingerprint"] == judge.base_fingerprint:
-        return policy, Start(judge.own(), policy.base, policy.record)
-    return policy, start_from(judge, config.lora, lambda: keys()[1])
 
 
 @jax.jit

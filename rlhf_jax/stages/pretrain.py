@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import jax
 import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
 from rlhf_jax.config import PretrainConfig
-from rlhf_jax.data import Ledger, Text, TokenRows, batch_at, encode_text, pack_text, read_records
-from rlhf_jax.demo.python_docs import load_corpus
-from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.logprobs import target_losses
 from rlhf_jax.lora import attach
 from rlhf_jax.masked import masked_mean
-from rlhf_jax.model import Transformer, count_parameters, init_params
-from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.pretrained.source import Start, open_source, start_from
-from rlhf_jax.runs.lifecycle import (
-    Finished,
-    complete,
-    create_run,
-    fingerprint_of,
-    hold_out,
-    refuse_empty,
-    say,
-    train,
-)
-from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.tokenizers.protocol import TextTokenizer
+from rlhf_jax.model import Transformer
+from rlhf_jax.optim import global_count, gradient_step
 
 STAGE = "pretrain"
 Config = PretrainConfig
@@ -76,101 +56,3 @@ def make_update(
         return state, metrics | {"tokens": count}
 
     return update
-
-
-def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequence[Text] | None = None) -> Finished:
-    """Pretrains from text to a run folder; goes on where an earlier start of the same run stopped.
-
-    Args:
-      texts, heldout: records in place of the files (or the embedded corpus) that the config names.
-    """
-    ledger = Ledger()
-    if texts is None:
-        texts, heldout = _records(config, ledger)
-    elif heldout is None:
-        texts, heldout = hold_out(texts, config.heldout_fraction)
-    refuse_empty(texts, "texts", ledger)
-    source = open_source(config.init, stages=("pretrain", "sft", "ppo")) if config.init else None
-    tokenizer = _tokenizer(config, texts) if source is None else source.tokenizer
-    model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    if source is not None:
-        model_config = dataclasses.replace(source.model, dropout=config.model.dropout)
-        if config.row_length > model_config.context:
-            raise UserError(f"row_length {config.row_length} is longer than the model's context {model_config.context}")
-    inputs = {"texts": fingerprint_of(texts), "heldout": fingerprint_of(heldout)}
-    model = Transformer(model_config)
-    key = jax.random.key(config.seed)
-    if source is None:
-        start = Start(init_params(model, key), None, None)
-    else:
-        inputs["init"] = source.fingerprint
-        start = start_from(source, config.lora, lambda: jax.random.fold_in(key, 1))
-    folder = create_run(
-        config,
-        stage=STAGE,
-        model=model_config,
-        tokenizer=tokenizer,
-        inputs=inputs,
-        origin=None if source is None else source.origin,
-        base=start.record,
-    )
-    if folder.finished:
-        return Finished(folder, folder.summary)
-    rows = pack(texts, tokenizer, config.row_length, ledger)
-    heldout_rows = pack(heldout, tokenizer, config.row_length, Ledger())
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    say(ledger.summary(count_parameters(start.base or start.params)))
-    heldout_bytes = sum(len(text.text.encode()) for text in heldout)
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        params = attach(start.base, state.params, config.lora.scale)
-        loss, targets = mean_loss(model, params, heldout_rows, batch_size=config.batch)
-        return {"loss": loss, "bits_per_byte": loss * targets / math.log(2) / max(heldout_bytes, 1)}
-
-    state = train(
-        folder,
-        config,
-        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
-        lambda axis: make_update(
-            model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
-        ),
-        lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
-        frozen=() if start.base is None else (start.base,),
-        evaluate=evaluate if len(heldout_rows) else None,
-        flops_per_token=config.lora.passes * model_config.flops_per_token(config.row_length),
-        best_metric="eval/loss" if len(heldout_rows) else None,
-    )
-    figures = evaluate(state) if len(heldout_rows) else {}
-    summary = {
-        "parameters": count_parameters(start.base or start.params),
-        "training_tokens": rows.targets,
-        "heldout_loss": figures.get("loss"),
-        "heldout_bits_per_byte": figures.get("bits_per_byte"),
-    }
-    return complete(folder, summary, ledger)
-
-
-def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledger: Ledger) -> TokenRows:
-    """Rows of `row_length` inputs each; a document attends to itself only."""
-    return pack_text(
-        encode_text(texts, tokenizer, ledger=ledger),
-        length=row_length + 1,
-        start_ids=tokenizer.start_ids,
-        eos_id=tokenizer.eos_id,
-    )
-
-
-def _records(config: Config, ledger: Ledger) -> tuple[Sequence[Text], Sequence[Text]]:
-    if not config.data:
-        corpus = load_corpus()
-        return corpus.texts, corpus.heldout_texts
-    texts = read_records(config.data, "text", ledger)
-    if config.heldout:
-        return texts, read_records(config.heldout, "text", Ledger())
-    return hold_out(texts, config.heldout_fraction, ledger)
-
-
-def _tokenizer(config: Config, texts: Sequence[Text]) -> Tokenizer:
-    if config.tokenizer == "bpe":
-        return Tokenizer.train((text.text for text in texts), config.model.vocab_size)
-    return Tokenizer.bytes() if config.tokenizer == "bytes" else Tokenizer.named(config.tokenizer)

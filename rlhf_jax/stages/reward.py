@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TrainState
 from rlhf_jax.config import RewardConfig
-from rlhf_jax.data import (
-    Demonstration,
-    Dialogue,
-    Ledger,
-    RaggedRows,
-    RankingRows,
-    batch_at,
-    encode_demonstrations,
-    encode_rankings,
-    new_lengths,
-    read_records,
-)
-from rlhf_jax.data.batches import Rows, SharedRankingRows
-from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
 from rlhf_jax.logprobs import ranking_scores
 from rlhf_jax.lora import attach
 from rlhf_jax.losses import ordered_pairs, ranking_loss
 from rlhf_jax.masked import masked_mean
-from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
-from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.pretrained.source import Source, Start, open_source, start_from
-from rlhf_jax.runs.lifecycle import (
-    Finished,
-    complete,
-    create_run,
-    fingerprint_of,
-    hold_out,
-    longest_row,
-    refuse_empty,
-    release,
-    say,
-    train,
-)
+from rlhf_jax.model import Transformer
+from rlhf_jax.optim import global_count, gradient_step
 
 STAGE = "reward"
 Config = RewardConfig
-# Prompts whose responses' scores give their mean and scale: the scale to 1%, in seconds where rankings are many.
-REFERENCE_PROMPTS = 2048
 
 
 def objective(
@@ -102,193 +68,3 @@ def make_update(
         return state, metrics | {"tokens": global_count(real, axis_name)}
 
     return update
-
-
-def run(
-    config: Config,
-    *,
-    rankings: RankingRows | None = None,
-    heldout: RankingRows | None = None,
-    demonstrations: Sequence[Demonstration | Dialogue] | None = None,
-) -> Finished:
-    """Trains a reward model on the model of config.init; goes on where an earlier start of the same run stopped.
-
-    Args:
-      rankings, heldout: ranked token rows in place of the files that the config names, such as sampled responses,
-        which are never decoded and encoded again.
-      demonstrations: in place of config.demonstrations.
-    """
-    if not config.init:
-        raise UserError("init: found nothing, wanted a fine-tuned model; give --init FOLDER or --init hf:FOLDER")
-    source = open_source(config.init, stages=("pretrain", "sft"))
-    tokenizer = source.tokenizer
-    model = Transformer(source.model, scalar=True)
-    limit = longest_row(config.max_tokens, config.buckets, model.config.context)
-    ledger = Ledger()
-    if rankings is None:
-        rankings, heldout = _rows(config, source, limit, ledger)
-    else:
-        for number, (responses, _) in enumerate(rankings.rows):
-            ledger.keep(f"rankings:{number + 1}", tokens=sum(map(len, responses)))
-    refuse_empty(rankings, "rankings", ledger)
-    if demonstrations is None:
-        paths = config.demonstrations
-        demonstrations = read_records(paths, "demonstrations", Ledger()) if paths else []
-    demonstration_rows = encode_demonstrations(demonstrations, tokenizer, max_tokens=limit, ledger=Ledger())
-    if config.demonstrations and not len(demonstration_rows):
-        raise UserError(
-            f"demonstrations: found none of at most {limit} tokens in {', '.join(config.demonstrations)}, wanted some "
-            "to centre the scores on, with prompt and completion"
-        )
-    config = dataclasses.replace(config, steps=config.steps or max(len(rankings) // config.batch, 1))
-    inputs = {
-        "init": source.fingerprint,
-        # Without their sources, which say in which file they stood: the content decides.
-        "rankings": fingerprint_of([dataclasses.replace(rankings, sources=())]),
-        "heldout": fingerprint_of([dataclasses.replace(heldout, sources=())] if heldout is not None else []),
-        "demonstrations": fingerprint_of(demonstrations),
-    }
-    start = first_parameters(config, source, model)
-    folder = create_run(
-        config,
-        stage=STAGE,
-        model=model.config,
-        tokenizer=tokenizer,
-        inputs=inputs,
-        origin=source.origin,
-        base=start.record,
-    )
-    if folder.finished:
-        return Finished(folder, folder.summary)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    say(ledger.summary(count_parameters(start.base or start.params)))
-
-    rows: Rows[Any] = SharedRankingRows(rankings) if config.share_prompts else rankings
-
-    def whole(params: Params) -> Params:
-        return attach(start.base, params, config.lora.scale)
-
-    held: dict[int, tuple[float, int]] = {}  # by step
-
-    def held_out(rankings: RankingRows, params: Params, step: int) -> tuple[float, int]:
-        if step not in held:
-            held[step] = accuracy(model, whole(params), rankings, config.batch, config.share_prompts)
-        return held[step]
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        return {} if heldout is None else {"accuracy": held_out(heldout, state.params, int(state.step))[0]}
-
-    state = train(
-        folder,
-        config,
-        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
-        lambda axis: make_update(
-            model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
-        ),
-        lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
-        new_shapes=lambda first: new_lengths(
-            rows, batch_size=config.batch, seed=config.seed, first=first, steps=config.steps
-        ),
-        frozen=() if start.base is None else (start.base,),
-        evaluate=evaluate,
-        flops_per_token=config.lora.passes * model.config.flops_per_token(limit, language_head=False),
-        show=("loss", "accuracy"),
-        best_metric="eval/accuracy" if heldout is not None else None,
-        best_mode="max",
-    )
-    params, shift = centred(
-        model,
-        state.params,
-        demonstration_rows,
-        config.batch,
-        base=start.base,
-        lora_scale=config.lora.scale,
-    )
-    mean, scale = score_mean_and_scale(model, whole(params), rankings, config.batch, config.share_prompts)
-    release(folder, params, config.steps)
-    # All scores have moved alike since the last step, so what was found then stands.
-    right, pairs = (None, 0) if heldout is None else held_out(heldout, params, config.steps)
-    summary = {
-        "prompts": len(rankings),
-        "heldout_accuracy": right,
-        "heldout_pairs": pairs,
-        "shift": shift,
-        "score_mean": mean,
-        "score_scale": scale,
-    }
-    return complete(folder, summary, ledger)
-
-
-def accuracy(
-    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool = False
-) -> tuple[float, int]:
-    """(share of ordered pairs that the scores order alike, pairs)."""
-    ranks = np.zeros((len(rankings), rankings.responses), np.int32)
-    mask = np.zeros(ranks.shape, bool)
-    for place, (_, row_ranks) in enumerate(rankings.rows):
-        ranks[place, : len(row_ranks)] = row_ranks
-        mask[place, : len(row_ranks)] = True
-    return pair_accuracy(_scores(model, params, rankings, batch_size, share_prompts), ranks, mask)
-
-
-def score_mean_and_scale(
-    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool = False
-) -> tuple[float, float]:
-    """(mean, standard deviation) of the scores of responses to at most REFERENCE_PROMPTS prompts, evenly taken."""
-    taken = np.linspace(0, len(rankings) - 1, min(len(rankings), REFERENCE_PROMPTS)).round().astype(int)
-    some = dataclasses.replace(rankings, rows=[rankings.rows[i] for i in taken], sources=())
-    scores = _scores(model, params, some, batch_size, share_prompts)
-    exists = np.array([[k < len(ranks) for k in range(some.responses)] for _, ranks in some.rows])
-    return float(scores[exists].mean()), float(scores[exists].std())
-
-
-def _scores(
-    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool
-) -> np.ndarray:
-    rows = SharedRankingRows(rankings) if share_prompts else rankings
-    return scores_of(model, params, rows, batch_size=batch_size)
-
-
-def first_parameters(config: Config, source: Source, model: Transformer) -> Start:
-    """What training starts from: the source's backbone (or an adapter beside it, or a fresh one) and a fresh head."""
-    start_key, head_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-    if config.backbone == "scratch":
-        return Start(init_params(model, start_key), None, None)
-    start = start_from(source, config.lora, lambda: start_key)
-    if start.base is None:
-        return Start(to_scalar_head(start.params, model, head_key), None, None)
-    head = to_scalar_head(start.base, model, head_key)["score"]
-    return dataclasses.replace(start, params={**start.params, "score": head})
-
-
-def centred(
-    model: Transformer,
-    params: Params,
-    demonstrations: RaggedRows,
-    batch_size: int,
-    *,
-    base: Params | None = None,
-    lora_scale: float = 0.0,
-) -> tuple[Params, float]:
-    """(parameters whose scores of the demonstrations average 0, what was added to the bias). base: as in the update."""
-    if not len(demonstrations):
-        return params, 0.0
-    whole = attach(base, params, lora_scale)
-    shift = -float(row_scores(model, whole, demonstrations, batch_size=batch_size).mean())
-    score = {**params["score"], "bias": params["score"]["bias"] + shift}
-    return {**params, "score": score}, shift
-
-
-def _rows(config: Config, source: Source, limit: int, ledger: Ledger) -> tuple[RankingRows, RankingRows | None]:
-    if not config.data:
-        raise UserError("data: found nothing, wanted comparisons or rankings; give --data FILE.jsonl")
-    records = read_records(config.data, "rankings", ledger)
-    if config.heldout:
-        held = read_records(config.heldout, "rankings", Ledger())
-    else:
-        records, held = hold_out(records, config.heldout_fraction, ledger)
-    rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
-    if not held:
-        return rows, None
-    held_rows = encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
-    return rows, held_rows if len(held_rows) else None
