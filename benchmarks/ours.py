@@ -34,7 +34,7 @@ from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.parallel.mesh import CompiledUpdate, jit_update, make_mesh, outline, place
 from rlhf_jax.stages import ppo, pretrain, reward, sft
-from rlhf_jax.stages.rollout import Frozen, Networks
+from rlhf_jax.stages.ppo import Frozen, Networks
 from rlhf_jax.tokenizers.bpe import Tokenizer
 
 FACTS = {"jax": jax.__version__}

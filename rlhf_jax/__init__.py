@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from rlhf_jax.returns import generalized_advantages as generalized_advantages
     from rlhf_jax.returns import kl_penalized_reward as kl_penalized_reward
     from rlhf_jax.runs.folder import RunFolder as RunFolder
-    from rlhf_jax.stages.rollout import Frozen as Frozen
-    from rlhf_jax.stages.rollout import Networks as Networks
-    from rlhf_jax.stages.rollout import collect as collect
+    from rlhf_jax.stages.ppo import Frozen as Frozen
+    from rlhf_jax.stages.ppo import Networks as Networks
+    from rlhf_jax.stages.ppo import make_rollout as make_rollout
     from rlhf_jax.tokenizers.bpe import Tokenizer as Tokenizer
 
 # The same for Python itself; a test holds the two together.
@@ -54,7 +54,7 @@ _NAMES = {
     "arrays": "PromptBatch RankingBatch Rollout TokenBatch TrainState",
     "data": "Ledger batch_at extract_dialogues read_records",
     "config": "EpisodeConfig ModelConfig OptimConfig",
-    "stages.rollout": "Frozen Networks collect",
+    "stages.ppo": "Frozen Networks make_rollout",
     "errors": "UserError",
     "kl": "adapt_kl_coef kl_estimate",
     "losses": "clipped_surrogate clipped_value_loss next_token_loss pairwise_loss ranking_loss",

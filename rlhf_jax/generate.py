@@ -7,14 +7,14 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Array, Params, pytree
-from rlhf_jax.config import CacheDtype
+from rlhf_jax.config import SamplingConfig
 from rlhf_jax.layers.kv_cache import Cache, empty_cache, grown
 from rlhf_jax.masked import at_least_float32
 from rlhf_jax.model import MASKED, Transformer
@@ -102,46 +102,20 @@ def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array,
     return constrain_rows(logits_BV), cache
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "model",
-        "max_new_tokens",
-        "stop_ids",
-        "pad_id",
-        "temperature",
-        "top_k",
-        "top_p",
-        "decode_parts",
-        "slots",
-        "segments",
-        "cache_dtype",
-        "samples",
-    ),
-)
 def generate(
     model: Transformer,
     params: Params,
     tokens_BP: Array,
     mask_BP: Array,
     key: Array,
+    sampling: SamplingConfig | None = None,
     *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    decode_parts: int = 0,
-    slots: int = 0,
-    segments: int = 1,
-    cache_dtype: CacheDtype = "model",
-    samples: int = 1,
     uniform_BR: Array | None = None,
+    **settings: Any,
 ) -> Generation:
     """Samples responses to each prompt; a row ends with its first stop token, the batch with its last row.
 
-    What is drawn for a row depends on its prompt, its number and the key, not on the rows beside it.
+    What is drawn for a row depends on its prompt, its number and the key, not on the other rows.
 
     Args:
       model: language-head transformer.
@@ -149,39 +123,32 @@ def generate(
       tokens_BP: prompts, left-padded, int32.
       mask_BP: True for real tokens.
       key: typed random key; not used again by the caller.
-      max_new_tokens: R, the most that is sampled a row.
-      stop_ids: ids that end a row (the end-of-text token); the stop token is part of the response.
-      pad_id: written behind a row's end.
-      temperature: 0 is greedy. top_k, top_p: see `filter_logits`. PPO leaves all three at their defaults or the
-        probability ratio and the KL would be of another distribution than the one that was sampled.
-      decode_parts: of the axis fsdp, devices among which one copy of the weights lies while sampling, gathered once and
-        not at each token; 0 leaves them where they are.
-      slots: rows that are computed at a time: one that has ended gives its slot to the next prompt, and when no prompt
-        is left the live rows move together. It pays where lengths differ. 0 computes all rows until the last has ended.
-      segments: lengths that the cache has, one after the other, the last R and each half the next: a token attends to
-        the slots there are, so that a large R costs nothing while responses are short. Each is compiled; with `slots`
-        there is but one.
-      cache_dtype: of keys and values: "model" as they are computed, "bfloat16" or "int8" (one scale for a token and key
-        head) for fewer bytes to hold and read. It moves the logits, so that the distribution drawn from, and `logp`,
-        are not quite the model's.
-      samples: n, responses to each prompt, which is computed once for all of them; slots must be a multiple of 4 n.
+      sampling: how to sample; or its fields as keyword arguments, such as max_new_tokens, stop_ids and pad_id.
       uniform_BR: what to draw with in place of `uniform_numbers` of the key, for rows that are numbered otherwise.
-    Returns: Generation of B n rows, those of a prompt beside each other, and R columns.
-    Raises: ValueError where P + R exceeds the context, or for a temperature, top_k, top_p, slots, segments or samples
-      out of range.
+
+    Returns:
+      Generation of B n rows, those of a prompt beside each other, and R columns.
+
+    Raises:
+      ValueError: where P + R exceeds the context, or for a setting out of range.
     """
-    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype, samples)
-    how.check(tokens_BP.shape[1], slots)
-    params = decoding_params(params, decode_parts, model.config.dtype)
+    return _generate(
+        _Sampler(model, sampling or SamplingConfig(**settings)), params, tokens_BP, mask_BP, key, uniform_BR
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(
+    sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, key: Array, uniform_BR: Array | None
+) -> Generation:
+    config = sampler.config
+    sampler.check(tokens_BP.shape[1])
+    params = decoding_params(params, config.decode_parts, sampler.model.config.dtype)
     if uniform_BR is None:
-        uniform_BR = uniform_numbers(key, tokens_BP.shape[0] * samples, max_new_tokens)
+        uniform_BR = uniform_numbers(key, tokens_BP.shape[0] * config.samples, config.max_new_tokens)
     prompts = (constrain(tokens_BP, "batch", "none"), constrain(mask_BP, "batch", "none"))
-    with decoding(decode_parts):
-        out = (
-            _in_slots(how, params, *prompts, uniform_BR, slots)
-            if slots
-            else _together(how, params, *prompts, uniform_BR)
-        )
+    with decoding(config.decode_parts):
+        out = (_in_slots if config.slots else _together)(sampler, params, *prompts, uniform_BR)
     return Generation(*(constrain(x, "batch", "none") for x in out))
 
 
@@ -191,91 +158,53 @@ def stream(
     tokens_BP: Array,
     mask_BP: Array,
     key: Array,
-    *,
-    max_new_tokens: int,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    segments: int = 1,
-    cache_dtype: CacheDtype = "model",
+    sampling: SamplingConfig | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What `generate` samples, as it is sampled: (tokens, those that belong to a response), [B] each, until all end.
 
-    Two compiled programs, for the prompt and for one more token (of each segment); the arguments are those of
-    `generate`.
+    Two compiled programs, for the prompt and for one more token (of each segment). One sample to a prompt, no slots.
     """
-    how = _How(model, max_new_tokens, stop_ids, pad_id, temperature, top_k, top_p, segments, cache_dtype)
-    how.check(tokens_BP.shape[1], 0)
-    uniform_BR = uniform_numbers(key, tokens_BP.shape[0], max_new_tokens)
+    sampling = sampling or SamplingConfig(**settings)
+    sampler = _Sampler(model, sampling)
+    sampler.check(tokens_BP.shape[1])
+    uniform_BR = uniform_numbers(key, tokens_BP.shape[0], sampling.max_new_tokens)
     alive_B = np.ones(tokens_BP.shape[0], bool)
-    cache, token_B, ended_B = _begin(how, params, tokens_BP, mask_BP, uniform_BR[:, 0])
-    for index in range(1, max_new_tokens + 1):
+    cache, token_B, ended_B = _begin(sampler, params, tokens_BP, mask_BP, uniform_BR[:, 0])
+    for index in range(1, sampling.max_new_tokens + 1):
         yield np.asarray(token_B), alive_B
         alive_B = ~np.asarray(ended_B)
-        if index == max_new_tokens or not alive_B.any():
+        if index == sampling.max_new_tokens or not alive_B.any():
             return
-        if index - 1 in how.ends:
-            cache = how.longer(cache, tokens_BP.shape[1] + how.ends[how.ends.index(index - 1) + 1])
-        cache, token_B, ended_B = _next(how, params, cache, token_B, ended_B, uniform_BR[:, index])
+        if index - 1 in sampling.ends:
+            following = sampling.ends[sampling.ends.index(index - 1) + 1]
+            cache = sampler.longer(cache, tokens_BP.shape[1] + following)
+        cache, token_B, ended_B = _next(sampler, params, cache, token_B, ended_B, uniform_BR[:, index])
 
 
-class _How(NamedTuple):
-    """The settings of `generate`."""
+class _Sampler(NamedTuple):
+    """A model and how to sample from it."""
 
     model: Transformer
-    length: int
-    stop_ids: tuple[int, ...]
-    pad_id: int
-    temperature: float
-    top_k: int
-    top_p: float
-    segments: int
-    cache_dtype: CacheDtype
-    samples: int = 1
+    config: SamplingConfig
 
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Response tokens that the cache has room for in each segment, the last all of them."""
-        return tuple(sorted({-(-self.length // 2**half) for half in range(self.segments)}))
-
-    def check(self, prompt_length: int, slots: int) -> None:
-        """Raises ValueError for settings that cannot be sampled with."""
-        if prompt_length + self.length > self.model.config.context:
-            raise ValueError(
-                f"prompt of {prompt_length} + {self.length} new tokens exceeds the context {self.model.config.context}"
-            )
-        if self.temperature < 0.0:
-            raise ValueError(f"temperature {self.temperature}: wanted 0 or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k}: wanted 0 or more")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p {self.top_p}: wanted above 0, at most 1")
-        if self.segments < 1:
-            raise ValueError(f"segments {self.segments}: wanted 1 or more")
-        if slots < 0:
-            raise ValueError(f"slots: found {slots}, wanted 0 or more")
-        if slots and self.segments > 1:
-            raise ValueError(f"segments {self.segments} with slots {slots}: wanted one of them; slots write a ring")
-        if self.samples < 1 or (slots and self.samples > 1 and slots % (4 * self.samples)):
-            raise ValueError(
-                f"samples {self.samples} with slots {slots}: wanted 1 or more, slots a multiple of 4 times it"
-            )
-        if self.cache_dtype not in get_args(CacheDtype):
-            raise ValueError(f"cache_dtype {self.cache_dtype!r}: wanted one of {', '.join(get_args(CacheDtype))}")
+    def check(self, prompt_length: int) -> None:
+        """Raises ValueError where prompt and response exceed the context."""
+        length, context = self.config.max_new_tokens, self.model.config.context
+        if prompt_length + length > context:
+            raise ValueError(f"prompt of {prompt_length} + {length} new tokens exceeds the context {context}")
 
     def longer(self, cache: Cache, slots: int) -> Cache:
         """The cache with room for so many tokens."""
-        return grown(cache, self.model.config, slots, self.cache_dtype)
+        return grown(cache, self.model.config, slots, self.config.cache_dtype)
 
     def for_each_sample(self, logits_BV: Array, cache: Cache) -> tuple[Array, Cache]:
         """Each row n times, one after the other."""
-        if self.samples == 1:
+        if self.config.samples == 1:
             return logits_BV, cache
 
         def repeated(x: Array, axis: int) -> Array:
-            return jnp.repeat(x, self.samples, axis=axis)
+            return jnp.repeat(x, self.config.samples, axis=axis)
 
         # [(layers,) B, heads, slots, head]
         keys, values = jax.tree.map(lambda x: repeated(x, x.ndim - 4), (cache.keys, cache.values))
@@ -283,16 +212,18 @@ class _How(NamedTuple):
 
     def next_tokens(self, logits_BV: Array, uniform_B: Array, ended_B: Array) -> tuple[Array, Array, Array]:
         """(token, its log-probability, whether the row has ended), each [B]."""
-        if self.temperature == 0.0:
+        if self.config.temperature == 0.0:
             token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
             logp_B = jnp.zeros(token_B.shape, jnp.float32)
         else:
-            logp_BV = filter_logits(logits_BV, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+            logp_BV = filter_logits(
+                logits_BV, temperature=self.config.temperature, top_k=self.config.top_k, top_p=self.config.top_p
+            )
             token_B = draw(logp_BV, uniform_B)
             logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
-        token_B = jnp.where(ended_B, self.pad_id, token_B)
+        token_B = jnp.where(ended_B, self.config.pad_id, token_B)
         stops_V = np.zeros(self.model.config.vocab_size, bool)
-        stops_V[[stop for stop in self.stop_ids if 0 <= stop < len(stops_V)]] = True
+        stops_V[[stop for stop in self.config.stop_ids if 0 <= stop < len(stops_V)]] = True
         stopped_B = jnp.asarray(stops_V)[token_B] if stops_V.any() else jnp.zeros(token_B.shape, bool)
         # Drawn on all devices, and back to where the model reads its rows.
         drawn = (token_B, jnp.where(ended_B, 0.0, logp_B), ended_B | stopped_B)
@@ -301,33 +232,37 @@ class _How(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, uniform_B: Array) -> tuple[Cache, Array, Array]:
+def _begin(
+    sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, uniform_B: Array
+) -> tuple[Cache, Array, Array]:
     rows, prompt_length = tokens_BP.shape
-    cache = empty_cache(how.model.config, rows, prompt_length + how.ends[0], how.cache_dtype)
-    logits_BV, cache = extend(how.model, params, tokens_BP, mask_BP, cache)
-    token_B, _, ended_B = how.next_tokens(logits_BV, uniform_B, jnp.zeros(rows, bool))
+    cache = empty_cache(sampler.model.config, rows, prompt_length + sampler.config.ends[0], sampler.config.cache_dtype)
+    logits_BV, cache = extend(sampler.model, params, tokens_BP, mask_BP, cache)
+    token_B, _, ended_B = sampler.next_tokens(logits_BV, uniform_B, jnp.zeros(rows, bool))
     return cache, token_B, ended_B
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _next(
-    how: _How, params: Params, cache: Cache, token_B: Array, ended_B: Array, uniform_B: Array
+    sampler: _Sampler, params: Params, cache: Cache, token_B: Array, ended_B: Array, uniform_B: Array
 ) -> tuple[Cache, Array, Array]:
-    logits_BV, cache = extend(how.model, params, token_B[:, None], ~ended_B[:, None], cache)
-    token_B, _, ended_B = how.next_tokens(logits_BV, uniform_B, ended_B)
+    logits_BV, cache = extend(sampler.model, params, token_B[:, None], ~ended_B[:, None], cache)
+    token_B, _, ended_B = sampler.next_tokens(logits_BV, uniform_B, ended_B)
     return cache, token_B, ended_B
 
 
-def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array) -> Generation:
+def _together(sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array) -> Generation:
     """All rows, one column after the other, until the last row has ended."""
     prompts, prompt_length = tokens_BP.shape
-    rows = prompts * how.samples
-    cache = empty_cache(how.model.config, prompts, prompt_length + how.ends[0], how.cache_dtype)
-    logits_BV, cache = how.for_each_sample(*extend(how.model, params, tokens_BP, mask_BP, cache))
-    token_B, logp_B, ended_B = how.next_tokens(logits_BV, uniform_BR[:, 0], jnp.zeros(rows, bool))
-    shape = (rows, how.length)
+    rows = prompts * sampler.config.samples
+    cache = empty_cache(
+        sampler.model.config, prompts, prompt_length + sampler.config.ends[0], sampler.config.cache_dtype
+    )
+    logits_BV, cache = sampler.for_each_sample(*extend(sampler.model, params, tokens_BP, mask_BP, cache))
+    token_B, logp_B, ended_B = sampler.next_tokens(logits_BV, uniform_BR[:, 0], jnp.zeros(rows, bool))
+    shape = (rows, sampler.config.max_new_tokens)
     out = Generation(
-        jnp.full(shape, how.pad_id, jnp.int32).at[:, 0].set(token_B),
+        jnp.full(shape, sampler.config.pad_id, jnp.int32).at[:, 0].set(token_B),
         jnp.zeros(shape, bool).at[:, 0].set(True),
         jnp.zeros(shape, jnp.float32).at[:, 0].set(logp_B),
     )
@@ -341,26 +276,26 @@ def _together(how: _How, params: Params, tokens_BP: Array, mask_BP: Array, unifo
     def step(carry: Carry) -> Carry:
         index, cache, token_B, ended_B, out = carry
         # A row that has ended feeds a pad; nothing reads what it computes.
-        logits_BV, cache = extend(how.model, params, token_B[:, None], ~ended_B[:, None], cache)
+        logits_BV, cache = extend(sampler.model, params, token_B[:, None], ~ended_B[:, None], cache)
         alive_B = ~ended_B
         uniform_B = jax.lax.dynamic_index_in_dim(uniform_BR, index, axis=1, keepdims=False)
-        token_B, logp_B, ended_B = how.next_tokens(logits_BV, uniform_B, ended_B)
+        token_B, logp_B, ended_B = sampler.next_tokens(logits_BV, uniform_B, ended_B)
         columns = zip(out, (token_B, alive_B, logp_B), strict=True)
         out = Generation(*(jax.lax.dynamic_update_slice_in_dim(a, c[:, None], index, axis=1) for a, c in columns))
         return index + 1, cache, token_B, ended_B, out
 
     def decoded(segment: int, carry: Carry) -> Generation:
         """What the segments from this one on sample; the first of them that finds all rows ended is the last."""
-        last = segment == len(how.ends) - 1
+        last = segment == len(sampler.config.ends) - 1
         # A step writes the token before the one that it samples: it samples one more than there is room for.
-        end = how.length if last else how.ends[segment] + 1
+        end = sampler.config.max_new_tokens if last else sampler.config.ends[segment] + 1
         carry = jax.lax.while_loop(functools.partial(until, end), step, carry)
         if last:
             return carry[-1]
 
         def longer(carry: Carry) -> Generation:
             index, cache, token_B, ended_B, out = carry
-            cache = how.longer(cache, prompt_length + how.ends[segment + 1])
+            cache = sampler.longer(cache, prompt_length + sampler.config.ends[segment + 1])
             return decoded(segment + 1, (index, cache, token_B, ended_B, out))
 
         return jax.lax.cond(jnp.all(carry[3]), lambda carry: carry[-1], longer, carry)
@@ -388,13 +323,13 @@ class _Slots:
     logp_NR: Array
 
 
-def _in_slots(how: _How, params: Params, tokens_MP: Array, mask_MP: Array, uniform_NR: Array, slots: int) -> Generation:
+def _in_slots(sampler: _Sampler, params: Params, tokens_MP: Array, mask_MP: Array, uniform_NR: Array) -> Generation:
     """The same responses as `_together`, S rows at a time."""
-    rows, prompt_length = tokens_MP.shape[0] * how.samples, tokens_MP.shape[1]
-    slots = min(slots, rows)
+    rows, prompt_length = tokens_MP.shape[0] * sampler.config.samples, tokens_MP.shape[1]
+    slots = min(sampler.config.slots, rows)
     # Prompts are read several at a time: the more, the better used the processor, the longer wait the rows that ended.
     refill = max(slots // 4, 1)
-    config = how.model.config
+    config = sampler.model.config
 
     def written(state: _Slots, token_S: Array, logp_S: Array, alive_S: Array) -> tuple[Array, Array]:
         row_S = jnp.where(alive_S, state.row_S, rows)  # past the end: dropped
@@ -405,21 +340,23 @@ def _in_slots(how: _How, params: Params, tokens_MP: Array, mask_MP: Array, unifo
         )
 
     def uniform(row_S: Array, count_S: Array) -> Array:
-        return uniform_NR[jnp.minimum(row_S, rows - 1), jnp.minimum(count_S, how.length - 1)]
+        return uniform_NR[jnp.minimum(row_S, rows - 1), jnp.minimum(count_S, sampler.config.max_new_tokens - 1)]
 
     def begun(row_S: Array, slots_each: int) -> tuple[Cache, Array, Array, Array]:
         """(cache, first token, its log-probability, ended) of prompts; those past the end have ended."""
         real_S = row_S < rows
         # Rows are begun in their order, so all those of a prompt together.
-        place_M = jnp.minimum(row_S, rows - 1)[:: how.samples] // how.samples
-        cache = empty_cache(config, len(place_M), slots_each, how.cache_dtype)
-        logits_SV, cache = how.for_each_sample(*extend(how.model, params, tokens_MP[place_M], mask_MP[place_M], cache))
-        token_S, logp_S, ended_S = how.next_tokens(logits_SV, uniform(row_S, jnp.zeros_like(row_S)), ~real_S)
-        return cache, token_S, logp_S, ended_S | (how.length == 1)
+        place_M = jnp.minimum(row_S, rows - 1)[:: sampler.config.samples] // sampler.config.samples
+        cache = empty_cache(config, len(place_M), slots_each, sampler.config.cache_dtype)
+        logits_SV, cache = sampler.for_each_sample(
+            *extend(sampler.model, params, tokens_MP[place_M], mask_MP[place_M], cache)
+        )
+        token_S, logp_S, ended_S = sampler.next_tokens(logits_SV, uniform(row_S, jnp.zeros_like(row_S)), ~real_S)
+        return cache, token_S, logp_S, ended_S | (sampler.config.max_new_tokens == 1)
 
     def first() -> _Slots:
         row_S = jnp.arange(slots, dtype=jnp.int32)
-        cache, token_S, logp_S, ended_S = begun(row_S, prompt_length + how.length)
+        cache, token_S, logp_S, ended_S = begun(row_S, prompt_length + sampler.config.max_new_tokens)
         none = _Slots(
             cache=cache,
             token_S=token_S,
@@ -428,24 +365,24 @@ def _in_slots(how: _How, params: Params, tokens_MP: Array, mask_MP: Array, unifo
             count_S=jnp.zeros(slots, jnp.int32),
             step=jnp.zeros((), jnp.int32),
             taken=jnp.asarray(slots, jnp.int32),
-            tokens_NR=jnp.full((rows, how.length), -1, jnp.int32),
-            logp_NR=jnp.zeros((rows, how.length), jnp.float32),
+            tokens_NR=jnp.full((rows, sampler.config.max_new_tokens), -1, jnp.int32),
+            logp_NR=jnp.zeros((rows, sampler.config.max_new_tokens), jnp.float32),
         )
         tokens_NR, logp_NR = written(none, token_S, logp_S, row_S < rows)
         return dataclasses.replace(none, count_S=none.count_S + 1, tokens_NR=tokens_NR, logp_NR=logp_NR)
 
     def step(state: _Slots) -> _Slots:
         alive_S = ~state.ended_S
-        cache = dataclasses.replace(state.cache, filled=prompt_length + state.step % how.length)
-        logits_SV, cache = extend(how.model, params, state.token_S[:, None], alive_S[:, None], cache)
-        token_S, logp_S, ended_S = how.next_tokens(logits_SV, uniform(state.row_S, state.count_S), state.ended_S)
+        cache = dataclasses.replace(state.cache, filled=prompt_length + state.step % sampler.config.max_new_tokens)
+        logits_SV, cache = extend(sampler.model, params, state.token_S[:, None], alive_S[:, None], cache)
+        token_S, logp_S, ended_S = sampler.next_tokens(logits_SV, uniform(state.row_S, state.count_S), state.ended_S)
         tokens_NR, logp_NR = written(state, token_S, logp_S, alive_S)
         count_S = state.count_S + alive_S
         return dataclasses.replace(
             state,
             cache=cache,
             token_S=token_S,
-            ended_S=ended_S | (count_S >= how.length),
+            ended_S=ended_S | (count_S >= sampler.config.max_new_tokens),
             count_S=count_S,
             step=state.step + 1,
             tokens_NR=tokens_NR,
@@ -464,7 +401,7 @@ def _in_slots(how: _How, params: Params, tokens_MP: Array, mask_MP: Array, unifo
             lead = (slice(None),) * (old.ndim - 4)
             return old.at[(*lead, place_F, slice(None), slice(0, prompt_length))].set(fresh)
 
-        places = jnp.pad(new.places_BS, ((0, 0), (0, how.length)), constant_values=-1)
+        places = jnp.pad(new.places_BS, ((0, 0), (0, sampler.config.max_new_tokens)), constant_values=-1)
         cache = Cache(
             jax.tree.map(put, state.cache.keys, new.keys),
             jax.tree.map(put, state.cache.values, new.values),
@@ -514,7 +451,7 @@ def _in_slots(how: _How, params: Params, tokens_MP: Array, mask_MP: Array, unifo
     for size, fewer in itertools.pairwise(sizes[1:]):
         state = until(fewer, _kept(state, size))
     mask_NR = state.tokens_NR >= 0
-    return Generation(jnp.where(mask_NR, state.tokens_NR, how.pad_id), mask_NR, state.logp_NR)
+    return Generation(jnp.where(mask_NR, state.tokens_NR, sampler.config.pad_id), mask_NR, state.logp_NR)
 
 
 def _kept(state: _Slots, size: int) -> _Slots:

@@ -1,10 +1,10 @@
-"""What a model says of given tokens: the loss of targets, the log-probability of responses, the score of a response."""
+"""Log-probabilities, values and scores of given tokens."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, Tok
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.model import Transformer
-from rlhf_jax.packing import PackedEpisodes
+from rlhf_jax.packing import EpisodeRows
 from rlhf_jax.parallel.sharding import DATA, FSDP, TENSOR
 
 # Logits that a loss holds at once on a device, where the model's head_chunk does not say how many positions' these are.
@@ -43,46 +43,44 @@ def response_logits(
 
     The head is computed on those positions only. Training takes `response_losses`, which need not hold all of them.
     """
-    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
-    return model.apply({"params": params}, hidden_BRD, method="head") / temperature
+    hidden = model.apply({"params": params}, tokens_BT, mask_BT, last=response_length + 1, method="hidden")
+    return model.apply({"params": params}, hidden[:, :-1], method="head") / temperature
 
 
 def response_losses(
-    model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, response_length: int, temperature: float
+    model: Transformer, params: Params, rows: EpisodeRows, *, temperature: float
 ) -> tuple[Array, Array]:
-    """(-log p, entropy), each [B, R] in nats, of the last R tokens of each row at a temperature.
+    """(-log p, entropy), each [B, R] in nats, of the response tokens at a temperature.
 
     The head is computed on the positions that predict them only.
     """
-    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
-    tokens_BR = tokens_BT[:, -response_length:]
-
-    return _losses_at(model, params, hidden_BRD, tokens_BR, temperature)
+    return _losses_at(model, params, _before_responses(model, params, rows), rows.targets_BR, temperature)
 
 
-def packed_losses(
-    model: Transformer, params: Params, packed: PackedEpisodes, *, temperature: float
-) -> tuple[Array, Array]:
-    """`response_losses` of packed episodes."""
-    return _losses_at(model, params, _packed_hidden(model, params, packed), packed.targets_BR, temperature)
+def state_values(model: Transformer, params: Params, rows: EpisodeRows) -> Array:
+    """Value [B, R] of the state before each response token, by a scalar-head model."""
+    return model.apply({"params": params}, _before_responses(model, params, rows), method="head")
 
 
-def packed_values(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
-    """`state_values` of packed episodes."""
-    return model.apply({"params": params}, _packed_hidden(model, params, packed), method="head")
+def response_scores(model: Transformer, params: Params, rows: EpisodeRows) -> Array:
+    """Score [B, R] read at each response token, by a scalar-head model; an episode's is that of its last token."""
+    if rows.at_BR is None:
+        columns: dict[str, Any] = {"last": rows.targets_BR.shape[1]}
+    else:
+        columns = {"at_BQ": jnp.minimum(rows.at_BR + 1, rows.tokens_BT.shape[1] - 1)}
+    hidden_BRD = _hidden(model, params, rows, **columns)
+    return model.apply({"params": params}, hidden_BRD, method="head")
 
 
-def packed_scores(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
-    """Score [B, R] at each response token itself, of which an episode's last one is its score."""
-    after = dataclasses.replace(packed, at_BR=jnp.minimum(packed.at_BR + 1, packed.tokens_BT.shape[1] - 1))
-    return packed_values(model, params, after)
+def _before_responses(model: Transformer, params: Params, rows: EpisodeRows) -> Array:
+    """Hidden states [B, R, D] of the column before each response token; the last block computes no others."""
+    if rows.at_BR is None:
+        return _hidden(model, params, rows, last=rows.targets_BR.shape[1] + 1)[:, :-1]
+    return _hidden(model, params, rows, at_BQ=rows.at_BR)
 
 
-def _packed_hidden(model: Transformer, params: Params, packed: PackedEpisodes) -> Array:
-    segments_BT = packed.segment_ids_BT
-    return model.apply(
-        {"params": params}, packed.tokens_BT, segment_ids=segments_BT, at_BQ=packed.at_BR, method="hidden"
-    )
+def _hidden(model: Transformer, params: Params, rows: EpisodeRows, **columns: Any) -> Array:
+    return model.apply({"params": params}, rows.tokens_BT, segment_ids=rows.segment_ids_BT, method="hidden", **columns)
 
 
 def _losses_at(
@@ -146,20 +144,6 @@ def _by_chunks(
         lambda _, part: (None, once(params, *part)), None, (sliced(hidden_BTD), sliced(targets_BT))
     )
     return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length] for x in columns)
-
-
-def state_values(
-    model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, response_length: int
-) -> Array:
-    """Value [B, R] of the state before each of the last R tokens, by a scalar-head model."""
-    hidden_BRD = _before_responses(model, params, tokens_BT, mask_BT, response_length)
-    return model.apply({"params": params}, hidden_BRD, method="head")
-
-
-def _before_responses(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, length: int) -> Array:
-    """Hidden states [B, R, D] of the columns before each of the last R; the last block computes no others."""
-    hidden = model.apply({"params": params}, tokens_BT, mask_BT, last=length + 1, method="hidden")
-    return hidden[:, :-1]
 
 
 def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:

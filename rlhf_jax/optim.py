@@ -49,6 +49,8 @@ def summed_gradients(
     key: Array,
     *,
     microbatches: int = 1,
+    rows_in_use: Array | None = None,
+    rows_at_a_time: int = 0,
     axis_name: str | None = None,
 ) -> tuple[Params, dict[str, Array]]:
     """Gradient and metrics of an objective whose value is a share of the global mean, summed over all its shares.
@@ -61,6 +63,8 @@ def summed_gradients(
       batch: pytree of arrays with a leading row axis.
       key: typed random key; each share gets one of its own.
       microbatches: equal slices of the batch, one after the other, to save memory.
+      rows_in_use: int32 scalar, a value of the program: only the first rows of the batch, the others being padding;
+        they are taken rows_at_a_time, a divisor of the rows of the batch, in place of microbatches.
       axis_name: a mapped axis over which the batch is spread.
     Returns: (gradient, metrics with "loss"), the same on every device.
     Raises: ValueError where the rows do not divide.
@@ -73,7 +77,19 @@ def summed_gradients(
         (loss, metrics), gradient = differentiate(params, batch, key)
         return gradient, {"loss": loss} | metrics
 
-    if microbatches == 1:
+    if rows_in_use is not None:
+
+        def part(first: Array) -> tuple[Params, dict[str, Array]]:
+            return shares(take_rows(batch, first, rows_at_a_time), jax.random.fold_in(key, first))
+
+        first = jnp.zeros((), jnp.int32)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(part, first))
+        _, total = jax.lax.while_loop(
+            lambda carry: carry[0] < rows_in_use,
+            lambda carry: (carry[0] + rows_at_a_time, jax.tree.map(jnp.add, carry[1], part(carry[0]))),
+            (first, zero),
+        )
+    elif microbatches == 1:
         total = shares(batch, key)
     else:
         rows = jax.tree.leaves(batch)[0].shape[0]
@@ -85,42 +101,8 @@ def summed_gradients(
         shapes = jax.eval_shape(shares, jax.tree.map(lambda x: x[0], sliced), key)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         total, _ = jax.lax.scan(
-            lambda sum, part: (jax.tree.map(jnp.add, sum, shares(*part)), None), zero, (sliced, keys)
+            lambda sum, piece: (jax.tree.map(jnp.add, sum, shares(*piece)), None), zero, (sliced, keys)
         )
-    return total if axis_name is None else jax.lax.psum(total, axis_name)
-
-
-def looped_gradients(
-    objective: Objective,
-    params: Params,
-    batch: Any,
-    key: Array,
-    *,
-    rows: Array,
-    size: int,
-    axis_name: str | None = None,
-) -> tuple[Params, dict[str, Array]]:
-    """`summed_gradients` over the first `rows` rows of a batch, `size` at a time; their number is known to the program
-    alone.
-
-    Args:
-      objective: shares again, so a row of padding counts for nothing.
-      rows: int32 scalar. size: a divisor of the rows of the batch.
-    """
-    differentiate = jax.value_and_grad(objective, has_aux=True)
-
-    def shares(first: Array) -> tuple[Params, dict[str, Array]]:
-        part = take_rows(batch, first, size)
-        (loss, metrics), gradient = differentiate(params, part, jax.random.fold_in(key, first))
-        return gradient, {"loss": loss} | metrics
-
-    first = jnp.zeros((), jnp.int32)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(shares, first))
-    _, total = jax.lax.while_loop(
-        lambda carry: carry[0] < rows,
-        lambda carry: (carry[0] + size, jax.tree.map(jnp.add, carry[1], shares(carry[0]))),
-        (first, zero),
-    )
     return total if axis_name is None else jax.lax.psum(total, axis_name)
 
 

@@ -1,7 +1,7 @@
-"""Episodes laid end to end in rows, inside a compiled program, so that their padding is not computed.
+"""Rows of episodes: one episode a row, padded, or several end to end so that their padding is not computed.
 
-How many rows that takes is known to the program alone, so what follows is a loop over as many as there are
-(`over_rows`, optim.looped_gradients): one compilation, whatever the lengths.
+Episodes are packed inside the compiled program. How many rows that takes is a value of the program, so what follows is
+a loop over the rows in use (`over_rows`, optim.summed_gradients): one compilation, whatever the lengths.
 """
 
 from __future__ import annotations
@@ -32,21 +32,52 @@ class Places:
 
 
 @pytree
-class PackedEpisodes:
-    """Rows of episodes, each a segment of its own.
+class EpisodeRows:
+    """Rows of episodes, each a segment of its own; a padded row is a packed one with a single episode.
 
     tokens_BT: int32. segment_ids_BT: int32, 0 for padding.
-    at_BR: the column before each response token, whose hidden state predicts it and is the state of its value.
+    at_BR: the column before each response token, whose hidden state predicts it and is the state of its value; None
+      where the responses are the last R columns.
     targets_BR: the response tokens. response_mask_BR: those that are real.
-    data: whatever else stands for each response token, a pytree of [B, R].
+    data: whatever else belongs to each response token, a pytree of [B, R].
     """
 
     tokens_BT: Array
     segment_ids_BT: Array
-    at_BR: Array
+    at_BR: Array | None
     targets_BR: Array
     response_mask_BR: Array
     data: Any
+
+
+def padded_episodes(tokens_BT: Array, mask_BT: Array, response_mask_BR: Array, data: Any) -> EpisodeRows:
+    """Rows of one episode each: a prompt of P columns, left-padded, then a response of R, right-padded."""
+    responses = response_mask_BR.shape[1]
+    return EpisodeRows(tokens_BT, mask_BT.astype(jnp.int32), None, tokens_BT[:, -responses:], response_mask_BR, data)
+
+
+def map_episodes(
+    function: Callable[[EpisodeRows], Any],
+    tokens_BT: Array,
+    mask_BT: Array,
+    response_mask_BR: Array,
+    *,
+    pack: int,
+    parts: int,
+) -> Any:
+    """function(rows) -> a pytree of [rows, R], as [B, R] of the episodes, 0 where masked.
+
+    Args:
+      tokens_BT: prompts of P columns, left-padded, then responses of R, right-padded.
+      pack: rows at a time of episodes laid end to end; 0 pads each episode.
+      parts: with pack 0, equal parts of the episodes, computed one after the other.
+    """
+    if pack:
+        rows, places = pack_episodes(tokens_BT, mask_BT, response_mask_BR, None)
+        found = over_rows(function, rows, places.rows, pack)
+        return jax.tree.map(lambda x_BR: unpack(x_BR, places, response_mask_BR), found)
+    found = by_parts(function, padded_episodes(tokens_BT, mask_BT, response_mask_BR, None), parts)
+    return jax.tree.map(lambda x_BR: jnp.where(response_mask_BR, x_BR, 0), found)
 
 
 def find_places(length_B: Array, response_B: Array, *, row_length: int, most_responses: int) -> Places:
@@ -72,9 +103,7 @@ def find_places(length_B: Array, response_B: Array, *, row_length: int, most_res
     return Places(row_B, column_B, first_B, segment_B, jnp.sum(used_B > 0, dtype=jnp.int32))
 
 
-def pack_episodes(
-    tokens_BT: Array, mask_BT: Array, response_mask_BR: Array, data: Any
-) -> tuple[PackedEpisodes, Places]:
+def pack_episodes(tokens_BT: Array, mask_BT: Array, response_mask_BR: Array, data: Any) -> tuple[EpisodeRows, Places]:
     """Rows of T columns from episodes: prompts of P columns, left-padded, then responses of R, right-padded."""
     rows, width = tokens_BT.shape
     responses = response_mask_BR.shape[1]
@@ -94,7 +123,7 @@ def pack_episodes(
 
     segment_BT = jnp.broadcast_to(places.segment_B[:, None], tokens_BT.shape)
     tokens_BR = tokens_BT[:, -responses:]
-    packed = PackedEpisodes(
+    packed = EpisodeRows(
         tokens_BT=scattered(tokens_BT, flat_BT, width),
         segment_ids_BT=scattered(segment_BT, flat_BT, width),
         at_BR=scattered(column_BT[:, -responses:] - 1, place_BR, responses),

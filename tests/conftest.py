@@ -112,7 +112,7 @@ def one_by_one(function: Callable) -> Callable:
     return stacked
 
 
-WAYS = {
+WAYS: dict[str, Callable[[Callable], Callable]] = {
     "plain": one_by_one,
     "jit": lambda function: one_by_one(jax.jit(function)),
     "vmap": lambda function: jax.jit(jax.vmap(function)),

@@ -1,8 +1,11 @@
-"""A small run that kills itself amid a save or a deletion, for test_fit.py.
+"""A small run that kills itself amid a save, and started again amid a deletion, for test_fit.py.
 
-python -m tests.kill_me FOLDER save|delete
+python -m tests.kill_me FOLDER
+
+Says after each death, as a line of JSON, amid what it was, which signal, and what lies in the folder of checkpoints.
 """
 
+import json
 import os
 import signal
 import sys
@@ -28,16 +31,36 @@ def remove(path: Path, **how: Any) -> None:
     real(path, **how)
 
 
-class Fatal(Checkpoints):
-    """Checkpoints during whose work at step 6 the process is killed."""
+class DiesSaving(Checkpoints):
+    """Checkpoints during whose saving of step 6 the process is killed."""
 
     def save(self, step: int, *rest: Any) -> None:
-        if step == 6 and sys.argv[2] == "save":
+        if step == 6:
             checkpoint.seal = die
-        if step == 6 and sys.argv[2] == "delete":
+        super().save(step, *rest)
+
+
+class DiesDeleting(Checkpoints):
+    """Checkpoints during whose deletion of a step, after that of 6 is saved, the process is killed."""
+
+    def save(self, step: int, *rest: Any) -> None:
+        if step == 6:
             checkpoint.shutil.rmtree = remove  # type: ignore[assignment]
         super().save(step, *rest)
 
 
+def killed(folder: Path, kind: type[Checkpoints]) -> int:
+    """The signal that ended a run; a process of its own, which begins with what this one has imported."""
+    child = os.fork()
+    if child == 0:
+        test_fit.run(folder, kind)
+        os._exit(0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
 if __name__ == "__main__":
-    test_fit.run(Path(sys.argv[1]), Fatal)
+    folder = Path(sys.argv[1])
+    for amid, kind in (("save", DiesSaving), ("delete", DiesDeleting)):
+        number = killed(folder, kind)
+        left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        print(json.dumps({"amid": amid, "signal": number, "left": left}), flush=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,8 +14,10 @@ import pytest
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.layers import attention
 from rlhf_jax.layers.attention import attend, choose, cudnn, plain, splash
-from rlhf_jax.model import Transformer, init_params, stack_blocks
+from rlhf_jax.model import Transformer, empty_cache, init_params, unstack_blocks
 from rlhf_jax.parallel.mesh import make_mesh
+
+pytestmark = pytest.mark.core
 
 B, H, G, T, D = 2, 4, 2, 200, 16
 
@@ -61,57 +65,79 @@ def real(x: jax.Array, segments_BS: np.ndarray) -> jax.Array:
     return x * jnp.asarray(segments_BS[:, -x.shape[2] :, None] > 0, x.dtype)[:, None]
 
 
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("kind", ["padded", "packed"])
-@pytest.mark.parametrize("queries", [T, 70])
-def test_splash_is_the_plain_form(kind: str, softcap: float, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 128)  # two blocks a row
-    segments_BS, settings = segments(kind), {"scale": 0.3, "softcap": softcap}
-    given, asked = arrays(queries)
-
-    def by_plain(query: Any, key: Any, value: Any) -> jax.Array:
-        return real(plain(query, key, value, jnp.asarray(allowed(segments_BS, queries)), **settings), segments_BS)
-
-    def by_splash(query: Any, key: Any, value: Any) -> jax.Array:
-        out = splash(query, key, value, jnp.asarray(segments_BS), interpret=True, **settings)
-        return real(out, segments_BS)
-
-    (wanted, pull_plain), (found, pull) = jax.vjp(jax.jit(by_plain), *given), jax.vjp(jax.jit(by_splash), *given)
-    np.testing.assert_allclose(wanted, naive(*given, allowed(segments_BS, queries), 0.3, softcap), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-    for name, one, other in zip(("query", "key", "value"), pull(asked), pull_plain(asked), strict=True):
-        assert np.abs(other).max() > 0.1
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=name)
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks() -> Iterator[None]:
+    """Two blocks a row of T."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "BLOCK", 128)
+        yield
 
 
-def test_splash_on_a_mesh_is_splash(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 128)
+def with_gradients(attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]:
+    """Compiled: (result, gradients of query, key and value) from these, what is asked of the gradient, and the rest."""
+
+    def run(given: tuple[jax.Array, ...], asked: jax.Array, *rest: Any) -> Any:
+        found, pull = jax.vjp(lambda *given: attend(*given, *rest), *given)
+        return found, pull(asked)
+
+    return jax.jit(run)
+
+
+@functools.cache
+def kernel_and_plain(softcap: float) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Splash attention from segments and the plain form from a mask as well, zeros for padding, with gradients."""
+    settings = {"scale": 0.3, "softcap": softcap}
+    return (
+        with_gradients(lambda q, k, v, ids: real(splash(q, k, v, ids, interpret=True, **settings), ids)),
+        with_gradients(lambda q, k, v, ids, mask: real(plain(q, k, v, mask, **settings), ids)),
+    )
+
+
+def test_splash_is_the_plain_form() -> None:
+    # Fewer queries without a softcap are in `test_a_model_with_the_kernel_is_the_model`.
+    for (queries, softcap), kind in itertools.product(((T, 0.0), (T, 2.0), (70, 2.0)), ("padded", "packed")):
+        row = f"{queries} queries, softcap {softcap}, {kind}"
+        ids, mask = segments(kind), allowed(segments(kind), queries)
+        given, asked = arrays(queries)
+        by_splash, by_plain = kernel_and_plain(softcap)
+        found, gradients = by_splash(given, asked, ids)
+        wanted, wanted_gradients = by_plain(given, asked, ids, mask)
+        by_loop = naive(*given, mask, 0.3, softcap)
+        np.testing.assert_allclose(wanted, by_loop, rtol=1e-5, atol=1e-5, err_msg=row)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5, err_msg=row)
+        for name, one, other in zip(("query", "key", "value"), gradients, wanted_gradients, strict=True):
+            assert np.abs(np.asarray(other)).max() > 0.1, (row, name)
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=f"{row}: {name}")
+
+
+def test_splash_on_a_mesh_is_splash() -> None:
     given, asked = arrays()
-    ids = jnp.asarray(segments("packed"))
-    run = functools.partial(splash, segments_BS=ids, scale=0.3, interpret=True)
-    wanted, pull_alone = jax.vjp(run, *given)
+    run, _ = kernel_and_plain(0.0)
+    wanted, wanted_gradients = run(given, asked, segments("packed"))
     # Rows over two devices, key heads over two.
     with jax.set_mesh(make_mesh(fsdp=2, tensor=2)):
-        found, pull = jax.vjp(jax.jit(run), *given)
-        gradients = pull(asked)
+        found, gradients = run(given, asked, segments("packed"))
     assert len(found.sharding.device_set) == 4
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
-    for one, other in zip(gradients, pull_alone(asked), strict=True):
+    for one, other in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("odd", [0, 1])
-def test_what_cudnn_is_asked_for_is_the_plain_form(odd: int) -> None:
-    (query, key, value), asked = arrays()
-    given = (query[:, :, odd:], key[:, :, odd:], value[:, :, odd:])
-    asked = asked[:, :, odd:]
-    ids = segments("padded")[:, odd:]
-    mask = jnp.asarray(allowed(segments("padded"))[:, odd:, odd:])
-    wanted, pull_plain = jax.vjp(lambda q, k, v: real(plain(q, k, v, mask, scale=0.3), ids), *given)
-    found, pull = jax.vjp(lambda q, k, v: real(cudnn(q, k, v, mask, scale=0.3, implementation="xla"), ids), *given)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-    for one, other in zip(pull(asked), pull_plain(asked), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+def test_what_cudnn_is_asked_for_is_the_plain_form() -> None:
+    _, by_plain = kernel_and_plain(0.0)
+    by_cudnn = with_gradients(
+        lambda q, k, v, ids, mask: real(cudnn(q, k, v, mask, scale=0.3, implementation="xla"), ids)
+    )
+    given, asked = (jax.tree.map(np.asarray, x) for x in arrays())
+    mask = allowed(segments("padded"))
+    for odd in (0, 1):
+        rest = (asked[:, :, odd:], segments("padded")[:, odd:], mask[:, odd:, odd:])
+        cut = tuple(x[:, :, odd:] for x in given)
+        found, gradients = by_cudnn(cut, *rest)
+        wanted, wanted_gradients = by_plain(cut, *rest)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5, err_msg=f"from {odd}")
+        for one, other in zip(gradients, wanted_gradients, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=f"from {odd}")
 
 
 WHOLE: dict[str, Any] = {
@@ -173,63 +199,68 @@ def test_on_a_gpu_it_is_cudnn_where_that_can(monkeypatch: pytest.MonkeyPatch) ->
 
 
 SMALL = ModelConfig(vocab_size=31, context=256, width=32, layers=2, heads=4, kv_heads=2, tied=False)
+TOKENS = np.random.default_rng(3).integers(0, 31, (B, T), np.int32)
 
 
-def losses(config: ModelConfig, params: Any, **rows: Any) -> tuple[Any, Any]:
-    """(hidden states of real tokens, gradients) of a model on rows that are packed or padded."""
-    tokens = np.random.default_rng(3).integers(0, 31, (B, T), np.int32)
-    ids = jnp.asarray(segments("packed"))
+def gradient_and_hidden(config: ModelConfig, last: int = 0) -> Callable[[Any], Any]:
+    """From parameters, gradients and the hidden states of real tokens, of a model on packed rows."""
+    ids = segments("packed")
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        hidden = Transformer(config).apply({"params": params}, tokens, segment_ids=ids, method="hidden", **rows)
+        hidden = Transformer(config).apply({"params": params}, TOKENS, segment_ids=ids, method="hidden", last=last)
         mask = ids[:, -hidden.shape[1] :, None] > 0
         hidden = hidden * mask
         return jnp.sum(jnp.sin(hidden)) / jnp.sum(mask), hidden
 
-    with jax.set_mesh(make_mesh()):
-        gradient, hidden = jax.jit(jax.grad(loss, has_aux=True))(params)
-    return hidden, gradient
+    return jax.grad(loss, has_aux=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "last"),
-    [({"windows": (0, 300)}, 140), ({"remat": "full"}, 0), ({"scan_layers": True, "remat": "dots"}, 140)],
-    ids=["last", "remat", "scanned"],
-)
-def test_a_model_with_the_kernel_is_the_model(
-    change: dict[str, Any], last: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = dataclasses.replace(SMALL, **change)
-    params = init_params(Transformer(SMALL), jax.random.key(0))
-    params = stack_blocks(params, config) if config.scan_layers else params
-    wanted = losses(config, params, last=last)
-    calls = []
+def test_a_model_with_the_kernel_is_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned = dataclasses.replace(SMALL, scan_layers=True)
+    stacked = jax.tree.map(np.asarray, init_params(Transformer(scanned), jax.random.key(0)))
+    asked: list[int] = []
 
     def counted(*args: Any, **settings: Any) -> jax.Array:
-        calls.append(args[0].shape[2])
+        asked.append(args[0].shape[2])
         return splash(*args, **settings, interpret=True)
 
-    monkeypatch.setattr(attention, "platform", lambda: "tpu")
     monkeypatch.setattr(attention, "splash", counted)
-    monkeypatch.setattr(attention, "BLOCK", 128)
-    found = losses(config, params, last=last)
-    assert set(calls) == ({T} if config.scan_layers or not last else {T, last})
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    cases: list[tuple[dict[str, Any], int, int]] = [
+        # The last block, which is asked for 140 columns, is the only one; a window that holds the row is none.
+        ({"layers": 1, "windows": (300,), "remat": "full"}, 140, 140),
+        # Scanned layers are alike, the last one too.
+        ({"scan_layers": True, "remat": "dots"}, 140, T),
+    ]
+    for change, last, queries in cases:
+        config = dataclasses.replace(SMALL, **change)
+        given = stacked if config.scan_layers else unstack_blocks(stacked, SMALL)
+        found = {}
+        for platform in ("cpu", "tpu"):
+            monkeypatch.setattr(attention, "platform", lambda platform=platform: platform)
+            with jax.set_mesh(make_mesh()):
+                found[platform] = jax.tree.leaves(jax.jit(gradient_and_hidden(config, last))(given))
+            assert set(asked) == (set() if platform == "cpu" else {queries}), (change, platform)
+        for one, other in zip(found["tpu"], found["cpu"], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=str(change))
+        asked.clear()
 
 
 def test_a_narrow_window_or_a_cache_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(SMALL, windows=(0, 50))
-    params = init_params(Transformer(SMALL), jax.random.key(0))
+    params = jax.eval_shape(init_params, Transformer(SMALL), jax.random.key(0))
     monkeypatch.setattr(attention, "platform", lambda: "tpu")
     monkeypatch.setattr(attention, "splash", lambda *args, **settings: pytest.fail("the kernel was asked"))
-    losses(config, params)
-    with pytest.raises(pytest.fail.Exception):
-        losses(SMALL, params)
+    with jax.set_mesh(make_mesh()):
+        jax.eval_shape(gradient_and_hidden(dataclasses.replace(SMALL, windows=(0, 50))), params)
+        cache = jax.eval_shape(lambda: empty_cache(SMALL, B, T))
+        jax.eval_shape(
+            lambda params, cache: Transformer(SMALL).apply({"params": params}, TOKENS, cache=cache), params, cache
+        )
+        with pytest.raises(pytest.fail.Exception):
+            jax.eval_shape(gradient_and_hidden(SMALL), params)
 
 
 def test_attend_without_segments_is_plain() -> None:
     given, _ = arrays()
-    mask = jnp.asarray(allowed(segments("packed")))
-    found = attend(*given, mask, None, scale=0.3, kind="splash")
-    np.testing.assert_array_equal(found, plain(*given, mask, scale=0.3))
+    mask = allowed(segments("packed"))
+    found = jax.jit(lambda q, k, v: attend(q, k, v, mask, None, scale=0.3, kind="splash"))(*given)
+    np.testing.assert_array_equal(found, jax.jit(lambda q, k, v: plain(q, k, v, mask, scale=0.3))(*given))

@@ -15,6 +15,9 @@ from rlhf_jax.cli import flags, process
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.loop import Stopped
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,55 +71,57 @@ def test_flags_override_a_file(tmp_path: Path) -> None:
     assert parse("--config", str(tmp_path / "y.yaml"), "--data", "a").model == Model(width=64, kind="gpt2")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--dta", "x"], "unknown flag --dta; did you mean --data?"),
-        (["--learning-rat=3"], "unknown flag --learning-rat; did you mean --learning-rate?"),
-        (["--width", "8"], r"unknown flag --width; did you mean --model\.width?"),
-        (["--zzz"], "unknown flag --zzz; --help explains every flag"),
-        (["--data", "a", "--batch", "9", "--devices", "2"], "^batch 9 is not divisible by .*; use --batch 8$"),
-        (["--config", "none.yaml"], "^--config none.yaml: No such file or directory$"),
-    ],
-)
-def test_a_wrong_flag_is_one_line_with_the_right_one(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        parse(*arguments)
+WRONG_FLAGS = [
+    (["--dta", "x"], "unknown flag --dta; did you mean --data?"),
+    (["--learning-rat=3"], "unknown flag --learning-rat; did you mean --learning-rate?"),
+    (["--width", "8"], r"unknown flag --width; did you mean --model\.width?"),
+    (["--zzz"], "unknown flag --zzz; --help explains every flag"),
+    (["--data", "a", "--batch", "9", "--devices", "2"], "^batch 9 is not divisible by .*; use --batch 8$"),
+    (["--config", "none.yaml"], "^--config none.yaml: No such file or directory$"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("x.yaml", "learning_rat: 1", r"x\.yaml: unknown field 'learning_rat'; did you mean 'learning_rate'"),
-        ("x.yaml", "model: {width: wide}", r"x\.yaml: field 'model.width': found 'wide', wanted a whole number"),
-        ("x.yaml", "- a", "found list, wanted fields"),
-        ("x.yaml", "a: [", "unreadable"),
-        ("x.yaml", "!!python/object/apply:os.system ['true']", "unreadable"),
-        ("x.json", "{", "unreadable"),
-    ],
-)
-def test_a_wrong_file_names_itself(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=message) as error:
-        parse("--config", str(tmp_path / name), "--data", "a")
-    assert "\n" not in str(error.value)
+def test_a_wrong_flag_is_one_line_with_the_right_one() -> None:
+    for row in WRONG_FLAGS:
+        with case(row) as (arguments, message), pytest.raises(UserError, match=message):
+            parse(*arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "a", "--steps", "x"], "^--steps: found 'x', wanted a whole number$"),
-        (["--data", "a", "--learning-rate", "x"], "^--learning-rate: found 'x', wanted a number$"),
-        (["--data", "a", "--model.kind", "bert"], "'bert'.*--model.kind.*'gpt2', 'llama'"),
-        (["--data", "a", "--model.width", "12"], "^model: model.width: found 12, wanted a multiple of 8$"),
-        (["--data", "a", "--steps"], "Missing value for argument '--steps'"),
-        ([], "Missing .* --data"),
-    ],
-)
-def test_a_wrong_value_is_one_line(arguments: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        parse(*arguments)
-    assert not {"\n", "│", "─"} & set(str(error.value))
+WRONG_FILES = [
+    ("x.yaml", "learning_rat: 1", r"x\.yaml: unknown field 'learning_rat'; did you mean 'learning_rate'"),
+    ("x.yaml", "model: {width: wide}", r"x\.yaml: field 'model.width': found 'wide', wanted a whole number"),
+    ("x.yaml", "- a", "found list, wanted fields"),
+    ("x.yaml", "a: [", "unreadable"),
+    ("x.yaml", "!!python/object/apply:os.system ['true']", "unreadable"),
+    ("x.json", "{", "unreadable"),
+]
+
+
+def test_a_wrong_file_names_itself(tmp_path: Path) -> None:
+    for row in WRONG_FILES:
+        with case(row) as (name, text, message):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(UserError, match=message) as error:
+                parse("--config", str(tmp_path / name), "--data", "a")
+            assert "\n" not in str(error.value)
+
+
+WRONG_VALUES = [
+    (["--data", "a", "--steps", "x"], "^--steps: found 'x', wanted a whole number$"),
+    (["--data", "a", "--learning-rate", "x"], "^--learning-rate: found 'x', wanted a number$"),
+    (["--data", "a", "--model.kind", "bert"], "'bert'.*--model.kind.*'gpt2', 'llama'"),
+    (["--data", "a", "--model.width", "12"], "^model: model.width: found 12, wanted a multiple of 8$"),
+    (["--data", "a", "--steps"], "Missing value for argument '--steps'"),
+    ([], "Missing .* --data"),
+]
+
+
+def test_a_wrong_value_is_one_line() -> None:
+    for row in WRONG_VALUES:
+        with case(row) as (arguments, message):
+            with pytest.raises(UserError, match=message) as error:
+                parse(*arguments)
+            assert not {"\n", "│", "─"} & set(str(error.value))
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,35 +149,36 @@ def raising(error: BaseException) -> Callable[[Any], NoReturn]:
     return run
 
 
-@pytest.mark.parametrize(
-    ("run", "code", "line"),
-    [
-        (lambda config: None, 0, ""),
-        (
-            raising(UserError("a.jsonl:3: field 'prompt' is missing")),
-            2,
-            "error: a.jsonl:3: field 'prompt' is missing\n",
-        ),
-        (
-            raising(Stopped(signal.SIGTERM, 7, saved=True)),
-            143,
-            "stopped, saved after step 7; to resume: rlhf-jax sft --data a\n",
-        ),
-        (
-            raising(Stopped(signal.SIGINT, 7, saved=False)),
-            130,
-            "stopped, nothing was saved; to start again: rlhf-jax sft --data a\n",
-        ),
-        (raising(PermissionError(13, "Permission denied", "a.jsonl")), 2, "error: a.jsonl: Permission denied\n"),
-        (raising(KeyboardInterrupt()), 130, "interrupted"),
-    ],
-)
-def test_how_a_script_ends(capsys: pytest.CaptureFixture[str], run: Any, code: int, line: str) -> None:
-    with pytest.raises(SystemExit) as end:
-        process.run(run, parse("--data", "a"), again="rlhf-jax sft --data a")
-    assert end.value.code == code
-    errors = capsys.readouterr().err
-    assert errors.startswith(line) and errors.count("\n") <= 1
+ENDS = [
+    (lambda config: None, 0, ""),
+    (
+        raising(UserError("a.jsonl:3: field 'prompt' is missing")),
+        2,
+        "error: a.jsonl:3: field 'prompt' is missing\n",
+    ),
+    (
+        raising(Stopped(signal.SIGTERM, 7, saved=True)),
+        143,
+        "stopped, saved after step 7; to resume: rlhf-jax sft --data a\n",
+    ),
+    (
+        raising(Stopped(signal.SIGINT, 7, saved=False)),
+        130,
+        "stopped, nothing was saved; to start again: rlhf-jax sft --data a\n",
+    ),
+    (raising(PermissionError(13, "Permission denied", "a.jsonl")), 2, "error: a.jsonl: Permission denied\n"),
+    (raising(KeyboardInterrupt()), 130, "interrupted"),
+]
+
+
+def test_how_a_script_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    for row in ENDS:
+        with case(row) as (run, code, line):
+            with pytest.raises(SystemExit) as end:
+                process.run(run, parse("--data", "a"), again="rlhf-jax sft --data a")
+            assert end.value.code == code
+            errors = capsys.readouterr().err
+            assert errors.startswith(line) and errors.count("\n") <= 1
 
 
 def test_ctrl_c_in_a_callback_ends_the_script(

@@ -2,12 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
 from rlhf_jax.config import RunConfig, from_plain, to_plain
 from rlhf_jax.errors import UserError
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,20 +46,20 @@ def test_what_is_not_given_is_the_default_of_the_stage() -> None:
     assert config.optim == Optim(learning_rate=3e-3, schedule="linear")
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"batch": 10, "devices": 2, "microbatches": 2}, "batch 10 is not divisible by .*; use --batch 8"),
-        ({"batch": 3, "devices": 4}, "use --batch 4"),
-        ({"batch": 0}, "batch: found 0, wanted 1 or more"),
-        ({"steps": -1}, "steps: found -1, wanted 0 or more"),
-        ({"name": "../../etc"}, "name: found '../../etc'"),
-        ({"name": "/etc"}, "name: found '/etc'"),
-    ],
-)
-def test_settings_that_cannot_be(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Config(**fields)
+WRONG_SETTINGS = [
+    ({"batch": 10, "devices": 2, "microbatches": 2}, "batch 10 is not divisible by .*; use --batch 8"),
+    ({"batch": 3, "devices": 4}, "use --batch 4"),
+    ({"batch": 0}, "batch: found 0, wanted 1 or more"),
+    ({"steps": -1}, "steps: found -1, wanted 0 or more"),
+    ({"name": "../../etc"}, "name: found '../../etc'"),
+    ({"name": "/etc"}, "name: found '/etc'"),
+]
+
+
+def test_settings_that_cannot_be() -> None:
+    for row in WRONG_SETTINGS:
+        with case(row) as (fields, message), pytest.raises(UserError, match=message):
+            Config(**fields)
 
 
 def test_text_becomes_the_number_that_the_field_wants() -> None:
@@ -68,30 +71,30 @@ def test_text_becomes_the_number_that_the_field_wants() -> None:
     assert config.data == ("one.jsonl",)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            {"optim": {"learning_rat": 1}},
-            "x.yaml: unknown field 'optim.learning_rat'; did you mean 'optim.learning_rate'",
-        ),
-        ({"zzz": 1}, "x.yaml: unknown field 'zzz'; known fields: batch, clip"),
-        ({"steps": "many"}, "x.yaml: field 'steps': found 'many', wanted a whole number"),
-        ({"steps": 1.5}, "field 'steps': found 1.5, wanted a whole number"),
-        ({"steps": float("inf")}, "field 'steps': found inf"),
-        ({"steps": True}, "field 'steps': found True"),
-        ({"pmap": 1}, "field 'pmap': found 1, wanted true or false"),
-        ({"name": 3}, "field 'name': found 3, wanted text"),
-        ({"optim": 3}, "field 'optim': found 3, wanted Optim"),
-        ({"optim": {"schedule": "cosin"}}, "wanted one of 'cosine', 'linear'; did you mean 'cosine'"),
-        ({"optim": {"betas": [0.9]}}, "field 'optim.betas'"),
-        ({"data": ["a", 3]}, r"field 'data\[1\]': found 3, wanted text"),
-        ({"clip": "x"}, "field 'clip': found 'x'"),
-    ],
-)
-def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        from_plain(Config, given, where="x.yaml")
+MISFITS = [
+    (
+        {"optim": {"learning_rat": 1}},
+        "x.yaml: unknown field 'optim.learning_rat'; did you mean 'optim.learning_rate'",
+    ),
+    ({"zzz": 1}, "x.yaml: unknown field 'zzz'; known fields: batch, clip"),
+    ({"steps": "many"}, "x.yaml: field 'steps': found 'many', wanted a whole number"),
+    ({"steps": 1.5}, "field 'steps': found 1.5, wanted a whole number"),
+    ({"steps": float("inf")}, "field 'steps': found inf"),
+    ({"steps": True}, "field 'steps': found True"),
+    ({"pmap": 1}, "field 'pmap': found 1, wanted true or false"),
+    ({"name": 3}, "field 'name': found 3, wanted text"),
+    ({"optim": 3}, "field 'optim': found 3, wanted Optim"),
+    ({"optim": {"schedule": "cosin"}}, "wanted one of 'cosine', 'linear'; did you mean 'cosine'"),
+    ({"optim": {"betas": [0.9]}}, "field 'optim.betas'"),
+    ({"data": ["a", 3]}, r"field 'data\[1\]': found 3, wanted text"),
+    ({"clip": "x"}, "field 'clip': found 'x'"),
+]
+
+
+def test_what_does_not_fit_is_named() -> None:
+    for row in MISFITS:
+        with case(row) as (given, message), pytest.raises(UserError, match=message):
+            from_plain(Config, given, where="x.yaml")
 
 
 def test_a_missing_field_is_named() -> None:

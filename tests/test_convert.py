@@ -1,6 +1,7 @@
 """Models out of runs and into runs, by the functions under `rlhf-jax convert`."""
 
-import json
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,77 +10,77 @@ import numpy as np
 import pytest
 
 from rlhf_jax.cli import convert
-from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
-from rlhf_jax.data import Demonstration, Ledger, Prompt, Text, encode_rankings, read_records
+from rlhf_jax.config import LoraConfig, ModelConfig, to_plain
 from rlhf_jax.errors import UserError
+from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export, import_model
-from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.pretrained.source import Source, open_source
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.trainers import ppo, pretrain, reward, sft
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
+from tests.made_params import random_adapter, random_params, shapes_traced_once  # noqa: F401
+from tests.made_runs import write_run
+
+pytestmark = [pytest.mark.pretrained, pytest.mark.usefixtures("shapes_traced_once")]
 
 TOKENS = np.arange(14, dtype=np.int32).reshape(2, 7) + 60
-ANSWERS = [Demonstration(f"say {word}", f" {word}!") for word in ("red", "blue", "green", "grey")]
+LORA = LoraConfig(rank=2, alpha=4.0)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The four stages with the recipe's kind of model; SFT trains an adapter, the others whole networks."""
-    root = tmp_path_factory.mktemp("runs")
-    model = ModelConfig(context=48, width=16, layers=2, heads=4, kv_heads=2, qk_norm=True, embedding_scale=4.0)
-    common: dict[str, Any] = {"batch": 4, "steps": 2, "log_every": 1}
-    config = pretrain.Config(out=str(root / "base"), tokenizer="bytes", model=model, row_length=16, **common)
-    pretrain.run(config, texts=[Text("red blue green grey " * 8)], heldout=[])
-    lora = LoraConfig(rank=2, alpha=4.0)
-    sft.run(
-        sft.Config(out=str(root / "sft"), init=str(root / "base"), lora=lora, **common), records=ANSWERS, heldout=[]
-    )
-    pairs = root / "pairs.jsonl"
-    pairs.write_text(
-        "".join(json.dumps({"prompt": a.prompt, "chosen": a.completion, "rejected": " no"}) + "\n" for a in ANSWERS)
-    )
-    tokenizer = RunFolder.open(root / "base", stages=("pretrain",)).tokenizer
-    rows = encode_rankings(
-        read_records([str(pairs)], "rankings", Ledger()), tokenizer, max_tokens=48, ledger=Ledger(), buckets=(32,)
-    )
-    reward.run(
-        reward.Config(out=str(root / "judge"), init=str(root / "base"), **common),
-        rankings=rows,
-        heldout=rows,
-        demonstrations=ANSWERS,
-    )
-    episode = EpisodeConfig(response_length=6)
-    ppo.run(
-        ppo.Config(
-            out=str(root / "ppo"),
-            init=str(root / "sft"),
-            reward=str(root / "judge"),
-            prompt_length=16,
-            minibatches=2,
-            episode=episode,
-            **common,
-        ),
-        prompts=[Prompt(answer.prompt) for answer in ANSWERS],
-    )
+    """Runs of the four stages with the recipe's kind of model; of SFT an adapter, of the others whole networks.
+
+    `test_sources.py` exports what the stages themselves have written.
+    """
+    root, tokenizer = tmp_path_factory.mktemp("runs"), Tokenizer.bytes()
+    model = ModelConfig(
+        vocab_size=tokenizer.vocab_size, context=48, width=16, layers=2, heads=4, kv_heads=2, qk_norm=True,
+        embedding_scale=4.0,
+    )  # fmt: skip
+    write_run(root / "base", "pretrain", random_params(model), model, tokenizer)
+    fingerprint = open_source(str(root / "base"), stages=("pretrain",)).fingerprint
+    beside = {"init": str(root / "base"), "fingerprint": fingerprint, "lora": to_plain(LORA)}
+    adapter = random_adapter(model, LORA, trained=True)
+    write_run(root / "sft", "sft", adapter, model, tokenizer, base=beside)
+    scores = {"score_mean": 0.5, "score_scale": 2.0}
+    write_run(root / "judge", "reward", random_params(model, scalar=True), model, tokenizer, **scores)
+    both = {"policy": random_params(model, seed=1), "critic": random_params(model, scalar=True, seed=2)}
+    # What is handed on is not always what was trained last: it may be the mean of many steps.
+    write_run(root / "ppo", "ppo", both, model, tokenizer, released=random_params(model, seed=3))
     return root
 
 
-@pytest.mark.parametrize(
-    ("name", "stages"), [("base", ("pretrain",)), ("sft", ("sft",)), ("ppo", ("ppo",)), ("judge", ("reward",))]
-)
-def test_an_exported_run_computes_what_the_run_does(
-    runs: Path, tmp_path: Path, name: str, stages: tuple[str, ...]
-) -> None:
-    said = export(str(runs / name), tmp_path / "out")
-    before = open_source(str(runs / name), stages=stages)
-    after = open_source(f"hf:{tmp_path / 'out'}", stages=stages)
-    assert ("SequenceClassification" in said) == before.scalar
-    assert (after.score_mean, after.score_scale) == (before.score_mean, before.score_scale)
-    assert after.tokenizer.encode("Say grey!") == before.tokenizer.encode("Say grey!")
-    assert (after.tokenizer.eos_id, after.tokenizer.bos_id) == (before.tokenizer.eos_id, before.tokenizer.bos_id)
-    values = [jax.jit(s.network().apply)({"params": s.params()}, TOKENS) for s in (before, after)]
-    shared = None if before.scalar else min(value.shape[-1] for value in values)
-    first, second = (value if before.scalar else value[..., :shared] for value in values)
-    np.testing.assert_allclose(first, second, atol=1e-4)
+@functools.cache
+def network(model: ModelConfig, scalar: bool) -> Callable[..., Any]:
+    return jax.jit(Transformer(model, scalar=scalar).apply)
+
+
+def output(source: Source) -> np.ndarray:
+    """What a model says of some tokens."""
+    return np.asarray(network(source.model, source.scalar)({"params": source.params()}, TOKENS))
+
+
+RUNS = [("base", ("pretrain",)), ("sft", ("sft",)), ("ppo", ("ppo",)), ("judge", ("reward",))]
+
+
+def test_an_exported_run_computes_what_the_run_does(runs: Path, tmp_path: Path) -> None:
+    for row in RUNS:
+        with case(row) as (name, stages):
+            said = export(str(runs / name), tmp_path / name)
+            before = open_source(str(runs / name), stages=stages)
+            after = open_source(f"hf:{tmp_path / name}", stages=stages)
+            assert ("SequenceClassification" in said) == before.scalar
+            assert (after.score_mean, after.score_scale) == (before.score_mean, before.score_scale)
+            assert after.tokenizer.encode("Say grey!") == before.tokenizer.encode("Say grey!")
+            assert (after.tokenizer.eos_id, after.tokenizer.bos_id) == (
+                before.tokenizer.eos_id,
+                before.tokenizer.bos_id,
+            )
+            values = [output(before), output(after)]
+            shared = None if before.scalar else min(value.shape[-1] for value in values)
+            first, second = (value if before.scalar else value[..., :shared] for value in values)
+            np.testing.assert_allclose(first, second, atol=1e-4)
 
 
 def test_there_and_back_the_parameters_are_the_same(runs: Path, tmp_path: Path) -> None:
@@ -99,8 +100,7 @@ def test_an_adapter_alone_goes_out_and_comes_in(runs: Path, tmp_path: Path) -> N
         open_source(str(runs / "sft"), stages=("sft",)),
         open_source(f"peft:{tmp_path / 'adapter'}", stages=("sft",)),
     )
-    first, second = (jax.jit(s.network().apply)({"params": s.params()}, TOKENS) for s in (before, after))
-    np.testing.assert_allclose(first, second, atol=1e-5)
+    np.testing.assert_allclose(output(before), output(after), atol=1e-5)
     with pytest.raises(UserError, match="found a whole network, wanted a run that trained an adapter"):
         export(str(runs / "base"), tmp_path / "other", adapter=True)
 
@@ -122,7 +122,7 @@ def test_a_folder_in_use_is_refused(runs: Path, tmp_path: Path) -> None:
         export(str(runs / "base"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("target", ["gguf:out", "pypi:out", "hf:", "peft:", ""])
-def test_a_target_that_cannot_be_written_is_refused(target: str) -> None:
-    with pytest.raises(UserError, match=f"^target: found '{target}'.* wanted .*hf:FOLDER"):
-        convert.Config(source="runs/base", target=target)
+def test_a_target_that_cannot_be_written_is_refused() -> None:
+    for target in ["gguf:out", "pypi:out", "hf:", "peft:", ""]:
+        with case(target), pytest.raises(UserError, match=f"^target: found '{target}'.* wanted .*hf:FOLDER"):
+            convert.Config(source="runs/base", target=target)

@@ -15,6 +15,8 @@ from rlhf_jax.data.batches import (
 )
 from rlhf_jax.errors import UserError
 
+pytestmark = pytest.mark.core
+
 
 def numbered_rows(count: int) -> TokenRows:
     """Row i is [i, i]."""

@@ -1,5 +1,6 @@
 """The template, HH-RLHF transcripts, and Gopher's heuristic."""
 
+import itertools
 import time
 
 import pytest
@@ -7,6 +8,9 @@ import pytest
 from rlhf_jax.data import extract_dialogues
 from rlhf_jax.data.dialogues import Message, is_hh, render, render_prompt, split_hh, split_shared
 from rlhf_jax.data.gopher import as_messages
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 TRANSCRIPT = "\n\nHuman: hi\n\nAssistant:  two spaces\n\nmore\n\nHuman: Human: quoted\n\nAssistant: yes"
 U, A = "user", "assistant"
@@ -32,20 +36,21 @@ def m(text: str) -> list[Message]:
     return [Message(U if part[0] == "U" else A, part[1:]) for part in text.split()]
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "shared", "rests"),
-    [
-        ("Ua Ab", "Ua Ac", "Ua", (" b", " c")),
-        ("Ua Ab Uc Ad", "Ua Ab Uc Ae", "Ua Ab Uc", (" d", " e")),
-        ("Ua Ab Uc Ad", "Ua Ae", "Ua", (" b\n\nHuman: c\n\nAssistant: d", " e")),
-        # One is the beginning of the other: the last answer of the shorter is compared with the rest of the longer.
-        ("Ua Ab Uc Ad", "Ua Ab", "Ua", (" b\n\nHuman: c\n\nAssistant: d", " b")),
-        # They part where the human speaks: the answer before is part of what is compared.
-        ("Ua Ab Uc Ad", "Ua Ab Ue Ad", "Ua", (" b\n\nHuman: c\n\nAssistant: d", " b\n\nHuman: e\n\nAssistant: d")),
-    ],
-)
-def test_where_two_dialogues_part(chosen: str, rejected: str, shared: str, rests: tuple[str, str]) -> None:
-    assert split_shared(m(chosen), m(rejected)) == (m(shared), *rests)
+PARTS = [
+    ("Ua Ab", "Ua Ac", "Ua", (" b", " c")),
+    ("Ua Ab Uc Ad", "Ua Ab Uc Ae", "Ua Ab Uc", (" d", " e")),
+    ("Ua Ab Uc Ad", "Ua Ae", "Ua", (" b\n\nHuman: c\n\nAssistant: d", " e")),
+    # One is the beginning of the other: the last answer of the shorter is compared with the rest of the longer.
+    ("Ua Ab Uc Ad", "Ua Ab", "Ua", (" b\n\nHuman: c\n\nAssistant: d", " b")),
+    # They part where the human speaks: the answer before is part of what is compared.
+    ("Ua Ab Uc Ad", "Ua Ab Ue Ad", "Ua", (" b\n\nHuman: c\n\nAssistant: d", " b\n\nHuman: e\n\nAssistant: d")),
+]
+
+
+def test_where_two_dialogues_part() -> None:
+    for row in PARTS:
+        with case(row) as (chosen, rejected, shared, rests):
+            assert split_shared(m(chosen), m(rejected)) == (m(shared), *rests)
 
 
 def test_dialogues_that_share_no_prompt() -> None:
@@ -57,40 +62,41 @@ def talk(first: str, second: str, turns: int, between: str = "\n\n") -> str:
     return between.join(f"{second if turn % 2 else first} turn {turn}" for turn in range(turns))
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "speakers"),
-    [
-        ("Gopher:", "User:", ("Gopher", "User")),
-        ("Dr Smith -", "Bob —", ("Dr Smith", "Bob")),
-        ("Q.", "A.", ("Q", "A")),
-        ("Dr. Smith:", "Dr. Jones:", ("Dr. Smith", "Dr. Jones")),
-        ("Q: Yes.", "A: No.", ("Q", "A")),
-    ],
-)
-@pytest.mark.parametrize("between", ["\n\n", "\n", "\n \n\n", "\r\n\r\n"])
-def test_a_dialogue_is_found(first: str, second: str, speakers: tuple[str, str], between: str) -> None:
-    found = extract_dialogues("An introduction.\n\n" + talk(first, second, 7, between) + "\n\nThe end.")
-    assert len(found) == 1 and len(found[0]) == 7
-    assert tuple(turn.speaker for turn in found[0][:2]) == speakers
-    assert [turn.text[-6:] for turn in found[0]] == [f"turn {n}" for n in range(7)]
+SPEAKERS = [
+    ("Gopher:", "User:", ("Gopher", "User")),
+    ("Dr Smith -", "Bob —", ("Dr Smith", "Bob")),
+    ("Q.", "A.", ("Q", "A")),
+    ("Dr. Smith:", "Dr. Jones:", ("Dr. Smith", "Dr. Jones")),
+    ("Q: Yes.", "A: No.", ("Q", "A")),
+]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        talk("Q:", "A:", 5),
-        talk("Q:", "Q:", 8),  # one prefix
-        talk("Q", "A", 8),  # no separator
-        talk("12:30", "13:45", 8),  # no name
-        talk("1.", "2.", 8),
-        "\n\n".join(f"{name}: x" for name in "ABCABCABC"),  # three people
-        talk("Q:", "A:", 5) + "\n\nA word from us.\n\n" + talk("Q:", "A:", 5),  # broken off
-        "\n\n".join(["A sentence. Another."] * 8),
-    ],
-)
-def test_no_dialogue(text: str) -> None:
-    assert extract_dialogues(text) == []
+def test_a_dialogue_is_found() -> None:
+    for row in itertools.product(["\n\n", "\n", "\n \n\n", "\r\n\r\n"], SPEAKERS):
+        with case(row) as (between, (first, second, speakers)):
+            found = extract_dialogues("An introduction.\n\n" + talk(first, second, 7, between) + "\n\nThe end.")
+            assert len(found) == 1 and len(found[0]) == 7
+            assert tuple(turn.speaker for turn in found[0][:2]) == speakers
+            assert [turn.text[-6:] for turn in found[0]] == [f"turn {n}" for n in range(7)]
+
+
+NO_DIALOGUE = [
+    "",
+    talk("Q:", "A:", 5),
+    talk("Q:", "Q:", 8),  # one prefix
+    talk("Q", "A", 8),  # no separator
+    talk("12:30", "13:45", 8),  # no name
+    talk("1.", "2.", 8),
+    "\n\n".join(f"{name}: x" for name in "ABCABCABC"),  # three people
+    talk("Q:", "A:", 5) + "\n\nA word from us.\n\n" + talk("Q:", "A:", 5),  # broken off
+    "\n\n".join(["A sentence. Another."] * 8),
+]
+
+
+def test_no_dialogue() -> None:
+    for text in NO_DIALOGUE:
+        with case(text):
+            assert extract_dialogues(text) == []
 
 
 def test_two_dialogues_and_where_each_ends() -> None:

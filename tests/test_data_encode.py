@@ -24,6 +24,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.tiny_tokenizers import CHATML, GEMMA, THINKS, load
 
+pytestmark = pytest.mark.core
+
 BYTES = Tokenizer.bytes()
 BOS, EOS, PAD = BYTES.bos_id, BYTES.eos_id, BYTES.pad_id
 CHAT = (Message("system", "S"), Message("user", "u"), Message("assistant", "a"), Message("user", "v"))

@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from rlhf_jax.data.ledger import Ledger
+
+pytestmark = pytest.mark.core
 
 
 def filled() -> Ledger:

@@ -5,6 +5,9 @@ import pytest
 
 from rlhf_jax.data.batches import RaggedRows
 from rlhf_jax.data.packing import pack_rows, pack_text
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 BOS, EOS, PAD = 100, 101, 102
 
@@ -24,21 +27,22 @@ def test_a_last_place_that_could_show_no_target_is_padding() -> None:
     assert rows.loss_mask.tolist() == [[False, True, True, True, False], [False, True, True, False, False]]
 
 
-@pytest.mark.parametrize("length", [2, 3, 7, 64])
-def test_each_token_is_a_target_once_and_follows_its_document(length: int) -> None:
-    rng = np.random.default_rng(0)
-    docs = [rng.integers(0, 100, size).tolist() for size in rng.integers(0, 40, 30)]
-    rows = pack_text(docs, length=length, start_ids=[BOS], eos_id=EOS, pad_id=PAD)
-    expected = [pair for doc in docs for pair in zip([BOS, *doc], [*doc, EOS])]  # (token, target) in order
-    found = [
-        (int(tokens[t - 1]), int(tokens[t]))
-        for tokens, mask in zip(rows.tokens, rows.loss_mask)
-        for t in range(1, length)
-        if mask[t]
-    ]
-    assert found == expected and rows.targets == len(expected)
-    assert not rows.loss_mask[:, 0].any()
-    assert ((rows.segment_ids == 0) == (rows.tokens == PAD)).all()
+def test_each_token_is_a_target_once_and_follows_its_document() -> None:
+    for length in [2, 3, 7, 64]:
+        with case(length):
+            rng = np.random.default_rng(0)
+            docs = [rng.integers(0, 100, size).tolist() for size in rng.integers(0, 40, 30)]
+            rows = pack_text(docs, length=length, start_ids=[BOS], eos_id=EOS, pad_id=PAD)
+            expected = [pair for doc in docs for pair in zip([BOS, *doc], [*doc, EOS])]  # (token, target) in order
+            found = [
+                (int(tokens[t - 1]), int(tokens[t]))
+                for tokens, mask in zip(rows.tokens, rows.loss_mask)
+                for t in range(1, length)
+                if mask[t]
+            ]
+            assert found == expected and rows.targets == len(expected)
+            assert not rows.loss_mask[:, 0].any()
+            assert ((rows.segment_ids == 0) == (rows.tokens == PAD)).all()
 
 
 def test_no_documents_and_no_room() -> None:

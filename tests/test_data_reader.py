@@ -14,6 +14,9 @@ from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import Kind, read_records
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
 from rlhf_jax.errors import UserError
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why\n\nAssistant:"
 USER = {"role": "user", "content": "q"}
@@ -41,9 +44,7 @@ def read(tmp_path: Path) -> Any:
     return read_file
 
 
-@pytest.mark.parametrize(
-    ("kind", "row", "record"),
-    [
+FORMS = [
         ("text", {"text": "a\u2028b\n"}, Text("a\u2028b\n")),
         ("text", {"messages": [USER, says("x")]}, Text("\n\nHuman: q\n\nAssistant: x")),
         ("demonstrations", {"prompt": "p", "completion": "c", "more": [None]}, Demonstration("p", "c")),
@@ -78,55 +79,57 @@ def read(tmp_path: Path) -> Any:
         ("prompts", {"prompt": [USER]}, Prompt(CHAT_PROMPT)),
         ("prompts", {"chosen": HH + " a", "rejected": HH}, Prompt(HH)),
         ("prompts", {"messages": [USER, says("x")]}, Prompt(CHAT_PROMPT)),
-    ],
-)  # fmt: skip
-def test_every_form_of_row(read: Any, kind: Kind, row: dict[str, Any], record: Record) -> None:
-    (found,), ledger = read(kind, [row])
-    if not isinstance(found, Text | Dialogue):
-        # Whatever came as messages or as a transcript keeps its turns; plain text has none.
-        plain = isinstance(row.get("prompt"), str) and found.prompt == row["prompt"]
-        assert bool(found.turns) == (not plain and "The sky" not in found.prompt)
-        record = type(record)(**{**vars(record), "turns": found.turns})
-    assert found == record
-    assert found.where.endswith("data.jsonl:1") and ledger.total == ledger.undecided == 1
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "row", "reason"),
-    [
-        ("text", {"text": " \n"}, "empty text"),
-        ("demonstrations", {"prompt": "p", "completion": ""}, "empty completion"),
-        ("demonstrations", {"prompt": "p", "response": " "}, "empty response"),
-        ("dialogues", {"messages": [USER]}, "no turn of the assistant's"),
-        ("dialogues", {"messages": [USER, says(" ")]}, "an empty turn of the assistant's"),
-        ("comparisons", {"prompt": "p", "chosen": "c", "rejected": "c"}, "chosen equals rejected"),
-        ("comparisons", {"chosen": "c", "rejected": "c"}, "chosen equals rejected"),
-        ("comparisons", {"chosen": HH + " c", "rejected": HH + " c"}, "chosen equals rejected"),
-        ("comparisons", {"chosen": [USER, says("c")], "rejected": [USER, says("c")]}, "chosen equals rejected"),
-        ("comparisons", {"chosen": HH + " c", "rejected": HH}, "empty rejected response"),
-        (
-            "comparisons",
-            {"chosen": "\n\nHuman: x" + HH, "rejected": HH},
-            "chosen and rejected do not part at a turn of the assistant's",
-        ),
-        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, "all ranks are tied"),
-        ("rankings", {"prompt": "p", "responses": ["a", "a"], "ranks": [1, 2]}, "all responses are equal"),
-        ("rankings", {"prompt": "p", "responses": ["a", " "], "ranks": [1, 2]}, "an empty response"),
-        ("rankings", {"prompt": "p", "responses": ["a"], "ranks": [1]}, "1 responses, wanted 2 to 9"),
-        ("rankings", {"prompt": "p", "responses": ["a"] * 10, "ranks": [1] * 10}, "10 responses, wanted 2 to 9"),
-        ("prompts", {"prompt": ""}, "empty prompt"),
-        ("prompts", {"messages": [says("x")]}, "empty prompt"),
-    ],
-)
-def test_rows_that_teach_nothing_are_in_the_ledger(read: Any, kind: Kind, row: dict[str, Any], reason: str) -> None:
-    records, ledger = read(kind, [row])
-    assert records == [] and (ledger.rejected, ledger.total, ledger.undecided) == (1, 1, 0)
-    assert ledger.decisions[0].where.endswith("data.jsonl:1") and ledger.decisions[0].reason == reason
+def test_every_form_of_row(read: Any) -> None:
+    for one in FORMS:
+        with case(one) as (kind, row, record):
+            (found,), ledger = read(kind, [row])
+            if not isinstance(found, Text | Dialogue):
+                # Whatever came as messages or as a transcript keeps its turns; plain text has none.
+                plain = isinstance(row.get("prompt"), str) and found.prompt == row["prompt"]
+                assert bool(found.turns) == (not plain and "The sky" not in found.prompt)
+                record = type(record)(**{**vars(record), "turns": found.turns})
+            assert found == record
+            assert found.where.endswith("data.jsonl:1") and ledger.total == ledger.undecided == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "row", "message"),
-    [
+USELESS = [
+    ("text", {"text": " \n"}, "empty text"),
+    ("demonstrations", {"prompt": "p", "completion": ""}, "empty completion"),
+    ("demonstrations", {"prompt": "p", "response": " "}, "empty response"),
+    ("dialogues", {"messages": [USER]}, "no turn of the assistant's"),
+    ("dialogues", {"messages": [USER, says(" ")]}, "an empty turn of the assistant's"),
+    ("comparisons", {"prompt": "p", "chosen": "c", "rejected": "c"}, "chosen equals rejected"),
+    ("comparisons", {"chosen": "c", "rejected": "c"}, "chosen equals rejected"),
+    ("comparisons", {"chosen": HH + " c", "rejected": HH + " c"}, "chosen equals rejected"),
+    ("comparisons", {"chosen": [USER, says("c")], "rejected": [USER, says("c")]}, "chosen equals rejected"),
+    ("comparisons", {"chosen": HH + " c", "rejected": HH}, "empty rejected response"),
+    (
+        "comparisons",
+        {"chosen": "\n\nHuman: x" + HH, "rejected": HH},
+        "chosen and rejected do not part at a turn of the assistant's",
+    ),
+    ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, "all ranks are tied"),
+    ("rankings", {"prompt": "p", "responses": ["a", "a"], "ranks": [1, 2]}, "all responses are equal"),
+    ("rankings", {"prompt": "p", "responses": ["a", " "], "ranks": [1, 2]}, "an empty response"),
+    ("rankings", {"prompt": "p", "responses": ["a"], "ranks": [1]}, "1 responses, wanted 2 to 9"),
+    ("rankings", {"prompt": "p", "responses": ["a"] * 10, "ranks": [1] * 10}, "10 responses, wanted 2 to 9"),
+    ("prompts", {"prompt": ""}, "empty prompt"),
+    ("prompts", {"messages": [says("x")]}, "empty prompt"),
+]
+
+
+def test_rows_that_teach_nothing_are_in_the_ledger(read: Any) -> None:
+    for one in USELESS:
+        with case(one) as (kind, row, reason):
+            records, ledger = read(kind, [row])
+            assert records == [] and (ledger.rejected, ledger.total, ledger.undecided) == (1, 1, 0)
+            assert ledger.decisions[0].where.endswith("data.jsonl:1") and ledger.decisions[0].reason == reason
+
+
+MALFORMED = [
         ("text", {"body": "x"}, "field 'text': missing; the row's fields are 'body'"),
         ("text", {"text": 3}, "field 'text': found the number 3, wanted text"),
         ("text", [1, 2], "found a list of 2, wanted an object"),
@@ -164,46 +167,50 @@ def test_rows_that_teach_nothing_are_in_the_ledger(read: Any, kind: Kind, row: d
         ("rankings", {"prompt": "p", "responses": ["a", None], "ranks": [1, 2]},
          "'responses[1]': found null, wanted text"),
         ("prompts", {"text": "x"}, "field 'prompt': missing"),
-    ],
-)  # fmt: skip
-def test_malformed_rows_name_file_line_and_field(read: Any, kind: Kind, row: Any, message: str) -> None:
-    good: dict[str, Any] = (
-        {"text": "x"} if kind == "text" else {"prompt": "p", "completion": "c", "chosen": "c", "rejected": "r"}
-    )
-    good = {"messages": [USER, says("x")]} if kind == "dialogues" else good
-    with pytest.raises(UserError) as error:
-        read(kind, [good, row])
-    assert "data.jsonl:2: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "a\xff"}', "bad UTF-8: found byte 0xff at byte 12 of the line"),
-        (b'{"text": "\xed\xa0\x80"}', "bad UTF-8: found byte 0xed at byte 11"),
-        (b'{"text": "a"', "not JSON: Expecting ',' delimiter at character 13"),
-        (b"{'text': 'a'}", "not JSON: "),
-        (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
-        (b'{"text": "a\x01"}', "not JSON: Invalid control character"),
-        (b'{"text": "a", "n": NaN}', "found NaN, which is no JSON number"),
-        (b'{"text": "a", "n": -Infinity}', "found -Infinity, which is no JSON number"),
-        (b'{"text": "a", "n": 1e999}', "the number 1e999 is too large"),
-        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not usable JSON: Exceeds the limit"),
-        (b'{"text": "a", "text": "b"}', 'the key "text" is given twice'),
-        (b'{"text": "a", "n": {"k": 1, "k": 1}}', 'the key "k" is given twice'),
-        (b'{"text": "a\\ud800"}', 'field "text": found the lone surrogate U+D800, wanted whole characters'),
-        (b'{"text": "a", "n": ["\\uDFFF"]}', 'field "n": found the lone surrogate U+DFFF'),
-        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
-        (b'{"text": [' + b"[]," * 600_000 + b"[]]}", "more than 500,000 brackets in a line"),
-        (b'"text"', 'found the text "text", wanted an object'),
-        (b"null", "found null, wanted an object"),
-    ],
-)
-def test_hostile_lines(read: Any, line: bytes, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        read("text", b'\n{"text": "x"}\r\n\n' + line + b'\n{"text": "y"}')
-    assert "data.jsonl:4: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
-    assert len(str(error.value)) < 400 and str(error.value).isprintable()
+def test_malformed_rows_name_file_line_and_field(read: Any) -> None:
+    for one in MALFORMED:
+        with case(one) as (kind, row, message):
+            good: dict[str, Any] = (
+                {"text": "x"} if kind == "text" else {"prompt": "p", "completion": "c", "chosen": "c", "rejected": "r"}
+            )
+            good = {"messages": [USER, says("x")]} if kind == "dialogues" else good
+            with pytest.raises(UserError) as error:
+                read(kind, [good, row])
+            assert "data.jsonl:2: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+HOSTILE = [
+    (b'{"text": "a\xff"}', "bad UTF-8: found byte 0xff at byte 12 of the line"),
+    (b'{"text": "\xed\xa0\x80"}', "bad UTF-8: found byte 0xed at byte 11"),
+    (b'{"text": "a"', "not JSON: Expecting ',' delimiter at character 13"),
+    (b"{'text': 'a'}", "not JSON: "),
+    (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
+    (b'{"text": "a\x01"}', "not JSON: Invalid control character"),
+    (b'{"text": "a", "n": NaN}', "found NaN, which is no JSON number"),
+    (b'{"text": "a", "n": -Infinity}', "found -Infinity, which is no JSON number"),
+    (b'{"text": "a", "n": 1e999}', "the number 1e999 is too large"),
+    (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not usable JSON: Exceeds the limit"),
+    (b'{"text": "a", "text": "b"}', 'the key "text" is given twice'),
+    (b'{"text": "a", "n": {"k": 1, "k": 1}}', 'the key "k" is given twice'),
+    (b'{"text": "a\\ud800"}', 'field "text": found the lone surrogate U+D800, wanted whole characters'),
+    (b'{"text": "a", "n": ["\\uDFFF"]}', 'field "n": found the lone surrogate U+DFFF'),
+    (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+    (b'{"text": [' + b"[]," * 600_000 + b"[]]}", "more than 500,000 brackets in a line"),
+    (b'"text"', 'found the text "text", wanted an object'),
+    (b"null", "found null, wanted an object"),
+]
+
+
+def test_hostile_lines(read: Any) -> None:
+    for row in HOSTILE:
+        with case(row) as (line, message):
+            with pytest.raises(UserError) as error:
+                read("text", b'\n{"text": "x"}\r\n\n' + line + b'\n{"text": "y"}')
+            assert "data.jsonl:4: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+            assert len(str(error.value)) < 400 and str(error.value).isprintable()
 
 
 def test_only_a_line_feed_ends_a_line(read: Any) -> None:
@@ -213,21 +220,22 @@ def test_only_a_line_feed_ends_a_line(read: Any) -> None:
     assert records[2].where.endswith(":4") and ledger.total == 3
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
-def test_a_huge_line_takes_little_memory(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"huge{suffix}"
-    if suffix == ".jsonl":
-        with path.open("wb") as file:
-            file.write(b'{"text": "x"}\n')
-            file.truncate(2**30)  # a sparse file: a line of a gigabyte of zeros
-    else:
-        path.write_bytes(gzip.compress(b'{"text": "x"}\n' + bytes(64 * 2**20), compresslevel=1))
-    tracemalloc.start()
-    with pytest.raises(UserError, match=rf"huge{suffix}:2: a line of more than {MAX_LINE_BYTES:,} bytes"):
-        read_records([path], "text", Ledger())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 * MAX_LINE_BYTES
+def test_a_huge_line_takes_little_memory(tmp_path: Path) -> None:
+    for suffix in [".jsonl", ".jsonl.gz"]:
+        with case(suffix):
+            path = tmp_path / f"huge{suffix}"
+            if suffix == ".jsonl":
+                with path.open("wb") as file:
+                    file.write(b'{"text": "x"}\n')
+                    file.truncate(2**30)  # a sparse file: a line of a gigabyte of zeros
+            else:
+                path.write_bytes(gzip.compress(b'{"text": "x"}\n' + bytes(64 * 2**20), compresslevel=1))
+            tracemalloc.start()
+            with pytest.raises(UserError, match=rf"huge{suffix}:2: a line of more than {MAX_LINE_BYTES:,} bytes"):
+                read_records([path], "text", Ledger())
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 4 * MAX_LINE_BYTES
 
 
 def test_gzip_and_its_damage(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """PPO's rollout and iteration: where the score is read, what it becomes, and what one iteration changes."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,11 +14,12 @@ from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.logprobs import last_token_scores, response_losses
 from rlhf_jax.model import Transformer, init_params
-from rlhf_jax.parallel.mesh import jit_update, make_mesh, pmap_update
+from rlhf_jax.parallel.mesh import copied, jit_update, make_mesh, place
 from rlhf_jax.stages import ppo
-from rlhf_jax.stages.rollout import Frozen, Networks, collect
+from rlhf_jax.stages.ppo import Frozen, Networks, make_rollout, sample, score
+from tests.random_params import random_params
 
-pytestmark = pytest.mark.usefixtures("each_key_once")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("each_key_once")]
 
 CONFIG = ModelConfig(vocab_size=11, context=12, width=12, layers=1, heads=2, ffn_width=16)
 NETWORKS = Networks(Transformer(CONFIG), Transformer(CONFIG, scalar=True))
@@ -45,58 +47,75 @@ TEXT = TokenBatch(jnp.arange(56).reshape(8, 7) % 11, jnp.ones((8, 7), jnp.int32)
 BATCH = ppo.Batch(PROMPTS, TEXT)
 
 
-def copied(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.array(np.asarray(x)), tree)
-
-
 @pytest.fixture(scope="module")
 def networks_params() -> tuple[dict, Frozen]:
     """(policy and critic, frozen reference and reward model); the policy is the reference, scaled up."""
-    language = jax.tree.map(lambda x: 2 * x, init_params(NETWORKS.policy, jax.random.key(0)))
-    reward = init_params(NETWORKS.scorer, jax.random.key(1))
-    frozen = Frozen(copied(language), copied(reward), jnp.float32(0.25), jnp.float32(0.5))
-    return {"policy": language, "critic": init_params(NETWORKS.scorer, jax.random.key(2))}, frozen
+    language, reward, critic = (
+        random_params(NETWORKS.policy, 7, 2.0),
+        random_params(NETWORKS.scorer, 1),
+        random_params(NETWORKS.scorer, 2),
+    )
+    frozen = Frozen(language, reward, jnp.float32(0.25), jnp.float32(0.5))
+    return {"policy": language, "critic": critic}, frozen
 
 
-@functools.lru_cache
-def collector(missing_end: Any) -> Any:
-    config = EpisodeConfig(response_length=LENGTH, missing_end=missing_end, missing_end_score=-1.5)
+@functools.cache
+def collector() -> Any:
+    """One program: an episode for each prompt, scored with each way to treat a missing end, and in four parts."""
+    config = EpisodeConfig(response_length=LENGTH, missing_end="keep", missing_end_score=-1.5)
 
     def run(params: dict, frozen: Frozen, key: jax.Array, kl_coef: jax.Array) -> Any:
-        return collect(NETWORKS, params, frozen, PROMPTS, key, kl_coef, config, eos_id=EOS, pad_id=PAD)
+        ids: dict[str, Any] = {"eos_id": EOS, "pad_id": PAD}
+        sampled = sample(NETWORKS.policy, params["policy"], PROMPTS, key, config, **ids)
+
+        def scored(missing_end: Any, parts: int = 1) -> Any:
+            settings = dataclasses.replace(config, missing_end=missing_end)
+            return score(NETWORKS, params, frozen, PROMPTS, sampled, kl_coef, settings, eos_id=EOS, parts=parts)
+
+        ways: tuple[Any, ...] = ("keep", "replace", "subtract")
+        return {way: scored(way) for way in ways} | {"in parts": scored("keep", 4)}
 
     return jax.jit(run)
 
 
-def rolled(networks_params: tuple, missing_end: str = "keep") -> tuple:
-    out = collector(missing_end)(*networks_params, jax.random.key(5), jnp.float32(0.5))
-    return jax.tree.map(np.asarray, out)
+def rolled(networks_params: tuple, way: str = "keep") -> tuple:
+    """(rollout, metrics)"""
+    return all_rolled(networks_params)[way]
+
+
+def all_rolled(networks_params: tuple) -> dict[str, tuple]:
+    return jax.tree.map(np.asarray, collector()(*networks_params, jax.random.key(5), jnp.float32(0.5)))
 
 
 def test_the_score_is_read_at_the_last_real_token() -> None:
     # A network by hand: nothing is mixed between tokens, token i is the i-th unit vector, which RMSNorm makes √12
     # long, and the head gives i/√12 for it. So the score of a row is the id of the token that it is read at.
     shapes = jax.eval_shape(lambda: init_params(NETWORKS.scorer, jax.random.key(0)))
-    params = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
-    params["embedding"] = jnp.eye(11, 12)
-    params["final_norm"]["scale"] = jnp.ones(12)
-    params["score"]["kernel"] = jnp.arange(12.0)[:, None] / np.sqrt(12)
-    tokens = jnp.array(
-        [[9, 1, 2, 3, 4, 5], [9, 9, 2, 7, 10, 10], [9, 9, 9, 8, 10, 10], [6, 10, 10, 10, 10, 10], [1] * 6]
+    params = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+    params["embedding"] = np.eye(11, 12, dtype=np.float32)
+    params["final_norm"]["scale"] = np.ones(12, np.float32)
+    params["score"]["kernel"] = np.arange(12, dtype=np.float32)[:, None] / np.float32(np.sqrt(12))
+    tokens = np.array(
+        [[9, 1, 2, 3, 4, 5], [9, 9, 2, 7, 10, 10], [9, 9, 9, 8, 10, 10], [6, 10, 10, 10, 10, 10], [1] * 6], np.int32
     )
-    mask = jnp.array([[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0] * 6], bool)
-    score = jax.jit(lambda tokens: last_token_scores(NETWORKS.scorer, params, tokens, mask))
-    np.testing.assert_allclose(score(tokens), [5, 7, 8, 6, 0], rtol=1e-4)
-    np.testing.assert_allclose(score(jnp.where(mask, tokens, 3)), [5, 7, 8, 6, 0], rtol=1e-4)
+    mask = np.array([[0, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0], [0] * 6], bool)
+    read = jax.jit(lambda params, tokens: last_token_scores(NETWORKS.scorer, params, tokens, jnp.asarray(mask)))
+    np.testing.assert_allclose(read(params, tokens), [5, 7, 8, 6, 0], rtol=1e-4)
+    np.testing.assert_allclose(read(params, np.where(mask, tokens, 3)), [5, 7, 8, 6, 0], rtol=1e-4)
 
 
 def test_a_score_is_that_of_prompt_and_response_alone(networks_params: tuple) -> None:
     rollout, _ = rolled(networks_params)
     _, frozen = networks_params
-    for row in (3, 6):  # left-padded by 3 and by 1
-        alone = rollout.tokens_BT[row][rollout.mask_BT[row]][None]
-        raw = jax.jit(NETWORKS.scorer.apply)({"params": frozen.reward}, jnp.asarray(alone))[0, -1]
-        np.testing.assert_allclose(rollout.score_B[row], (raw - 0.25) / 0.5, atol=1e-4)
+    rows = (3, 6)  # left-padded by 3 and by 1
+    lengths = [int(rollout.mask_BT[row].sum()) for row in rows]
+    # What stands behind a token changes nothing for it: one program for both lengths.
+    alone = np.full((2, rollout.tokens_BT.shape[1]), PAD, np.int32)
+    for i, row in enumerate(rows):
+        alone[i, : lengths[i]] = rollout.tokens_BT[row][rollout.mask_BT[row]]
+    raw = np.asarray(jax.jit(NETWORKS.scorer.apply)({"params": frozen.reward}, alone))
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(rollout.score_B[row], (raw[i, lengths[i] - 1] - 0.25) / 0.5, atol=1e-4)
 
 
 def test_a_missing_end_is_penalised_as_named(networks_params: tuple) -> None:
@@ -122,14 +141,19 @@ def test_a_rollout_of_the_reference_itself(networks_params: tuple) -> None:
 
 def test_a_rounded_cache_moves_the_sampler_and_not_the_rollout(networks_params: tuple) -> None:
     config = EpisodeConfig(response_length=LENGTH, missing_end="keep", cache_dtype="int8", segments=2)
-    inputs = (NETWORKS, *networks_params, PROMPTS, jax.random.key(5), jnp.float32(0.5), config)
-    rollout, metrics = jax.jit(lambda: collect(*inputs, eos_id=EOS, pad_id=PAD))()
+
+    @jax.jit
+    def both(params: dict, frozen: Frozen, key: jax.Array) -> Any:
+        beta = jnp.float32(0.5)
+        rollout, metrics = make_rollout(NETWORKS, config, eos_id=EOS, pad_id=PAD)(params, frozen, PROMPTS, key, beta)
+        rows, _ = ppo.episode_rows(rollout, packed=False)
+        return rollout, metrics, response_losses(NETWORKS.policy, params["policy"], rows, temperature=1.0)[0]
+
+    rollout, metrics, loss_BR = jax.tree.map(np.asarray, both(*networks_params, jax.random.key(5)))
     # The sampler is off by what its metric says; what it sampled is scored by the policy itself, as the reference is.
     assert 1e-4 < metrics["sampler_logp_error"] < 0.05
     np.testing.assert_allclose(rollout.logp_BR, rollout.ref_logp_BR, atol=1e-5)
-    whole = (NETWORKS.policy, networks_params[0]["policy"], rollout.tokens_BT, rollout.mask_BT)
-    loss_BR, _ = jax.jit(lambda: response_losses(*whole, response_length=LENGTH, temperature=1.0))()
-    mask = np.asarray(rollout.response_mask_BR)
+    mask = rollout.response_mask_BR
     np.testing.assert_allclose(rollout.logp_BR[mask], -loss_BR[mask], rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="segments: found 2 beside slots 4, wanted one of them"):
         EpisodeConfig(segments=2, slots=4)
@@ -158,18 +182,11 @@ def test_a_policy_that_moved_pays_for_it(networks_params: tuple) -> None:
 
 
 def test_episodes_scored_in_parts_are_the_same(networks_params: tuple) -> None:
-    params, frozen = networks_params
-    whole, parts = (
-        jax.jit(lambda key, n=n: collect(
-            NETWORKS, params, frozen, PROMPTS, key, jnp.float32(0.5), SETTINGS.episode,
-            eos_id=EOS, pad_id=PAD, parts=n,
-        )[0])(jax.random.key(7))
-        for n in (1, 4)
-    )  # fmt: skip
+    found = all_rolled(networks_params)
+    whole, parts = found["keep"][0], found["in parts"][0]
     np.testing.assert_array_equal(whole.tokens_BT, parts.tokens_BT)
-    assert (
-        len(np.unique(np.round(np.asarray(whole.value_BR[:, 0]), 4))) > ROWS // 2
-    )  # rows differ, so that order is seen
+    values = np.unique(np.round(whole.value_BR[:, 0], 4))
+    assert len(values) > ROWS // 2  # rows differ, so that order is seen
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
 
 
@@ -177,10 +194,12 @@ def test_episodes_scored_in_parts_are_the_same(networks_params: tuple) -> None:
 def iterations(networks_params: tuple) -> list:
     """[(state before, state after, metrics)] of two iterations, and of the first once more."""
     params, frozen = networks_params
-    step = jit_update(ppo.make_update(NETWORKS, SETTINGS, eos_id=EOS, pad_id=PAD), make_mesh(1))
+    mesh = make_mesh(1)
+    step = jit_update(ppo.make_update(NETWORKS, SETTINGS, eos_id=EOS, pad_id=PAD), mesh)
+    fresh = place(ppo.initial_state(SETTINGS, *jax.tree.map(jnp.asarray, (params["policy"], params["critic"]))), mesh)
 
     def start() -> Any:
-        return ppo.initial_state(SETTINGS, copied(params["policy"]), copied(params["critic"]))
+        return copied(fresh, mesh)
 
     def kept(state: Any) -> dict:
         return {
@@ -231,7 +250,7 @@ def test_the_moving_average_follows_the_policy(iterations: list) -> None:
 def test_the_frozen_networks_stay(iterations: list, networks_params: tuple) -> None:
     before, frozen = iterations[0][0], networks_params[1]
     jax.tree.map(np.testing.assert_array_equal, frozen.reference, before["params"]["policy"])
-    jax.tree.map(np.testing.assert_array_equal, frozen.reward, init_params(NETWORKS.scorer, jax.random.key(1)))
+    jax.tree.map(np.testing.assert_array_equal, frozen.reward, random_params(NETWORKS.scorer, 1))
 
 
 def test_the_mix_is_reported_beside_ppo(iterations: list) -> None:
@@ -247,14 +266,3 @@ def test_the_same_state_gives_the_same_bits(iterations: list) -> None:
     jax.tree.map(np.testing.assert_array_equal, iterations[0][1], iterations[2][1])
     assert iterations[0][2] == iterations[2][2]
     assert iterations[0][2]["score"] != iterations[1][2]["score"]  # another step samples with another key
-
-
-def test_an_iteration_by_pmap(networks_params: tuple) -> None:
-    params, frozen = networks_params
-    update = ppo.make_update(NETWORKS, SETTINGS, eos_id=EOS, pad_id=PAD, axis_name="data")
-    state, metrics = pmap_update(update, 2)(ppo.initial_state(SETTINGS, *copied(list(params.values()))), BATCH, frozen)
-    assert float(metrics["first_ratio_error"]) <= 1e-5 and abs(float(metrics["kl"])) <= 1e-5
-    tokens = float(metrics["response_tokens"]) * ROWS + float(jnp.sum(PROMPTS.mask_BP))
-    assert float(metrics["tokens"]) == pytest.approx(tokens, rel=1e-5)  # those of both devices
-    assert int(state.step) == 1
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))

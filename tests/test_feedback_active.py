@@ -13,6 +13,9 @@ from benchmarks import active_choice
 from benchmarks.active_choice import Pairs, Split, labels_needed
 from rlhf_jax.feedback.active import Beliefs, Heads, choose, preference_probabilities
 from rlhf_jax.losses import pairwise_loss
+from tests.cases import case
+
+pytestmark = pytest.mark.feedback
 
 
 def test_disagreement_by_hand() -> None:
@@ -46,27 +49,28 @@ def test_a_response_is_asked_about_once_while_there_are_others() -> None:
     assert choose(beliefs, 2, responses=responses, used=np.array([0, 1]), candidates=2).tolist() == [2, 4]
 
 
-@pytest.mark.parametrize("targeted", [False, True])
-def test_the_choice_is_that_of_a_plain_loop(targeted: bool) -> None:
-    random = np.random.default_rng(0)
-    beliefs = Beliefs.of_members(random.random((6, 40)))
-    targets = beliefs.take(np.arange(15)) if targeted else None
-    everything = beliefs.deviation.T @ beliefs.deviation
-    wanted: list[int] = []
-    for _ in range(10):
-        worth = []
-        for n in range(40):
-            v = everything[n, n]
-            of_targets = np.sum(everything[n, :15] ** 2) / (v + beliefs.noise[n])
-            worth.append(-1.0 if n in wanted else of_targets if targeted else v / beliefs.noise[n])
-        best = int(np.argmax(worth))
-        wanted.append(best)
-        column = everything[:, best].copy()
-        everything -= np.outer(column, column) / (everything[best, best] + beliefs.noise[best])
-    assert choose(beliefs, 10, targets=targets).tolist() == wanted
-    assert choose(beliefs, 1, targets=targets, candidates=5).tolist() == wanted[:1]
-    with pytest.raises(ValueError, match="count 41, wanted 0 to 40"):
-        choose(beliefs, 41)
+def test_the_choice_is_that_of_a_plain_loop() -> None:
+    for targeted in [False, True]:
+        with case(targeted):
+            random = np.random.default_rng(0)
+            beliefs = Beliefs.of_members(random.random((6, 40)))
+            targets = beliefs.take(np.arange(15)) if targeted else None
+            everything = beliefs.deviation.T @ beliefs.deviation
+            wanted: list[int] = []
+            for _ in range(10):
+                worth = []
+                for n in range(40):
+                    v = everything[n, n]
+                    of_targets = np.sum(everything[n, :15] ** 2) / (v + beliefs.noise[n])
+                    worth.append(-1.0 if n in wanted else of_targets if targeted else v / beliefs.noise[n])
+                best = int(np.argmax(worth))
+                wanted.append(best)
+                column = everything[:, best].copy()
+                everything -= np.outer(column, column) / (everything[best, best] + beliefs.noise[best])
+            assert choose(beliefs, 10, targets=targets).tolist() == wanted
+            assert choose(beliefs, 1, targets=targets, candidates=5).tolist() == wanted[:1]
+            with pytest.raises(ValueError, match="count 41, wanted 0 to 40"):
+                choose(beliefs, 41)
 
 
 def test_heads_are_at_the_optimum_of_the_pairwise_loss() -> None:

@@ -1,5 +1,6 @@
 """Agreement: hand-derived figures, reference libraries on random tables with gaps, and intervals that cover."""
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -17,6 +18,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import agreement as ag
 from rlhf_jax.feedback.judged import item_row, join, judgement_row, read_items, read_judgements
 from rlhf_jax.feedback.records import FLAGS, Item, Judgement
+from tests.cases import case
+
+pytestmark = pytest.mark.feedback
 
 DRAWN = {"resamples": 40}
 
@@ -40,25 +44,28 @@ def value(estimate: ag.Estimate | None) -> float:
     return estimate.value
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("level", ag.LEVELS)
-def test_alpha_is_the_reference_librarys(seed: int, level: ag.Level) -> None:
-    said = random_table(seed, labellers=2 + seed)
-    wanted = krippendorff.alpha(reliability_data=said.T, level_of_measurement=level)
-    assert value(ag.krippendorff_alpha(table(said), level, **DRAWN)) == pytest.approx(wanted, abs=1e-12)
+def test_alpha_is_the_reference_librarys() -> None:
+    for row in itertools.product(ag.LEVELS, range(5)):
+        with case(row) as (level, seed):
+            said = random_table(seed, labellers=2 + seed)
+            wanted = krippendorff.alpha(reliability_data=said.T, level_of_measurement=level)
+            assert value(ag.krippendorff_alpha(table(said), level, **DRAWN)) == pytest.approx(wanted, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_kappas_are_the_reference_libraries(seed: int) -> None:
-    said = random_table(seed, gaps=0.0)
-    counts, _ = inter_rater.aggregate_raters(said.astype(int))
-    assert value(ag.fleiss_kappa(table(said), **DRAWN)) == pytest.approx(inter_rater.fleiss_kappa(counts), abs=1e-12)
-    gappy = random_table(seed, labellers=2)
-    both = ~np.isnan(gappy).any(axis=1)
-    wanted = cohen_kappa_score(*gappy[both].astype(int).T)
-    estimate = ag.cohen_kappa(table(gappy), **DRAWN)
-    assert value(estimate) == pytest.approx(wanted, abs=1e-12)
-    assert estimate is not None and estimate.units == both.sum()
+def test_kappas_are_the_reference_libraries() -> None:
+    for seed in range(5):
+        with case(seed):
+            said = random_table(seed, gaps=0.0)
+            counts, _ = inter_rater.aggregate_raters(said.astype(int))
+            assert value(ag.fleiss_kappa(table(said), **DRAWN)) == pytest.approx(
+                inter_rater.fleiss_kappa(counts), abs=1e-12
+            )
+            gappy = random_table(seed, labellers=2)
+            both = ~np.isnan(gappy).any(axis=1)
+            wanted = cohen_kappa_score(*gappy[both].astype(int).T)
+            estimate = ag.cohen_kappa(table(gappy), **DRAWN)
+            assert value(estimate) == pytest.approx(wanted, abs=1e-12)
+            assert estimate is not None and estimate.units == both.sum()
 
 
 def test_a_resample_is_the_statistic_of_the_units_drawn() -> None:
@@ -153,19 +160,19 @@ def test_nothing_shared_is_nothing_said() -> None:
     assert ag.report(join(ITEMS, []), resamples=5)["labellers"] == {}
 
 
-@pytest.mark.parametrize(
-    ("judgement", "message"),
-    [
-        (Judgement("3", "ann", (1, 2)), "judgement of item 3 by ann: found no such item among the 2 given"),
-        (Judgement("2", "ann", (1, 2, 3)), "ranks: found 3, wanted 2"),
-        (Judgement("2", "ann", ()), "ranks: found 0, wanted 2"),
-        (Judgement("2", "ann", (1, 2), (7,)), "ratings: found 1, wanted 2"),
-        (Judgement("1", "bob", (1, 2, 3)), "judgement of item 1 by bob: found two"),
-    ],
-)
-def test_a_judgement_that_does_not_fit_is_named(judgement: Judgement, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        join(ITEMS, [SAID[1], judgement])
+MISFITS = [
+    (Judgement("3", "ann", (1, 2)), "judgement of item 3 by ann: found no such item among the 2 given"),
+    (Judgement("2", "ann", (1, 2, 3)), "ranks: found 3, wanted 2"),
+    (Judgement("2", "ann", ()), "ranks: found 0, wanted 2"),
+    (Judgement("2", "ann", (1, 2), (7,)), "ratings: found 1, wanted 2"),
+    (Judgement("1", "bob", (1, 2, 3)), "judgement of item 1 by bob: found two"),
+]
+
+
+def test_a_judgement_that_does_not_fit_is_named() -> None:
+    for row in MISFITS:
+        with case(row) as (judgement, message), pytest.raises(UserError, match=message):
+            join(ITEMS, [SAID[1], judgement])
 
 
 def test_files(tmp_path: Path) -> None:

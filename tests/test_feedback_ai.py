@@ -19,6 +19,8 @@ from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.pretrained.source import Source
 from rlhf_jax.tokenizers.bpe import Tokenizer
 
+pytestmark = pytest.mark.feedback
+
 ITEMS = [
     Item("1", "Say it.", ("long one", "ok", "middle")),
     Item("2", "", ("a", "bb"), turns=(Message("system", "Be brief."), Message("user", "Hi"))),

@@ -11,16 +11,21 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from rlhf_jax.config import OptimConfig
+from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.trainers import pretrain, reward
-from tests.stress.label_stress import Server
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.trainers import reward
+from tests.label_servers import ForkedServer
+from tests.made_params import random_params
+from tests.made_runs import write_run
+
+pytestmark = pytest.mark.feedback
 
 CHROMIUM = Path("/usr/bin/chromium")
 if not CHROMIUM.exists():
-    pytest.skip(f"{CHROMIUM} is not there: apt-get install chromium", allow_module_level=True)
+    pytest.skip(f"no Chromium at {CHROMIUM}; to get it: apt-get install chromium", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("starlette", reason="the extra ui is not installed")
 
@@ -58,11 +63,11 @@ def watched(page: Any) -> Any:
 
 
 @contextlib.contextmanager
-def served(folder: Path, rows: list[dict[str, Any]], *flags: str) -> Iterator[Server]:
-    """scripts/label.py on some rows."""
+def served(folder: Path, rows: list[dict[str, Any]], *flags: str) -> Iterator[ForkedServer]:
+    """`rlhf-jax label` on some rows."""
     data = folder / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    server = Server(folder / "labels", "--data", str(data), *flags)
+    server = ForkedServer(folder / "labels", "--data", str(data), *flags)
     server.start()
     try:
         yield server
@@ -206,39 +211,9 @@ def test_from_the_first_key_to_a_reward_model(page: Any, tmp_path: Path, monkeyp
     exported = tmp_path / "export" / "rankings" / "rankings.jsonl"
     assert len(exported.read_text().splitlines()) == 3
     monkeypatch.chdir(tmp_path)
-    Path("texts.jsonl").write_text(
-        "\n".join(json.dumps({"text": row["prompt"] + r}) for row in ROWS for r in row["responses"])
-    )
-    tiny = [
-        "--tokenizer",
-        "bytes",
-        "--model.width",
-        "16",
-        "--model.layers",
-        "1",
-        "--model.heads",
-        "2",
-        "--model.context",
-    ]
-    pretrain.run(
-        flags.parse(
-            pretrain.Config,
-            [
-                "--name",
-                "base",
-                "--data",
-                "texts.jsonl",
-                *tiny,
-                "64",
-                "--row-length",
-                "32",
-                "--batch",
-                "4",
-                "--steps",
-                "2",
-            ],
-        )
-    )
+    tokenizer = Tokenizer.bytes()
+    model = ModelConfig(vocab_size=tokenizer.vocab_size, context=64, width=16, layers=1, heads=2)
+    write_run(Path("runs/base"), "pretrain", random_params(model), model, tokenizer)
     finished = reward.run(
         reward.Config(
             name="judge",

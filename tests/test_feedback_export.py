@@ -14,6 +14,9 @@ from rlhf_jax.feedback.export import FORMS, consensus_ranks, export
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.runs.atomic_files import Damaged, verify
+from tests.cases import case
+
+pytestmark = pytest.mark.feedback
 
 TURNS = (Message("user", "Hi"), Message("assistant", "Hello."), Message("user", "Why?"))
 CHAT = make_item("\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:", ["a", "b", "c"], turns=TURNS)
@@ -121,20 +124,21 @@ def test_transcripts(tmp_path: Path) -> None:
     assert Comparison(told.prompt, " on", " off", turns=(Message("user", "Go"),)) in records(tmp_path / "hh.jsonl")
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_same_judgements_are_the_same_bytes(tmp_path: Path, form) -> None:
-    content = []
-    for seed in range(3):
-        items, said = list(ITEMS), [dataclasses.replace(j, at=seed) for j in JUDGEMENTS]
-        random.Random(seed).shuffle(items)
-        random.Random(seed).shuffle(said)
-        export(items, said, tmp_path, form=form)
-        content.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
-    assert content[0] == content[1] == content[2] and set(content[0]) == {"manifest.json", f"{form}.jsonl"}
-    verify(tmp_path)
-    (tmp_path / f"{form}.jsonl").write_bytes(b"{}")
-    with pytest.raises(Damaged):
-        verify(tmp_path)
+def test_the_same_judgements_are_the_same_bytes(tmp_path: Path) -> None:
+    for form in FORMS:
+        with case(form):
+            folder, content = tmp_path / form, []
+            for seed in range(3):
+                items, said = list(ITEMS), [dataclasses.replace(j, at=seed) for j in JUDGEMENTS]
+                random.Random(seed).shuffle(items)
+                random.Random(seed).shuffle(said)
+                export(items, said, folder, form=form)
+                content.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            assert content[0] == content[1] == content[2] and set(content[0]) == {"manifest.json", f"{form}.jsonl"}
+            verify(folder)
+            (folder / f"{form}.jsonl").write_bytes(b"{}")
+            with pytest.raises(Damaged):
+                verify(folder)
 
 
 def test_consensus(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 """What is asked next: what the labels leave open, what reward models disagree about, and never what was asked."""
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,9 +15,12 @@ from rlhf_jax.feedback.features import hidden_states, principal, rows_of, standa
 from rlhf_jax.feedback.next_items import next_by_ensemble, next_by_heads
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.tasks import make_item
-from rlhf_jax.model import Transformer, init_params, unstack_blocks
+from rlhf_jax.model import Transformer, init_params, stack_blocks
 from rlhf_jax.pretrained.source import Source
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
+
+pytestmark = pytest.mark.feedback
 
 # Responses differ in the first feature alone, in the second alone, or in none.
 FIRST, SECOND, NONE = ([1.0, 0.0], [-1.0, 0.0]), ([0.0, 1.0], [0.0, -1.0]), ([0.5, 0.5], [0.5, 0.5])
@@ -72,35 +75,33 @@ def test_an_item_of_several_responses_counts_by_its_pairs() -> None:
     assert next_by_ensemble(items, scores, [], 5) == items
 
 
-@pytest.mark.parametrize("turns", [(), (Message("user", "Hi"),)])
-def test_the_reward_models_read_what_they_are_trained_on(turns: tuple[Message, ...]) -> None:
-    item, tokenizer = make_item("Hi", ["yes", "no"], turns=turns), Tokenizer.bytes()
-    space = " " if turns else ""
-    record = Comparison("Hi", space + "yes", space + "no", turns=turns)
-    ((wanted, _),) = encode_rankings([record], tokenizer, max_tokens=99, ledger=Ledger()).rows
-    assert rows_of(item, tokenizer, ended=True) == list(wanted)
-    assert rows_of(item, tokenizer, ended=False) == [ids[:-1] for ids in wanted]
+def test_the_reward_models_read_what_they_are_trained_on() -> None:
+    for turns in [(), (Message("user", "Hi"),)]:
+        with case(turns):
+            item, tokenizer = make_item("Hi", ["yes", "no"], turns=turns), Tokenizer.bytes()
+            space = " " if turns else ""
+            record = Comparison("Hi", space + "yes", space + "no", turns=turns)
+            ((wanted, _),) = encode_rankings([record], tokenizer, max_tokens=99, ledger=Ledger()).rows
+            assert rows_of(item, tokenizer, ended=True) == list(wanted)
+            assert rows_of(item, tokenizer, ended=False) == [ids[:-1] for ids in wanted]
 
 
-@pytest.mark.parametrize("scanned", [False, True])
-def test_hidden_states_are_those_after_half_of_the_blocks(scanned: bool) -> None:
+def test_hidden_states_are_those_after_half_of_the_blocks() -> None:
     tokenizer = Tokenizer.bytes()
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, context=64, width=16, layers=3, heads=2, windows=(2, 0, 0), scan_layers=scanned
-    )
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, context=64, width=16, layers=3, heads=2, windows=(2, 0, 0))
     params = init_params(Transformer(config), jax.random.key(0))
-    about: dict[str, Any] = {"where": "", "spec": "", "stage": "sft", "origin": None, "identify": lambda: ""}
-    source = Source(model=config, tokenizer=tokenizer, scalar=False, own=lambda: params, **about)
     ids = [[1 + n % 7] * (1 + n % 9) + [n % 50] for n in range(40)]
-    found = hidden_states(source, ids)
     # The blocks above the middle add nothing once what they write into the stream is 0.
-    silent = unstack_blocks(params, config)
-    silent["block_2"] = jax.tree.map(jnp.zeros_like, silent["block_2"])
-    plain = Transformer(dataclasses.replace(config, scan_layers=False))
-    states = jax.jit(lambda params, tokens: plain.apply(params, tokens, method="hidden"))
-    for n in (0, 8):
-        hidden = np.asarray(states({"params": silent}, jnp.array([ids[n]])))[0]
-        np.testing.assert_allclose(found[n], np.concatenate([hidden.mean(axis=0), hidden[-1]]), atol=1e-5)
+    silent = params | {"block_2": jax.tree.map(np.zeros_like, params["block_2"])}
+    states = jax.jit(lambda params, tokens: Transformer(config).apply(params, tokens, method="hidden"))
+    hidden = {n: np.asarray(states({"params": silent}, np.array([ids[n]])))[0] for n in (0, 8)}
+    scanned = dataclasses.replace(config, scan_layers=True)
+    about: dict[str, Any] = {"where": "", "spec": "", "stage": "sft", "origin": None, "identify": lambda: ""}
+    for model, own in ((config, params), (scanned, stack_blocks(params, scanned))):
+        source = Source(model=model, tokenizer=tokenizer, scalar=False, own=functools.partial(dict, own), **about)
+        found = hidden_states(source, ids)
+        for n, wanted in hidden.items():
+            np.testing.assert_allclose(found[n], np.concatenate([wanted.mean(axis=0), wanted[-1]]), atol=1e-5)
 
 
 def test_features_are_standardized_and_turned_to_the_principal_axes() -> None:

@@ -11,6 +11,9 @@ from rlhf_jax.feedback import reliability as rel
 from rlhf_jax.feedback.agreement import Table
 from rlhf_jax.feedback.judged import Judged, join
 from rlhf_jax.feedback.records import Item, Judgement
+from tests.cases import case
+
+pytestmark = pytest.mark.feedback
 
 
 def simulated(seed: int, precision: list[float], *, items: int, responses: int, each: int) -> tuple[Judged, np.ndarray]:
@@ -68,27 +71,26 @@ def test_share_of_pairs_that_are_ordered_right() -> None:
     assert rel.share_right(-1.3) == pytest.approx(1 - wanted, abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("precision", "items", "responses", "each"),
-    [([0.0, 0.5, 1.0, 1.5, 2.0, 3.0], 120, 3, 3), ([0.5, 1.0, 1.0, 2.0, 4.0], 200, 2, 3)],
-)
-def test_known_reliabilities_are_in_the_intervals(
-    precision: list[float], items: int, responses: int, each: int
-) -> None:
-    hits, values = [], []
-    for seed in range(6):
-        judged, scores = simulated(seed, precision, items=items, responses=responses, each=each)
-        found = rel.estimate(judged)
-        own = [found.labellers[f"labeller {n}"] for n in range(len(precision))]
-        hits += [one.precision.low <= true <= one.precision.high for one, true in zip(own, precision)]
-        values.append([one.precision.value for one in own])
-        # Rankings know scores up to a constant for each item.
-        estimated = np.array([found.scores[id][0] for id in judged.items])
-        apart = (array - array.mean(axis=1, keepdims=True) for array in (estimated, scores))
-        assert np.corrcoef(*(array.ravel() for array in apart))[0, 1] > 0.6
-    # 95% of 36 or 30 intervals, give or take three deviations of 4%.
-    assert 0.83 <= np.mean(hits) <= 1.0
-    np.testing.assert_allclose(np.median(values, axis=0), precision, rtol=0.3, atol=0.3)
+KNOWN = [([0.0, 0.5, 1.0, 1.5, 2.0, 3.0], 120, 3, 3), ([0.5, 1.0, 1.0, 2.0, 4.0], 200, 2, 3)]
+
+
+def test_known_reliabilities_are_in_the_intervals() -> None:
+    for row in KNOWN:
+        with case(row) as (precision, items, responses, each):
+            hits, values = [], []
+            for seed in range(6):
+                judged, scores = simulated(seed, precision, items=items, responses=responses, each=each)
+                found = rel.estimate(judged)
+                own = [found.labellers[f"labeller {n}"] for n in range(len(precision))]
+                hits += [one.precision.low <= true <= one.precision.high for one, true in zip(own, precision)]
+                values.append([one.precision.value for one in own])
+                # Rankings know scores up to a constant for each item.
+                estimated = np.array([found.scores[id][0] for id in judged.items])
+                apart = (array - array.mean(axis=1, keepdims=True) for array in (estimated, scores))
+                assert np.corrcoef(*(array.ravel() for array in apart))[0, 1] > 0.6
+            # 95% of 36 or 30 intervals, give or take three deviations of 4%.
+            assert 0.83 <= np.mean(hits) <= 1.0
+            np.testing.assert_allclose(np.median(values, axis=0), precision, rtol=0.3, atol=0.3)
 
 
 def test_a_labeller_who_is_upside_down_is_found() -> None:

@@ -19,6 +19,8 @@ from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.pretrained.source import Source
 from rlhf_jax.tokenizers.bpe import Tokenizer
 
+pytestmark = pytest.mark.feedback
+
 PROMPTS = [
     Prompt("red blue ->", "prompts.jsonl:1"),
     Prompt("\n\nHuman: Hi\n\nAssistant:", "prompts.jsonl:2", (Message("user", "Hi"),)),

@@ -18,6 +18,9 @@ from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.pretrained import source
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
+
+pytestmark = pytest.mark.feedback
 
 ITEMS = [make_item(f"p{n}", [" a", " bb", f" c{n}"]) for n in range(6)]
 SAID = [
@@ -129,20 +132,21 @@ def test_labels_decide_what_is_asked_next(
     assert asked != [item.id for item in items][:8]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["agreements"], "unknown command 'agreements'; did you mean agreement?"),
-        (["agreement"], "labels: wanted either --labels FOLDER or --items FILE"),
-        (["active", "--items", "x", "--out", "y", "--run", "z"], "run: found 1 reward model, wanted two or more"),
-        (["active", "--items", "x", "--out", "y"], "features: wanted either --features MODEL or --run FOLDER"),
-        (["active", "--items", "x", "--features", "z"], "out: found nothing, wanted a file for the items"),
-        (["ai", "--items", "x", "--judge", "y"], "out: found nothing, wanted a file for the judgements"),
-        (["export", "--labels", "/nowhere", "--out", "x"], "no labels.sqlite in it; wanted a labelling folder"),
-    ],
-)
-def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["feedback", *arguments])
-    said = capsys.readouterr()
-    assert end.value.code == 2 and message in said.err and said.err.count("\n") == 1
+MISTAKES = [
+    (["agreements"], "unknown command 'agreements'; did you mean agreement?"),
+    (["agreement"], "labels: wanted either --labels FOLDER or --items FILE"),
+    (["active", "--items", "x", "--out", "y", "--run", "z"], "run: found 1 reward model, wanted two or more"),
+    (["active", "--items", "x", "--out", "y"], "features: wanted either --features MODEL or --run FOLDER"),
+    (["active", "--items", "x", "--features", "z"], "out: found nothing, wanted a file for the items"),
+    (["ai", "--items", "x", "--judge", "y"], "out: found nothing, wanted a file for the judgements"),
+    (["export", "--labels", "/nowhere", "--out", "x"], "no labels.sqlite in it; wanted a labelling folder"),
+]
+
+
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for row in MISTAKES:
+        with case(row) as (arguments, message):
+            with pytest.raises(SystemExit) as end:
+                main(["feedback", *arguments])
+            said = capsys.readouterr()
+            assert end.value.code == 2 and message in said.err and said.err.count("\n") == 1

@@ -31,7 +31,11 @@ from rlhf_jax.feedback.server import Service, make_app
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item, read_tasks
 from rlhf_jax.feedback.win_rates import wilson, win_rates
+from tests.cases import case
+from tests.label_servers import ForkedServer
 from tests.stress import label_stress
+
+pytestmark = pytest.mark.feedback
 
 ROOT = Path(__file__).parents[1]
 PAYLOADS = json.loads((Path(__file__).parent / "script_payloads.json").read_text(encoding="utf-8"))
@@ -159,43 +163,54 @@ def test_an_answer_goes_from_the_page_to_the_store(ann: Client, store: Store) ->
     assert store.judgements()[0].skip == "private"
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"ranks": [1, 2]}, "ranks: found [1, 2], wanted 3"),
-        ({"ranks": [1, 2, "3"]}, "ranks: wanted a list of whole numbers"),
-        ({"ranks": [1, 2, True]}, "ranks: wanted a list of whole numbers"),
-        ({"ranks": [0, 1, 2]}, "ranks: found"),
-        ({"ranks": []}, "a reason to skip"),
-        ({"ratings": [8, 1, 1]}, "ratings: found 8"),
-        ({"ratings": "777"}, "ratings: wanted a list"),
-        ({"flags": [["sexy"], [], []]}, "flags: wanted"),
-        ({"flags": [[[]], [], []]}, "flags: wanted"),
-        ({"flags": 5}, "flags: wanted"),
-        ({"seconds": -1}, "seconds: found -1"),
-        ({"seconds": "1"}, "seconds: wanted a number"),
-        ({"request": ""}, "request: wanted text"),
-        ({"request": 5}, "request: wanted text"),
-        ({"item": None}, "item: wanted text"),
-        ({"ranks": [], "skip": "x" * 501}, "skip: found 501 characters"),
-        ({"skip": "both"}, "ranks: found some beside a reason to skip"),
-    ],
-)
-def test_an_answer_that_does_not_fit_is_refused(ann: Client, store: Store, change: dict[str, Any], words: str) -> None:
-    task = ann.post("/api/task")[1]["task"]
-    status, body = ann.post("/api/judgement", judgement(task, **change))
-    assert status == 400 and words in body["error"], body
-    assert store.judgements() == []
+MISFITS = [
+    ({"ranks": [1, 2]}, "ranks: found [1, 2], wanted 3"),
+    ({"ranks": [1, 2, "3"]}, "ranks: wanted a list of whole numbers"),
+    ({"ranks": [1, 2, True]}, "ranks: wanted a list of whole numbers"),
+    ({"ranks": [0, 1, 2]}, "ranks: found"),
+    ({"ranks": []}, "a reason to skip"),
+    ({"ratings": [8, 1, 1]}, "ratings: found 8"),
+    ({"ratings": "777"}, "ratings: wanted a list"),
+    ({"flags": [["sexy"], [], []]}, "flags: wanted"),
+    ({"flags": [[[]], [], []]}, "flags: wanted"),
+    ({"flags": 5}, "flags: wanted"),
+    ({"seconds": -1}, "seconds: found -1"),
+    ({"seconds": "1"}, "seconds: wanted a number"),
+    ({"request": ""}, "request: wanted text"),
+    ({"request": 5}, "request: wanted text"),
+    ({"item": None}, "item: wanted text"),
+    ({"ranks": [], "skip": "x" * 501}, "skip: found 501 characters"),
+    ({"skip": "both"}, "ranks: found some beside a reason to skip"),
+]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"{", b"[]", b"null", b'{"request": NaN}', b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}', b"\xff", b"[" * 20_000],
-    ids=repr,
-)
-def test_what_is_no_json_object_is_refused(ann: Client, body: bytes) -> None:
-    for path in ("/api/judgement", "/api/draft", "/api/undo", "/api/login"):
-        assert ann.ask("POST", path, body)[0] == 400
+def test_an_answer_that_does_not_fit_is_refused(ann: Client, store: Store) -> None:
+    for row in MISFITS:
+        with case(row) as (change, words):
+            task = ann.post("/api/task")[1]["task"]
+            status, body = ann.post("/api/judgement", judgement(task, **change))
+            assert status == 400 and words in body["error"], body
+            assert store.judgements() == []
+
+
+NO_OBJECTS = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"request": NaN}',
+    b'{"a": 1, "a": 2}',
+    b'{"a": "\\ud800"}',
+    b"\xff",
+    b"[" * 20_000,
+]
+
+
+def test_what_is_no_json_object_is_refused(ann: Client) -> None:
+    for body in NO_OBJECTS:
+        with case(body):
+            for path in ("/api/judgement", "/api/draft", "/api/undo", "/api/login"):
+                assert ann.ask("POST", path, body)[0] == 400
 
 
 def test_bodies_and_their_type_are_limited(ann: Client) -> None:
@@ -331,10 +346,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield server
 
 
-@pytest.mark.parametrize("path", TRAVERSALS)
-def test_path_traversals_find_nothing(served: Running, path: str) -> None:
-    status, _, content = Client(served.port).ask("GET", path)
-    assert status == 404 and b"root:" not in content and b"SQLite" not in content
+def test_path_traversals_find_nothing(served: Running) -> None:
+    for path in TRAVERSALS:
+        with case(path):
+            status, _, content = Client(served.port).ask("GET", path)
+            assert status == 404 and b"root:" not in content and b"SQLite" not in content
 
 
 def test_methods_that_are_not_meant_find_nothing(served: Running) -> None:
@@ -479,47 +495,48 @@ def test_items_from_files(tmp_path: Path) -> None:
     assert plain.responses == (" a", " b") and plain.gold == transcript.gold == (1, 2)
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"responses": ["a", "b"]}, "field 'prompt': found nothing; the row's fields are 'responses'"),
-        (
-            {"prompt": 5, "responses": ["a", "b"]},
-            "field 'prompt': found the number 5, wanted text or a list of messages",
-        ),
-        ({"prompt": "p", "responses": ["a"]}, "field 'responses': found a list of 1, wanted a list of 2 to 9"),
-        ({"prompt": "p"}, "field 'responses': found nothing"),
-        ({"prompt": "p", "responses": ["a", 5]}, r"field 'responses\[1\]': found the number 5, wanted text"),
-        ({"prompt": "p", "responses": ["a", " "]}, r"field 'responses\[1\]': found an empty response"),
-        ({"prompt": "p", "responses": ["a", "a"]}, "field 'responses': found the same text everywhere"),
-        (
-            {"prompt": "p", "responses": ["a", "b"], "sources": ["x"]},
-            "field 'sources': found a list of 1, wanted a list of 2",
-        ),
-        (
-            {"prompt": [{"role": "user"}], "responses": ["a", "b"]},
-            r"field 'prompt\[0\]': found an object, wanted a message",
-        ),
-        (
-            {"prompt": [{"role": "x", "content": ""}], "responses": ["a", "b"]},
-            r"'prompt\[0\].role': found the text \"x\"",
-        ),
-        ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, "field 'ranks': found all tied"),
-        (
-            {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]},
-            "field 'ranks': found a list of 2, wanted a list of 2 whole",
-        ),
-        ({"prompt": "p", "responses": ["a", "b"]}, "field 'ranks': found nothing"),
-    ],
-)
-def test_a_row_that_cannot_be_labelled_is_named(tmp_path: Path, row: dict[str, Any], words: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n" + json.dumps(row))
-    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{words}"):
-        read_tasks([path], gold=True)
-    path.write_text("")
-    with pytest.raises(UserError, match=r"rows\.jsonl: found no row to label"):
-        read_tasks([path])
+USELESS_ROWS = [
+    ({"responses": ["a", "b"]}, "field 'prompt': found nothing; the row's fields are 'responses'"),
+    (
+        {"prompt": 5, "responses": ["a", "b"]},
+        "field 'prompt': found the number 5, wanted text or a list of messages",
+    ),
+    ({"prompt": "p", "responses": ["a"]}, "field 'responses': found a list of 1, wanted a list of 2 to 9"),
+    ({"prompt": "p"}, "field 'responses': found nothing"),
+    ({"prompt": "p", "responses": ["a", 5]}, r"field 'responses\[1\]': found the number 5, wanted text"),
+    ({"prompt": "p", "responses": ["a", " "]}, r"field 'responses\[1\]': found an empty response"),
+    ({"prompt": "p", "responses": ["a", "a"]}, "field 'responses': found the same text everywhere"),
+    (
+        {"prompt": "p", "responses": ["a", "b"], "sources": ["x"]},
+        "field 'sources': found a list of 1, wanted a list of 2",
+    ),
+    (
+        {"prompt": [{"role": "user"}], "responses": ["a", "b"]},
+        r"field 'prompt\[0\]': found an object, wanted a message",
+    ),
+    (
+        {"prompt": [{"role": "x", "content": ""}], "responses": ["a", "b"]},
+        r"'prompt\[0\].role': found the text \"x\"",
+    ),
+    ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, "field 'ranks': found all tied"),
+    (
+        {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]},
+        "field 'ranks': found a list of 2, wanted a list of 2 whole",
+    ),
+    ({"prompt": "p", "responses": ["a", "b"]}, "field 'ranks': found nothing"),
+]
+
+
+def test_a_row_that_cannot_be_labelled_is_named(tmp_path: Path) -> None:
+    for one in USELESS_ROWS:
+        with case(one) as (row, words):
+            path = tmp_path / "rows.jsonl"
+            path.write_text("\n" + json.dumps(row))
+            with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{words}"):
+                read_tasks([path], gold=True)
+            path.write_text("")
+            with pytest.raises(UserError, match=r"rows\.jsonl: found no row to label"):
+                read_tasks([path])
 
 
 def call(*arguments: str) -> tuple[int, str]:
@@ -530,35 +547,34 @@ def call(*arguments: str) -> tuple[int, str]:
     return end.value.code, ""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--host", "0.0.0.0"), "host: found 0.0.0.0, which others can reach, wanted labellers with tokens"),
-        (("--host", "192.0.2.7"), "give --labeller NAME"),
-        (("--host", "::"), "host: found ::, which others can reach"),
-        (("--data", "none.jsonl"), "none.jsonl:? .*No such file"),
-        ((), "found no items, wanted some; give --data FILE"),
-        (("--run", "runs/a"), "prompts: found --run without --prompts"),
-        (("--run", "a", "--prompts", "p.jsonl"), "found 1 runs with 1 samples each, wanted 2 to 9"),
-        (("--pass-mark", "2"), "pass_mark: found 2.0, wanted 0 to 1"),
-        (("--origin", "label.example.org", "--data", "ok.jsonl", "--port", "0"), "origin: found 'label.example.org'"),
-        (
-            ("--host", "203.0.113.250", "--labeller", "ann", "--data", "ok.jsonl"),
-            "203.0.113.250:8460, which cannot be had",
-        ),
-    ],
-)
+REFUSED = [
+    (("--host", "0.0.0.0"), "host: found 0.0.0.0, which others can reach, wanted labellers with tokens"),
+    (("--host", "192.0.2.7"), "give --labeller NAME"),
+    (("--host", "::"), "host: found ::, which others can reach"),
+    (("--data", "none.jsonl"), "none.jsonl:? .*No such file"),
+    ((), "found no items, wanted some; give --data FILE"),
+    (("--run", "runs/a"), "prompts: found --run without --prompts"),
+    (("--run", "a", "--prompts", "p.jsonl"), "found 1 runs with 1 samples each, wanted 2 to 9"),
+    (("--pass-mark", "2"), "pass_mark: found 2.0, wanted 0 to 1"),
+    (("--origin", "label.example.org", "--data", "ok.jsonl", "--port", "0"), "origin: found 'label.example.org'"),
+    (
+        ("--host", "203.0.113.250", "--labeller", "ann", "--data", "ok.jsonl"),
+        "203.0.113.250:8460, which cannot be had",
+    ),
+]
+
+
 def test_what_the_script_refuses(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: tuple[str, ...],
-    words: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("ok.jsonl").write_text(json.dumps({"prompt": "p", "responses": ["a", "b"]}))
-    assert call("labels", *arguments)[0] == 2
-    assert re.search(words, capsys.readouterr().err)
+    for number, row in enumerate(REFUSED):
+        with case(row) as (arguments, words):
+            folder = tmp_path / f"{number}"
+            folder.mkdir()
+            monkeypatch.chdir(folder)
+            Path("ok.jsonl").write_text(json.dumps({"prompt": "p", "responses": ["a", "b"]}))
+            assert call("labels", *arguments)[0] == 2
+            assert re.search(words, capsys.readouterr().err)
 
 
 def test_addresses() -> None:
@@ -569,42 +585,35 @@ def test_addresses() -> None:
     assert proxied.url == "https://label.example.org" and "label.example.org" in (proxied.hosts or ())
 
 
-def test_a_second_server_is_refused_and_the_first_ends_in_order(tmp_path: Path) -> None:
+def test_a_second_server_is_refused_and_the_first_ends_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"prompt": "p", "responses": ["a", "b"]}))
-    command = [
-        sys.executable,
-        str(ROOT / "scripts" / "label.py"),
-        str(tmp_path / "labels"),
-        "--data",
-        str(data),
-        "--port",
-        "0",
-    ]
+    arguments = [str(tmp_path / "labels"), "--data", str(data), "--port", "0"]
+    command = [sys.executable, str(ROOT / "scripts" / "label.py"), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None and server.stderr is not None
         assert any(line.startswith("serving") for line in server.stdout)
-        second = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        assert second.returncode == 2 and f"process {server.pid} is serving this folder" in second.stderr
+        assert call(*arguments)[0] == 2
+        assert f"process {server.pid} is serving this folder" in capsys.readouterr().err
         start = time.monotonic()
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=10)
-        assert (
-            server.returncode == 0
-            and "everything is in" in out
-            and err.count("\n") == 1
-            and time.monotonic() - start < 8
-        )
+        assert server.returncode == 0 and "everything is in" in out
+        assert err.count("\n") == 1 and time.monotonic() - start < 8
 
 
-def test_kills_lose_and_double_nothing(tmp_path: Path) -> None:
+def test_kills_lose_and_double_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_stress, "Server", ForkedServer)
     result = label_stress.kills(tmp_path, labellers=4, items=40, kills=4, repeats=3)
     assert result["rows"] == result["wanted"] == 160
     assert result["lost"] == result["doubled"] == result["changed"] == 0
     assert result["kills"] == 4 and result["different_replies"] == 0
 
 
-def test_pages_answer_soon(tmp_path: Path) -> None:
+def test_pages_answer_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(label_stress, "Server", ForkedServer)
     result = label_stress.latency(tmp_path, items=5_000, requests=60)
     # A tenth of a second on a busy machine; the bar of 20 ms, with 100,000 items, is the script's.
     assert all(milliseconds < 100 for milliseconds in result["p95"].values()), result

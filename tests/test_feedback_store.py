@@ -18,6 +18,9 @@ from rlhf_jax.feedback.database import FILE, folder_lock
 from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Queue, Rules
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.store import Labeller, Store
+from tests.cases import case
+
+pytestmark = pytest.mark.feedback
 
 
 class Clock:
@@ -76,39 +79,41 @@ def test_items_and_judgements_come_back_as_they_were(store: Store) -> None:
             again.record([Judgement("a", "ann", (1, 2))])
 
 
-@pytest.mark.parametrize(
-    ("item", "words"),
-    [
-        (Item("x", "p", ("one",)), "found 1 responses, wanted 2 to 9"),
-        (Item("x", "p", ("one", "two"), kind="quiz"), r"found gold ranks \[\], wanted different ones"),
-        (Item("x", "p", ("one", "two"), gold=(1, 2, 3)), "found 3 gold ranks, wanted 2"),
-        (Item("task0", "p", ("one", "two"), kind="calibration"), "found it as calibration, and it stands as task"),
-    ],
-)
-def test_items_that_cannot_be_compared_are_refused(store: Store, item: Item, words: str) -> None:
-    store.add_items(items(1))
-    with pytest.raises(UserError, match=words):
-        store.add_items([*items(3), item])
-    assert len(store.items()) == 1
+REFUSED_ITEMS = [
+    (Item("x", "p", ("one",)), "found 1 responses, wanted 2 to 9"),
+    (Item("x", "p", ("one", "two"), kind="quiz"), r"found gold ranks \[\], wanted different ones"),
+    (Item("x", "p", ("one", "two"), gold=(1, 2, 3)), "found 3 gold ranks, wanted 2"),
+    (Item("task0", "p", ("one", "two"), kind="calibration"), "found it as calibration, and it stands as task"),
+]
 
 
-@pytest.mark.parametrize(
-    ("judgement", "words"),
-    [
-        (Judgement("none", "ann", (1, 2, 3)), "wanted one of the folder's items"),
-        (Judgement("task0", "ann", (1, 2)), r"ranks: found \[1, 2\], wanted 3 from 1 to 3"),
-        (Judgement("task0", "ann", (1, 2, 4)), "wanted 3 from 1 to 3"),
-        (Judgement("task0", "ann", (1, 2, 3), skip="why"), "ranks: found some beside a reason to skip"),
-        (Judgement("task0", "ann", (1, 2, 3), (1,)), "ratings: found 1, wanted 3"),
-        (Judgement("task0", "ann", (1, 2, 3), (1, 8, None)), "ratings: found 8, wanted 1 to 7"),
-        (Judgement("task0", "ann", (1, 2, 3), (), (frozenset({"bad"}),) * 3), "flags: found 'bad', wanted some of"),
-    ],
-)
-def test_judgements_that_fit_no_item_are_refused(store: Store, judgement: Judgement, words: str) -> None:
-    store.add_items(items(1))
-    with pytest.raises(UserError, match=words):
-        store.record([judgement])
-    assert store.judgements() == []
+def test_items_that_cannot_be_compared_are_refused(store: Store) -> None:
+    for row in REFUSED_ITEMS:
+        with case(row) as (item, words):
+            store.add_items(items(1))
+            with pytest.raises(UserError, match=words):
+                store.add_items([*items(3), item])
+            assert len(store.items()) == 1
+
+
+REFUSED_JUDGEMENTS = [
+    (Judgement("none", "ann", (1, 2, 3)), "wanted one of the folder's items"),
+    (Judgement("task0", "ann", (1, 2)), r"ranks: found \[1, 2\], wanted 3 from 1 to 3"),
+    (Judgement("task0", "ann", (1, 2, 4)), "wanted 3 from 1 to 3"),
+    (Judgement("task0", "ann", (1, 2, 3), skip="why"), "ranks: found some beside a reason to skip"),
+    (Judgement("task0", "ann", (1, 2, 3), (1,)), "ratings: found 1, wanted 3"),
+    (Judgement("task0", "ann", (1, 2, 3), (1, 8, None)), "ratings: found 8, wanted 1 to 7"),
+    (Judgement("task0", "ann", (1, 2, 3), (), (frozenset({"bad"}),) * 3), "flags: found 'bad', wanted some of"),
+]
+
+
+def test_judgements_that_fit_no_item_are_refused(store: Store) -> None:
+    for row in REFUSED_JUDGEMENTS:
+        with case(row) as (judgement, words):
+            store.add_items(items(1))
+            with pytest.raises(UserError, match=words):
+                store.record([judgement])
+            assert store.judgements() == []
 
 
 def test_every_commit_is_synced_to_the_disk(store: Store) -> None:

@@ -1,6 +1,7 @@
 """The loop: exact resumption after any stop, rows by hand, and an end before nonsense is saved."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from rlhf_jax.runs import loop as fit_module
 from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
 from rlhf_jax.runs.loop import Stopped, fit
 from rlhf_jax.runs.metrics import JsonLines, read_rows
+
+pytestmark = pytest.mark.core
 
 OPTIMIZER = optax.adam(0.1)
 
@@ -103,35 +106,40 @@ def test_rows_are_means_since_the_row_before(undisturbed: Any) -> None:
     assert undisturbed == (hash_of(state), rows)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_is_saved_and_goes_on_with_the_same_bits(tmp_path: Path, undisturbed: Any, number: int) -> None:
-    handler = signal.getsignal(number)
+def test_a_stop_is_saved_and_goes_on_with_the_same_bits(tmp_path: Path, undisturbed: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder, handler = tmp_path / number.name, signal.getsignal(number)
 
-    def stopping(step: int) -> np.ndarray:
-        if step == 6:
-            os.kill(os.getpid(), number)
-        return batch_at(step)
+        def stopping(step: int, number: int = number) -> np.ndarray:
+            if step == 6:
+                os.kill(os.getpid(), number)
+            return batch_at(step)
 
-    with pytest.raises(Stopped) as stop:
-        run(tmp_path, batches=stopping)
-    assert (stop.value.signal, stop.value.step, stop.value.saved) == (number, 7, True)
-    assert signal.getsignal(number) is handler
-    assert hash_of(run(tmp_path)) == undisturbed[0]
-    # The stop made one more row, at 7; the others are there once, with the same figures up to it.
-    rows = figures(tmp_path)
-    assert [step for step, _ in rows] == [1, 3, 5, 6, 7, 9, 10]
-    assert rows[:4] == undisturbed[1][:4] and rows[-1] == undisturbed[1][-1]
-    # A run that is complete has nothing left to do.
-    assert hash_of(run(tmp_path, batches=lambda step: pytest.fail("a batch after the end"))) == undisturbed[0]
+        with pytest.raises(Stopped) as stop:
+            run(folder, batches=stopping)
+        assert (stop.value.signal, stop.value.step, stop.value.saved) == (number, 7, True)
+        assert signal.getsignal(number) is handler, number
+        assert hash_of(run(folder)) == undisturbed[0], number
+        # The stop made one more row, at 7; the others are there once, with the same figures up to it.
+        rows = figures(folder)
+        assert [step for step, _ in rows] == [1, 3, 5, 6, 7, 9, 10], number
+        assert rows[:4] == undisturbed[1][:4] and rows[-1] == undisturbed[1][-1], number
+        # A run that is complete has nothing left to do.
+        assert hash_of(run(folder, batches=lambda step: pytest.fail("a batch after the end"))) == undisturbed[0], number
 
 
 def test_sigkill_in_a_save_and_in_a_deletion(tmp_path: Path, undisturbed: Any) -> None:
-    for where, left in [("save", "00000003"), ("delete", "00000006")]:
-        command = [sys.executable, "-m", "tests.kill_me", str(tmp_path), where]
-        process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-        assert left in names and len(names) == 2  # it died amid the work: something unfinished lies beside
+    command = [sys.executable, "-m", "tests.kill_me", str(tmp_path)]
+    process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    deaths = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [(death["amid"], death["signal"]) for death in deaths] == [
+        ("save", signal.SIGKILL),
+        ("delete", signal.SIGKILL),
+    ], process.stderr
+    for death, left in zip(deaths, ("00000003", "00000006")):
+        # It died amid the work: something unfinished lies beside.
+        assert left in death["left"] and len(death["left"]) == 2, death
     assert hash_of(run(tmp_path)) == undisturbed[0]
     assert figures(tmp_path) == undisturbed[1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000010"]

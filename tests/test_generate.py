@@ -1,6 +1,7 @@
 """Sampling: the distribution it draws from, what it says of each token, and when it stops."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,234 +10,234 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelConfig
-from rlhf_jax.generate import draw, filter_logits, generate, stream
+from rlhf_jax.generate import Generation, draw, filter_logits, generate, stream
 from rlhf_jax.model import Transformer, init_params, stack_blocks
 
-pytestmark = pytest.mark.usefixtures("each_key_once")
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("each_key_once")]
 
-MODEL = Transformer(ModelConfig(vocab_size=7, context=16, width=16, layers=2, heads=2, kv_heads=1, ffn_width=16))
+DEEP = ModelConfig(vocab_size=7, context=16, width=16, layers=2, heads=2, kv_heads=1, ffn_width=16)
+CONFIGS = {
+    "plain": dataclasses.replace(DEEP, layers=1),
+    "windows": dataclasses.replace(DEEP, windows=(3, 0)),
+    "scan": dataclasses.replace(DEEP, scan_layers=True),
+}
 EOS, PAD = 5, 6
 PROMPTS = np.array([[0, 0, 0, 1, 2], [0, 3, 4, 1, 2], [1, 2, 3, 4, 4], [2, 2, 2, 2, 2]] * 8, np.int32)
 MASK = np.array([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]] * 8, bool)
 
+# What rows draw with, so that one program has batches of all kinds. The nearer to 1 the number, the lower the id.
+MIXED = 0.75 * np.random.default_rng(0).random((32, 11), np.float32)
+DRAWS = {
+    "mixed": MIXED,
+    # Every other row draws from the upper end of the distribution: it does not stop, at 0 or 1.
+    "late": np.where(np.arange(32)[:, None] % 2 == 0, MIXED / 8, MIXED),
+    # All rows have drawn a 0, and stopped, when they have five tokens.
+    "early": np.where(np.arange(11) >= np.arange(32)[:, None] % 5, np.float32(1 - 2**-24), MIXED),
+}
+SETTINGS: dict[str, Any] = {"max_new_tokens": 11, "stop_ids": (0, 1), "pad_id": PAD}
+FILTERED: dict[str, Any] = {
+    "max_new_tokens": 8, "stop_ids": (EOS, 0, 1), "pad_id": PAD, "temperature": 0.7, "top_k": 4, "top_p": 0.9
+}  # fmt: skip
+CALLS: list[tuple[int, int, int]] = []
 
-@pytest.fixture(scope="module")
-def params() -> dict:
+
+class Counted(Transformer):
+    """A transformer whose forward passes leave in CALLS, as they run, their rows, tokens and slots of the cache."""
+
+    def hidden(self, tokens_BT: jax.Array, *inputs: Any, **named: Any) -> Any:
+        call = (*tokens_BT.shape, named["cache"].places_BS.shape[1])
+        jax.debug.callback(lambda: CALLS.append(call))
+        return super().hidden(tokens_BT, *inputs, **named)
+
+
+@functools.cache
+def parameters(kind: str) -> dict[str, Any]:
     # Large weights: a flat distribution would hide errors.
-    return jax.tree.map(lambda x: 2 * x, init_params(MODEL, jax.random.key(0)))
+    deep = jax.tree.map(lambda x: 2 * np.asarray(x), init_params(Transformer(DEEP), jax.random.key(0)))
+    if kind == "plain":
+        return {name: value for name, value in deep.items() if name != "block_1"}
+    return jax.jit(lambda: stack_blocks(deep, DEEP))() if kind == "scan" else deep
 
 
-def sample(params: dict, seed: int = 0, *, model=MODEL, prompts=PROMPTS, mask=MASK, **changes) -> Any:
-    settings: dict[str, Any] = {"max_new_tokens": 8, "stop_ids": (EOS,), "pad_id": PAD} | changes
-    out = generate(model, params, jnp.asarray(prompts), jnp.asarray(mask), jax.random.key(seed), **settings)
-    return jax.tree.map(np.asarray, out)
+def sample(
+    kind: str, prompts: np.ndarray = PROMPTS, mask: np.ndarray = MASK, seed: int = 0, **settings: Any
+) -> Generation:
+    key = jax.random.key(seed)
+    model, params = Counted(CONFIGS[kind]), parameters(kind)
+    return jax.tree.map(np.asarray, generate(model, params, jnp.asarray(prompts), jnp.asarray(mask), key, **settings))
 
 
-@jax.jit
-def following(params: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Full-forward logits [B, R, V] of what follows the prompt."""
-    return MODEL.apply({"params": params}, tokens, mask)[:, PROMPTS.shape[1] - 1 : -1]
+@functools.cache
+def drawn(
+    kind: str, draws: str = "mixed", *, repeated: bool = False, **changes: Any
+) -> tuple[Generation, list[tuple[int, int, int]]]:
+    """Responses drawn with those numbers, and the calls of the model, sorted.
 
-
-def logits_after(params: dict, out: Any) -> np.ndarray:
-    rows = (np.concatenate(pair, axis=1) for pair in ((PROMPTS, out.tokens), (MASK, out.mask)))
-    return np.asarray(following(params, *map(jnp.asarray, rows)))
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_logp_is_that_of_the_full_forward(params: dict, temperature: float) -> None:
-    out = sample(params, temperature=temperature)
-    logp = np.asarray(jax.nn.log_softmax(logits_after(params, out) / temperature))
-    expected = np.take_along_axis(logp, out.tokens[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(out.logp[out.mask], expected[out.mask], atol=1e-4)
-    assert np.all(out.logp[~out.mask] == 0.0)
-
-
-def test_a_row_stops_at_its_end_and_is_padded_behind(params: dict) -> None:
-    out = sample(params)
-    ends = out.tokens == EOS
-    lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, 8)
-    assert len(set(lengths.tolist())) > 3  # rows of all kinds, also without an end
-    np.testing.assert_array_equal(out.mask, np.arange(8) < lengths[:, None])
-    assert np.all(out.tokens[~out.mask] == PAD)
-    # Each row is what it would be in a batch where no row stops, up to its end: keys do not depend on the others.
-    free = sample(params, stop_ids=())
-    assert free.mask.all()
-    np.testing.assert_array_equal(out.tokens[out.mask], free.tokens[out.mask])
-
-
-def test_any_of_the_stop_ids_ends_a_row(params: dict) -> None:
-    out = sample(params, stop_ids=(EOS, 2))
-    free = sample(params, stop_ids=())
-    ends = np.isin(free.tokens, (EOS, 2))
-    assert (free.tokens[np.arange(32), ends.argmax(axis=1)][ends.any(axis=1)] == 2).any()
-    np.testing.assert_array_equal(out.mask, np.cumsum(ends, axis=1) - ends == 0)
-
-
-def test_the_loop_ends_with_the_last_row(params: dict) -> None:
-    # Forward passes, counted as they run: one for the prompt, one for each further column.
-    seen: list[int] = []
-
-    class Counted(Transformer):
-        def head(self, hidden_BTD: jax.Array) -> jax.Array:
-            jax.debug.callback(lambda: seen.append(1))
-            return super().head(hidden_BTD)
-
-    out = sample(params, model=Counted(MODEL.config), max_new_tokens=11, stop_ids=(EOS, 0, 1, 2))
-    longest = int(out.mask.sum(axis=1).max())
+    The prompts are the 32; with `samples`, as many as give 32 rows; or, repeated, 16 of them twice.
+    """
+    count = 16 if repeated else 32 // changes.get("samples", 1)
+    prompts, mask = (np.repeat(x[:count], 1 + repeated, axis=0) for x in (PROMPTS, MASK))
+    CALLS.clear()
+    out = sample(kind, prompts, mask, uniform_BR=DRAWS[draws], **SETTINGS | changes)
     jax.effects_barrier()
-    assert 1 < longest < 11
-    assert len(seen) == longest
+    return out, sorted(CALLS)
 
 
-def test_a_stream_is_the_same_column_by_column(params: dict) -> None:
-    settings: dict[str, Any] = {"max_new_tokens": 8, "stop_ids": (EOS, 0, 1), "pad_id": PAD, "temperature": 0.7}
-    whole = sample(params, **settings)
+def assert_same(found: Generation, wanted: Generation, **tolerance: Any) -> None:
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_array_equal(found.mask, wanted.mask)
+    np.testing.assert_allclose(found.logp, wanted.logp, **tolerance)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model: Transformer, params: dict, tokens: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, tokens)
+
+
+def logits_after(kind: str, out: Generation) -> np.ndarray:
+    """Logits [B, R, V] that each token of the responses was drawn from, of rows without left padding or a cache."""
+    lengths, columns = MASK.sum(axis=1)[:, None], np.arange(out.tokens.shape[1])
+    tokens = np.zeros((32, 16), np.int32)
+    for row, prompt, mask, response in zip(tokens, PROMPTS, MASK, out.tokens, strict=True):
+        ids = [*prompt[mask], *response]
+        row[: len(ids)] = ids
+    logits = np.asarray(forward(Transformer(CONFIGS[kind]), parameters(kind), tokens))
+    return logits[np.arange(32)[:, None], lengths + columns - 1]
+
+
+def naive_logp(logits: np.ndarray, *, temperature: float = 1.0, top_k: int = 7, top_p: float = 1.0) -> np.ndarray:
+    """Log-probabilities [V] of what is left of a distribution."""
+    weights = np.exp(logits.astype(np.float64) / temperature)
+    order = np.argsort(-weights)[:top_k]
+    running = np.cumsum(weights[order]) / weights[order].sum()
+    order = order[: 1 + np.sum(running < top_p - 1e-12)]
+    out = np.full(weights.shape, -np.inf)
+    out[order] = np.log(weights[order] / weights[order].sum())
+    return out
+
+
+def test_logp_is_that_of_the_full_forward() -> None:
+    # As the settings of `generate` stand, and with the filters, which leave out a good part of the distribution.
+    filters = {name: FILTERED[name] for name in ("temperature", "top_k", "top_p")}
+    for kind, out, settings in (("plain", drawn("plain")[0], {}), ("windows", sample("windows", **FILTERED), filters)):
+        logp: Any = np.apply_along_axis(functools.partial(naive_logp, **settings), -1, logits_after(kind, out))
+        expected = np.take_along_axis(logp, out.tokens[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(out.logp[out.mask], expected[out.mask], atol=1e-4, err_msg=kind)
+        assert np.all(out.logp[~out.mask] == 0.0), kind
+        assert len(set(out.mask.sum(axis=1).tolist())) > 3, kind
+        assert np.isfinite(logp).all() == (not settings), kind
+
+
+def test_a_row_stops_at_its_end_and_is_padded_behind() -> None:
+    out, free = drawn("plain")[0], drawn("plain", stop_ids=())[0]
+    # Each row is what it would be in a batch where no row stops, up to its end: keys do not depend on the others.
+    assert free.mask.all()
+    ends = np.isin(free.tokens, SETTINGS["stop_ids"])
+    lengths = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, 11)
+    np.testing.assert_array_equal(out.mask, np.arange(11) < lengths[:, None])
+    np.testing.assert_array_equal(out.tokens[out.mask], free.tokens[out.mask])
+    assert np.all(out.tokens[~out.mask] == PAD)
+    # Rows of all kinds: short, long, without an end, and with each of the two.
+    assert len(set(lengths.tolist())) > 3
+    last = out.tokens[np.arange(32), lengths - 1]
+    assert {0, 1} < set(last.tolist())
+
+
+def test_the_loop_ends_with_the_last_row() -> None:
+    # One forward pass for the prompt, one for each further column.
+    for draws, longest in (("early", 5), ("late", 11)):
+        out, calls = drawn("plain", draws)
+        assert out.mask.sum(axis=1).max() == longest, draws
+        assert calls == [(32, 1, 16)] * (longest - 1) + [(32, 5, 16)], draws
+
+
+def test_a_stream_is_the_same_column_by_column() -> None:
+    whole = sample("windows", **FILTERED)
     prompts = (jnp.asarray(PROMPTS), jnp.asarray(MASK))
-    columns = list(stream(MODEL, params, *prompts, jax.random.key(0), **settings))
-    assert len(columns) == whole.mask.sum(axis=1).max()
+    model, params = Transformer(CONFIGS["windows"]), parameters("windows")
+    columns = list(stream(model, params, *prompts, jax.random.key(0), segments=3, **FILTERED))
+    assert 4 < len(columns) == whole.mask.sum(axis=1).max()  # all three segments, of 2, 4 and 8 tokens
     tokens, mask = (np.stack(column, axis=1) for column in zip(*columns, strict=True))
     np.testing.assert_array_equal(mask, whole.mask[:, : len(columns)])
     np.testing.assert_array_equal(tokens, whole.tokens[:, : len(columns)])
-    grown = list(stream(MODEL, params, *prompts, jax.random.key(0), segments=3, **settings))
-    jax.tree.map(np.testing.assert_array_equal, grown, columns)
 
 
-@pytest.mark.parametrize(
-    ("changes", "segments"), [({}, 2), ({"windows": (3, 0)}, 3), ({"scan_layers": True}, 2)], ids=str
-)
-def test_a_cache_that_grows_changes_nothing(
-    params: dict, changes: dict, segments: int, request: pytest.FixtureRequest
-) -> None:
-    model = Transformer(dataclasses.replace(MODEL.config, **changes))
-    if model.config.scan_layers:
-        request.getfixturevalue("optimised")  # as quickly compiled, one log-probability of 256 is off by 3e-5
-        params = stack_blocks(params, model.config)
-    for settings in ({"stop_ids": (EOS, 0)}, {"max_new_tokens": 11, "stop_ids": ()}):
-        plain = sample(params, model=model, **settings)
-        grown = sample(params, model=model, segments=segments, **settings)
-        np.testing.assert_array_equal(grown.tokens, plain.tokens)
-        np.testing.assert_array_equal(grown.mask, plain.mask)
-        np.testing.assert_allclose(grown.logp, plain.logp, rtol=1e-5, atol=1e-5)
+def test_a_cache_that_grows_changes_nothing_and_a_token_is_computed_with_the_slots_of_its_segment() -> None:
+    # Behind 5 slots of the prompt room for 6 tokens and 11, or for 3, 6 and 11. The first token comes with the prompt,
+    # each other as the one before it is written.
+    slots = {2: [11] * 7 + [16] * 4, 3: [8] * 4 + [11] * 3 + [16] * 4}
+    for kind, segments in (("plain", 2), ("windows", 3), ("scan", 2)):
+        for draws, longest in (("early", 5), ("late", 11)):
+            grown, calls = drawn(kind, draws, segments=segments)
+            assert grown.mask.sum(axis=1).max() == longest, (kind, draws)
+            assert sorted(call[-1] for call in calls) == slots[segments][:longest], (kind, draws)
+            assert_same(grown, drawn(kind, draws)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("stop_ids", "longest"), [((), 11), ((EOS, 0, 1, 2), 5)])
-def test_a_token_is_computed_with_the_slots_of_its_segment(params: dict, stop_ids: tuple, longest: int) -> None:
-    seen: list[int] = []
-
-    class Counted(Transformer):
-        def hidden(self, *inputs: Any, **named: Any) -> Any:
-            slots = named["cache"].places_BS.shape[1]
-            jax.debug.callback(lambda: seen.append(slots))
-            return super().hidden(*inputs, **named)
-
-    out = sample(params, model=Counted(MODEL.config), max_new_tokens=11, stop_ids=stop_ids, segments=3)
-    jax.effects_barrier()
-    assert out.mask.sum(axis=1).max() == longest
-    # Behind 5 slots of the prompt room for 3 tokens, 6 and 11. The first token comes with the prompt, each other as the
-    # one before it is written.
-    assert sorted(seen) == ([8] * 4 + [11] * 3 + [16] * 4)[:longest]
-
-
-@pytest.mark.parametrize(("changes", "slots"), [({}, 1), ({"windows": (3, 0)}, 8), ({"scan_layers": True}, 5)])
-def test_through_slots_each_row_is_what_it_is_with_all_others(params: dict, changes: dict, slots: int) -> None:
+def test_through_slots_each_row_is_what_it_is_with_all_others() -> None:
     # 32 prompts through a few slots: prompts take the places of rows that ended, the ring of keys is written round and
-    # round (5 prompts and 4 x 8 tokens a slot), and at the end the live rows move together.
-    model = Transformer(dataclasses.replace(MODEL.config, **changes))
-    if model.config.scan_layers:
-        params = stack_blocks(params, model.config)
-    together, apart = sample(params, model=model), sample(params, model=model, slots=slots)
-    assert together.mask.any(axis=1).all() and 1 < together.mask.sum(axis=1).mean() < 8
-    np.testing.assert_array_equal(apart.tokens, together.tokens)
-    np.testing.assert_array_equal(apart.mask, together.mask)
-    np.testing.assert_allclose(apart.logp, together.logp, atol=1e-4)
+    # round (5 prompts and 4 x 11 tokens a slot), and at the end the live rows move together.
+    for kind, slots in (("plain", 1), ("windows", 8), ("scan", 5)):
+        for draws in ("mixed", "late"):
+            assert_same(drawn(kind, draws, slots=slots)[0], drawn(kind, draws)[0], atol=1e-4)
 
 
-def test_slots_compute_few_columns(params: dict) -> None:
-    computed: list[int] = []
-
-    class Counted(Transformer):
-        def head(self, hidden_BTD: jax.Array) -> jax.Array:
-            jax.debug.callback(lambda: computed.append(len(hidden_BTD)))
-            return super().head(hidden_BTD)
-
-    out = sample(params, model=Counted(MODEL.config), stop_ids=(EOS, 0, 1), slots=8)
-    jax.effects_barrier()
+def test_slots_compute_few_columns() -> None:
+    out, calls = drawn("windows", slots=8)
     tokens = int(out.mask.sum())
     assert tokens < 0.5 * out.mask.sum(axis=1).max() * len(out.mask)
-    assert tokens <= sum(computed) < 1.4 * tokens
+    assert tokens <= sum(rows for rows, _, _ in calls) < 1.4 * tokens
 
 
-@pytest.mark.parametrize(
-    ("changes", "options", "read"),
-    [
-        ({}, {"segments": 2, "cache_dtype": "int8"}, 16),
-        ({"scan_layers": True}, {"slots": 8}, 16),
-        ({}, {"slots": 24}, 18),  # 12 prompts, and the last 4 in parts of 3
-    ],
-)
-def test_samples_of_a_prompt_are_what_they_are_of_the_prompt_repeated(
-    params: dict, changes: dict, options: dict, read: int
-) -> None:
-    model = Transformer(dataclasses.replace(MODEL.config, **changes))
-    if model.config.scan_layers:
-        params = stack_blocks(params, model.config)
-    prompts, mask = PROMPTS[:16], MASK[:16]
-    computed: list[int] = []
-
-    class Counted(Transformer):
-        def hidden(self, tokens_BT: jax.Array, *inputs: Any, **named: Any) -> Any:
-            if tokens_BT.shape[1] == prompts.shape[1]:
-                jax.debug.callback(lambda: computed.append(len(tokens_BT)))
-            return super().hidden(tokens_BT, *inputs, **named)
-
-    repeated = sample(
-        params, model=model, prompts=np.repeat(prompts, 2, axis=0), mask=np.repeat(mask, 2, axis=0), **options
+def test_samples_of_a_prompt_are_what_they_are_of_the_prompt_repeated() -> None:
+    rounded = {"segments": 2, "cache_dtype": "int8"}
+    rows: tuple[tuple[str, dict, dict, int], ...] = (
+        ("plain", rounded, rounded, 16),
+        ("scan", {"slots": 8}, {}, 16),
+        ("plain", {"slots": 24}, {}, 18),  # 12 prompts, and the last 4 in parts of 3
     )
-    out = sample(params, model=Counted(model.config), prompts=prompts, mask=mask, samples=2, **options)
-    jax.effects_barrier()
-    np.testing.assert_array_equal(out.tokens, repeated.tokens)
-    np.testing.assert_array_equal(out.mask, repeated.mask)
-    np.testing.assert_allclose(out.logp, repeated.logp, atol=1e-4)
-    assert sum(computed) == read
+    for kind, options, others, read in rows:
+        out, calls = drawn(kind, samples=2, **options)
+        assert_same(out, drawn(kind, repeated=True, **others)[0], atol=1e-4)
+        assert sum(count for count, tokens, _ in calls if tokens == 5) == read, (kind, options)
 
 
-def test_greedy_takes_the_most_likely(params: dict) -> None:
-    out = sample(params, temperature=0.0)
-    np.testing.assert_array_equal(out.tokens[out.mask], logits_after(params, out).argmax(axis=-1)[out.mask])
-    np.testing.assert_array_equal(out.tokens, sample(params, 1, temperature=0.0).tokens)
+def test_greedy_takes_the_most_likely() -> None:
+    settings: dict[str, Any] = SETTINGS | {"temperature": 0.0}
+    out = sample("plain", **settings)
+    np.testing.assert_array_equal(out.tokens[out.mask], logits_after("plain", out).argmax(axis=-1)[out.mask])
+    np.testing.assert_array_equal(out.tokens, sample("plain", seed=1, **settings).tokens)
 
 
-def test_left_padding_changes_no_answer(params: dict) -> None:
-    wider = np.concatenate([np.full((32, 3), 4, np.int32), np.where(MASK, PROMPTS, 3)], axis=1)
-    mask = np.concatenate([np.zeros((32, 3), bool), MASK], axis=1)
-    plain, padded = sample(params), sample(params, prompts=wider, mask=mask)
-    np.testing.assert_array_equal(padded.tokens, plain.tokens)
-    np.testing.assert_allclose(padded.logp, plain.logp, atol=1e-4)
+def test_what_stands_in_left_padding_changes_no_answer() -> None:
+    # Nor does how much of it there is: `logits_after` has none.
+    other = sample("plain", np.where(MASK, PROMPTS, 3), uniform_BR=MIXED, **SETTINGS)
+    assert_same(other, drawn("plain")[0], atol=1e-4)
 
 
 def test_draws_follow_the_distribution() -> None:
     probability = np.array([0.4, 0.0, 0.3, 0.15, 0.0, 0.1, 0.045, 0.005, 0.0])
-    logp = jnp.log(jnp.asarray(probability, jnp.float32))
-    draws = np.asarray(
-        draw(jnp.broadcast_to(logp, (1_000_000, 9)), jax.random.uniform(jax.random.key(3), (1_000_000,)))
+    # The last rows have distributions of their own, one id each: rows are drawn one by one.
+    shares = np.concatenate([np.broadcast_to(probability, (1_000_000, 9)), np.eye(9)]).astype(np.float32)
+    uniform = np.append(
+        jax.random.uniform(jax.random.key(3), (1_000_000,)), np.linspace(0.0, 1.0, 9, endpoint=False, dtype=np.float32)
     )
-    counts = np.bincount(draws, minlength=9)
+    with np.errstate(divide="ignore"):
+        draws = np.asarray(jax.jit(draw)(np.log(shares), uniform))
+    np.testing.assert_array_equal(draws[-9:], np.arange(9))
+    counts = np.bincount(draws[:-9], minlength=9)
     assert counts.sum() == 1_000_000 and np.all(counts[probability == 0] == 0)
     expected = 1_000_000 * probability[probability > 0]
     # Chi-square with 5 degrees of freedom: above 20.5 once in 1,000 seeds.
     assert np.sum((counts[probability > 0] - expected) ** 2 / expected) < 20.5
-    # Rows are drawn one by one, each from its own distribution.
-    own = np.asarray(draw(jnp.where(jnp.eye(9, dtype=bool), 0.0, -jnp.inf), jnp.linspace(0.0, 1.0, 9, endpoint=False)))
-    np.testing.assert_array_equal(own, np.arange(9))
 
 
 def test_draws_invert_the_distribution_function() -> None:
     random = np.random.default_rng(0)
     logits = random.normal(size=1000).astype(np.float32) * 3
     uniform = random.random(5000).astype(np.float32)
-    draws = np.asarray(draw(jnp.broadcast_to(jax.nn.log_softmax(logits), (5000, 1000)), jnp.asarray(uniform)))
     probability = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    draws = np.asarray(jax.jit(draw)(np.tile(np.log(probability).astype(np.float32), (5000, 1)), uniform))
     running, target = np.cumsum(probability), 1.0 - uniform.astype(np.float64)
     # The id whose step of the distribution function holds the number, but for what float32 rounds.
     assert np.all(target <= running[draws] + 1e-6) and np.all(target > running[draws] - probability[draws] - 1e-6)
@@ -262,6 +263,7 @@ def test_filters_by_hand() -> None:
     np.testing.assert_allclose(kept(), np.exp(logits), rtol=1e-6)
     # p² over the sum of squares, 0.3 and 0.295.
     np.testing.assert_allclose(kept(temperature=0.5)[0], np.array([0.01, 0.16, 0.04, 0.09]) / 0.3, rtol=1e-5)
+    np.testing.assert_allclose(kept(top_k=1)[0], [0, 1, 0, 0], atol=1e-6)
     # Two of four; ids that tie with the second stay.
     np.testing.assert_allclose(kept(top_k=2), [[0, 4 / 7, 0, 3 / 7], [0.25 / 0.9, 0.25 / 0.9, 0.4 / 0.9, 0]], rtol=1e-5)
     np.testing.assert_allclose(kept(top_k=9), np.exp(logits), rtol=1e-6)
@@ -273,17 +275,8 @@ def test_filters_by_hand() -> None:
     np.testing.assert_allclose(kept(temperature=0.5, top_p=0.5)[0], [0, 1, 0, 0], atol=1e-6)
 
 
-def test_filters_reach_the_sampler(params: dict) -> None:
-    np.testing.assert_array_equal(sample(params, top_k=1).tokens, sample(params, temperature=0.0).tokens)
-    out = sample(params, top_k=2)
-    second = np.sort(logits_after(params, out), axis=-1)[..., -2]
-    chosen = np.take_along_axis(logits_after(params, out), out.tokens[..., None], axis=-1)[..., 0]
-    assert np.all(chosen[out.mask] >= second[out.mask] - 1e-4)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_what_cannot_be_sampled_is_refused() -> None:
+    rows: tuple[tuple[dict, str], ...] = (
         ({"max_new_tokens": 12}, r"prompt of 5 \+ 12 new tokens exceeds the context 16"),
         ({"temperature": -1.0}, "temperature -1.0: wanted 0 or more"),
         ({"top_p": 0.0}, "top_p 0.0: wanted above 0, at most 1"),
@@ -292,8 +285,7 @@ def test_filters_reach_the_sampler(params: dict) -> None:
         ({"segments": 2, "slots": 4}, "segments 2 with slots 4: wanted one of them"),
         ({"samples": 0}, "samples 0 with slots 0: wanted 1 or more"),
         ({"samples": 2, "slots": 4}, "samples 2 with slots 4: wanted 1 or more, slots a multiple of 4 times it"),
-    ],
-)
-def test_what_cannot_be_sampled_is_refused(params: dict, change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        sample(params, **change)
+    )
+    for change, message in rows:
+        with pytest.raises(ValueError, match=message):
+            sample("plain", **SETTINGS | change)

@@ -18,7 +18,10 @@ from rlhf_jax.tokenizers.export import to_hugging_face, write_folder
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from rlhf_jax.tokenizers.load import load_tokenizer
 from rlhf_jax.tokenizers.merges import PATTERNS, from_letters, last_pair, nfc, table_of, to_letters, to_oniguruma
+from tests.cases import case
 from tests.tiny_tokenizers import BYTE_LEVEL, CHATML, CORPUS, SENTENCEPIECE, SPECIAL, content_of, load, package, strings
+
+pytestmark = pytest.mark.pretrained
 
 BYTES = {to_letters(bytes([byte])): byte for byte in range(256)}
 EOS = {"eos_token": "<E>"}
@@ -40,17 +43,18 @@ def content(merges: list[list[str]], vocab: dict[str, int] | None = None, **mode
     }
 
 
-@pytest.mark.parametrize("kind", [*BYTE_LEVEL, *SENTENCEPIECE])
-def test_ids_are_those_of_the_package(kind: str) -> None:
-    ours, theirs = load(kind), package(content_of(kind))
-    assert ours.backend == ("tokenizers" if kind in SENTENCEPIECE else "tiktoken")
-    for text in [*strings(500), "x" + " " * 10_000 + "y", ""]:
-        ids = theirs.encode(text, add_special_tokens=False).ids
-        assert ours.encode(text) == ids, repr(text)
-        assert ours.special_ids.isdisjoint(ids) and max(ids, default=0) < ours.vocab_size
-        assert ours.decode(ids) == theirs.decode(ids)
-        if kind not in ("qwen2", *SENTENCEPIECE):
-            assert ours.decode(ids) == text
+def test_ids_are_those_of_the_package() -> None:
+    for kind in [*BYTE_LEVEL, *SENTENCEPIECE]:
+        with case(kind):
+            ours, theirs = load(kind), package(content_of(kind))
+            assert ours.backend == ("tokenizers" if kind in SENTENCEPIECE else "tiktoken")
+            for text in [*strings(500), "x" + " " * 10_000 + "y", ""]:
+                ids = theirs.encode(text, add_special_tokens=False).ids
+                assert ours.encode(text) == ids, repr(text)
+                assert ours.special_ids.isdisjoint(ids) and max(ids, default=0) < ours.vocab_size
+                assert ours.decode(ids) == theirs.decode(ids)
+                if kind not in ("qwen2", *SENTENCEPIECE):
+                    assert ours.decode(ids) == text
 
 
 def test_the_pair_that_a_token_comes_down_to() -> None:
@@ -61,27 +65,28 @@ def test_the_pair_that_a_token_comes_down_to() -> None:
     assert last_pair(b"abd", {}) is None
 
 
-@pytest.mark.parametrize(
-    ("merges", "backend"),
-    [
-        ([["a", "b"], ["ab", "c"]], "tiktoken"),
-        # abc alone comes down to ab, c, which the list does not merge; a table would.
-        ([["a", "b"], ["b", "c"], ["a", "bc"]], "tokenizers"),
-        # Of several ways to one token that which it comes down to counts, if the order of tokens is the same.
-        ([["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]], "tiktoken"),
-        ([["a", "b"], ["b", "c"], ["a", "bc"], ["c", "d"], ["ab", "c"]], "tokenizers"),
-        ([["a", "b"], ["a", "b"]], "tokenizers"),
-        # No text ever comes to a, bcd: ab is merged first. The token is left out.
-        ([["a", "b"], ["b", "c"], ["bc", "d"], ["a", "bcd"]], "tiktoken"),
-    ],
-)
-def test_which_lists_of_merges_are_a_table(merges: list[list[str]], backend: str) -> None:
-    ours = HuggingFaceTokenizer.from_content(content(merges), EOS, rows=999, name="tiny")
-    theirs = package(content(merges))
-    rng = random.Random(0)
-    assert ours.backend == backend
-    for text in ["abcd", *("".join(rng.choices("abcd", k=rng.randrange(9))) for _ in range(200))]:
-        assert ours.encode(text) == theirs.encode(text).ids, text
+MERGES = [
+    ([["a", "b"], ["ab", "c"]], "tiktoken"),
+    # abc alone comes down to ab, c, which the list does not merge; a table would.
+    ([["a", "b"], ["b", "c"], ["a", "bc"]], "tokenizers"),
+    # Of several ways to one token that which it comes down to counts, if the order of tokens is the same.
+    ([["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]], "tiktoken"),
+    ([["a", "b"], ["b", "c"], ["a", "bc"], ["c", "d"], ["ab", "c"]], "tokenizers"),
+    ([["a", "b"], ["a", "b"]], "tokenizers"),
+    # No text ever comes to a, bcd: ab is merged first. The token is left out.
+    ([["a", "b"], ["b", "c"], ["bc", "d"], ["a", "bcd"]], "tiktoken"),
+]
+
+
+def test_which_lists_of_merges_are_a_table() -> None:
+    for row in MERGES:
+        with case(row) as (merges, backend):
+            ours = HuggingFaceTokenizer.from_content(content(merges), EOS, rows=999, name="tiny")
+            theirs = package(content(merges))
+            rng = random.Random(0)
+            assert ours.backend == backend
+            for text in ["abcd", *("".join(rng.choices("abcd", k=rng.randrange(9))) for _ in range(200))]:
+                assert ours.encode(text) == theirs.encode(text).ids, text
 
 
 def test_a_token_that_nothing_is_merged_into() -> None:
@@ -200,25 +205,24 @@ def test_roles() -> None:
     assert tokenizer.special_tokens == FIRST and tokenizer.special_ids == set(FIRST.values())
 
 
-@pytest.mark.parametrize(
-    ("config", "ids", "bos", "pad", "stop"),
-    [
-        ({"eos_token": "</s>", "pad_token": "</s>"}, {}, None, ROWS, (2,)),  # pad is eos
-        ({"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<s>"}, {}, 1, ROWS, (2,)),
-        ({"eos_token": "</s>", "pad_token": "<s>"}, {"eos": [2, 1]}, None, ROWS, (2, 1)),  # pad ends a response
-        ({"eos_token": "</s>", "pad_token": "!"}, {}, None, ROWS, (2,)),  # text pads
-        ({}, {"bos": 0, "eos": 0}, 0, ROWS, (0,)),  # GPT-2
-        ({"bos_token": None}, {"bos": 0, "eos": [7, 2], "pad": 3}, None, 3, (7, 2)),  # Qwen
-    ],
-)
-def test_roles_that_are_missing_or_shared(
-    config: dict[str, Any], ids: dict[str, Any], bos: int | None, pad: int, stop: tuple[int, ...]
-) -> None:
-    tokenizer = roles(config, **ids)
-    assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.stop_ids) == (bos, pad, stop)
-    assert tokenizer.eos_id == stop[0] and pad in tokenizer.special_ids
-    assert tokenizer.token_bytes(pad) == b"" and tokenizer.decode([*tokenizer.encode("a"), pad]) == "a"
-    assert tokenizer.encode("wow!!") == package(content_of("gpt2")).encode("wow!!").ids
+ROLES = [
+    ({"eos_token": "</s>", "pad_token": "</s>"}, {}, None, ROWS, (2,)),  # pad is eos
+    ({"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<s>"}, {}, 1, ROWS, (2,)),
+    ({"eos_token": "</s>", "pad_token": "<s>"}, {"eos": [2, 1]}, None, ROWS, (2, 1)),  # pad ends a response
+    ({"eos_token": "</s>", "pad_token": "!"}, {}, None, ROWS, (2,)),  # text pads
+    ({}, {"bos": 0, "eos": 0}, 0, ROWS, (0,)),  # GPT-2
+    ({"bos_token": None}, {"bos": 0, "eos": [7, 2], "pad": 3}, None, 3, (7, 2)),  # Qwen
+]
+
+
+def test_roles_that_are_missing_or_shared() -> None:
+    for row in ROLES:
+        with case(row) as (config, ids, bos, pad, stop):
+            tokenizer = roles(config, **ids)
+            assert (tokenizer.bos_id, tokenizer.pad_id, tokenizer.stop_ids) == (bos, pad, stop)
+            assert tokenizer.eos_id == stop[0] and pad in tokenizer.special_ids
+            assert tokenizer.token_bytes(pad) == b"" and tokenizer.decode([*tokenizer.encode("a"), pad]) == "a"
+            assert tokenizer.encode("wow!!") == package(content_of("gpt2")).encode("wow!!").ids
 
 
 def test_what_is_wrong_is_named() -> None:
@@ -348,23 +352,21 @@ def named_patterns() -> list[str]:
     return sorted(set(found))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "trained", "tiny", *named_patterns()])
-def test_our_own_tokenizer_in_hugging_faces_layout(kind: str) -> None:
-    tokenizer = {
-        "bytes": Tokenizer.bytes,
-        "trained": lambda: Tokenizer.train(CORPUS * 3, 450),
-        "tiny": lambda: tiny_ranks(WORDS_PATTERN),
-    }.get(kind, lambda: tiny_ranks(kind))()
-    made = to_hugging_face(tokenizer)
-    theirs = package(made)
-    assert theirs.get_vocab_size() == len(tokenizer._bytes) + 3
-    assert theirs.token_to_id("<|pad|>") == tokenizer.pad_id
-    for text in [*strings(300, seed=4), "  the 1234\n\n\n", "the", "a  ", "12"]:
-        assert theirs.encode(text).ids == [tokenizer.bos_id, *tokenizer.encode(text)], repr(text)
-    if to_oniguruma(tokenizer.pattern) in PATTERNS or kind == "bytes":
-        back = HuggingFaceTokenizer.from_content(made, {"eos_token": "<|endoftext|>"}, rows=999, name="back")
-        assert back.backend == "tiktoken"
-        assert all(back.encode(text) == tokenizer.encode(text) for text in strings(100, seed=5))
+def test_our_own_tokenizer_in_hugging_faces_layout() -> None:
+    own = {"bytes": Tokenizer.bytes(), "trained": Tokenizer.train(CORPUS * 3, 450), "tiny": tiny_ranks(WORDS_PATTERN)}
+    for kind in [*own, *named_patterns()]:
+        with case(kind):
+            tokenizer = own[kind] if kind in own else tiny_ranks(kind)
+            made = to_hugging_face(tokenizer)
+            theirs = package(made)
+            assert theirs.get_vocab_size() == len(tokenizer._bytes) + 3
+            assert theirs.token_to_id("<|pad|>") == tokenizer.pad_id
+            for text in [*strings(300, seed=4), "  the 1234\n\n\n", "the", "a  ", "12"]:
+                assert theirs.encode(text).ids == [tokenizer.bos_id, *tokenizer.encode(text)], repr(text)
+            if to_oniguruma(tokenizer.pattern) in PATTERNS or kind == "bytes":
+                back = HuggingFaceTokenizer.from_content(made, {"eos_token": "<|endoftext|>"}, rows=999, name="back")
+                assert back.backend == "tiktoken"
+                assert all(back.encode(text) == tokenizer.encode(text) for text in strings(100, seed=5))
 
 
 def test_a_pattern_that_may_mean_something_else_is_refused() -> None:

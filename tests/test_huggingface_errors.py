@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_jax.arrays import Params
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.pretrained.huggingface import nested, parameter_shapes, read_folder, write_folder
+from rlhf_jax.pretrained.huggingface import read_folder, write_folder
+from tests.cases import case
+from tests.made_params import random_params, shapes_traced_once  # noqa: F401
+
+pytestmark = [pytest.mark.pretrained, pytest.mark.usefixtures("shapes_traced_once")]
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -22,17 +25,13 @@ LLAMA = ModelConfig(**SMALL, kv_heads=2, head_width=10, tied=False)
 GPT2 = ModelConfig.gpt2(**SMALL)
 
 
-def params_of(model: ModelConfig, scalar: bool = False) -> Params:
-    return nested({path: np.ones(shape, np.float32) for path, shape in parameter_shapes(model, scalar).items()})
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama in two files, a GPT-2 and a reward model in one each, all of them fine."""
     folder = tmp_path_factory.mktemp("whole")
-    write_folder(folder / "llama", params_of(LLAMA), LLAMA, shard_bytes=30_000)
-    write_folder(folder / "gpt2", params_of(GPT2), GPT2)
-    write_folder(folder / "rm", params_of(LLAMA, True), LLAMA)
+    write_folder(folder / "llama", random_params(LLAMA), LLAMA, shard_bytes=30_000)
+    write_folder(folder / "gpt2", random_params(GPT2), GPT2)
+    write_folder(folder / "rm", random_params(LLAMA, True), LLAMA)
     for name in ("llama", "gpt2", "rm"):
         read_folder(folder / name).load()
     return folder
@@ -151,32 +150,33 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_what_is_wrong_is_one_line_that_names_file_and_field(name: str, whole: Path, tmp_path: Path) -> None:
-    kind, damage, file, named = DAMAGES[name]
-    folder = tmp_path / "model"
-    shutil.copytree(whole / kind, folder)
-    damage(folder)
-    with pytest.raises(UserError) as caught:
-        read_folder(folder).load()
-    message = str(caught.value)
-    assert message.startswith(str(folder / file) if file else f"{folder}:")
-    assert "\n" not in message and len(message) < 500
-    for word in named:
-        assert word in message
+def test_what_is_wrong_is_one_line_that_names_file_and_field(whole: Path, tmp_path: Path) -> None:
+    for number, (name, row) in enumerate(DAMAGES.items()):
+        with case(name):
+            kind, damage, file, named = row
+            folder = tmp_path / f"{number}" / "model"
+            shutil.copytree(whole / kind, folder)
+            damage(folder)
+            with pytest.raises(UserError) as caught:
+                read_folder(folder).load()
+            message = str(caught.value)
+            assert message.startswith(str(folder / file) if file else f"{folder}:")
+            assert "\n" not in message and len(message) < 500
+            for word in named:
+                assert word in message
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
     with pytest.raises(UserError, match=r"out: found something there"):
-        write_folder(tmp_path / "out", params_of(GPT2), GPT2)
+        write_folder(tmp_path / "out", random_params(GPT2), GPT2)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes"]
 
 
 def test_parameters_that_the_family_has_no_place_for(tmp_path: Path) -> None:
     model = LLAMA
-    params = params_of(model)
+    params = random_params(model)
     params["block_0"]["attention"]["query"]["lora_a"] = np.ones((24, 2), np.float32)
     with pytest.raises(UserError, match=r"out: parameter 'block_0.attention.query.lora_a' .*no place"):
         write_folder(tmp_path / "out", params, model)
@@ -189,4 +189,4 @@ def test_parameters_that_the_family_has_no_place_for(tmp_path: Path) -> None:
 def test_a_model_that_no_family_can_hold(tmp_path: Path) -> None:
     model = ModelConfig(**SMALL, norm="layer", qk_norm=True)
     with pytest.raises(UserError, match="norm=layer, qk_norm=True"):
-        write_folder(tmp_path / "out", params_of(model), model)
+        write_folder(tmp_path / "out", random_params(model), model)

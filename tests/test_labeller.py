@@ -6,13 +6,14 @@ import pytest
 from rlhf_jax.demo.gold_score import gold_score, noise_for_agreement, rank, virtues_of
 from rlhf_jax.demo.relevance import Usage
 
+pytestmark = pytest.mark.core
+
 USAGE = Usage(frozenset("return true if the posix path is used for spawn a of it".split()))
 PROMPT = " use posix spawn (args) ->"
 
 
-@pytest.mark.parametrize(
-    ("response", "virtues"),
-    [
+def test_virtues_and_score_by_hand() -> None:
+    cases = [
         (" Return True if posix spawn is used.", "finished topic known concise fluent"),
         (" Return the posix path.", "finished topic known concise fluent"),  # one of the name's three words is enough
         (" Return the path.", "finished known concise fluent"),  # none of them
@@ -28,12 +29,12 @@ PROMPT = " use posix spawn (args) ->"
         (" Is it a it is it.", "finished known concise fluent"),  # stop words may come again
         (" ...", ""),
         ("", ""),
-    ],
-)
-def test_virtues_and_score_by_hand(response: str, virtues: str) -> None:
-    found = virtues_of(PROMPT, response, USAGE)
-    assert " ".join(name for name, has in found._asdict().items() if has) == virtues
-    assert gold_score(PROMPT, response, USAGE) == pytest.approx(1 + 1.2 * len(virtues.split()), abs=1e-12)
+    ]
+    for response, virtues in cases:
+        found = virtues_of(PROMPT, response, USAGE)
+        assert " ".join(name for name, has in found._asdict().items() if has) == virtues, response
+        score = gold_score(PROMPT, response, USAGE)
+        assert score == pytest.approx(1 + 1.2 * len(virtues.split()), abs=1e-12), response
 
 
 def test_an_answer_without_an_end_is_not_finished() -> None:
@@ -42,10 +43,10 @@ def test_an_answer_without_an_end_is_not_finished() -> None:
     assert gold_score(PROMPT, response, USAGE, ended=False) == pytest.approx(1 + 1.2 * 4, abs=1e-12)
 
 
-@pytest.mark.parametrize(("words", "concise"), [(2, False), (3, True), (8, True), (9, False)])
-def test_three_to_eight_words_are_concise(words: int, concise: bool) -> None:
-    said = [f"b{i}" for i in range(words)]
-    assert virtues_of(PROMPT, f" {' '.join(said)}.", USAGE).concise is concise
+def test_three_to_eight_words_are_concise() -> None:
+    for words, concise in ((2, False), (3, True), (8, True), (9, False)):
+        said = [f"b{i}" for i in range(words)]
+        assert virtues_of(PROMPT, f" {' '.join(said)}.", USAGE).concise is concise, words
 
 
 def test_ranks_are_bradley_terry_in_pairs() -> None:
@@ -60,16 +61,16 @@ def test_ranks_are_bradley_terry_in_pairs() -> None:
     np.testing.assert_array_equal(silent, [[3, 1, 2]])
 
 
-@pytest.mark.parametrize("agreement", [0.73, 0.6])
-def test_two_labellers_agree_as_often_as_asked(agreement: float) -> None:
-    random = np.random.default_rng(1)
-    scores = random.normal(size=(8_000, 4)).round()  # many pairs are equal, and are not counted
-    noise = noise_for_agreement(scores, agreement)
-    first, second = (rank(scores, noise, random) for _ in range(2))
-    i, j = np.triu_indices(4, 1)
-    differ = scores[:, i] != scores[:, j]
-    agree = (first[:, i] < first[:, j]) == (second[:, i] < second[:, j])
-    # The deviation of a share of some 35,000 pairs, six a prompt, is below 0.005.
-    assert agree[differ].mean() == pytest.approx(agreement, abs=0.01)
-    # A pair of equal scores is ordered by chance.
-    assert np.mean(~differ) > 0.2 and agree[~differ].mean() == pytest.approx(0.5, abs=0.015)
+def test_two_labellers_agree_as_often_as_asked() -> None:
+    for agreement in (0.73, 0.6):
+        random = np.random.default_rng(1)
+        scores = random.normal(size=(8_000, 4)).round()  # many pairs are equal, and are not counted
+        noise = noise_for_agreement(scores, agreement)
+        first, second = (rank(scores, noise, random) for _ in range(2))
+        i, j = np.triu_indices(4, 1)
+        differ = scores[:, i] != scores[:, j]
+        agree = (first[:, i] < first[:, j]) == (second[:, i] < second[:, j])
+        # The deviation of a share of some 35,000 pairs, six a prompt, is below 0.005.
+        assert agree[differ].mean() == pytest.approx(agreement, abs=0.01)
+        # A pair of equal scores is ordered by chance.
+        assert np.mean(~differ) > 0.2 and agree[~differ].mean() == pytest.approx(0.5, abs=0.015)

@@ -11,9 +11,12 @@ import pytest
 from rlhf_jax.config import LoraConfig, ModelConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import attach, init_adapter, merge
-from rlhf_jax.model import Transformer, init_params, to_scalar_head
+from rlhf_jax.model import Transformer, to_scalar_head
+from tests.random_params import random_params
 
-SMALL: dict[str, Any] = {"vocab_size": 19, "context": 12, "width": 8, "layers": 2, "heads": 2}
+pytestmark = pytest.mark.core
+
+SMALL: dict[str, Any] = {"vocab_size": 19, "context": 12, "width": 8, "layers": 1, "heads": 2}
 TOKENS = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
 LORA = LoraConfig(rank=3, alpha=6.0)
 
@@ -25,23 +28,28 @@ def forward(model: Transformer, params: dict) -> jax.Array:
 
 def shaken(tree: dict, seed: int = 0) -> dict:
     """Every leaf random: B too, which starts at 0."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(treedef, [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)])
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (0.3 * random.normal(size=x.shape)).astype(x.dtype), tree)
 
 
-@pytest.mark.parametrize("model", [Transformer(ModelConfig(**SMALL)), Transformer(ModelConfig.gpt2(**SMALL))])
-def test_attached_is_nothing_at_first_and_then_what_is_merged(model: Transformer) -> None:
-    base = init_params(model, jax.random.key(0))
-    adapter = init_adapter(base, LORA, jax.random.key(1))
-    plain = forward(model, base)
-    np.testing.assert_array_equal(forward(model, attach(base, adapter, LORA.scale)), plain)
-    trained = shaken(adapter)
-    attached = forward(model, attach(base, trained, LORA.scale))
-    assert np.abs(attached - plain).max() > 0.1
-    merged = merge(base, trained, LORA.scale)
-    assert str(jax.tree.structure(merged)) == str(jax.tree.structure(base))
-    np.testing.assert_allclose(forward(model, merged), attached, atol=1e-4)
+@functools.cache
+def fresh(config: LoraConfig, model: Transformer) -> tuple[dict, dict]:
+    """(parameters, a fresh adapter to them), on the host."""
+    base = random_params(model)
+    return base, jax.tree.map(np.asarray, jax.jit(init_adapter, static_argnums=1)(base, config, jax.random.key(1)))
+
+
+def test_attached_is_nothing_at_first_and_then_what_is_merged() -> None:
+    for model in (Transformer(ModelConfig(**SMALL)), Transformer(ModelConfig.gpt2(**SMALL))):
+        base, adapter = fresh(LORA, model)
+        plain = forward(model, base)
+        np.testing.assert_array_equal(forward(model, attach(base, adapter, LORA.scale)), plain)
+        trained = shaken(adapter)
+        attached = forward(model, attach(base, trained, LORA.scale))
+        assert np.abs(attached - plain).max() > 0.1, model
+        merged = jax.jit(merge, static_argnums=2)(base, trained, LORA.scale)
+        assert str(jax.tree.structure(merged)) == str(jax.tree.structure(base))
+        np.testing.assert_allclose(forward(model, merged), attached, atol=1e-4, err_msg=str(model))
 
 
 def test_the_product_by_hand() -> None:
@@ -54,10 +62,10 @@ def test_the_product_by_hand() -> None:
 
 
 def test_only_the_named_kernels_and_only_the_adapter_get_a_gradient() -> None:
-    model = Transformer(ModelConfig(**SMALL))
-    base = init_params(model, jax.random.key(0))
+    model = Transformer(ModelConfig(**SMALL | {"layers": 2}))
     config = LoraConfig(rank=2, targets=("query", "down"))
-    adapter = shaken(init_adapter(base, config, jax.random.key(1)))
+    base, adapter = fresh(config, model)
+    adapter = shaken(adapter)
     assert sorted(adapter) == ["block_0", "block_1"]
     assert sorted(adapter["block_0"]["attention"]) == ["query"]
     assert sorted(adapter["block_0"]["ffn"]) == ["down"]
@@ -74,9 +82,9 @@ def test_only_the_named_kernels_and_only_the_adapter_get_a_gradient() -> None:
 
 def test_a_score_head_stands_beside_the_adapter() -> None:
     model = Transformer(ModelConfig(**SMALL), scalar=True)
-    base = init_params(Transformer(ModelConfig(**SMALL)), jax.random.key(0))
-    whole = to_scalar_head(base, model, jax.random.key(2))
-    adapter = init_adapter(base, LORA, jax.random.key(1)) | {"score": whole["score"]}
+    base, adapter = fresh(LORA, Transformer(ModelConfig(**SMALL)))
+    whole = jax.jit(to_scalar_head, static_argnums=1)(base, model, jax.random.key(2))
+    adapter = adapter | {"score": whole["score"]}
     expected = forward(model, whole)
     np.testing.assert_array_equal(forward(model, attach(base, adapter, LORA.scale)), expected)
     # A whole network in place of an adapter is itself, whatever it is laid over.
@@ -86,6 +94,6 @@ def test_a_score_head_stands_beside_the_adapter() -> None:
 def test_impossible_settings_are_refused() -> None:
     with pytest.raises(UserError, match="targets: found \\['querry'\\]"):
         LoraConfig(rank=2, targets=("querry",))
-    gpt2 = init_params(Transformer(ModelConfig.gpt2(**SMALL)), jax.random.key(0))
+    gpt2 = random_params(Transformer(ModelConfig.gpt2(**SMALL)))
     with pytest.raises(UserError, match="the model has none of gate"):
         init_adapter(gpt2, LoraConfig(rank=2, targets=("gate",)), jax.random.key(0))

@@ -10,6 +10,8 @@ import pytest
 from rlhf_jax.runs import metrics
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Throughput, Writers, matmul_peak, read_rows
 
+pytestmark = pytest.mark.core
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:

@@ -4,12 +4,13 @@ import pytest
 
 from rlhf_jax.demo.names import known_words, words_of
 
+pytestmark = pytest.mark.core
+
 KNOWN = frozenset("get default time out timeout file name dict month range".split())
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
+def test_words_of() -> None:
+    cases = [
         ("use_posixSpawn2", ("use", "posix", "spawn2")),
         ("HTTPServer", ("http", "server")),
         ("_get_URL", ("get", "url")),
@@ -17,15 +18,13 @@ KNOWN = frozenset("get default time out timeout file name dict month range".spli
         ("parseHTMLPage", ("parse", "html", "page")),
         ("___", ()),
         ("getfile", ("getfile",)),
-    ],
-)
-def test_words_of(name: str, words: tuple[str, ...]) -> None:
-    assert words_of(name) == words
+    ]
+    for name, words in cases:
+        assert words_of(name) == words, name
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
+def test_known_words_are_cut_apart() -> None:
+    cases = [
         ("getdefaulttimeout", ("get", "default", "timeout")),  # not time, out: fewer words
         ("get_filename", ("get", "file", "name")),
         ("getFilename2", ("get", "filename2")),  # a part is cut whole or not at all
@@ -37,10 +36,9 @@ def test_words_of(name: str, words: tuple[str, ...]) -> None:
         ("monthrange", ("month", "range")),
         ("getx", ("getx",)),
         ("", ()),
-    ],
-)
-def test_known_words_are_cut_apart(name: str, words: tuple[str, ...]) -> None:
-    assert words_of(name, KNOWN) == words
+    ]
+    for name, words in cases:
+        assert words_of(name, KNOWN) == words, name
 
 
 def test_words_are_known_from_five_descriptions_and_not_from_names() -> None:

@@ -1,5 +1,6 @@
 """One device, eight by jit, eight by pmap, microbatches: the same gradients of all four objectives, masks uneven."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,15 @@ import pytest
 from rlhf_jax.arrays import RankingBatch, Rollout, TokenBatch, TrainState
 from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
-from rlhf_jax.parallel.mesh import jit_update, make_mesh, outline, place, pmap_update, shard_rows
+from rlhf_jax.parallel.mesh import copied, jit_update, make_mesh, outline, place, pmap_update, shard_rows
 from rlhf_jax.runs.loop import compile_seconds
 from rlhf_jax.stages import ppo, pretrain, reward, sft
-from rlhf_jax.stages.rollout import Networks
+from rlhf_jax.stages.ppo import Networks
+from tests.random_params import random_params
+
+pytestmark = pytest.mark.core
 
 CONFIG = ModelConfig(vocab_size=13, context=12, width=8, layers=1, heads=2, ffn_width=16)
 MODEL, SCORER = Transformer(CONFIG), Transformer(CONFIG, scalar=True)
@@ -77,9 +81,9 @@ def make_ppo(**settings: Any) -> Callable:
 
     def update(state: TrainState, part: Rollout) -> tuple[TrainState, dict]:
         count = global_count(part.response_mask_BR, settings.get("axis_name"))
-        networks = Networks(MODEL, SCORER)
+        networks, (rows, _) = Networks(MODEL, SCORER), ppo.episode_rows(part, packed=False)
         return gradient_step(
-            state, lambda p, rows, _: ppo.objective(networks, p, rows, count, config), part, RECORDER, **settings
+            state, lambda p, rows, _: ppo.objective(networks, p, rows, count, config), rows, RECORDER, **settings
         )
 
     return update
@@ -93,55 +97,63 @@ OBJECTIVES: dict[str, tuple[Callable, Callable, Callable]] = {
 }
 
 
-@pytest.fixture(scope="module")
+WAYS: dict[str, Callable] = {
+    "8 by pmap": lambda make: pmap_update(make(axis_name="data"), 8),
+    "4 microbatches": lambda make: jit_update(make(microbatches=4), make_mesh(1)),
+    "data=2,fsdp=2,tensor=2": lambda make: jit_update(make(), make_mesh(2, 2, 2)),
+}
+# On a mesh an objective's code is that of one device, and PPO has both networks: these with it alone.
+MORE_MESHES: dict[str, Callable] = {
+    "8 by jit": lambda make: jit_update(make(), make_mesh(8)),
+    "fsdp=8": lambda make: jit_update(make(), make_mesh(fsdp=8)),
+}
+
+
+@functools.cache
 def params() -> dict:
-    trees = {"policy": init_params(MODEL, jax.random.key(0)), "critic": init_params(SCORER, jax.random.key(1))}
-    return jax.tree.map(lambda x: np.asarray(2 * x), trees)
+    return {"policy": random_params(MODEL, 0, 2.0), "critic": random_params(SCORER, 1, 2.0)}
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_gradients_do_not_depend_on_the_devices(params: dict, name: str) -> None:
+def test_gradients_do_not_depend_on_the_devices(name: str) -> None:
     make, make_batch, part_of = OBJECTIVES[name]
-    batch = make_batch(np.random.default_rng(0))
+    batch = jax.tree.map(np.asarray, make_batch(np.random.default_rng(0)))
 
     def gradient(step: Callable, batch: Any = batch) -> tuple[Any, dict]:
-        own = jax.tree.map(jnp.array, part_of(params))
-        state, metrics = step(new_state(own, RECORDER.init(own), 0), batch)
+        own = part_of(params())
+        state, metrics = step(new_state(own, jax.tree.map(np.zeros_like, own), 0), batch)
         return jax.tree.map(np.asarray, state.opt_state), {k: float(v) for k, v in metrics.items()}
 
-    alone, facts = gradient(jit_update(make(), make_mesh(1)))
+    one_device = jit_update(make(), make_mesh(1))
+    alone, facts = gradient(one_device)
     size = max(np.abs(x).max() for x in jax.tree.leaves(alone))
     assert size > 0.01
-    ways = {
-        "8 by jit": jit_update(make(), make_mesh(8)),
-        "8 by pmap": pmap_update(make(axis_name="data"), 8),
-        "4 microbatches": jit_update(make(microbatches=4), make_mesh(1)),
-        "fsdp=8": jit_update(make(), make_mesh(fsdp=8)),
-        "data=2,fsdp=2,tensor=2": jit_update(make(), make_mesh(2, 2, 2)),
-    }
-    for way, step in ways.items():
-        other, other_facts = gradient(step)
+    for way, make_step in (WAYS | (MORE_MESHES if name == "ppo" else {})).items():
+        other, other_facts = gradient(make_step(make))
         for right, found in zip(jax.tree.leaves(alone), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(found, right, atol=1e-5, err_msg=way)
         assert other_facts == pytest.approx(facts, rel=1e-5, abs=1e-6), way
-    # The masks are uneven enough that the usual mistake, a mean of the devices' means, would show.
-    step = jit_update(make(), make_mesh(1))
-    parts = [gradient(step, jax.tree.map(lambda x: x[2 * i : 2 * i + 2], batch))[0] for i in range(8)]  # noqa: B023
+    # The masks are uneven enough that the usual mistake, a mean of the devices' means, would show. The mean of a device
+    # is that of its two rows said eight times, which the same program computes.
+    parts = [
+        gradient(one_device, jax.tree.map(lambda x: x[2 * i + np.arange(ROWS) % 2], batch))[0]  # noqa: B023
+        for i in range(8)
+    ]
     wrong = jax.tree.map(lambda *x: np.mean(x, axis=0), *parts)
     errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone, wrong)
     assert max(jax.tree.leaves(errors)) > 0.1 * size
 
 
-def test_jit_and_pmap_give_the_same_state(params: dict) -> None:
+def test_jit_and_pmap_give_the_same_state() -> None:
     # ε large: where a gradient is 0 but for rounding, Adam would blow the rounding up.
     optimizer = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=0, epsilon=1e-3), 4)
-    states = []
+    states, start, mesh = [], params()["policy"], make_mesh(8)
+    opt_state = jax.jit(optimizer.init)(start)
     for step in (
-        jit_update(pretrain.make_update(MODEL, optimizer), make_mesh(8)),
+        jit_update(pretrain.make_update(MODEL, optimizer), mesh),
         pmap_update(pretrain.make_update(MODEL, optimizer, axis_name="data"), 8),
     ):
-        own = jax.tree.map(jnp.array, params["policy"])
-        state = new_state(own, optimizer.init(own), 7)
+        state = copied(place(new_state(start, opt_state, 7), mesh), mesh)
         for seed in (0, 1):
             state, _ = step(state, token_batch(np.random.default_rng(seed)))
         states.append(state)
@@ -151,7 +163,7 @@ def test_jit_and_pmap_give_the_same_state(params: dict) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first.params, second.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first.opt_state, second.opt_state)
     assert jax.tree.map(jnp.shape, first.params) == jax.tree.map(jnp.shape, second.params)
-    assert np.abs(np.asarray(first.params["embedding"]) - params["policy"]["embedding"]).max() > 0.005
+    assert np.abs(np.asarray(first.params["embedding"]) - start["embedding"]).max() > 0.005
 
 
 def test_what_does_not_divide_is_refused_with_what_does() -> None:
@@ -170,22 +182,26 @@ def test_a_batch_is_spread_by_rows() -> None:
     assert all(s.data.shape == (2, 1) for s in spread.addressable_shards)
 
 
-@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_what_is_compiled_for_an_outline_is_what_runs(params: dict, axes: dict[str, int]) -> None:
-    optimizer = make_optimizer(OptimConfig(), 4)
-    mesh, batch = make_mesh(**axes), jax.tree.map(np.asarray, token_batch(np.random.default_rng(0)))
-    update = jit_update(pretrain.make_update(MODEL, optimizer), mesh)
+def test_what_is_compiled_for_an_outline_is_what_runs() -> None:
+    optimizer, start = make_optimizer(OptimConfig(), 4), params()["policy"]
+    batch = jax.tree.map(np.asarray, token_batch(np.random.default_rng(0)))
+
+    def objective(params: Any, part: TokenBatch, _: jax.Array) -> tuple[jax.Array, dict]:
+        return jnp.mean(part.tokens_BT) * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)), {}
 
     def make() -> TrainState:
-        return new_state(params["policy"], optimizer.init(params["policy"]), 0)
+        return new_state(start, optimizer.init(start), 0)
 
-    sketch = outline(make, mesh)
-    assert int(sketch.step) == 0
-    assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((sketch.params, sketch.opt_state)))
-    before = compile_seconds()
-    update.prepare(sketch, batch)
-    assert compile_seconds() > before
-    state = place(jax.tree.map(jnp.copy, make()), mesh)
-    before = compile_seconds()
-    update(state, batch)
-    assert compile_seconds() == before
+    for axes in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = make_mesh(**axes)
+        update = jit_update(lambda state, part: gradient_step(state, objective, part, optimizer), mesh)
+        sketch = outline(make, mesh)
+        assert int(sketch.step) == 0, axes
+        assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((sketch.params, sketch.opt_state))), axes
+        before = compile_seconds()
+        update.prepare(sketch, batch)
+        assert compile_seconds() > before, axes
+        state = place(jax.tree.map(jnp.copy, make()), mesh)
+        before = compile_seconds()
+        update(state, batch)
+        assert compile_seconds() == before, axes

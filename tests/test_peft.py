@@ -1,8 +1,8 @@
 """Adapters as PEFT's folders: back to the bit, and what PEFT makes of fused matrices, scales and names, by hand."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.config import LoraConfig, ModelConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.lora import init_adapter
 from rlhf_jax.model import stack_blocks
-from rlhf_jax.pretrained.huggingface import flattened, nested, parameter_shapes
+from rlhf_jax.pretrained.huggingface import flattened, nested
 from rlhf_jax.pretrained.peft import base_of, read_adapter, write_adapter
+from tests.cases import case
+from tests.made_params import random_adapter, shapes_traced_once  # noqa: F401
+
+pytestmark = [pytest.mark.pretrained, pytest.mark.usefixtures("shapes_traced_once")]
 
 SMALL: dict[str, Any] = {"vocab_size": 19, "context": 12, "width": 8, "layers": 2, "heads": 2, "ffn_width": 12}
 NEOX: dict[str, Any] = {"norm": "layer", "residual": "parallel", "activation": "gelu_exact", "bias": True}
@@ -30,8 +33,7 @@ BASE = "base_model.model."
 
 
 def fresh(model: ModelConfig, lora: LoraConfig) -> dict:
-    base = nested({path: np.zeros(shape, np.float32) for path, shape in parameter_shapes(model, False).items()})
-    return init_adapter(base, lora, jax.random.key(0))
+    return random_adapter(model, lora, trained=False)
 
 
 def shaken(adapter: dict) -> dict:
@@ -57,23 +59,23 @@ def made(folder: Path, tensors: dict[str, np.ndarray], **config: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("scalar", [False, True])
-@pytest.mark.parametrize("model_type", MODELS)
-def test_there_and_back(model_type: str, scalar: bool, tmp_path: Path) -> None:
-    model = MODELS[model_type]
+def test_there_and_back(tmp_path: Path) -> None:
     every = LoraConfig(rank=3, alpha=0.7, targets=("query", "key", "value", "out", "up", "down"))
     some = LoraConfig(rank=2, alpha=6.0, targets=("key", "value", "down"))
     rng = np.random.default_rng(1)
     head = {"kernel": rng.normal(size=(8, 1)).astype(np.float32), "bias": np.array([0.1], np.float32)}
-    for lora in (every, some):
-        for adapter in (fresh(model, lora), shaken(fresh(model, lora))):
-            whole = adapter | {"score": head} if scalar else adapter
-            folder = tmp_path / f"{lora.rank}{adapter is whole}{len(list(tmp_path.iterdir()))}"
-            write_adapter(folder, whole, lora, model, model_type, base="some/model")
-            found, settings = read_adapter(folder, model, model_type)
-            assert_same(found, whole)
-            assert settings == lora
-            assert base_of(folder) == "some/model"
+    for row in itertools.product(MODELS, [False, True]):
+        with case(row) as (model_type, scalar):
+            model = MODELS[model_type]
+            for lora in (every, some):
+                for adapter in (fresh(model, lora), shaken(fresh(model, lora))):
+                    whole = adapter | {"score": head} if scalar else adapter
+                    folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+                    write_adapter(folder, whole, lora, model, model_type, base="some/model")
+                    found, settings = read_adapter(folder, model, model_type)
+                    assert_same(found, whole)
+                    assert settings == lora
+                    assert base_of(folder) == "some/model"
 
 
 def test_what_is_written_for_gpt2(tmp_path: Path) -> None:
@@ -129,44 +131,47 @@ def test_neox_interleaves_by_head(tmp_path: Path) -> None:
             np.testing.assert_array_equal(product[start : start + 4], wanted[4 * head : 4 * head + 4])
 
 
-@pytest.mark.parametrize("size", [0.0, 1.0])
-def test_a_fused_matrix_of_peft_is_shared(size: float, tmp_path: Path) -> None:
+def test_a_fused_matrix_of_peft_is_shared(tmp_path: Path) -> None:
     """Of a rank that three blocks would have, too, and before training, when B is 0."""
-    a, b = np.arange(1.0, 25).reshape(3, 8), size * np.arange(1.0, 73).reshape(24, 3)
-    stem = f"{BASE}transformer.h.0.attn.c_attn"
-    folder = made(tmp_path / "a", {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, r=3)
-    adapter, lora = read_adapter(folder, MODELS["gpt2"], "gpt2")
-    assert lora == LoraConfig(rank=3, alpha=4.0, targets=("query", "key", "value"))
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    parts = {"query": b[:8], "key": b[8:16], "value": b[16:]}
-    modules = {name: {"lora_a": a.T, "lora_b": part.T} for name, part in parts.items()}
-    assert_same(adapter, {"block_0": {"attention": modules}})
+    for size in [0.0, 1.0]:
+        with case(size):
+            a, b = np.arange(1.0, 25).reshape(3, 8), size * np.arange(1.0, 73).reshape(24, 3)
+            stem = f"{BASE}transformer.h.0.attn.c_attn"
+            folder = made(tmp_path / f"{size}", {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, r=3)
+            adapter, lora = read_adapter(folder, MODELS["gpt2"], "gpt2")
+            assert lora == LoraConfig(rank=3, alpha=4.0, targets=("query", "key", "value"))
+            a, b = a.astype(np.float32), b.astype(np.float32)
+            parts = {"query": b[:8], "key": b[8:16], "value": b[16:]}
+            modules = {name: {"lora_a": a.T, "lora_b": part.T} for name, part in parts.items()}
+            assert_same(adapter, {"block_0": {"attention": modules}})
 
 
-@pytest.mark.parametrize(
-    ("config", "scale"),
-    [
-        ({}, 4 / 2),
-        ({"use_rslora": True}, 4 / 2**0.5),
-        ({"alpha_pattern": {r"layers\.[1-9]\.mlp\.up_proj": 3}}, 3 / 2),
-        ({"alpha_pattern": {"up_proj": 5, "mlp.up_proj": 7}, "r": 8, "rank_pattern": {"^model.+up_proj": 2}}, 5 / 2),
-        ({"use_rslora": True, "r": 16, "rank_pattern": {"up_proj": 2}}, 4 / 2**0.5),
-        ({"alpha_pattern": {"p_proj": 5, "layers.11.mlp.up_proj": 5}, "target_modules": "all-linear"}, 4 / 2),
-        ({"target_modules": r".*\.(up|gate)_proj", "init_lora_weights": "gaussian", "layers_pattern": "layers"}, 4 / 2),
-    ],
-)
-def test_a_modules_own_scale(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
-    a, b = np.arange(1.0, 17).reshape(2, 8), np.arange(1.0, 25).reshape(12, 2)
-    stem = f"{BASE}model.layers.1.mlp.up_proj"
-    folder = made(tmp_path / "a", {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, **config)
-    adapter, lora = read_adapter(folder, MODELS["llama"], "llama")
-    module = adapter["block_1"]["ffn"]["up"]
-    np.testing.assert_allclose(module["lora_a"] @ module["lora_b"] * lora.scale, (b @ a).T * scale, rtol=1e-6)
-    if not {"alpha_pattern", "rank_pattern"} & set(config):
-        np.testing.assert_array_equal(module["lora_b"], b.T)
-    # Written again it is the same adapter, of the module's own rank.
-    write_adapter(tmp_path / "b", adapter, lora, MODELS["llama"], "llama", base="x")
-    assert_same(read_adapter(tmp_path / "b", MODELS["llama"], "llama")[0], adapter)
+SCALES = [
+    ({}, 4 / 2),
+    ({"use_rslora": True}, 4 / 2**0.5),
+    ({"alpha_pattern": {r"layers\.[1-9]\.mlp\.up_proj": 3}}, 3 / 2),
+    ({"alpha_pattern": {"up_proj": 5, "mlp.up_proj": 7}, "r": 8, "rank_pattern": {"^model.+up_proj": 2}}, 5 / 2),
+    ({"use_rslora": True, "r": 16, "rank_pattern": {"up_proj": 2}}, 4 / 2**0.5),
+    ({"alpha_pattern": {"p_proj": 5, "layers.11.mlp.up_proj": 5}, "target_modules": "all-linear"}, 4 / 2),
+    ({"target_modules": r".*\.(up|gate)_proj", "init_lora_weights": "gaussian", "layers_pattern": "layers"}, 4 / 2),
+]
+
+
+def test_a_modules_own_scale(tmp_path: Path) -> None:
+    for number, row in enumerate(SCALES):
+        with case(row) as (config, scale):
+            a, b = np.arange(1.0, 17).reshape(2, 8), np.arange(1.0, 25).reshape(12, 2)
+            stem = f"{BASE}model.layers.1.mlp.up_proj"
+            folder = made(tmp_path / f"{number}", {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, **config)
+            adapter, lora = read_adapter(folder, MODELS["llama"], "llama")
+            module = adapter["block_1"]["ffn"]["up"]
+            np.testing.assert_allclose(module["lora_a"] @ module["lora_b"] * lora.scale, (b @ a).T * scale, rtol=1e-6)
+            if not {"alpha_pattern", "rank_pattern"} & set(config):
+                np.testing.assert_array_equal(module["lora_b"], b.T)
+            # Written again it is the same adapter, of the module's own rank.
+            again = tmp_path / f"{number} again"
+            write_adapter(again, adapter, lora, MODELS["llama"], "llama", base="x")
+            assert_same(read_adapter(again, MODELS["llama"], "llama")[0], adapter)
 
 
 def test_stacked_blocks_get_the_same_modules_of_the_same_rank(tmp_path: Path) -> None:
@@ -183,24 +188,25 @@ def test_stacked_blocks_get_the_same_modules_of_the_same_rank(tmp_path: Path) ->
     np.testing.assert_array_equal(products, np.ones((3, 8, 12)) * np.array([0.0, 2.0, 2.0])[:, None, None])
 
 
-@pytest.mark.parametrize("prefix", [BASE + "model.", "model.", BASE, ""])
-def test_names_with_and_without_prefix_and_adapter(prefix: str, tmp_path: Path) -> None:
-    # A pair of zeros is a pair, outside a fused matrix.
-    a, b = np.zeros((2, 8), np.float16), np.zeros((12, 2), np.float16)
-    stem, score = f"{prefix}layers.0.mlp.up_proj", f"{BASE}score.modules_to_save.default.weight"
-    tensors: dict[str, np.ndarray] = {
-        f"{stem}.lora_A.default.weight": a,
-        f"{stem}.lora_B.default.weight": b,
-        score: np.ones((1, 8)),
-    }
-    folder = made(tmp_path / "a", tensors, task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
-    adapter, lora = read_adapter(folder, MODELS["llama"], "llama")
-    one = np.ones((8, 1), np.float32)
-    wanted = {"lora_a": np.zeros((8, 2), np.float32), "lora_b": np.zeros((2, 12), np.float32)}
-    assert_same(
-        adapter, {"block_0": {"ffn": {"up": wanted}}, "score": {"kernel": one, "bias": np.zeros(1, np.float32)}}
-    )
-    assert lora.targets == ("up",)
+def test_names_with_and_without_prefix_and_adapter(tmp_path: Path) -> None:
+    for number, prefix in enumerate([BASE + "model.", "model.", BASE, ""]):
+        with case(prefix):
+            # A pair of zeros is a pair, outside a fused matrix.
+            a, b = np.zeros((2, 8), np.float16), np.zeros((12, 2), np.float16)
+            stem, score = f"{prefix}layers.0.mlp.up_proj", f"{BASE}score.modules_to_save.default.weight"
+            tensors: dict[str, np.ndarray] = {
+                f"{stem}.lora_A.default.weight": a,
+                f"{stem}.lora_B.default.weight": b,
+                score: np.ones((1, 8)),
+            }
+            folder = made(tmp_path / f"{number}", tensors, task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
+            adapter, lora = read_adapter(folder, MODELS["llama"], "llama")
+            one = np.ones((8, 1), np.float32)
+            wanted = {"lora_a": np.zeros((8, 2), np.float32), "lora_b": np.zeros((2, 12), np.float32)}
+            assert_same(
+                adapter, {"block_0": {"ffn": {"up": wanted}}, "score": {"kernel": one, "bias": np.zeros(1, np.float32)}}
+            )
+            assert lora.targets == ("up",)
 
 
 PAIR = {
@@ -211,57 +217,59 @@ UP_A, UP_B = PAIR
 ONE = np.ones((2, 8), np.float32)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"peft_type": "LOHA"}, "field 'peft_type': found 'LOHA', wanted 'LORA'"),
-        ({"use_dora": True}, "field 'use_dora': found True, wanted nothing: only plain LoRA"),
-        ({"bias": "lora_only"}, "field 'bias': found 'lora_only', only 'none'"),
-        ({"lora_bias": True}, "field 'lora_bias': found True"),
-        ({"a_method_of_2030": {"on": 1}}, "field 'a_method_of_2030': found {'on': 1}"),
-        ({"init_lora_weights": "pissa_niter_4"}, "field 'init_lora_weights': found 'pissa_niter_4', wanted true"),
-        ({"layers_pattern": ["h"]}, "field 'layers_pattern': found ['h'], wanted nothing or ['layers']"),
-        ({"r": None}, "field 'r': found nothing, wanted a whole number"),
-        ({"lora_alpha": 0}, "field 'lora_alpha': found 0, wanted more than 0"),
-        ({"alpha_pattern": {"up_(": 2}}, "alpha_pattern: found 'up_(', wanted a regular expression"),
-        ({"task_type": "SEQ_CLS"}, "score.weight' is missing, but adapter_config.json says SEQ_CLS"),
-        ({"r": 3}, "lora_A.weight': found shape [2, 8], wanted [3, 8]"),
-        ({"rank_pattern": {"up_proj": 5}}, "lora_A.weight': found shape [2, 8], wanted [5, 8]"),
-    ],
-)
-def test_configs_that_are_refused(config: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = made(tmp_path / "a", PAIR, **config)
-    with pytest.raises(UserError) as error:
-        read_adapter(folder, MODELS["llama"], "llama")
-    assert message in str(error.value)
-    assert str(folder) in str(error.value)
-    assert "\n" not in str(error.value)
+REFUSED_CONFIGS = [
+    ({"peft_type": "LOHA"}, "field 'peft_type': found 'LOHA', wanted 'LORA'"),
+    ({"use_dora": True}, "field 'use_dora': found True, wanted nothing: only plain LoRA"),
+    ({"bias": "lora_only"}, "field 'bias': found 'lora_only', only 'none'"),
+    ({"lora_bias": True}, "field 'lora_bias': found True"),
+    ({"a_method_of_2030": {"on": 1}}, "field 'a_method_of_2030': found {'on': 1}"),
+    ({"init_lora_weights": "pissa_niter_4"}, "field 'init_lora_weights': found 'pissa_niter_4', wanted true"),
+    ({"layers_pattern": ["h"]}, "field 'layers_pattern': found ['h'], wanted nothing or ['layers']"),
+    ({"r": None}, "field 'r': found nothing, wanted a whole number"),
+    ({"lora_alpha": 0}, "field 'lora_alpha': found 0, wanted more than 0"),
+    ({"alpha_pattern": {"up_(": 2}}, "alpha_pattern: found 'up_(', wanted a regular expression"),
+    ({"task_type": "SEQ_CLS"}, "score.weight' is missing, but adapter_config.json says SEQ_CLS"),
+    ({"r": 3}, "lora_A.weight': found shape [2, 8], wanted [3, 8]"),
+    ({"rank_pattern": {"up_proj": 5}}, "lora_A.weight': found shape [2, 8], wanted [5, 8]"),
+]
 
 
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({}, "found no tensor of LoRA"),
-        ({UP_A: PAIR[UP_A]}, f"tensor '{UP_A}': found it without its lora_B"),
-        (PAIR | {UP_A.removeprefix(BASE): ONE}, "lora_A.weight' too, wanted one of them"),
-        (PAIR | {UP_B: ONE}, "found shape [2, 8], wanted [12, 2]"),
-        (PAIR | {f"{BASE}score.weight": ONE}, "score.weight': found shape [2, 8], wanted [1, 8]"),
-        (PAIR | {f"{BASE}lm_head.lora_A.weight": ONE}, f"tensor '{BASE}lm_head.lora_A.weight': found no place for it"),
-        (PAIR | {f"{BASE}model.embed_tokens.lora_embedding_A": ONE}, "wanted lora_A and lora_B of q_proj, k_proj"),
-        (PAIR | {f"{BASE}model.embed_tokens.weight": ONE}, "no place for it in a llama of 2 layers"),
-        (PAIR | {UP_A.replace("layers.0", "layers.2"): ONE}, "no place for it in a llama of 2 layers"),
-        (
-            PAIR | {UP_A.replace("lora_A.weight", "lora_magnitude_vector"): ONE},
-            "lora_magnitude_vector': found no place",
-        ),
-    ],
-)
-def test_tensors_that_are_refused(tensors: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
-    folder = made(tmp_path / "a", tensors)
-    with pytest.raises(UserError) as error:
-        read_adapter(folder, MODELS["llama"], "llama")
-    assert message in str(error.value)
-    assert str(folder / "adapter_model.safetensors") in str(error.value)
+def test_configs_that_are_refused(tmp_path: Path) -> None:
+    for number, row in enumerate(REFUSED_CONFIGS):
+        with case(row) as (config, message):
+            folder = made(tmp_path / f"{number}", PAIR, **config)
+            with pytest.raises(UserError) as error:
+                read_adapter(folder, MODELS["llama"], "llama")
+            assert message in str(error.value)
+            assert str(folder) in str(error.value)
+            assert "\n" not in str(error.value)
+
+
+REFUSED_TENSORS = [
+    ({}, "found no tensor of LoRA"),
+    ({UP_A: PAIR[UP_A]}, f"tensor '{UP_A}': found it without its lora_B"),
+    (PAIR | {UP_A.removeprefix(BASE): ONE}, "lora_A.weight' too, wanted one of them"),
+    (PAIR | {UP_B: ONE}, "found shape [2, 8], wanted [12, 2]"),
+    (PAIR | {f"{BASE}score.weight": ONE}, "score.weight': found shape [2, 8], wanted [1, 8]"),
+    (PAIR | {f"{BASE}lm_head.lora_A.weight": ONE}, f"tensor '{BASE}lm_head.lora_A.weight': found no place for it"),
+    (PAIR | {f"{BASE}model.embed_tokens.lora_embedding_A": ONE}, "wanted lora_A and lora_B of q_proj, k_proj"),
+    (PAIR | {f"{BASE}model.embed_tokens.weight": ONE}, "no place for it in a llama of 2 layers"),
+    (PAIR | {UP_A.replace("layers.0", "layers.2"): ONE}, "no place for it in a llama of 2 layers"),
+    (
+        PAIR | {UP_A.replace("lora_A.weight", "lora_magnitude_vector"): ONE},
+        "lora_magnitude_vector': found no place",
+    ),
+]
+
+
+def test_tensors_that_are_refused(tmp_path: Path) -> None:
+    for number, row in enumerate(REFUSED_TENSORS):
+        with case(row) as (tensors, message):
+            folder = made(tmp_path / f"{number}", tensors)
+            with pytest.raises(UserError) as error:
+                read_adapter(folder, MODELS["llama"], "llama")
+            assert message in str(error.value)
+            assert str(folder / "adapter_model.safetensors") in str(error.value)
 
 
 def cut(folder: Path) -> None:
@@ -273,22 +281,23 @@ def pickled(folder: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (cut, "adapter_model.safetensors: cut or damaged"),
-        (pickled, "no such file; adapter_model.bin is a pickle"),
-        (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json in it"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "adapter_config.json: found list"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: unreadable"),
-        (lambda folder: folder.rename(folder.with_name("b")), "no such folder"),
-    ],
-)
-def test_files_that_are_missing_or_cut(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
-    folder = made(tmp_path / "a", PAIR)
-    damage(folder)
-    with pytest.raises(UserError, match=message):
-        read_adapter(folder, MODELS["llama"], "llama")
+DAMAGES = [
+    (cut, "adapter_model.safetensors: cut or damaged"),
+    (pickled, "no such file; adapter_model.bin is a pickle"),
+    (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json in it"),
+    (lambda folder: (folder / "adapter_config.json").write_text("[]"), "adapter_config.json: found list"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: unreadable"),
+    (lambda folder: folder.rename(folder.with_name("b")), "no such folder"),
+]
+
+
+def test_files_that_are_missing_or_cut(tmp_path: Path) -> None:
+    for number, row in enumerate(DAMAGES):
+        with case(row) as (damage, message):
+            folder = made(tmp_path / f"{number}", PAIR)
+            damage(folder)
+            with pytest.raises(UserError, match=message):
+                read_adapter(folder, MODELS["llama"], "llama")
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from rlhf_jax.cli.planning import first_that_fits, run
 from rlhf_jax.config import EpisodeConfig, ModelConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.logprobs import positions_at_a_time, response_losses, target_losses
-from rlhf_jax.model import Transformer, init_params, stack_blocks
+from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.packing import padded_episodes
 from rlhf_jax.parallel.mesh import make_mesh, place, shard_rows
 from rlhf_jax.pods.chips import CHIPS, Chip, Topology, check_mesh, read_topology, written
 from rlhf_jax.pods.estimate import TooLarge, bill, check_compiled, check_fit, counted, extrapolated, timed
@@ -26,7 +27,9 @@ from rlhf_jax.pods.kernels import causal_blocks, kernels
 from rlhf_jax.pods.models import read_model
 from rlhf_jax.pods.programs import Programs, Work, bytes_of
 from rlhf_jax.pods.traffic import cycles, hbm_bytes
-from rlhf_jax.stages.rollout import sample
+from rlhf_jax.stages.ppo import sample
+
+pytestmark = pytest.mark.core
 
 SMALL = ModelConfig(vocab_size=64, context=64, width=16, layers=2, heads=2, ffn_width=32, tied=False)
 EVERY = {"data": 1, "fsdp": 8, "tensor": 1}
@@ -347,34 +350,41 @@ def test_the_command_refuses_before_it_compiles() -> None:
     assert written({"data": 2, "fsdp": 4, "tensor": 1}) == "data=2,fsdp=4"
 
 
-def rows() -> TokenBatch:
-    tokens = jax.random.randint(jax.random.key(3), (8, 14), 0, 64)
-    return TokenBatch(tokens, jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
+def drawn(config: ModelConfig) -> Any:
+    """Parameters of a size that shows, without a program that draws them."""
+    random, shapes = np.random.default_rng(0), jax.eval_shape(init_params, Transformer(config), jax.random.key(0))
+    return jax.tree.map(lambda leaf: random.normal(scale=0.25, size=leaf.shape).astype(np.float32), shapes)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("chunk", [4])
-def test_the_loss_in_chunks_is_the_loss(chunk: int, scan: bool) -> None:
-    config = dataclasses.replace(SMALL, scan_layers=scan, layers=2 if scan else 1)
-    plain, chunked = Transformer(config), Transformer(dataclasses.replace(config, head_chunk=chunk))
-    params = init_params(plain, jax.random.key(0))
+def test_the_loss_in_chunks_is_the_loss() -> None:
+    tokens = np.random.default_rng(3).integers(0, 64, (8, 14), np.int32)
+    rows = TokenBatch(tokens, np.ones_like(tokens), np.ones(tokens.shape, bool))
+    weights = np.sin(np.arange(8.0 * 13, dtype=np.float32)).reshape(8, 13)
 
-    def of(model: Transformer) -> Any:
-        def loss(params: Any) -> Any:
-            losses, _ = target_losses(model, params, rows())
-            response, entropy = response_losses(
-                model, params, rows().tokens_BT, jnp.ones((8, 14), bool), response_length=13, temperature=0.7
-            )
-            weights = jnp.sin(jnp.arange(8.0 * 13)).reshape(8, 13)
-            return jnp.sum(losses * weights) + jnp.sum(response * weights) + 0.1 * jnp.sum(entropy), (losses, response)
+    def loss(params: Any, model: Transformer) -> Any:
+        real = np.ones((8, 14), bool)
+        episodes = padded_episodes(rows.tokens_BT, jnp.asarray(real), jnp.asarray(real[:, 1:]), None)
+        response, entropy = response_losses(model, params, episodes, temperature=0.7)
+        total, losses = jnp.sum(response * weights) + 0.1 * jnp.sum(entropy), [response]
+        # Whose chunks are those of the other loss: once is enough.
+        if not model.config.scan_layers:
+            losses.append(target_losses(model, params, rows)[0])
+            total += jnp.sum(losses[1] * weights)
+        return total, losses
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    for scan in (False, True):
+        plain = dataclasses.replace(SMALL, scan_layers=scan, layers=1)
 
-    (one, losses), gradient = of(plain)
-    (other, parts), other_gradient = of(chunked)
-    np.testing.assert_allclose(one, other, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), losses, parts)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), gradient, other_gradient)
+        @jax.jit
+        def both(params: Any, plain: ModelConfig = plain) -> Any:
+            models = (Transformer(plain), Transformer(dataclasses.replace(plain, head_chunk=4)))
+            return [jax.value_and_grad(loss, has_aux=True)(params, model) for model in models]
+
+        one, other = jax.tree.map(np.asarray, both(drawn(plain)))
+        ((total, losses), gradient), ((same, parts), other_gradient) = one, other
+        np.testing.assert_allclose(total, same, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), losses, parts)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), gradient, other_gradient)
 
 
 def test_positions_at_a_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,43 +403,40 @@ def test_positions_at_a_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert positions_at_a_time(SMALL, 8, 10) == 1
 
 
-@pytest.mark.parametrize("chunk", [-1])
-def test_a_chunk_is_checked(chunk: int) -> None:
+def test_a_chunk_is_checked() -> None:
     with pytest.raises(UserError, match="head_chunk -1"):
-        dataclasses.replace(SMALL, head_chunk=chunk)
+        dataclasses.replace(SMALL, head_chunk=-1)
 
 
-@pytest.mark.parametrize("parts", [0, 2, 4])
-def test_weights_laid_out_for_decoding_sample_the_same(parts: int) -> None:
+def test_weights_laid_out_for_decoding_sample_the_same() -> None:
     # Two key heads: over four parts the rows of the cache are spread instead.
-    config = dataclasses.replace(SMALL, scan_layers=True)
-    model = Transformer(config)
-    params = stack_blocks(init_params(Transformer(SMALL), jax.random.key(0)), config)
-    prompts = PromptBatch(jax.random.randint(jax.random.key(1), (16, 5), 2, 64), jnp.ones((16, 5), bool))
+    model = Transformer(dataclasses.replace(SMALL, scan_layers=True))
+    params = drawn(model.config)
+    prompts = PromptBatch(np.random.default_rng(1).integers(2, 64, (16, 5), np.int32), np.ones((16, 5), bool))
 
-    def sampled(params: Any, prompts: PromptBatch, parts: int) -> Any:
+    def sampled(parts: int) -> Any:
         config = EpisodeConfig(response_length=9, decode_parts=parts)
-        return sample(model, params, prompts, jax.random.key(2), config, eos_id=0, pad_id=1)
+        key = jax.random.key(2)
+        return jax.jit(lambda params, prompts: sample(model, params, prompts, key, config, eos_id=0, pad_id=1))
 
-    alone = sampled(params, prompts, 0)
+    alone = sampled(0)(params, prompts)
     mesh = make_mesh(data=2, fsdp=4)
     placed, spread = place(params, mesh), shard_rows(prompts, mesh)
-    with jax.set_mesh(mesh):
-        step = jax.jit(lambda params, prompts: sampled(params, prompts, parts))
-        out = step(placed, spread)
-        text = str(step.lower(placed, spread).compile().as_text())
-    np.testing.assert_array_equal(alone.tokens, out.tokens)
-    np.testing.assert_allclose(alone.logp, out.logp, atol=1e-5)
-    in_loops = [one for one in collectives(text) if one.times >= 8 and one.kind == "all-gather"]
-    # What fsdp cuts is gathered at each token only where it is left so.
-    weights = [one for one in in_loops if any(sorted(shape)[-2:] == [16, 32] for _, shape in one.shapes)]
-    assert bool(weights) == (parts == 0), weights
+    for parts in (0, 2, 4):
+        with jax.set_mesh(mesh):
+            step = sampled(parts).lower(placed, spread).compile()
+            out = step(placed, spread)
+        np.testing.assert_array_equal(alone.tokens, out.tokens, err_msg=str(parts))
+        np.testing.assert_allclose(alone.logp, out.logp, atol=1e-5, err_msg=str(parts))
+        in_loops = [one for one in collectives(str(step.as_text())) if one.times >= 8 and one.kind == "all-gather"]
+        # What fsdp cuts is gathered at each token only where it is left so.
+        weights = [one for one in in_loops if any(sorted(shape)[-2:] == [16, 32] for _, shape in one.shapes)]
+        assert bool(weights) == (parts == 0), (parts, weights)
 
 
 def test_parts_that_do_not_divide() -> None:
-    params = init_params(Transformer(SMALL), jax.random.key(0))
-    mesh = make_mesh(fsdp=8)
-    prompts = PromptBatch(jnp.ones((8, 4), jnp.int32), jnp.ones((8, 4), bool))
+    params, mesh = drawn(SMALL), make_mesh(fsdp=8)
+    prompts = PromptBatch(np.ones((8, 4), np.int32), np.ones((8, 4), bool))
     config = EpisodeConfig(response_length=4, decode_parts=3)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="decode_parts 3 does not divide the axis fsdp of 8"):
         sample(Transformer(SMALL), place(params, mesh), prompts, jax.random.key(0), config, eos_id=0, pad_id=1)

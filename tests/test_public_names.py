@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import rlhf_jax
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 # name -> (module, parameters as a caller writes them; a default is a promise too)
 SIGNATURES = {
@@ -27,12 +30,13 @@ SIGNATURES = {
 }
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_are_those_that_others_call(name: str) -> None:
-    module, wanted = SIGNATURES[name]
-    function = inspect.unwrap(getattr(importlib.import_module(f"rlhf_jax.{module}"), name))
-    bare = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
-    assert str(inspect.Signature(bare)) == wanted
+def test_signatures_are_those_that_others_call() -> None:
+    for name in SIGNATURES:
+        with case(name):
+            module, wanted = SIGNATURES[name]
+            function = inspect.unwrap(getattr(importlib.import_module(f"rlhf_jax.{module}"), name))
+            bare = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
+            assert str(inspect.Signature(bare)) == wanted
 
 
 def test_the_model_and_the_sampler_are_where_they_are_called() -> None:

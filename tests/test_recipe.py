@@ -7,35 +7,39 @@ from rlhf_jax.cli.app import main
 from rlhf_jax.data import Prompt, PromptRows, Text
 from rlhf_jax.demo.python_docs import Corpus
 from rlhf_jax.recipe.labels import Judge, some
-from rlhf_jax.recipe.sizes import SIZES, Size
+from rlhf_jax.recipe.sizes import SIZES
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
+
+pytestmark = pytest.mark.core
+
+MISTAKES = [
+    ("--seeds", "0", "seeds: found 0, wanted 1 or more"),
+    ("--seed", "-1", "seed: found -1, wanted 0 or more"),
+    ("--devices", "0", "devices: found 0, wanted 1 or more"),
+    ("--name", "../x", "name: found '../x', wanted a name below runs/"),
+    ("--size", "huge", "invalid choice 'huge' for argument '--size'"),
+    ("--sizes", "small", "unknown flag --sizes; did you mean --size?"),
+]
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
-        ("--seeds", "0", "seeds: found 0, wanted 1 or more"),
-        ("--seed", "-1", "seed: found -1, wanted 0 or more"),
-        ("--devices", "0", "devices: found 0, wanted 1 or more"),
-        ("--name", "../x", "name: found '../x', wanted a name below runs/"),
-        ("--size", "huge", "invalid choice 'huge' for argument '--size'"),
-        ("--sizes", "small", "unknown flag --sizes; did you mean --size?"),
-    ],
-)
-def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], flag: str, value: str, message: str) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["recipe", flag, value])
-    said = capsys.readouterr()
-    assert end.value.code == 2 and not said.out
-    assert message in said.err and said.err.count("\n") == 1
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for row in MISTAKES:
+        with case(row) as (flag, value, message):
+            with pytest.raises(SystemExit) as end:
+                main(["recipe", flag, value])
+            said = capsys.readouterr()
+            assert end.value.code == 2 and not said.out
+            assert message in said.err and said.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_sizes_are_possible(size: Size) -> None:
-    # A demonstration fits a packed row, and a row the context.
-    assert size.prompt_tokens + size.response_tokens <= size.row_length <= size.model.context
-    assert size.episodes % size.minibatches == 0
-    assert size.pack == 0 or size.episodes // size.minibatches % size.pack == 0
+def test_sizes_are_possible() -> None:
+    for size in SIZES.values():
+        with case(size):
+            # A demonstration fits a packed row, and a row the context.
+            assert size.prompt_tokens + size.response_tokens <= size.row_length <= size.model.context
+            assert size.episodes % size.minibatches == 0
+            assert size.pack == 0 or size.episodes // size.minibatches % size.pack == 0
 
 
 def test_prompts_are_asked_again_from_the_first_where_there_are_fewer() -> None:

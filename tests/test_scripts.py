@@ -40,6 +40,9 @@ from rlhf_jax.trainers import ppo as ppo_trainer
 from rlhf_jax.trainers import pretrain as pretrain_trainer
 from rlhf_jax.trainers import reward as reward_trainer
 from rlhf_jax.trainers import sft as sft_trainer
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 COMPILER = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 WORDS = ("red", "blue", "green", "cat")
@@ -344,14 +347,15 @@ def refused(capsys: pytest.CaptureFixture[str], command: str, arguments: tuple[s
     return said.err
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
 @pytest.mark.usefixtures("user")
-def test_a_bad_file_is_one_line(capsys: pytest.CaptureFixture[str], case: str) -> None:
-    command, arguments, content, message = BAD_ROWS[case]
-    Path("bad.jsonl").write_bytes(content + b"\n")
-    place = arguments.index("--data") + 1
-    arguments = ("--name", "bad", *arguments[:place], "bad.jsonl", *arguments[place + 1 :])
-    assert re.search(message, refused(capsys, command, arguments))
+def test_a_bad_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, row in BAD_ROWS.items():
+        with case(name):
+            command, arguments, content, message = row
+            Path("bad.jsonl").write_bytes(content + b"\n")
+            place = arguments.index("--data") + 1
+            arguments = ("--name", "bad", *arguments[:place], "bad.jsonl", *arguments[place + 1 :])
+            assert re.search(message, refused(capsys, command, arguments))
 
 
 def changed(arguments: tuple[str, ...], **flags: str) -> tuple[str, ...]:
@@ -359,83 +363,82 @@ def changed(arguments: tuple[str, ...], **flags: str) -> tuple[str, ...]:
     return (*arguments, *(part for flag, value in flags.items() for part in (f"--{flag}", value)))
 
 
-@pytest.mark.parametrize(
-    ("command", "arguments", "message"),
-    [
-        (
-            "sft",
-            changed(SFT, init="runs/judge"),
-            "runs/judge: found the folder of a reward run, wanted one of pretr",
-        ),
-        (
-            "reward",
-            changed(REWARD, init="runs/judge"),
-            "runs/judge: found the folder of a reward run, wanted one of",
-        ),
-        (
-            "ppo",
-            changed(PPO, reward="runs/answers"),
-            "runs/answers: found the folder of a sft run, wanted one of rew",
-        ),
-        ("ppo", changed(PPO, init="nowhere"), "nowhere: no such folder; wanted the folder of a sft or pretrain run"),
-        ("ppo", changed(PPO, reward="other"), "other: its vocabulary of 300 tokens is not that of runs/answers"),
-        (
-            "pretrain",
-            changed(PRETRAIN, name="judge"),
-            "runs/judge: found the folder of a reward run, wanted one of p",
-        ),
-        ("pretrain", changed(PRETRAIN, data="none.jsonl"), "none.jsonl: cannot be read: No such file"),
-        ("pretrain", changed(PRETRAIN, devices="3"), "batch 4 is not divisible by devices 3 .* use --batch 3"),
-        ("ppo", changed(PPO, minibatches="3"), "batch 4 is not divisible by minibatches 3 .* use --batch 3"),
-        ("pretrain", changed(PRETRAIN, **{"model.width": "15"}), "model: width 15 is not divisible by heads 2"),
-        (
-            "pretrain",
-            changed(PRETRAIN, **{"row-length": "99"}),
-            "row_length 99 is longer than the model's context 64",
-        ),
-        ("pretrain", changed(PRETRAIN, **{"optimizer.learning-rate": "-1"}), "optimizer: learning_rate: found -1.0"),
-        (
-            "pretrain",
-            changed(PRETRAIN, **{"model.vocab-size": "9", "tokenizer": "bpe"}),
-            "vocab_size 9: wanted at le",
-        ),
-        ("ppo", changed(PPO, **{"episode.temperature": "0"}), "episode: temperature: found 0.0, wanted more than 0"),
-        (
-            "ppo",
-            changed(PPO, **{"prompt-length": "63"}),
-            "prompt_length 63 .* exceeds .* use --prompt-length 60 or l",
-        ),
-        ("sft", changed(SFT, dropuot="0.1"), "unknown flag --dropuot; did you mean --dropout"),
-        (
-            "generate",
-            ("runs/judge",),
-            "runs/judge: found the folder of a reward run, wanted one of pretrain or sft or ppo",
-        ),
-        ("generate", ("runs/base", "--max-new-tokens", "64"), "leaves no room .* use --max-new-tokens 32"),
-        (
-            "generate",
-            ("runs/base", "--max-new-tokens", "4", "--prompt", "ok", "--prompt", LONG),
-            "--prompt 2: found 81 tokens, wanted 60 or less: the context of 64 less max_new_tokens 4",
-        ),
-        (
-            "generate",
-            ("runs/base", "--max-new-tokens", "4", "--prompt", "a\udcff"),
-            "--prompt 1: character 2: found bytes that are not UTF-8",
-        ),
-        ("generate", ("runs/base", "--top-p", "0"), "top_p: found 0.0, wanted more than 0 and at most 1"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    user: Path, capsys: pytest.CaptureFixture[str], command: str, arguments: tuple[str, ...], message: str
-) -> None:
-    if "other" in arguments and not Path("other").exists():
-        words = Tokenizer.train([LONG * 9, *(chr(97 + i % 26) * i for i in range(90))], 300)
-        model = to_plain(ModelConfig(vocab_size=words.vocab_size))
-        judge = RunFolder.create("other", stage="reward", config={}, model=model, tokenizer=words, inputs={})
-        judge.finish({"score_mean": 0.0, "score_scale": 1.0})
-    if command != "generate" and "judge" not in arguments[-1:]:
-        arguments = ("--name", "bad", *arguments)
-    assert re.search(message, refused(capsys, command, arguments))
+MISTAKES = [
+    (
+        "sft",
+        changed(SFT, init="runs/judge"),
+        "runs/judge: found the folder of a reward run, wanted one of pretr",
+    ),
+    (
+        "reward",
+        changed(REWARD, init="runs/judge"),
+        "runs/judge: found the folder of a reward run, wanted one of",
+    ),
+    (
+        "ppo",
+        changed(PPO, reward="runs/answers"),
+        "runs/answers: found the folder of a sft run, wanted one of rew",
+    ),
+    ("ppo", changed(PPO, init="nowhere"), "nowhere: no such folder; wanted the folder of a sft or pretrain run"),
+    ("ppo", changed(PPO, reward="other"), "other: its vocabulary of 300 tokens is not that of runs/answers"),
+    (
+        "pretrain",
+        changed(PRETRAIN, name="judge"),
+        "runs/judge: found the folder of a reward run, wanted one of p",
+    ),
+    ("pretrain", changed(PRETRAIN, data="none.jsonl"), "none.jsonl: cannot be read: No such file"),
+    ("pretrain", changed(PRETRAIN, devices="3"), "batch 4 is not divisible by devices 3 .* use --batch 3"),
+    ("ppo", changed(PPO, minibatches="3"), "batch 4 is not divisible by minibatches 3 .* use --batch 3"),
+    ("pretrain", changed(PRETRAIN, **{"model.width": "15"}), "model: width 15 is not divisible by heads 2"),
+    (
+        "pretrain",
+        changed(PRETRAIN, **{"row-length": "99"}),
+        "row_length 99 is longer than the model's context 64",
+    ),
+    ("pretrain", changed(PRETRAIN, **{"optimizer.learning-rate": "-1"}), "optimizer: learning_rate: found -1.0"),
+    (
+        "pretrain",
+        changed(PRETRAIN, **{"model.vocab-size": "9", "tokenizer": "bpe"}),
+        "vocab_size 9: wanted at le",
+    ),
+    ("ppo", changed(PPO, **{"episode.temperature": "0"}), "episode: temperature: found 0.0, wanted more than 0"),
+    (
+        "ppo",
+        changed(PPO, **{"prompt-length": "63"}),
+        "prompt_length 63 .* exceeds .* use --prompt-length 60 or l",
+    ),
+    ("sft", changed(SFT, dropuot="0.1"), "unknown flag --dropuot; did you mean --dropout"),
+    (
+        "generate",
+        ("runs/judge",),
+        "runs/judge: found the folder of a reward run, wanted one of pretrain or sft or ppo",
+    ),
+    ("generate", ("runs/base", "--max-new-tokens", "64"), "leaves no room .* use --max-new-tokens 32"),
+    (
+        "generate",
+        ("runs/base", "--max-new-tokens", "4", "--prompt", "ok", "--prompt", LONG),
+        "--prompt 2: found 81 tokens, wanted 60 or less: the context of 64 less max_new_tokens 4",
+    ),
+    (
+        "generate",
+        ("runs/base", "--max-new-tokens", "4", "--prompt", "a\udcff"),
+        "--prompt 1: character 2: found bytes that are not UTF-8",
+    ),
+    ("generate", ("runs/base", "--top-p", "0"), "top_p: found 0.0, wanted more than 0 and at most 1"),
+]
+
+
+def test_a_mistake_is_one_line(user: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for row in MISTAKES:
+        with case(row) as (command, arguments, message):
+            if "other" in arguments and not Path("other").exists():
+                words = Tokenizer.train([LONG * 9, *(chr(97 + i % 26) * i for i in range(90))], 300)
+                model = to_plain(ModelConfig(vocab_size=words.vocab_size))
+                judge = RunFolder.create("other", stage="reward", config={}, model=model, tokenizer=words, inputs={})
+                judge.finish({"score_mean": 0.0, "score_scale": 1.0})
+            if command != "generate" and "judge" not in arguments[-1:]:
+                arguments = ("--name", "bad", *arguments)
+            assert re.search(message, refused(capsys, command, arguments))
 
 
 def test_messages_that_are_too_long_or_no_text(

@@ -1,5 +1,8 @@
 """Rankings with each prompt written once against a row of its own for each response."""
 
+import functools
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from rlhf_jax.logprobs import ranking_scores
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.trainers import reward
+
+pytestmark = pytest.mark.core
 
 
 def rankings() -> RankingRows:
@@ -35,36 +40,49 @@ def test_rows_by_hand() -> None:
     assert batch.mask_BK.tolist() == [[True] * 3, [True, True, False]]
 
 
-@pytest.mark.parametrize(("buckets", "length"), [((), 7), ((8,), 8), ((9, 16), 9), ((5,), 7)])
-def test_rows_are_as_long_as_the_buckets_that_hold_them(buckets: tuple, length: int) -> None:
+def test_rows_are_as_long_as_the_buckets_that_hold_them() -> None:
     # The longest row has 7 tokens; buckets that do not hold it are added to.
-    rows = RankingRows([([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]], [2, 1, 3])], 8, buckets=buckets)
-    assert SharedRankingRows(rows).row_length(np.arange(1)) == length
+    cases: tuple[tuple[tuple[int, ...], int], ...] = (((), 7), ((8,), 8), ((9, 16), 9), ((5,), 7))
+    for buckets, length in cases:
+        rows = RankingRows([([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]], [2, 1, 3])], 8, buckets=buckets)
+        assert SharedRankingRows(rows).row_length(np.arange(1)) == length, buckets
 
 
-@pytest.mark.parametrize("changes", [{}, {"windows": (3, 0)}, {"positions": "learned"}], ids=str)
-def test_scores_and_an_update_are_the_same(changes: dict) -> None:
-    # 4 responses of up to 5 tokens behind a prompt of 5: a shared row may be longer than the context.
-    config = ModelConfig(vocab_size=11, context=16, width=16, layers=2, heads=2, kv_heads=1, **changes)
+@functools.cache
+def parameters(config: ModelConfig) -> dict[str, Any]:
     model = Transformer(config, scalar=True)
-    params = jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(0)))
+    return jax.tree.map(lambda x: 3 * np.asarray(x), init_params(model, jax.random.key(0)))
+
+
+def test_scores_and_an_update_are_the_same() -> None:
+    # 4 responses of up to 5 tokens behind a prompt of 5: a shared row may be longer than the context.
     apart, shared = rankings().batch(np.arange(8)), SharedRankingRows(rankings()).batch(np.arange(8))
-    assert shared.tokens_BT.shape[1] > config.context
-    found = [np.where(apart.mask_BK, ranking_scores(model, params, batch), 0.0) for batch in (apart, shared)]
-    assert np.abs(found[0]).max() > 1
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-4)
-    # ε large: where a gradient is 0 but for rounding, Adam would blow the rounding up.
-    optimizer = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=0, epsilon=1e-2), 2)
-    update = jax.jit(reward.make_update(model, optimizer))
-    states, metrics = zip(*(update(new_state(params, optimizer.init(params), 0), b) for b in (apart, shared)))
-    assert float(metrics[1]["loss"]) == pytest.approx(float(metrics[0]["loss"]), rel=1e-5)
-    assert int(metrics[1]["tokens"]) < int(metrics[0]["tokens"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[1].params, states[0].params)
+    # A layer of a window below one that sees all; positions that are turned, and positions that are added.
+    for changes in ({"layers": 2, "windows": (3, 0)}, {"layers": 1, "positions": "learned"}):
+        config = ModelConfig(vocab_size=11, context=16, width=16, heads=2, kv_heads=1, **changes)
+        model, params = Transformer(config, scalar=True), parameters(config)
+        assert shared.tokens_BT.shape[1] > config.context
+        # ε large: where a gradient is 0 but for rounding, Adam would blow the rounding up.
+        optimizer = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=0, epsilon=1e-2), 2)
+        update = reward.make_update(model, optimizer)
+
+        @jax.jit
+        def scores_and_update(params: Any, batch: Any, model=model, optimizer=optimizer, update=update) -> Any:
+            state = new_state(params, optimizer.init(params), 0)
+            return ranking_scores(model, params, batch), *update(state, batch)
+
+        scores, states, metrics = zip(*(jax.device_get(scores_and_update(params, batch)) for batch in (apart, shared)))
+        found = [np.where(apart.mask_BK, scores_BK, 0.0) for scores_BK in scores]
+        assert np.abs(found[0]).max() > 1, changes
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-4, err_msg=str(changes))
+        assert float(metrics[1]["loss"]) == pytest.approx(float(metrics[0]["loss"]), rel=1e-5), changes
+        assert int(metrics[1]["tokens"]) < int(metrics[0]["tokens"]), changes
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[1].params, states[0].params)
 
 
 def test_figures_of_a_reward_model_are_the_same() -> None:
-    model = Transformer(ModelConfig(vocab_size=11, context=16, width=16, layers=1, heads=2), scalar=True)
-    params = jax.tree.map(lambda x: 3 * x, init_params(model, jax.random.key(0)))
+    config = ModelConfig(vocab_size=11, context=16, width=16, layers=1, heads=2)
+    model, params = Transformer(config, scalar=True), parameters(config)
     # Batches of three: the last one of eight prompts has one that was there already.
     apart, shared = (reward.accuracy(model, params, rankings(), 3, share) for share in (False, True))
     assert shared == apart and 0 < apart[0] < 1 and apart[1] > 10

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
-from rlhf_jax.data import Comparison, Demonstration, Prompt, Text
+from rlhf_jax.data import Comparison, Demonstration, Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.trainers import ppo, pretrain, reward, sft
+from tests.made_params import random_params
+from tests.made_runs import write_run
 
-pytestmark = pytest.mark.usefixtures("each_key_once")
+pytestmark = [pytest.mark.pretrained, pytest.mark.usefixtures("each_key_once")]
 
 LORA = LoraConfig(rank=2, alpha=4.0)
-MODEL = ModelConfig(context=48, width=16, layers=1, heads=2)
+MODEL = ModelConfig(vocab_size=Tokenizer.bytes().vocab_size, context=48, width=16, layers=1, heads=2)
 DEMONSTRATIONS = [Demonstration(f"say {word}", f" {word}!") for word in ("red", "blue", "green", "grey")]
 PAIRS = [Comparison(d.prompt, d.completion, " no") for d in DEMONSTRATIONS]
 PROMPTS = [Prompt(d.prompt) for d in DEMONSTRATIONS]
@@ -30,13 +34,9 @@ def settings(out: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run of each stage, all but the first with adapters; the learning rates are such that two steps show."""
+    """A pretrained model, and each other stage with adapters; the learning rates are such that two steps show."""
     root = tmp_path_factory.mktemp("runs")
-    pretrain.run(
-        pretrain.Config(out=str(root / "base"), tokenizer="bytes", model=MODEL, row_length=16, batch=4, steps=1),
-        texts=[Text("red blue green grey " * 8)],
-        heldout=[],
-    )
+    write_run(root / "base", "pretrain", random_params(MODEL), MODEL, Tokenizer.bytes())
     sft.run(
         sft.Config(init=str(root / "base"), **settings(root / "sft")), records=DEMONSTRATIONS, heldout=DEMONSTRATIONS
     )
@@ -114,6 +114,21 @@ def test_ppo_with_adapters_starts_from_the_sft_model_and_moves(runs: Path) -> No
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(tuned.own()), jax.tree.leaves(aligned.own()))]
     assert max(moved) > 0
     np.testing.assert_array_equal(aligned.params()["embedding"], tuned.params()["embedding"])
+
+
+def test_what_the_stages_have_written_can_be_exported(runs: Path, tmp_path: Path) -> None:
+    assert "adapter of rank 2" in export(str(runs / "sft"), tmp_path / "adapter", adapter=True)
+    found = open_source(f"peft:{tmp_path / 'adapter'}", stages=("sft",)).own()
+    own = open_source(str(runs / "sft"), stages=("sft",)).own()
+    jax.tree.map(np.testing.assert_array_equal, found, own)
+    export(str(runs / "ppo"), tmp_path / "critic", critic=True)
+    critic = RunFolder.open(runs / "ppo", stages=("ppo",)).load_params()["critic"]
+    read = open_source(f"hf:{tmp_path / 'critic'}", stages=("reward",)).params()
+    np.testing.assert_array_equal(read["score"]["kernel"], critic["score"]["kernel"])
+    query = critic["block_0"]["attention"]["query"]
+    base = open_source(str(runs / "base"), stages=("pretrain",)).params()["block_0"]["attention"]["query"]
+    wanted = base["kernel"] + 2.0 * query["lora_a"] @ query["lora_b"]
+    np.testing.assert_allclose(read["block_0"]["attention"]["query"]["kernel"], wanted, atol=1e-6)
 
 
 def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Path) -> None:

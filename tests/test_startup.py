@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.cli.startup import TUNABLES
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 SCRIPT = """
 import os, sys
@@ -21,17 +24,19 @@ print(pid, os.environ["GLIBC_TUNABLES"], sys.argv[1:], sys.flags.dont_write_byte
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
-@pytest.mark.parametrize("given", [None, "glibc.malloc.arena_max=2"])
-def test_the_same_process_with_the_same_arguments(tmp_path: Path, given: str | None) -> None:
+def test_the_same_process_with_the_same_arguments(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-    environment |= {"PYTHONPATH": os.getcwd()} | ({} if given is None else {"GLIBC_TUNABLES": given})
     command = [sys.executable, "-B", str(script), "a b", "--c"]
-    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    # What the user has set stays, and the process goes on as it is; else it starts once more, under the same id.
-    assert len(lines) == (3 if given is None else 2) and {line.split()[0] for line in lines} == {lines[0]}
-    assert lines[-1] == f"{lines[0]} {given or TUNABLES} ['a b', '--c'] 1"
+    for given in (None, "glibc.malloc.arena_max=2"):
+        with case(given):
+            environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+            environment |= {"PYTHONPATH": os.getcwd()} | ({} if given is None else {"GLIBC_TUNABLES": given})
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            lines = done.stdout.splitlines()
+            # What the user has set stays, and the process goes on as it is; else it starts once more, under its old id.
+            assert len(lines) == (3 if given is None else 2) and {line.split()[0] for line in lines} == {lines[0]}
+            assert lines[-1] == f"{lines[0]} {given or TUNABLES} ['a b', '--c'] 1"
 
 
 HEAP = """

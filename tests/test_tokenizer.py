@@ -12,6 +12,9 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.export import write_folder as write_tokenizer
 from rlhf_jax.tokenizers.load import load_tokenizer
+from tests.cases import case
+
+pytestmark = pytest.mark.core
 
 CORPUS = ["The cat sat on the mat. ", "the other cat, the better cat\n", "naïve café — 你好 0123"] * 20
 
@@ -89,19 +92,21 @@ def hostile_strings(count: int) -> list[str]:
     return strings
 
 
-@pytest.mark.parametrize("kind", ["bytes", "trained"])
-def test_hostile_strings_come_back_without_special_ids(kind: str, trained: Tokenizer) -> None:
-    tokenizer = Tokenizer.bytes() if kind == "bytes" else trained
-    strings = hostile_strings(10_000)
-    rows = tokenizer.encode_batch(strings)
-    assert tokenizer.decode_batch(rows) == strings
-    assert max(max(row) for row in rows) < min(tokenizer.special_ids)
+def test_hostile_strings_come_back_without_special_ids(trained: Tokenizer) -> None:
+    for kind in ["bytes", "trained"]:
+        with case(kind):
+            tokenizer = Tokenizer.bytes() if kind == "bytes" else trained
+            strings = hostile_strings(10_000)
+            rows = tokenizer.encode_batch(strings)
+            assert tokenizer.decode_batch(rows) == strings
+            assert max(max(row) for row in rows) < min(tokenizer.special_ids)
 
 
-@pytest.mark.parametrize("character", [" ", "\n", "a", "\u2028", "^", "7"])
-def test_long_runs_do_not_overflow_the_regex_engine(character: str, trained: Tokenizer) -> None:
-    text = "x" + character * 1_000_000 + "y"
-    assert trained.decode(trained.encode(text)) == text
+def test_long_runs_do_not_overflow_the_regex_engine(trained: Tokenizer) -> None:
+    for character in [" ", "\n", "a", "\u2028", "^", "7"]:
+        with case(character):
+            text = "x" + character * 1_000_000 + "y"
+            assert trained.decode(trained.encode(text)) == text
 
 
 def test_training_survives_long_white_space() -> None:
@@ -130,33 +135,36 @@ def test_save_and_load(trained: Tokenizer, tmp_path: Path) -> None:
     assert files == ["tokenizer.json", "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": "other"}, "not a tokenizer file"),
-        ({"format_version": 9}, "format_version 9, wanted 1"),
-        ({"tokens": {"0": "AA=="}}, "255 of 256 bytes have no token"),
-        ({"tokens": {"0": "?"}}, "damaged"),
-        ({"tokens": None}, "damaged"),
-        ({"pattern": "(?s)."}, "does not match its fingerprint"),
-    ],
-)
-def test_a_damaged_file_is_named(change: dict[str, object], message: str, trained: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    trained.save(path)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(UserError, match=rf"tokenizer\.json: .*{message}"):
-        load_tokenizer(path)
+DAMAGES = [
+    ({"format": "other"}, "not a tokenizer file"),
+    ({"format_version": 9}, "format_version 9, wanted 1"),
+    ({"tokens": {"0": "AA=="}}, "255 of 256 bytes have no token"),
+    ({"tokens": {"0": "?"}}, "damaged"),
+    ({"tokens": None}, "damaged"),
+    ({"pattern": "(?s)."}, "does not match its fingerprint"),
+]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000])
-def test_no_tokenizer_file(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    with pytest.raises(UserError, match="not a readable tokenizer file"):
-        load_tokenizer(path)
-    path.write_text(content)
-    with pytest.raises(UserError, match=r"tokenizer\.json: not a "):
-        load_tokenizer(path)
+def test_a_damaged_file_is_named(trained: Tokenizer, tmp_path: Path) -> None:
+    for row in DAMAGES:
+        with case(row) as (change, message):
+            path = tmp_path / "tokenizer.json"
+            trained.save(path)
+            path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+            with pytest.raises(UserError, match=rf"tokenizer\.json: .*{message}"):
+                load_tokenizer(path)
+
+
+def test_no_tokenizer_file(tmp_path: Path) -> None:
+    for number, content in enumerate(["", "[]", "{", "[" * 100_000]):
+        with case(content):
+            path = tmp_path / f"{number}" / "tokenizer.json"
+            path.parent.mkdir()
+            with pytest.raises(UserError, match="not a readable tokenizer file"):
+                load_tokenizer(path)
+            path.write_text(content)
+            with pytest.raises(UserError, match=r"tokenizer\.json: not a "):
+                load_tokenizer(path)
 
 
 def test_named_encoding_needs_no_cache_once_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """The toy languages: a model of a few thousand parameters learns, in seconds, which of two languages it is in."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,9 +10,11 @@ from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.data import batch_at, pack_text
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.parallel.mesh import jit_update, make_mesh
+from rlhf_jax.parallel.mesh import jit_update, make_mesh, place
 from rlhf_jax.stages import pretrain
 from rlhf_jax.tokenizers.bpe import Tokenizer
+
+pytestmark = pytest.mark.core
 
 LINES = ("0101", "010101", "01010101", "0011", "00110011", "001100110011")
 STEPS = 120
@@ -24,16 +27,16 @@ def trained() -> tuple:
     rows = pack_text(
         [tokenizer.encode(line) for line in LINES], length=31, start_ids=[tokenizer.bos_id], eos_id=tokenizer.eos_id
     )
-    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, context=32, width=32, layers=2, heads=2))
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, context=32, width=32, layers=2, heads=2)
+    model, mesh = Transformer(config), make_mesh(1)
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), STEPS)
     params = init_params(model, jax.random.key(0))
-    state = new_state(params, optimizer.init(params), 0)
-    step = jit_update(pretrain.make_update(model, optimizer), make_mesh(1))
+    state = place(new_state(params, jax.jit(optimizer.init)(params), 0), mesh)
+    step = jit_update(pretrain.make_update(model, optimizer), mesh)
     for number in range(STEPS):
         state, _ = step(state, batch_at(rows, batch_size=len(rows), seed=0, step=number))
-    params = state.params
-    forward = jax.jit(lambda tokens: jax.nn.log_softmax(model.apply({"params": params}, tokens)))
-    return tokenizer, forward
+    forward = jax.jit(lambda params, tokens: jax.nn.log_softmax(model.apply({"params": params}, tokens)))
+    return tokenizer, functools.partial(forward, state.params)
 
 
 def probability(trained: tuple, start: str, continuation: str, *, ending: bool = True) -> float:
@@ -43,7 +46,7 @@ def probability(trained: tuple, start: str, continuation: str, *, ending: bool =
     ids = before + tokenizer.encode(continuation)
     row = np.full((1, 32), tokenizer.pad_id, np.int32)
     row[0, : len(ids)] = ids
-    logp = np.asarray(forward(jnp.asarray(row)))[0]
+    logp = np.asarray(forward(row))[0]
     total = sum(logp[at - 1, ids[at]] for at in range(len(before), len(ids)))
     end = np.exp(logp[len(before) - 1, tokenizer.eos_id])
     return float(np.exp(total) / (1 if ending else 1 - end))

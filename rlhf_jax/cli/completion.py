@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data import chat_ids
 from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
 from rlhf_jax.data.dialogues import HEADERS, Message
@@ -42,16 +43,16 @@ class Speaker:
             )
         self.params = source.params()
         self.key = jax.random.key(config.seed)
-        self.settings: dict[str, Any] = {
-            "max_new_tokens": config.max_new_tokens,
-            "stop_ids": self.tokenizer.stop_ids,
-            "pad_id": self.tokenizer.pad_id,
-            "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
-            "segments": config.segments,
-            "cache_dtype": config.cache_dtype,
-        }
+        self.sampling = SamplingConfig(
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            pad_id=self.tokenizer.pad_id,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            segments=config.segments,
+            cache_dtype=config.cache_dtype,
+        )
 
     def refuse(self, ids: Sequence[int], where: str) -> None:
         """Raises UserError if a prompt is nothing, or leaves no room for the response."""
@@ -91,8 +92,8 @@ class Speaker:
             batch.tokens_BP,
             batch.mask_BP,
             self.key,
+            self.sampling,
             uniform_BR=jnp.asarray(uniform_BR[rows]),
-            **self.settings,
         )
         decode = self.tokenizer.decode
         tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
@@ -107,7 +108,7 @@ class Speaker:
         batch = PromptRows([list(ids)], width, self.tokenizer.pad_id).batch(np.arange(1))
         self.key, key = jax.random.split(self.key)
         decode = self.tokenizer.decode
-        columns = stream(self.model, self.params, batch.tokens_BP, batch.mask_BP, key, **self.settings)
+        columns = stream(self.model, self.params, batch.tokens_BP, batch.mask_BP, key, self.sampling)
         before, said, text = [*ids], len(decode(ids)), ""
         for token_B, _ in columns:
             before.append(int(token_B[0]))

@@ -3,7 +3,8 @@
 from rlhf_jax.config.checks import at_least, row_settings, within
 from rlhf_jax.config.model import ModelConfig, RopeScaling
 from rlhf_jax.config.plain import Partial, coerce_fields, from_plain, over_defaults, to_plain
-from rlhf_jax.config.run import MAY_CHANGE, PLACES, CacheDtype, EpisodeConfig, LoraConfig, OptimConfig, RunConfig
+from rlhf_jax.config.run import MAY_CHANGE, PLACES, EpisodeConfig, LoraConfig, OptimConfig, RunConfig
+from rlhf_jax.config.sampling import CacheDtype, SamplingConfig
 from rlhf_jax.config.stages import PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "SFTConfig",
+    "SamplingConfig",
     "at_least",
     "coerce_fields",
     "from_plain",

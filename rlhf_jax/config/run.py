@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from rlhf_jax.config.checks import at_least, within
+from rlhf_jax.config.sampling import CacheDtype, SamplingConfig
 from rlhf_jax.errors import UserError
 
 # Fields that change neither the data nor the arithmetic of a step: a resumed run may give other values.
@@ -16,8 +17,6 @@ MAY_CHANGE = frozenset(
     {"name", "out", "devices", "mesh", "pmap", "log_every", "save_every", "eval_every", "keep_last", "tensorboard"}
 )
 PLACES = ("query", "key", "value", "out", "gate", "up", "down")
-CacheDtype = Literal["model", "bfloat16", "int8"]
-"""What a cache holds: the dtype that the model computes in, or fewer bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,3 +223,16 @@ class EpisodeConfig:
             raise UserError(f"decode_parts: found {self.decode_parts}, wanted 0 or a divisor of the mesh's axis fsdp")
         if self.missing_end_score > 0:
             raise UserError(f"missing_end_score: found {self.missing_end_score}, wanted 0 or less: it is a penalty")
+
+    def sampling(self, stop_ids: tuple[int, ...], pad_id: int) -> SamplingConfig:
+        """How responses are sampled: from the whole distribution, which the ratio and the KL are of."""
+        return SamplingConfig(
+            max_new_tokens=self.response_length,
+            stop_ids=stop_ids,
+            pad_id=pad_id,
+            temperature=self.temperature,
+            slots=self.slots,
+            segments=self.segments,
+            cache_dtype=self.cache_dtype,
+            decode_parts=self.decode_parts,
+        )

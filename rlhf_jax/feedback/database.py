@@ -103,19 +103,23 @@ def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sq
 
     Raises: UserError if it is no labelling database, damaged, or of another version.
     """
-    try:
-        if read_only:
-            uri = f"{path.absolute().as_uri()}?mode=ro"
-            db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10, check_same_thread=False)
-        else:
-            db = sqlite3.connect(path, isolation_level=None, timeout=10, check_same_thread=False)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA foreign_keys = ON")
-        if not checked:
-            _check(db, path, make=not read_only)
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"{path}: found {error}, wanted the database of a labelling folder") from None
+    with contextlib.ExitStack() as on_error:
+        try:
+            if read_only:
+                uri = f"{path.absolute().as_uri()}?mode=ro"
+                db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10, check_same_thread=False)
+            else:
+                db = sqlite3.connect(path, isolation_level=None, timeout=10, check_same_thread=False)
+            on_error.callback(db.close)
+            if not read_only:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("PRAGMA foreign_keys = ON")
+            if not checked:
+                _check(db, path, make=not read_only)
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path}: found {error}, wanted the database of a labelling folder") from None
+        on_error.pop_all()
     return db
 
 

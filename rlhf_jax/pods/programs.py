@@ -28,7 +28,7 @@ from rlhf_jax.parallel.mesh import shardings
 from rlhf_jax.parallel.sharding import AXES, DATA, FSDP, cache_axes, decoding_params, parameter_axes, spec
 from rlhf_jax.pods.chips import written
 from rlhf_jax.stages import ppo, pretrain, reward, sft
-from rlhf_jax.stages.rollout import Frozen, Networks, sample, score
+from rlhf_jax.stages.ppo import Frozen, Networks, sample, score
 
 Stage = Literal["pretrain", "sft", "reward", "ppo"]
 
@@ -379,7 +379,8 @@ class Programs:
 
             def of_ppo(params: Any, part: Rollout, key: Any) -> Any:
                 count = global_count(part.response_mask_BR)
-                return summed_gradients(lambda p, x, _: ppo.objective(networks, p, x, count, config), params, part, key)
+                rows, _ = ppo.episode_rows(part, packed=False)
+                return summed_gradients(lambda p, x, _: ppo.objective(networks, p, x, count, config), params, rows, key)
 
             return Program(of_ppo, (trained, self.rollout(rows), self.key()), (shardings(trained, self.mesh), None))
         network, params = self.model(depth, scalar=work.stage == "reward"), self.trained(depth)["policy"]

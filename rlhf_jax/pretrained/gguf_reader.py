@@ -7,6 +7,7 @@ Source: llama.cpp, convert_hf_to_gguf.py, for what has to be undone.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.metadata
 import math
@@ -90,15 +91,22 @@ def packaged_gguf(package: str) -> Path:
         distribution = importlib.metadata.distribution(package)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         raise UserError(f"package {package!r} is not installed; run: pip install {package}") from None
-    listed = distribution.files
-    found = [] if listed is None else [file for file in listed if file.suffix == ".gguf"]
+    # Of a distribution's `files`, Python 3.12 and later leave out those that are missing: its own record has them all.
+    record = distribution.read_text("RECORD")
+    listed = [str(file) for file in distribution.files or ()] if record is None else _recorded(record)
+    found = [file for file in listed if file.endswith(".gguf")]
     if len(found) != 1:
-        names = ", ".join(str(file) for file in found)
+        names = ", ".join(found)
         raise UserError(f"package {package!r} holds {len(found)} .gguf files, wanted one{': ' if names else ''}{names}")
     path = Path(str(distribution.locate_file(found[0])))
     if not path.is_file():
         raise UserError(f"package {package!r}: {path} is missing; run: pip install --force-reinstall {package}")
     return path
+
+
+def _recorded(record: str) -> list[str]:
+    """The files that a distribution's RECORD names."""
+    return [row[0] for row in csv.reader(record.splitlines()) if row]
 
 
 _Table = Mapping[str, Stored]

@@ -1,35 +1,71 @@
-"""Stage 3.2, PPO: maximise r(x, y) - β log(π(y|x) / π_SFT(y|x)), plus γ log π(x) on pretraining text."""
+"""Stage 3.2, PPO: maximise r(x, y) - β log(π(y|x) / π_SFT(y|x)), plus γ log π(x) on pretraining text.
+
+One iteration, `make_update`, reads from top to bottom:
+
+  1 sample      prompts [B, P] → responses [B, R]
+  2 score       of each response token: log π, log π_ref and V, [B, R]; of each response: r, [B]
+  3 advantages  reward = r at the last token - β (log π - log π_ref), then GAE and whitening, [B, R]
+  4 optimise    epochs × minibatches: clipped surrogate + value loss + γ pretraining loss, one Adam step each
+
+How rows are laid out (padded or packed end to end) and how the sampler holds its cache is decided below these lines, in
+packing.py and generate.py: no number depends on it.
+
+Sources: Ouyang et al. 2022 (arXiv:2203.02155), Schulman et al. 2017 (arXiv:1707.06347).
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from rlhf_jax.arrays import Array, Params, PromptBatch, Rollout, TokenBatch, TrainState, pytree
-from rlhf_jax.config import PPOConfig
-from rlhf_jax.kl import adapt_kl_coef
-from rlhf_jax.logprobs import packed_losses, packed_values, response_losses, state_values, target_losses
+from rlhf_jax.config import EpisodeConfig, PPOConfig
+from rlhf_jax.generate import Generation, generate
+from rlhf_jax.kl import adapt_kl_coef, kl_estimate
+from rlhf_jax.logprobs import response_losses, response_scores, state_values, target_losses
 from rlhf_jax.lora import attach
 from rlhf_jax.losses import clipped_surrogate, clipped_value_loss
-from rlhf_jax.masked import masked_mean
-from rlhf_jax.optim import (
-    apply_gradient,
-    global_count,
-    looped_gradients,
-    make_optimizer,
-    new_state,
-    summed_gradients,
-)
-from rlhf_jax.packing import PackedEpisodes, pack_episodes
-from rlhf_jax.stages.rollout import Frozen, Networks, collect
+from rlhf_jax.masked import masked_mean, masked_whiten
+from rlhf_jax.model import Transformer
+from rlhf_jax.optim import apply_gradient, global_count, make_optimizer, new_state, summed_gradients
+from rlhf_jax.packing import EpisodeRows, map_episodes, pack_episodes, padded_episodes
+from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
 
 STAGE = "ppo"
 Config = PPOConfig
+
+
+class Networks(NamedTuple):
+    """The architectures of PPO's four networks; all read the same token ids.
+
+    policy is also the reference's; scorer, with the scalar head, is the reward model's and the value network's.
+    """
+
+    policy: Transformer
+    scorer: Transformer
+
+
+@pytree
+class Frozen:
+    """The networks that PPO reads and never changes, and the scale of scores.
+
+    reference: parameters of the SFT model. reward: parameters of the reward model. score_mean, score_scale: scalars;
+    a score counts as (score - mean) / scale.
+    backbone: parameters that policy and reference are adapters to, and the scorers too where scorer_backbone is None;
+      None where each network has all of its own. A rollout takes whole networks (`attach_frozen`).
+    """
+
+    reference: Params
+    reward: Params
+    score_mean: Array
+    score_scale: Array
+    backbone: Params | None = None
+    scorer_backbone: Params | None = None
 
 
 @pytree
@@ -41,8 +77,23 @@ class Batch:
 
 
 @pytree
-class Then:
-    """What the rollout said of each response token, [B, R], where episodes are packed."""
+class RolloutScores:
+    """What the four networks say of each response token, [B, R] each.
+
+    logp_BR, ref_logp_BR: nats under the policy and the reference. entropy_BR: nats, of the policy. value_BR: of the
+    state before the token. score_BR: the reward model's, read at the token.
+    """
+
+    logp_BR: Array
+    entropy_BR: Array
+    ref_logp_BR: Array
+    value_BR: Array
+    score_BR: Array
+
+
+@pytree
+class OldPolicyStats:
+    """What an optimizer step needs to know of the policy that sampled, [B, R] each."""
 
     logp_BR: Array
     value_BR: Array
@@ -50,80 +101,217 @@ class Then:
     target_BR: Array
 
 
-def objective(
-    networks: Networks, params: dict[str, Params], part: Rollout | PackedEpisodes, count: Array, config: Config
-) -> tuple[Array, dict[str, Array]]:
-    """Clipped surrogate plus weighted clipped value loss of a part of the episodes, as a share of the mean over tokens.
+def make_update(
+    networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
+) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
+    """One PPO iteration as a pure function: update(state, batch, frozen) -> (state, metrics).
 
     Args:
-      params: {"policy": …, "critic": …}.
-      part: episodes, or packed rows of them whose data is a `Then`.
-      count: response tokens of the whole minibatch.
+      eos_id: the id that ends a response, or all such ids.
+      axis_name: a mapped axis over which the prompts are spread.
     """
-    mask_BR = part.response_mask_BR
-    temperature = config.episode.temperature
-    if isinstance(part, PackedEpisodes):
-        then = part.data
-        loss_BR, _ = packed_losses(networks.policy, params["policy"], part, temperature=temperature)
-        value_BR = packed_values(networks.scorer, params["critic"], part)
-    else:
-        then = part
-        rows, length = (part.tokens_BT, part.mask_BT), mask_BR.shape[1]
-        loss_BR, _ = response_losses(
-            networks.policy, params["policy"], *rows, response_length=length, temperature=temperature
+    # Scored in as many parts as an optimizer step takes, which needs more memory for each row.
+    rollout = make_rollout(
+        networks,
+        config.episode,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        parts=config.minibatches * config.microbatches,
+        axis_name=axis_name,
+    )
+    optimizer_step = make_optimizer_step(networks, config, axis_name)
+    scale = config.lora.scale
+
+    def update(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        if axis_name is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        sample_key, order_key = jax.random.split(key)
+
+        # 1, 2, 3. Sample, score, advantages.
+        episodes, metrics = rollout(
+            attach_adapters(state.params, frozen, scale),
+            attach_frozen(frozen, scale),
+            batch.prompts,
+            sample_key,
+            state.extras["kl_coef"],
         )
-        value_BR = state_values(networks.scorer, params["critic"], *rows, response_length=length)
-    log_ratio_BR = jnp.where(mask_BR, -loss_BR - then.logp_BR, 0.0)
+        if axis_name is not None:
+            metrics = jax.lax.psum(metrics, axis_name)
 
-    def mean(x_BR: Array) -> Array:
-        return masked_mean(x_BR, mask_BR, count=count)
+        # 4. Epochs × minibatches, each epoch in an order of its own.
+        def minibatched(tree: Any, key: Array) -> Any:
+            order = jax.random.permutation(key, jax.tree.leaves(tree)[0].shape[0])
+            return jax.tree.map(lambda x: x[order].reshape(config.minibatches, -1, *x.shape[1:]), tree)
 
-    policy_loss = mean(clipped_surrogate(log_ratio_BR, then.advantage_BR, clip=config.clip))
-    value_loss = mean(clipped_value_loss(value_BR, then.value_BR, then.target_BR, clip=config.value_clip))
-    error_BR = jnp.abs(jnp.expm1(jax.lax.stop_gradient(log_ratio_BR)))
+        def epoch(carry: Any, key: Array) -> Any:
+            episodes_key, text_key, steps_key = jax.random.split(key, 3)
+            parts = minibatched(episodes, episodes_key)
+            text = None if batch.pretraining is None else minibatched(batch.pretraining, text_key)
+            step = functools.partial(optimizer_step, frozen=frozen)
+            return jax.lax.scan(step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
+
+        (params, opt_state), history = jax.lax.scan(
+            epoch, (state.params, state.opt_state), jax.random.split(order_key, config.epochs)
+        )
+
+        metrics |= {name: jnp.mean(values) for name, values in history.items()}
+        metrics["first_ratio_error"] = history["ratio_error"][0, 0]
+        if batch.pretraining is not None:
+            metrics["ppo_over_pretraining"] = metrics["ppo_norm"] / metrics["pretraining_norm"]
+        metrics["kl_coef"] = state.extras["kl_coef"]
+        metrics["tokens"] = global_count(episodes.mask_BT, axis_name)
+        extras = dict(state.extras)
+        if config.kl_target is not None:
+            extras["kl_coef"] = adapt_kl_coef(
+                extras["kl_coef"],
+                metrics["kl"],
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                episodes=config.batch,
+            )
+        if config.ema_decay:
+            extras["ema"] = optax.incremental_update(params["policy"], extras["ema"], 1.0 - config.ema_decay)
+        return TrainState(state.step + 1, params, opt_state, state.key, extras), metrics
+
+    return update
+
+
+def make_rollout(
+    networks: Networks,
+    config: EpisodeConfig,
+    *,
+    eos_id: int | tuple[int, ...],
+    pad_id: int,
+    parts: int = 1,
+    axis_name: str | None = None,
+) -> Callable[[dict[str, Params], Frozen, PromptBatch, Array, Array], tuple[Rollout, dict[str, Array]]]:
+    """Steps 1 to 3: rollout(params, frozen, prompts, key, kl_coef) -> (episodes, metrics).
+
+    params is {"policy": …, "critic": …}, whole networks, as in frozen; key is of this iteration and device alone;
+    kl_coef is β. The metrics are shares, to be summed over the mapped axis.
+
+    Args:
+      parts: a divisor of the prompts: that many parts of them are scored one after the other, which bounds memory.
+      axis_name: a mapped axis over which the prompts are spread.
+    """
+
+    def rollout(
+        params: dict[str, Params], frozen: Frozen, prompts: PromptBatch, key: Array, kl_coef: Array
+    ) -> tuple[Rollout, dict[str, Array]]:
+        sampled = sample(networks.policy, params["policy"], prompts, key, config, eos_id=eos_id, pad_id=pad_id)
+        return score(
+            networks, params, frozen, prompts, sampled, kl_coef, config, eos_id=eos_id, parts=parts, axis_name=axis_name
+        )
+
+    return rollout
+
+
+def sample(
+    policy: Transformer,
+    params: Params,
+    prompts: PromptBatch,
+    key: Array,
+    config: EpisodeConfig,
+    *,
+    eos_id: int | tuple[int, ...],
+    pad_id: int,
+) -> Generation:
+    """Step 1: a response [B, R] to each prompt [B, P], from the whole distribution at the temperature."""
+    sampling = config.sampling(_ends(eos_id), pad_id)
+    return generate(policy, params, prompts.tokens_BP, prompts.mask_BP, key, sampling)
+
+
+def score(
+    networks: Networks,
+    params: dict[str, Params],
+    frozen: Frozen,
+    prompts: PromptBatch,
+    sampled: Generation,
+    kl_coef: Array,
+    config: EpisodeConfig,
+    *,
+    eos_id: int | tuple[int, ...],
+    parts: int = 1,
+    axis_name: str | None = None,
+) -> tuple[Rollout, dict[str, Array]]:
+    """Steps 2 and 3: scores of the sampled ids, which are never decoded, as rewards and advantages [B, R]."""
+    tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
+    mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
+    mask_BR = sampled.mask
+
+    # 2. Log-probabilities come from the forward pass that the update uses, not from the sampler: the ratio before the
+    #    first update is 1, also where the sampler's cache is rounded.
+    found = map_episodes(
+        lambda rows: score_rows(networks, params, frozen, rows, temperature=config.temperature),
+        tokens_BT,
+        mask_BT,
+        mask_BR,
+        pack=config.pack,
+        parts=parts,
+    )
+    last_B1 = jnp.maximum(jnp.sum(mask_BR, axis=1, keepdims=True) - 1, 0)
+    raw_B = jnp.take_along_axis(found.score_BR, last_B1, axis=1)[:, 0]
+    score_B = (raw_B - frozen.score_mean) / frozen.score_scale
+    ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in _ends(eos_id)])
+    ended_B = jnp.any(ends_BR & mask_BR, axis=1)
+    if config.missing_end == "replace":
+        score_B = jnp.where(ended_B, score_B, config.missing_end_score)
+    elif config.missing_end == "subtract":
+        score_B = jnp.where(ended_B, score_B, score_B + config.missing_end_score)
+
+    # 3. The score at the last token, minus β times the log-ratio at each; GAE; whitened over the whole batch.
+    reward_BR = kl_penalized_reward(found.logp_BR, found.ref_logp_BR, score_B, mask_BR, kl_coef=kl_coef)
+    if config.whiten_rewards:
+        reward_BR = masked_whiten(reward_BR, mask_BR, axis_name, keep_mean=True)
+    advantage_BR, target_BR = generalized_advantages(
+        reward_BR, found.value_BR, mask_BR, gamma=config.gamma, lam=config.gae_lambda
+    )
+    episodes = Rollout(
+        tokens_BT=tokens_BT,
+        mask_BT=mask_BT,
+        response_mask_BR=mask_BR,
+        logp_BR=found.logp_BR,
+        ref_logp_BR=found.ref_logp_BR,
+        value_BR=found.value_BR,
+        advantage_BR=masked_whiten(advantage_BR, mask_BR, axis_name),
+        target_BR=target_BR,
+        score_B=score_B,
+    )
+
+    def over_episodes(x_B: Array) -> Array:
+        return masked_mean(x_B, jnp.ones_like(ended_B), axis_name)
+
+    kl_BR = jnp.where(mask_BR, kl_estimate(found.logp_BR, found.ref_logp_BR), 0.0)
     metrics = {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "clipped": mean(error_BR > config.clip),
-        "ratio_error": mean(error_BR),
+        "score": over_episodes(score_B),
+        "kl": over_episodes(jnp.sum(kl_BR, axis=1)),
+        "reward": over_episodes(jnp.sum(reward_BR, axis=1)),
+        "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
+        "missing_end": over_episodes(~ended_B),
+        "entropy": masked_mean(found.entropy_BR, mask_BR, axis_name),
+        "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - found.logp_BR), mask_BR, axis_name),
     }
-    return policy_loss + config.value_coef * value_loss, metrics
+    return episodes, metrics
 
 
-def whole(networks: dict[str, Params], frozen: Frozen, scale: float) -> dict[str, Params]:
-    """Parameters of whole networks from what is trained of them, {"policy": …, "critic": …}."""
-    scorer_base = frozen.backbone if frozen.scorer_backbone is None else frozen.scorer_backbone
-    bases = {"policy": frozen.backbone, "critic": scorer_base}
-    return {name: attach(bases[name], params, scale) for name, params in networks.items()}
-
-
-def unfrozen(frozen: Frozen, scale: float) -> Frozen:
-    """The same with whole networks in place of adapters."""
-    both = whole({"policy": frozen.reference, "critic": frozen.reward}, frozen, scale)
-    return Frozen(both["policy"], both["critic"], frozen.score_mean, frozen.score_scale)
-
-
-def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
-    """One optimizer for the policy and one for the critic, over all optimizer steps of the run."""
-    return {
-        "policy": make_optimizer(config.policy, config.optimizer_steps),
-        "critic": make_optimizer(config.critic, config.optimizer_steps),
-    }
-
-
-def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
-    """The state before the first iteration: the policy from SFT, the critic from the reward model."""
-    params = {"policy": policy, "critic": critic}
-    optimizers = make_optimizers(config)
-    opt_state = {name: jax.jit(optimizers[name].init)(params[name]) for name in optimizers}
-    extras: dict[str, Any] = {"kl_coef": jnp.asarray(config.kl_coef, jnp.float32)}
-    if config.ema_decay:
-        extras["ema"] = jax.tree.map(jnp.copy, policy)
-    return new_state(params, opt_state, config.seed, **extras)
+def score_rows(
+    networks: Networks, params: dict[str, Params], frozen: Frozen, rows: EpisodeRows, *, temperature: float
+) -> RolloutScores:
+    """The four forward passes over some rows of episodes."""
+    loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
+    ref_loss_BR, _ = response_losses(networks.policy, frozen.reference, rows, temperature=temperature)
+    return RolloutScores(
+        logp_BR=-loss_BR,
+        entropy_BR=entropy_BR,
+        ref_logp_BR=-ref_loss_BR,
+        value_BR=state_values(networks.scorer, params["critic"], rows),
+        score_BR=response_scores(networks.scorer, frozen.reward, rows),
+    )
 
 
 def make_optimizer_step(networks: Networks, config: Config, axis_name: str | None = None) -> Callable[..., Any]:
-    """step((params, opt_state), (episodes, text, key), frozen) -> ((params, opt_state), metrics): one minibatch."""
+    """One optimizer step of step 4: step((params, opt_state), (episodes, text, key), frozen) -> (the same, metrics)."""
     optimizers = make_optimizers(config)
     scale = config.lora.scale
 
@@ -133,28 +321,29 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
         frozen: Frozen,
     ) -> tuple[tuple[dict[str, Params], dict[str, Any]], dict[str, Array]]:
         params, opt_state = carry
-        part, text, key = inputs
+        episodes, text, key = inputs
         key, text_key = jax.random.split(key)
-        count = global_count(part.response_mask_BR, axis_name)
+        count = global_count(episodes.response_mask_BR, axis_name)
+        rows, in_use = episode_rows(episodes, packed=config.episode.pack > 0)
 
-        def ppo_objective(p: dict[str, Params], rows: Any, _: Array) -> tuple[Array, dict[str, Array]]:
-            return objective(networks, whole(p, frozen, scale), rows, count, config)
+        def ppo_objective(p: dict[str, Params], part: EpisodeRows, _: Array) -> tuple[Array, dict[str, Array]]:
+            return objective(networks, attach_adapters(p, frozen, scale), part, count, config)
 
-        if config.episode.pack:
-            then = Then(part.logp_BR, part.value_BR, part.advantage_BR, part.target_BR)
-            packed, places = pack_episodes(part.tokens_BT, part.mask_BT, part.response_mask_BR, then)
-            gradient, metrics = looped_gradients(
-                ppo_objective, params, packed, key, rows=places.rows, size=config.episode.pack, axis_name=axis_name
-            )
-        else:
-            gradient, metrics = summed_gradients(
-                ppo_objective, params, part, key, microbatches=config.microbatches, axis_name=axis_name
-            )
+        gradient, metrics = summed_gradients(
+            ppo_objective,
+            params,
+            rows,
+            key,
+            microbatches=config.microbatches,
+            rows_in_use=in_use,
+            rows_at_a_time=config.episode.pack,
+            axis_name=axis_name,
+        )
         if text is not None:
             targets = global_count(text.shifted()[3], axis_name)
 
-            def language_objective(policy: Params, rows: TokenBatch, _: Array) -> tuple[Array, dict[str, Array]]:
-                loss, mask = target_losses(networks.policy, attach(frozen.backbone, policy, scale), rows)
+            def language_objective(policy: Params, part: TokenBatch, _: Array) -> tuple[Array, dict[str, Array]]:
+                loss, mask = target_losses(networks.policy, attach(frozen.backbone, policy, scale), part)
                 return masked_mean(loss, mask, count=targets), {}
 
             text_gradient, text_metrics = summed_gradients(
@@ -180,73 +369,76 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
     return optimizer_step
 
 
-def make_update(
-    networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
-) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
-    """One iteration as a pure function: collect → score → returns → epochs × minibatches of optimizer steps."""
-    optimizer_step = make_optimizer_step(networks, config, axis_name)
-    scale = config.lora.scale
+def objective(
+    networks: Networks, params: dict[str, Params], rows: EpisodeRows, count: Array, config: Config
+) -> tuple[Array, dict[str, Array]]:
+    """Clipped surrogate plus weighted clipped value loss of some episodes, as a share of the mean over tokens.
 
-    def update(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(state.key, state.step)
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        sample_key, order_key = jax.random.split(key)
-        rollout, metrics = collect(
-            networks,
-            whole(state.params, frozen, scale),
-            unfrozen(frozen, scale),
-            batch.prompts,
-            sample_key,
-            state.extras["kl_coef"],
-            config.episode,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            # As many rows at a time as an optimizer step takes, which needs more memory for each.
-            parts=config.minibatches * config.microbatches,
-            axis_name=axis_name,
-        )
-        if axis_name is not None:
-            metrics = jax.lax.psum(metrics, axis_name)
-        rows = batch.prompts.tokens_BP.shape[0]
+    Args:
+      params: {"policy": …, "critic": …}, whole networks.
+      rows: episodes whose data is an `OldPolicyStats`.
+      count: response tokens of the whole minibatch.
+    """
+    old, mask_BR = rows.data, rows.response_mask_BR
+    loss_BR, _ = response_losses(networks.policy, params["policy"], rows, temperature=config.episode.temperature)
+    value_BR = state_values(networks.scorer, params["critic"], rows)
+    log_ratio_BR = jnp.where(mask_BR, -loss_BR - old.logp_BR, 0.0)
 
-        def minibatched(tree: Any, order: Array) -> Any:
-            shuffled = jax.tree.map(lambda x: x[order], tree)
-            return jax.tree.map(lambda x: x.reshape(config.minibatches, -1, *x.shape[1:]), shuffled)
+    def mean(x_BR: Array) -> Array:
+        return masked_mean(x_BR, mask_BR, count=count)
 
-        def epoch(carry: Any, key: Array) -> Any:
-            episodes_key, text_key, steps_key = jax.random.split(key, 3)
-            parts = minibatched(rollout, jax.random.permutation(episodes_key, rows))
-            text = batch.pretraining
-            if text is not None:
-                text = minibatched(text, jax.random.permutation(text_key, text.tokens_BT.shape[0]))
-            step = functools.partial(optimizer_step, frozen=frozen)
-            return jax.lax.scan(step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
+    policy_loss = mean(clipped_surrogate(log_ratio_BR, old.advantage_BR, clip=config.clip))
+    value_loss = mean(clipped_value_loss(value_BR, old.value_BR, old.target_BR, clip=config.value_clip))
+    error_BR = jnp.abs(jnp.expm1(jax.lax.stop_gradient(log_ratio_BR)))
+    metrics = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "clipped": mean(error_BR > config.clip),
+        "ratio_error": mean(error_BR),
+    }
+    return policy_loss + config.value_coef * value_loss, metrics
 
-        carry, history = jax.lax.scan(
-            epoch, (state.params, state.opt_state), jax.random.split(order_key, config.epochs)
-        )
-        params, opt_state = carry
-        metrics |= {name: jnp.mean(values) for name, values in history.items()}
-        metrics["first_ratio_error"] = history["ratio_error"][0, 0]
-        if batch.pretraining is not None:
-            metrics["ppo_over_pretraining"] = metrics["ppo_norm"] / metrics["pretraining_norm"]
-        extras = dict(state.extras)
-        metrics["kl_coef"] = extras["kl_coef"]
-        if config.kl_target is not None:
-            extras["kl_coef"] = adapt_kl_coef(
-                extras["kl_coef"],
-                metrics["kl"],
-                target=config.kl_target,
-                horizon=config.kl_horizon,
-                episodes=config.batch,
-            )
-        if config.ema_decay:
-            extras["ema"] = optax.incremental_update(params["policy"], extras["ema"], 1.0 - config.ema_decay)
-        metrics["tokens"] = global_count(rollout.mask_BT, axis_name)
-        return TrainState(state.step + 1, params, opt_state, state.key, extras), metrics
 
-    return update
+def episode_rows(episodes: Rollout, *, packed: bool) -> tuple[EpisodeRows, Array | None]:
+    """(rows that `objective` reads, how many of them are in use: all of them if None)."""
+    old = OldPolicyStats(episodes.logp_BR, episodes.value_BR, episodes.advantage_BR, episodes.target_BR)
+    layout = (episodes.tokens_BT, episodes.mask_BT, episodes.response_mask_BR, old)
+    if not packed:
+        return padded_episodes(*layout), None
+    rows, places = pack_episodes(*layout)
+    return rows, places.rows
+
+
+def attach_adapters(params: dict[str, Params], frozen: Frozen, scale: float) -> dict[str, Params]:
+    """Parameters of whole networks from what is trained of them, {"policy": …, "critic": …}."""
+    scorer_base = frozen.backbone if frozen.scorer_backbone is None else frozen.scorer_backbone
+    bases = {"policy": frozen.backbone, "critic": scorer_base}
+    return {name: attach(bases[name], trained, scale) for name, trained in params.items()}
+
+
+def attach_frozen(frozen: Frozen, scale: float) -> Frozen:
+    """The same with whole networks in place of adapters."""
+    both = attach_adapters({"policy": frozen.reference, "critic": frozen.reward}, frozen, scale)
+    return Frozen(both["policy"], both["critic"], frozen.score_mean, frozen.score_scale)
+
+
+def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
+    """One optimizer for the policy and one for the critic, over all optimizer steps of the run."""
+    return {
+        "policy": make_optimizer(config.policy, config.optimizer_steps),
+        "critic": make_optimizer(config.critic, config.optimizer_steps),
+    }
+
+
+def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
+    """The state before the first iteration: the policy from SFT, the critic from the reward model."""
+    params = {"policy": policy, "critic": critic}
+    optimizers = make_optimizers(config)
+    opt_state = {name: jax.jit(optimizers[name].init)(params[name]) for name in optimizers}
+    extras: dict[str, Any] = {"kl_coef": jnp.asarray(config.kl_coef, jnp.float32)}
+    if config.ema_decay:
+        extras["ema"] = jax.tree.map(jnp.copy, policy)
+    return new_state(params, opt_state, config.seed, **extras)
 
 
 @jax.jit
@@ -255,5 +447,10 @@ def rescaled(params: Params, mean: float, scale: float) -> Params:
 
     They are copies: the state's arrays are given to the compiled update, which reads the reward model's own as well.
     """
-    score = {"kernel": params["score"]["kernel"] / scale, "bias": (params["score"]["bias"] - mean) / scale}
-    return jax.tree.map(jnp.copy, {**params, "score": score})
+    head = {"kernel": params["score"]["kernel"] / scale, "bias": (params["score"]["bias"] - mean) / scale}
+    return jax.tree.map(jnp.copy, {**params, "score": head})
+
+
+def _ends(eos_id: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The ids that end a response: end of text, and with some chat templates the end of a turn."""
+    return (eos_id,) if isinstance(eos_id, int) else eos_id

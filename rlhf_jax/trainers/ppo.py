@@ -25,8 +25,7 @@ from rlhf_jax.runs.lifecycle import (
     train,
 )
 from rlhf_jax.runs.metrics import read_rows
-from rlhf_jax.stages.ppo import STAGE, Batch, Config, initial_state, make_update, rescaled
-from rlhf_jax.stages.rollout import Frozen, Networks
+from rlhf_jax.stages.ppo import STAGE, Batch, Config, Frozen, Networks, initial_state, make_update, rescaled
 
 
 def run(

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -51,14 +50,13 @@ class Outcome:
     """Of one strike.
 
     seconds: until the other process ended. status, said: its exit status, and its lines of error. struck_at: the last
-    step in the metrics. result: of the run started again, None if that failed.
+    step in the metrics.
     """
 
     seconds: float
     status: int
     said: str
     struck_at: int
-    result: Result | None
 
     @property
     def ended_well(self) -> bool:
@@ -100,9 +98,8 @@ def undisturbed(folder: Path) -> Result:
     return result(folder / "undisturbed")
 
 
-def strike(folder: Path, kind: str, victim: int, after: int) -> Outcome:
-    """One run that is struck once `after` steps are done, and started again; its folder before that is NAME_struck."""
-    name = f"{kind}_{victim}_{after}"
+def strike(folder: Path, name: str, kind: str, victim: int, after: int) -> Outcome:
+    """The run `name`, begun or gone on with, struck once `after` steps are done."""
     cluster = start(folder, name)
     struck, other = cluster.children[victim], cluster.children[1 - victim]
     while steps_done(folder / name) < after and struck.poll() is None:
@@ -117,10 +114,13 @@ def strike(folder: Path, kind: str, victim: int, after: int) -> Outcome:
     seconds = time.monotonic() - began
     cluster.kill()
     cluster.wait()
-    shutil.copytree(folder / name, folder / f"{name}_struck")
-    again = start(folder, name).wait()
     said = " | ".join(line for line in cluster.lines[1 - victim] if "error:" in line)
-    return Outcome(seconds, status, said, at, None if any(again) else result(folder / name))
+    return Outcome(seconds, status, said, at)
+
+
+def finish(folder: Path, name: str) -> Result | None:
+    """The result of a run started again and left in peace, None if that failed."""
+    return None if any(start(folder, name).wait()) else result(folder / name)
 
 
 def be_struck(arguments: list[str]) -> None:
@@ -151,8 +151,8 @@ def main() -> None:
         good = 0
         for number in range(arguments.strikes):
             kind, victim = kinds[number % 3], number // 3 % 2
-            outcome = strike(folder, kind, victim, rng.randrange(1, STEPS - 10))
-            same = outcome.result == wanted
+            outcome = strike(folder, f"{number}", kind, victim, rng.randrange(1, STEPS - 10))
+            same = finish(folder, f"{number}") == wanted
             good += outcome.ended_well and same
             said = re.sub(r"^.*?error: ", "", outcome.said)[:120]
             row = (f"{victim}", kind, f"{outcome.struck_at}", f"{outcome.seconds:.1f} s", f"{outcome.status}", said)
