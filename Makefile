@@ -24,7 +24,7 @@ recipe: setup ## the whole recipe on the embedded default: pretrain, SFT, reward
 
 # Two workers, each with whole files.
 test: setup ## the tests; ARGS="-m core" for the part to run while working, also pretrained, feedback, slow
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-interop: setup ## the tests against torch and transformers, in .venv-interop
 	@sh .ci/setup-interop
@@ -36,11 +36,11 @@ test-pods: setup ## the tests that compile for TPUs, which need none, in .venv-p
 
 test-lowest: ## the core tests with the oldest packages that pyproject.toml allows, in .venv-lowest
 	@RESOLUTION=lowest-direct VENV=.venv-lowest PYTHON='$(PYTHON)' sh .ci/setup
-	@.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile -m core $(ARGS)
+	@.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m core $(ARGS)
 
 test-newest: ## the core tests with the newest packages that it allows, in .venv-newest
 	@RESOLUTION=highest VENV=.venv-newest PYTHON='$(PYTHON)' sh .ci/setup
-	@.venv-newest/bin/python -m pytest -q -n 2 --dist loadfile -m core $(ARGS)
+	@.venv-newest/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m core $(ARGS)
 
 test-wheel: setup ## the wheel, installed into a fresh environment outside the checkout, runs the recipe
 	@VENV='$(VENV)' sh .ci/wheel

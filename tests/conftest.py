@@ -12,8 +12,8 @@ from typing import Any
 from rlhf_jax.cli.startup import known_flags
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-# Compiling is most of the tests' time. Here and in the processes that they start it goes without LLVM's optimisations
-# (see the fixture `optimised`), with XLA's older emitter of loops, in one piece, and without line numbers in programs.
+# Compiling is most of the tests' time. Here and in the processes that they start it goes without LLVM's optimisations,
+# with XLA's older emitter of loops, in one piece, and without line numbers in programs.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -36,6 +36,19 @@ COMPILED = tempfile.mkdtemp(prefix="compiled_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 os.environ["XDG_CACHE_HOME"] = COMPILED
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+# The files that take longest, which start first: with two workers, each taking whole files, none ends long before the
+# other.
+LONGEST = (
+    "test_distributed test_notebooks test_generate test_attention test_model test_feedback_server test_cache "
+    "test_parallel test_compilations test_scripts test_episodes test_packing test_feedback_reliability test_embedded"
+).split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; the Makefile tells xdist to keep this order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_unconfigure() -> None:
@@ -94,14 +107,6 @@ def each_key_once() -> Iterator[None]:
     jax.config.update("jax_debug_key_reuse", False)
 
 
-@pytest.fixture
-def optimised() -> Iterator[None]:
-    """What is compiled first in this test is compiled as a user's programs are."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 def one_by_one(function: Callable) -> Callable:
     """What vmap and pmap do over the leading axis of all arrays, without either."""
 
@@ -118,9 +123,3 @@ WAYS: dict[str, Callable[[Callable], Callable]] = {
     "vmap": lambda function: jax.jit(jax.vmap(function)),
     "pmap": jax.pmap,
 }
-
-
-@pytest.fixture(params=WAYS.keys())
-def way(request: pytest.FixtureRequest) -> Callable:
-    """Each way to run a function of one case on a stack of at most 8 cases."""
-    return WAYS[request.param]

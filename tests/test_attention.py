@@ -264,3 +264,8 @@ def test_attend_without_segments_is_plain() -> None:
     mask = allowed(segments("packed"))
     found = jax.jit(lambda q, k, v: attend(q, k, v, mask, None, scale=0.3, kind="splash"))(*given)
     np.testing.assert_array_equal(found, jax.jit(lambda q, k, v: plain(q, k, v, mask, scale=0.3))(*given))
+
+
+def test_blocks_by_hand() -> None:
+    lengths = (1, 128, 129, 256, 257, 512, 513, 5000)
+    assert [attention.block_of(length) for length in lengths] == [128, 128, 256, 256, 512, 512, 512, 512]

@@ -801,5 +801,5 @@ def test_the_model_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_reading_needs_no_jax() -> None:
-    code = "import sys, rlhf_jax.gguf_reader; sys.exit('jax' in sys.modules or 'gguf' in sys.modules)"
+    code = "import sys, rlhf_jax.pretrained.gguf_reader; sys.exit('jax' in sys.modules or 'gguf' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

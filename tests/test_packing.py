@@ -95,6 +95,9 @@ class Iteration:
             clip=0.02,
             pretraining_coef=1.0,
             pretraining_batch=4,
+            kl_target=0.01,
+            kl_horizon=100.0,
+            ema_decay=0.9,
             # ε large: where a gradient is 0 but for rounding, Adam would blow the rounding up.
             policy=OptimConfig(learning_rate=0.02, warmup_steps=0, epsilon=1e-3),
             critic=OptimConfig(learning_rate=0.002, warmup_steps=0, epsilon=1e-3),
@@ -139,6 +142,10 @@ def test_an_iteration_by_pmap(plain: tuple) -> None:
     tokens = facts["response_tokens"] * 16 + np.sum(iteration.prompts.mask_BP)
     assert facts["tokens"] == pytest.approx(float(tokens), rel=1e-5)  # those of both devices
     assert int(state.step) == 1
+    # 16 episodes of a horizon of 100, KL far above its target: by 0.2 of that share. The average moves by a tenth.
+    assert float(state.extras["kl_coef"]) == pytest.approx(iteration.config.kl_coef * (1 + 0.2 * 16 / 100))
+    average = jax.tree.map(lambda a, b: 0.9 * np.asarray(a) + 0.1 * np.asarray(b), start.params, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.extras["ema"], average["policy"])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 

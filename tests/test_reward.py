@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelConfig
-from rlhf_jax.data.batches import RankingRows
+from rlhf_jax.data.batches import RaggedRows, RankingRows
 from rlhf_jax.evaluation.heldout import scores_of
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.trainers import reward
@@ -34,3 +34,9 @@ def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(
     monkeypatch.setattr(reward, "REFERENCE_PROMPTS", 3)
     some = np.concatenate([scores[0, :2], scores[2], scores[4, :2]])
     assert reward.score_mean_and_scale(model, params, rows, 2) == pytest.approx((some.mean(), some.std()), abs=1e-6)
+
+
+def test_without_demonstrations_no_score_is_shifted() -> None:
+    params = {"score": {"bias": np.zeros(1)}}
+    found, shift = reward.centred(Transformer(ModelConfig(), scalar=True), params, RaggedRows([], 8), 2)
+    assert found is params and shift == 0.0

@@ -203,6 +203,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
         return batch_at(*rows, step=step, **settings)
 
     with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["rlhf-jax"])
         patch.setattr(stage, "batch_at", and_stop)
         assert call(command, "--name", name, *arguments) == 143
     assert asked == [0, 0, 1]  # the first one also to compile for
@@ -261,7 +262,8 @@ def test_prompts_of_like_length_are_answered_together(
 
     def watched(model: Any, params: Any, tokens_BP: Any, *rest: Any, **settings: Any) -> Any:
         shapes.append(tokens_BP.shape)
-        passed.append((settings["segments"], settings["cache_dtype"]))
+        sampling = rest[-1]
+        passed.append((sampling.segments, sampling.cache_dtype))
         return plain(model, params, tokens_BP, *rest, **settings)
 
     prompts = ("red", "red and " * 5, "blue", "a cat " * 5, "green", "blue " * 8)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
-from rlhf_jax.data import Comparison, Demonstration, Prompt
+from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig, OptimConfig
+from rlhf_jax.data import Comparison, Demonstration, Prompt, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import open_source
@@ -38,7 +38,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     write_run(root / "base", "pretrain", random_params(MODEL), MODEL, Tokenizer.bytes())
     sft.run(
-        sft.Config(init=str(root / "base"), **settings(root / "sft")), records=DEMONSTRATIONS, heldout=DEMONSTRATIONS
+        sft.Config(init=str(root / "base"), optimizer=OptimConfig(learning_rate=1e-2), **settings(root / "sft")),
+        records=DEMONSTRATIONS,
+        heldout=DEMONSTRATIONS,
     )
     reward.run(
         reward.Config(init=str(root / "sft"), **settings(root / "judge")), demonstrations=DEMONSTRATIONS, **ranked(root)
@@ -156,3 +158,53 @@ def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Pat
         pretrain.Config(out=str(tmp_path), lora=LORA)
     with pytest.raises(UserError, match=r"lora.rank: found it with backbone scratch"):
         reward.Config(out=str(tmp_path), lora=LORA, backbone="scratch")
+
+
+def test_a_trainer_makes_its_update_for_the_axis_that_the_loop_names(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        """The loop was called, and is not run."""
+
+    asked: list[Any] = []
+    axes: list[str | None] = []
+
+    def train(folder: Any, config: Any, make_state: Any, make_update: Any, batch_at: Any, **how: Any) -> None:
+        asked[:] = [make_update, batch_at]
+        raise Asked
+
+    text = [Text("zq" * 40)]  # letters that no other text has
+    mix = {"pretraining_coef": 1.0, "pretraining_batch": 4, "pretraining_row_length": 16}
+    cases: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+        (pretrain, {"row_length": 16, "tokenizer": "bytes"}, {"texts": text, "heldout": []}),
+        (sft, {}, {"records": DEMONSTRATIONS, "heldout": DEMONSTRATIONS[:1]}),
+        (reward, {}, ranked(runs)),
+        (
+            ppo,
+            {
+                "reward": str(runs / "judge"),
+                "prompt_length": 16,
+                "minibatches": 2,
+                "episode": EpisodeConfig(response_length=6),
+            }
+            | mix,
+            {"prompts": PROMPTS, "texts": text},
+        ),
+    ]
+    for trainer, changes, records in cases:
+        monkeypatch.setattr(trainer, "train", train)
+        monkeypatch.setattr(trainer, "make_update", lambda *_, axis_name=None, **how: axes.append(axis_name))
+        config = trainer.Config(**settings(tmp_path / trainer.STAGE, init=str(runs / "sft"), **changes))
+        with pytest.raises(Asked):
+            trainer.run(config, **records)
+        make_update, batch_at = asked
+        axes.clear()
+        make_update(None)
+        make_update("data")
+        assert axes == [None, "data"], trainer.STAGE
+        if "texts" in records:
+            batch = batch_at(0) if trainer is pretrain else batch_at(0).pretraining
+            tokenizer = open_source(str(runs / "sft"), stages=("sft",)).tokenizer
+            special = {*tokenizer.start_ids, tokenizer.eos_id, tokenizer.pad_id}
+            kept = np.asarray(batch.tokens_BT)[np.asarray(batch.segment_ids_BT) > 0]
+            assert set(kept.tolist()) - special == set(tokenizer.encode("zq")), trainer.STAGE
