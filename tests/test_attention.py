@@ -266,6 +266,7 @@ def test_attend_without_segments_is_plain() -> None:
     np.testing.assert_array_equal(found, jax.jit(lambda q, k, v: plain(q, k, v, mask, scale=0.3))(*given))
 
 
-def test_blocks_by_hand() -> None:
+def test_blocks_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 512)
     lengths = (1, 128, 129, 256, 257, 512, 513, 5000)
     assert [attention.block_of(length) for length in lengths] == [128, 128, 256, 256, 512, 512, 512, 512]
