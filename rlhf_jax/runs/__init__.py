@@ -1,0 +1,1 @@
+"""A run that survives: its folder, checkpoints, metrics and training loop."""
