@@ -1,7 +1,7 @@
 """The recipe behind ChatGPT in JAX: pretraining, supervised fine-tuning, reward modelling and PPO.
 
-The public names, one line each, imported when first asked for: `import rlhf_jax` costs nothing. A function that shares
-its module's name comes from it: `from rlhf_jax.generate import generate`. The stages are modules:
+Public names are imported lazily on first access, so that `import rlhf_jax` is cheap. Import a function that shares its
+module's name from the module: `from rlhf_jax.generate import generate`. The stages are modules:
 `from rlhf_jax.stages import ppo`.
 """
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from rlhf_jax.stages.ppo import make_rollout as make_rollout
     from rlhf_jax.tokenizers.bpe import Tokenizer as Tokenizer
 
-# The same for Python itself; a test holds the two together.
+# The same names for the lazy import at run time; a test checks that both lists agree.
 _NAMES = {
     "arrays": "PromptBatch RankingBatch Rollout TokenBatch TrainState",
     "data": "Ledger batch_at extract_dialogues read_records",

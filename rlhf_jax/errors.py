@@ -1,8 +1,9 @@
-"""The one exception of a user's mistake."""
+"""The exception raised for mistakes in the user's input."""
 
 
 class UserError(ValueError):
-    """A mistake in the user's input: file, line or field, what was found, what was wanted, what to do.
+    """A mistake in the user's input.
 
-    Scripts print it as one line.
+    The message names the file and line or the field, the expected and the actual value, and what to do. Commands print
+    it as one line and exit.
     """

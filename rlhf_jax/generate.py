@@ -1,4 +1,4 @@
-"""Sampling: one jitted program of prefill and a loop over the KV cache, all rows together or through a few slots."""
+"""Sampling: one jitted program of prefill and decoding with a KV cache, for static or continuous batching."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from rlhf_jax.parallel.sharding import constrain, constrain_rows, decoding, deco
 class Generation(NamedTuple):
     """Sampled responses of B rows.
 
-    tokens: [B, R] int32, padded behind a row's end.
-    mask: [B, R] bool, True for sampled tokens, the ending one included.
-    logp: [B, R] float32, nats of each sampled token under the distribution it was drawn from, 0 where masked.
+    Attributes:
+      tokens: [B, R] int32 token ids, padded after a row's end.
+      mask: [B, R] bool, True for sampled tokens, the stop token included.
+      logp: [B, R] float32, log-probability in nats of each sampled token under the distribution it was drawn from, 0
+        where masked.
     """
 
     tokens: Array
@@ -35,11 +37,11 @@ class Generation(NamedTuple):
 
 
 def filter_logits(logits_BV: Array, *, temperature: float, top_k: int, top_p: float) -> Array:
-    """log-probabilities [B, V] of the distribution that is drawn from.
+    """Log-probabilities [B, V] of the sampling distribution.
 
     Args:
-      logits_BV: float.
-      temperature: divides the logits; greater than 0.
+      logits_BV: logits of any float dtype.
+      temperature: divisor of the logits; greater than 0.
       top_k: keep the k most likely ids (ties with the k-th kept); 0 keeps all.
       top_p: keep the smallest set of most likely ids whose probability reaches p (Holtzman et al. 2019,
         arXiv:1904.09751); 1 keeps all.
@@ -58,30 +60,31 @@ def filter_logits(logits_BV: Array, *, temperature: float, top_k: int, top_p: fl
 
 
 def draw(logp_BV: Array, uniform_B: Array) -> Array:
-    """One id a row, [B] int32, from log-probabilities [B, V], by the inverse of the distribution function.
+    """Draw one token id per row, [B] int32, from log-probabilities [B, V] by inverse transform sampling.
 
-    It takes one number a row, uniform in [0, 1); a Gumbel number for every entry of the vocabulary would cost a third
-    of the sampling time. About √V neighbouring ids make a block: of blocks and then in one of them, sums run over √V
-    numbers, where a sum that runs over V takes as long as all else of a token on a CPU.
+    This needs one number per row, uniform in [0, 1); Gumbel noise for the whole vocabulary would cost a third of the
+    sampling time. Ids are grouped into blocks of about √V: the block is drawn first, then the id within it, so that
+    cumulative sums run over √V numbers. On a CPU a cumulative sum over V takes as long as all other work of a token.
     """
     rows, vocabulary = logp_BV.shape
     size = 2 ** math.ceil(math.log2(vocabulary) / 2)
     blocks = jnp.pad(jnp.exp(logp_BV), ((0, 0), (0, -vocabulary % size))).reshape(rows, -1, size)
     of_block = jnp.sum(blocks, axis=-1)
     up_to_block = jnp.cumsum(of_block, axis=-1)
-    # 1 - u is in (0, 1], so that the target is above 0 and is reached.
+    # 1 - u is in (0, 1], so the target is above 0 and is always reached.
     target_B1 = (1.0 - uniform_B)[:, None] * jnp.max(up_to_block, axis=-1, keepdims=True)
-    block_B1 = _reaching(of_block, up_to_block, target_B1)
+    block_B1 = _first_reaching(of_block, up_to_block, target_B1)
     before_B1 = jnp.take_along_axis(up_to_block - of_block, block_B1, axis=1)
     inside = jnp.take_along_axis(blocks, block_B1[:, :, None], axis=1)[:, 0]
-    ids_B1 = _reaching(inside, jnp.cumsum(inside, axis=-1), target_B1 - before_B1)
+    ids_B1 = _first_reaching(inside, jnp.cumsum(inside, axis=-1), target_B1 - before_B1)
     return (block_B1 * size + ids_B1)[:, 0]
 
 
-def _reaching(weights_BN: Array, running_BN: Array, target_B1: Array) -> Array:
-    """[B, 1] int32: the first place of a weight above 0 where their running sum reaches the target, or else the last.
+def _first_reaching(weights_BN: Array, running_BN: Array, target_B1: Array) -> Array:
+    """First index of a positive weight at which the running sum reaches the target, [B, 1] int32; else the last one.
 
-    The parallel sum of float32 moves by its last bit also where nothing is added: such places must not catch a draw.
+    The last bit of a parallel float32 cumulative sum can change even where the weight is 0, and such an index must
+    never be drawn.
     """
     places_1N = jnp.arange(weights_BN.shape[-1], dtype=jnp.int32)[None]
     reached = jnp.where((weights_BN > 0.0) & (running_BN >= target_B1), places_1N, weights_BN.shape[-1])
@@ -90,15 +93,15 @@ def _reaching(weights_BN: Array, running_BN: Array, target_B1: Array) -> Array:
 
 
 def uniform_numbers(key: Array, rows: int, length: int) -> Array:
-    """The numbers in [0, 1) that tokens are drawn with, [N, R]: a row's do not depend on how many rows there are."""
+    """Uniform numbers in [0, 1) to draw tokens with, [N, R]; those of a row do not depend on the number of rows."""
     return jax.random.uniform(key, (rows, length), jnp.float32)
 
 
 def extend(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, cache: Cache) -> tuple[Array, Cache]:
-    """(logits [B, V] behind the last of these tokens, the cache that holds them too)."""
+    """Append tokens to a KV cache: (logits [B, V] after the last of them, new cache)."""
     hidden_BTD, cache = model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, method="hidden")
     logits_BV = model.apply({"params": params}, hidden_BTD[:, -1], method="head")
-    # A row's vocabulary is summed and sorted in one place: every device draws for its own rows.
+    # Sampling sums and sorts over the vocabulary, so each device holds it in full for its own rows.
     return constrain_rows(logits_BV), cache
 
 
@@ -113,24 +116,25 @@ def generate(
     uniform_BR: Array | None = None,
     **settings: Any,
 ) -> Generation:
-    """Samples responses to each prompt; a row ends with its first stop token, the batch with its last row.
+    """Sample responses to each prompt; a row ends with its first stop token, the batch with its last row.
 
-    What is drawn for a row depends on its prompt, its number and the key, not on the other rows.
+    The sample of a row depends on its prompt, its row number and the key, not on the other rows.
 
     Args:
       model: language-head transformer.
       params: its parameters.
       tokens_BP: prompts, left-padded, int32.
       mask_BP: True for real tokens.
-      key: typed random key; not used again by the caller.
-      sampling: how to sample; or its fields as keyword arguments, such as max_new_tokens, stop_ids and pad_id.
-      uniform_BR: what to draw with in place of `uniform_numbers` of the key, for rows that are numbered otherwise.
+      key: typed random key; the caller must not use it again.
+      sampling: sampling settings; or pass its fields as keyword arguments, such as max_new_tokens, stop_ids and pad_id.
+      uniform_BR: uniform numbers to draw with, in place of `uniform_numbers` of the key, for rows with other numbers.
+      **settings: fields of `SamplingConfig`, if sampling is not given.
 
     Returns:
-      Generation of B n rows, those of a prompt beside each other, and R columns.
+      Generation of B n rows, with the n responses to a prompt adjacent, and R columns.
 
     Raises:
-      ValueError: where P + R exceeds the context, or for a setting out of range.
+      ValueError: if P + R exceeds the context, or for a setting out of range.
     """
     return _generate(
         _Sampler(model, sampling or SamplingConfig(**settings)), params, tokens_BP, mask_BP, key, uniform_BR
@@ -148,7 +152,7 @@ def _generate(
         uniform_BR = uniform_numbers(key, tokens_BP.shape[0] * config.samples, config.max_new_tokens)
     prompts = (constrain(tokens_BP, "batch", "none"), constrain(mask_BP, "batch", "none"))
     with decoding(config.decode_parts):
-        out = (_in_slots if config.slots else _together)(sampler, params, *prompts, uniform_BR)
+        out = (_sample_in_slots if config.slots else _sample_together)(sampler, params, *prompts, uniform_BR)
     return Generation(*(constrain(x, "batch", "none") for x in out))
 
 
@@ -161,16 +165,19 @@ def stream(
     sampling: SamplingConfig | None = None,
     **settings: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What `generate` samples, as it is sampled: (tokens, those that belong to a response), [B] each, until all end.
+    """Stream the samples of `generate` token by token, until all rows have ended.
 
-    Two compiled programs, for the prompt and for one more token (of each segment). One sample to a prompt, no slots.
+    Compiles two programs, for the prompt and for one more token (of each segment). One response per prompt, no slots.
+
+    Yields:
+      (tokens, mask of those that belong to a response), [B] each.
     """
     sampling = sampling or SamplingConfig(**settings)
     sampler = _Sampler(model, sampling)
     sampler.check(tokens_BP.shape[1])
     uniform_BR = uniform_numbers(key, tokens_BP.shape[0], sampling.max_new_tokens)
     alive_B = np.ones(tokens_BP.shape[0], bool)
-    cache, token_B, ended_B = _begin(sampler, params, tokens_BP, mask_BP, uniform_BR[:, 0])
+    cache, token_B, ended_B = _prefill(sampler, params, tokens_BP, mask_BP, uniform_BR[:, 0])
     for index in range(1, sampling.max_new_tokens + 1):
         yield np.asarray(token_B), alive_B
         alive_B = ~np.asarray(ended_B)
@@ -178,28 +185,32 @@ def stream(
             return
         if index - 1 in sampling.ends:
             following = sampling.ends[sampling.ends.index(index - 1) + 1]
-            cache = sampler.longer(cache, tokens_BP.shape[1] + following)
-        cache, token_B, ended_B = _next(sampler, params, cache, token_B, ended_B, uniform_BR[:, index])
+            cache = sampler.grow(cache, tokens_BP.shape[1] + following)
+        cache, token_B, ended_B = _decode(sampler, params, cache, token_B, ended_B, uniform_BR[:, index])
 
 
 class _Sampler(NamedTuple):
-    """A model and how to sample from it."""
+    """A model and its sampling settings."""
 
     model: Transformer
     config: SamplingConfig
 
     def check(self, prompt_length: int) -> None:
-        """Raises ValueError where prompt and response exceed the context."""
+        """Check that prompt and response fit in the context.
+
+        Raises:
+          ValueError: if they do not.
+        """
         length, context = self.config.max_new_tokens, self.model.config.context
         if prompt_length + length > context:
             raise ValueError(f"prompt of {prompt_length} + {length} new tokens exceeds the context {context}")
 
-    def longer(self, cache: Cache, slots: int) -> Cache:
-        """The cache with room for so many tokens."""
+    def grow(self, cache: Cache, slots: int) -> Cache:
+        """Grow the cache to the given number of slots."""
         return grown(cache, self.model.config, slots, self.config.cache_dtype)
 
-    def for_each_sample(self, logits_BV: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Each row n times, one after the other."""
+    def repeat_samples(self, logits_BV: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Repeat each row n times, copies adjacent."""
         if self.config.samples == 1:
             return logits_BV, cache
 
@@ -211,7 +222,7 @@ class _Sampler(NamedTuple):
         return repeated(logits_BV, 0), Cache(keys, values, repeated(cache.places_BS, 0), cache.filled)
 
     def next_tokens(self, logits_BV: Array, uniform_B: Array, ended_B: Array) -> tuple[Array, Array, Array]:
-        """(token, its log-probability, whether the row has ended), each [B]."""
+        """Sample the next token: (token, log-probability, True if the row has ended), [B] each."""
         if self.config.temperature == 0.0:
             token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
             logp_B = jnp.zeros(token_B.shape, jnp.float32)
@@ -225,14 +236,14 @@ class _Sampler(NamedTuple):
         stops_V = np.zeros(self.model.config.vocab_size, bool)
         stops_V[[stop for stop in self.config.stop_ids if 0 <= stop < len(stops_V)]] = True
         stopped_B = jnp.asarray(stops_V)[token_B] if stops_V.any() else jnp.zeros(token_B.shape, bool)
-        # Drawn on all devices, and back to where the model reads its rows.
+        # Drawn on all devices, then resharded as the model expects its rows.
         drawn = (token_B, jnp.where(ended_B, 0.0, logp_B), ended_B | stopped_B)
         token_B, logp_B, ended_B = (constrain(x_B, "batch") for x_B in drawn)
         return token_B, logp_B, ended_B
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _begin(
+def _prefill(
     sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, uniform_B: Array
 ) -> tuple[Cache, Array, Array]:
     rows, prompt_length = tokens_BP.shape
@@ -243,7 +254,7 @@ def _begin(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _next(
+def _decode(
     sampler: _Sampler, params: Params, cache: Cache, token_B: Array, ended_B: Array, uniform_B: Array
 ) -> tuple[Cache, Array, Array]:
     logits_BV, cache = extend(sampler.model, params, token_B[:, None], ~ended_B[:, None], cache)
@@ -251,14 +262,16 @@ def _next(
     return cache, token_B, ended_B
 
 
-def _together(sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array) -> Generation:
-    """All rows, one column after the other, until the last row has ended."""
+def _sample_together(
+    sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array
+) -> Generation:
+    """Sample all rows together, column by column, until the last row has ended."""
     prompts, prompt_length = tokens_BP.shape
     rows = prompts * sampler.config.samples
     cache = empty_cache(
         sampler.model.config, prompts, prompt_length + sampler.config.ends[0], sampler.config.cache_dtype
     )
-    logits_BV, cache = sampler.for_each_sample(*extend(sampler.model, params, tokens_BP, mask_BP, cache))
+    logits_BV, cache = sampler.repeat_samples(*extend(sampler.model, params, tokens_BP, mask_BP, cache))
     token_B, logp_B, ended_B = sampler.next_tokens(logits_BV, uniform_BR[:, 0], jnp.zeros(rows, bool))
     shape = (rows, sampler.config.max_new_tokens)
     out = Generation(
@@ -275,7 +288,7 @@ def _together(sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Arra
 
     def step(carry: Carry) -> Carry:
         index, cache, token_B, ended_B, out = carry
-        # A row that has ended feeds a pad; nothing reads what it computes.
+        # A row that has ended is fed padding; its results are never read.
         logits_BV, cache = extend(sampler.model, params, token_B[:, None], ~ended_B[:, None], cache)
         alive_B = ~ended_B
         uniform_B = jax.lax.dynamic_index_in_dim(uniform_BR, index, axis=1, keepdims=False)
@@ -285,9 +298,9 @@ def _together(sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Arra
         return index + 1, cache, token_B, ended_B, out
 
     def decoded(segment: int, carry: Carry) -> Generation:
-        """What the segments from this one on sample; the first of them that finds all rows ended is the last."""
+        """Sample the segments from this one on, stopping at the first after which all rows have ended."""
         last = segment == len(sampler.config.ends) - 1
-        # A step writes the token before the one that it samples: it samples one more than there is room for.
+        # A step writes the previous token to the cache, so it can sample one token more than the cache has room for.
         end = sampler.config.max_new_tokens if last else sampler.config.ends[segment] + 1
         carry = jax.lax.while_loop(functools.partial(until, end), step, carry)
         if last:
@@ -295,7 +308,7 @@ def _together(sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Arra
 
         def longer(carry: Carry) -> Generation:
             index, cache, token_B, ended_B, out = carry
-            cache = sampler.longer(cache, prompt_length + sampler.config.ends[segment + 1])
+            cache = sampler.grow(cache, prompt_length + sampler.config.ends[segment + 1])
             return decoded(segment + 1, (index, cache, token_B, ended_B, out))
 
         return jax.lax.cond(jnp.all(carry[3]), lambda carry: carry[-1], longer, carry)
@@ -305,11 +318,19 @@ def _together(sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Arra
 
 @pytree
 class _Slots:
-    """S rows in the making, of N prompts.
+    """State of continuous batching: S slots for N rows.
 
-    cache: P slots for each row's prompt, then a ring of R that all rows write at one place, each in its turn.
-    token_S: the newest token. ended_S: nothing is to come. row_S: the prompt, N for none. count_S: tokens so far.
-    step: tokens written to the ring. taken: prompts begun. tokens_NR: -1 where there is none yet. logp_NR.
+    Attributes:
+      cache: P columns for the prompt of each slot, then a ring buffer of R columns, which all slots write at the same
+        column in each step.
+      token_S: newest token.
+      ended_S: True if the row has ended.
+      row_S: index of the row, N for none.
+      count_S: number of tokens sampled so far.
+      step: number of columns written to the ring buffer.
+      taken: number of rows started.
+      tokens_NR: sampled tokens, -1 where there is none yet.
+      logp_NR: their log-probabilities in nats.
     """
 
     cache: Cache
@@ -323,11 +344,13 @@ class _Slots:
     logp_NR: Array
 
 
-def _in_slots(sampler: _Sampler, params: Params, tokens_MP: Array, mask_MP: Array, uniform_NR: Array) -> Generation:
-    """The same responses as `_together`, S rows at a time."""
+def _sample_in_slots(
+    sampler: _Sampler, params: Params, tokens_MP: Array, mask_MP: Array, uniform_NR: Array
+) -> Generation:
+    """Sample the same responses as `_sample_together` with continuous batching, S rows at a time."""
     rows, prompt_length = tokens_MP.shape[0] * sampler.config.samples, tokens_MP.shape[1]
     slots = min(sampler.config.slots, rows)
-    # Prompts are read several at a time: the more, the better used the processor, the longer wait the rows that ended.
+    # Prompts are prefilled several at a time: more use the device better, but keep finished slots waiting longer.
     refill = max(slots // 4, 1)
     config = sampler.model.config
 
@@ -343,12 +366,12 @@ def _in_slots(sampler: _Sampler, params: Params, tokens_MP: Array, mask_MP: Arra
         return uniform_NR[jnp.minimum(row_S, rows - 1), jnp.minimum(count_S, sampler.config.max_new_tokens - 1)]
 
     def begun(row_S: Array, slots_each: int) -> tuple[Cache, Array, Array, Array]:
-        """(cache, first token, its log-probability, ended) of prompts; those past the end have ended."""
+        """Prefill prompts: (cache, first token, log-probability, ended); rows past the last one count as ended."""
         real_S = row_S < rows
-        # Rows are begun in their order, so all those of a prompt together.
+        # Rows start in order, so all rows of a prompt start together.
         place_M = jnp.minimum(row_S, rows - 1)[:: sampler.config.samples] // sampler.config.samples
         cache = empty_cache(config, len(place_M), slots_each, sampler.config.cache_dtype)
-        logits_SV, cache = sampler.for_each_sample(
+        logits_SV, cache = sampler.repeat_samples(
             *extend(sampler.model, params, tokens_MP[place_M], mask_MP[place_M], cache)
         )
         token_S, logp_S, ended_S = sampler.next_tokens(logits_SV, uniform(row_S, jnp.zeros_like(row_S)), ~real_S)
@@ -390,14 +413,14 @@ def _in_slots(sampler: _Sampler, params: Params, tokens_MP: Array, mask_MP: Arra
         )
 
     def refilled(state: _Slots) -> _Slots:
-        """Prompts take the slots of the first rows that have ended."""
+        """Start the next prompts in the first slots whose rows have ended."""
         place_F = jnp.argsort(~state.ended_S, stable=True)[:refill]
         row_F = jnp.minimum(state.taken + jnp.arange(refill, dtype=jnp.int32), rows)
         new, token_F, logp_F, ended_F = begun(row_F, prompt_length)
 
         def put(old: Array, fresh: Array) -> Array:
-            # [(layers,) S, heads, slots, head]: of a row the slots of the prompt only; the ring says by places_BS that
-            # nothing in it is this row's.
+            # [(layers,) S, heads, slots, head]: replace only the prompt's columns; places_BS marks the ring
+            # buffer as empty for this row.
             lead = (slice(None),) * (old.ndim - 4)
             return old.at[(*lead, place_F, slice(None), slice(0, prompt_length))].set(fresh)
 
@@ -430,7 +453,7 @@ def _in_slots(sampler: _Sampler, params: Params, tokens_MP: Array, mask_MP: Arra
     def until(alive: Array | int, state: _Slots) -> _Slots:
         return jax.lax.while_loop(lambda state: live(state) > alive, step, state)
 
-    # Each body that steps is compiled, so they are few: a quarter of the slots, and of those a quarter, is kept.
+    # Each size compiles its own loop body, so there are few: a quarter of the slots is kept, then a quarter of those.
     sizes = [slots]
     while sizes[-1] > 16:
         sizes.append(sizes[-1] // 4)
@@ -449,13 +472,13 @@ def _in_slots(sampler: _Sampler, params: Params, tokens_MP: Array, mask_MP: Arra
     else:
         state = until(sizes[1], state)
     for size, fewer in itertools.pairwise(sizes[1:]):
-        state = until(fewer, _kept(state, size))
+        state = until(fewer, _compact(state, size))
     mask_NR = state.tokens_NR >= 0
     return Generation(jnp.where(mask_NR, state.tokens_NR, sampler.config.pad_id), mask_NR, state.logp_NR)
 
 
-def _kept(state: _Slots, size: int) -> _Slots:
-    """So many of the slots, the live ones among them."""
+def _compact(state: _Slots, size: int) -> _Slots:
+    """Keep `size` slots, all unfinished rows among them."""
     place = jnp.argsort(state.ended_S, stable=True)[:size]
 
     def rows(buffer: Array) -> Array:

@@ -16,17 +16,20 @@ from rlhf_jax.model import Transformer
 from rlhf_jax.packing import EpisodeRows
 from rlhf_jax.parallel.sharding import DATA, FSDP, TENSOR
 
-# Logits that a loss holds at once on a device, where the model's head_chunk does not say how many positions' these are.
+# Memory for the logits that a loss computes at once on a device, unless the model's head_chunk sets the positions.
 LOGITS_BYTES = 2**28
 
 
 def target_losses(
     model: Transformer, params: Params, batch: TokenBatch, dropout_key: Array | None = None
 ) -> tuple[Array, Array]:
-    """(loss, mask) of the targets of a batch: nats [B, T-1], and True where the token is a target.
+    """Cross-entropy losses of the targets of a batch: (loss in nats, mask of the targets), each [B, T-1].
 
     Args:
-      dropout_key: turns dropout on; training of the stages 1 and 2 only.
+      model: language-head transformer.
+      params: its parameters.
+      batch: rows of tokens.
+      dropout_key: key that enables dropout; used in training of stages 1 and 2 only.
     """
     tokens, segments, targets, mask = batch.shifted()
     rngs = None if dropout_key is None else {"dropout": dropout_key}
@@ -41,7 +44,7 @@ def response_logits(
 ) -> Array:
     """Logits [B, R, V] that predict the last R tokens of each row, divided by the temperature; float32.
 
-    The head is computed on those positions only. Training takes `response_losses`, which need not hold all of them.
+    The head is computed on those positions only. Training uses `response_losses`, which never needs to hold all logits.
     """
     hidden = model.apply({"params": params}, tokens_BT, mask_BT, last=response_length + 1, method="hidden")
     return model.apply({"params": params}, hidden[:, :-1], method="head") / temperature
@@ -50,20 +53,20 @@ def response_logits(
 def response_losses(
     model: Transformer, params: Params, rows: EpisodeRows, *, temperature: float
 ) -> tuple[Array, Array]:
-    """(-log p, entropy), each [B, R] in nats, of the response tokens at a temperature.
+    """Losses and entropies of the response tokens at a temperature: (-log p, entropy), each [B, R] in nats.
 
-    The head is computed on the positions that predict them only.
+    The head is computed only on the positions that predict them.
     """
     return _losses_at(model, params, _before_responses(model, params, rows), rows.targets_BR, temperature)
 
 
 def state_values(model: Transformer, params: Params, rows: EpisodeRows) -> Array:
-    """Value [B, R] of the state before each response token, by a scalar-head model."""
+    """Value [B, R] of the state before each response token, from a scalar-head model."""
     return model.apply({"params": params}, _before_responses(model, params, rows), method="head")
 
 
 def response_scores(model: Transformer, params: Params, rows: EpisodeRows) -> Array:
-    """Score [B, R] read at each response token, by a scalar-head model; an episode's is that of its last token."""
+    """Score [B, R] at each response token, from a scalar-head model; an episode's score is that of its last token."""
     if rows.at_BR is None:
         columns: dict[str, Any] = {"last": rows.targets_BR.shape[1]}
     else:
@@ -73,7 +76,7 @@ def response_scores(model: Transformer, params: Params, rows: EpisodeRows) -> Ar
 
 
 def _before_responses(model: Transformer, params: Params, rows: EpisodeRows) -> Array:
-    """Hidden states [B, R, D] of the column before each response token; the last block computes no others."""
+    """Hidden states [B, R, D] of the column before each response token; the last block computes only these."""
     if rows.at_BR is None:
         return _hidden(model, params, rows, last=rows.targets_BR.shape[1] + 1)[:, :-1]
     return _hidden(model, params, rows, at_BQ=rows.at_BR)
@@ -95,16 +98,16 @@ def _losses_at(
 
 
 def positions_at_a_time(config: ModelConfig, rows: int, length: int) -> int:
-    """How many of `length` positions of `rows` rows have their logits computed at once: head_chunk, or by memory.
+    """Number of positions per row whose logits are computed at once: head_chunk, or as many as fit in LOGITS_BYTES.
 
-    On a mesh a device holds its share of the rows and of the vocabulary.
+    On a mesh each device holds its shard of the rows and of the vocabulary.
     """
     if config.head_chunk is not None:
         return config.head_chunk or length
     mesh = dict(jax.sharding.get_abstract_mesh().shape)
     here = math.ceil(rows / (mesh.get(DATA, 1) * mesh.get(FSDP, 1))) * config.vocab_rows / mesh.get(TENSOR, 1)
     fit = max(1, int(LOGITS_BYTES / (4 * here)))
-    # Parts of like length: none is small.
+    # Split evenly, so that no chunk is small.
     return math.ceil(length / math.ceil(length / fit))
 
 
@@ -115,10 +118,10 @@ def _by_chunks(
     targets_BT: Array,
     of_logits: Callable[[Array, Array], tuple[Array, ...]],
 ) -> tuple[Array, ...]:
-    """What `of_logits` makes [B, T] of logits [B, T, V] and targets [B, T], `positions_at_a_time` of them.
+    """Apply `of_logits` to logits [B, T, V] and targets [B, T] in chunks of `positions_at_a_time`: arrays [B, T].
 
-    Where these are not all, logits are never held whole, nor kept for the backward pass, which computes those of a
-    chunk anew.
+    With more than one chunk, all logits are never held at once, nor kept for the backward pass, which recomputes each
+    chunk.
     """
 
     def of_hidden(params: Params, hidden_BCD: Array, targets_BC: Array) -> tuple[Array, ...]:
@@ -147,9 +150,9 @@ def _by_chunks(
 
 
 def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
-    """Score [B] of each row by a scalar-head model, read at the row's last real token; 0 for a row without one.
+    """Score [B] of each row from a scalar-head model, read at the row's last real token; 0 for a row without one.
 
-    Not at a pad behind it, which sees the same tokens but was never trained, nor one token too early or late.
+    Reading it at padding after the row would be wrong: padding sees the same tokens but was never trained.
     """
     last_B1 = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1, keepdims=True)
     hidden_B1D = model.apply({"params": params}, tokens_BT, mask_BT, at_BQ=last_B1, method="hidden")
@@ -158,7 +161,7 @@ def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask
 
 
 def ranking_scores(model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch) -> Array:
-    """Scores [B, K] of the ranked responses; a shared prompt is computed once for all of them."""
+    """Scores [B, K] of ranked responses; a shared prompt is computed once for all of them."""
     if isinstance(batch, SharedRankingBatch):
         hidden_BKD = model.apply(
             {"params": params},
@@ -175,6 +178,6 @@ def ranking_scores(model: Transformer, params: Params, batch: RankingBatch | Sha
 
 
 def entropy(logits: Array) -> Array:
-    """Entropy in nats of softmax(logits [..., V]), [...]; -inf logits carry no probability."""
+    """Entropy in nats of softmax(logits [..., V]), [...]; logits of -inf have probability 0."""
     logp = jax.nn.log_softmax(logits, axis=-1)
     return -jnp.sum(jnp.where(jnp.isfinite(logp), jnp.exp(logp) * logp, 0.0), axis=-1)

@@ -1,8 +1,11 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): a kernel W is kept and W + s A B is used, A [in, r] and B [r, out] trained.
+"""LoRA: the kernel W is frozen and W + s A B is used, with A [in, r] and B [r, out] trained.
 
-An adapter is a tree like the parameters', with `lora_a` and `lora_b` where they have a kernel; what else it holds, such
-as a score head, stands in place of the parameters' own. Where layers are stacked, so are their A and B. Everything here
-is a pure function on such trees.
+An adapter is a tree like the parameters', with `lora_a` and `lora_b` in place of a kernel; anything else it contains,
+such as a score head, replaces the corresponding parameters. For stacked layers, A and B are stacked too. All functions
+here are pure functions of such trees.
+
+Source:
+  Hu et al. 2021 (arXiv:2106.09685).
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from rlhf_jax.errors import UserError
 
 
 def init_adapter(params: Params, config: LoraConfig, key: Array) -> Params:
-    """A fresh adapter that changes nothing: A ~ N(0, 1 / in), B = 0, of the parameters' dtype.
+    """Initialize an adapter that leaves the model unchanged: A ~ N(0, 1 / in), B = 0, in the parameters' dtype.
 
-    Raises: UserError if the parameters have none of the kernels that the config names.
+    Raises:
+      UserError: if the parameters have none of the kernels that the config names.
     """
     sites = _sites(params, config.targets)
     if not sites:
@@ -39,16 +43,18 @@ def init_adapter(params: Params, config: LoraConfig, key: Array) -> Params:
 
 
 def attach(base: Params | None, adapter: Params, scale: float) -> Params:
-    """The parameters that a network runs with: the base's, with s B and A beside its kernels. Copies no kernel.
+    """Attach an adapter to its base: full parameters with A and s B next to each kernel. No kernel is copied.
 
     Args:
-      base: None where `adapter` is a whole network's parameters, which are then returned.
+      base: parameters of the base model; None if `adapter` is already full parameters, which are then returned.
+      adapter: the adapter.
+      scale: s.
     """
     return adapter if base is None else _overlaid(base, _scaled(adapter, scale))
 
 
 def merge(base: Params | None, adapter: Params, scale: float) -> Params:
-    """The parameters of a plain network that computes the same: W + s A B, summed in float32."""
+    """Merge an adapter into its base: kernels W + s A B, summed in float32."""
     if base is None:
         return adapter
 
@@ -66,7 +72,7 @@ def merge(base: Params | None, adapter: Params, scale: float) -> Params:
 
 
 def _sites(params: Params, targets: tuple[str, ...]) -> list[tuple[tuple[str, ...], Array]]:
-    """(path of the module, kernel) of each kernel that gets an adapter, in a fixed order."""
+    """List (path of the module, kernel) of each kernel that gets an adapter, in a fixed order."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = tuple(str(key.key) for key in path)

@@ -1,4 +1,4 @@
-"""One decoder-only transformer: its configuration spans GPT-2 to Gemma 3. The only file that imports flax.
+"""Decoder-only transformer, configurable from GPT-2 to Gemma 3. The only file that imports flax.
 
 Parameters are plain nested dicts of float32 arrays; `Transformer(config).apply({"params": params}, …)` is a pure
 function.
@@ -37,43 +37,43 @@ __all__ = [
 ]
 
 
-# Cosines and sines of a context that are looked up: half a megabyte in a program. Those of longer ones are computed.
+# Maximum size of a lookup table of cosines and sines: half a megabyte in a program. Longer contexts compute them.
 TURN_TABLE = 2**17
 
 
 def count_parameters(params: Params) -> int:
-    """Numbers in a tree of parameters."""
+    """Count the parameters in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def positions_of(segment_ids_BT: Array) -> Array:
     """Position of each token in its segment, counting real tokens only, [B, T] int32.
 
-    Left padding therefore changes no position: the real tokens of a row are numbered from 0.
+    Left padding therefore does not shift positions: the real tokens of a row are numbered from 0.
     """
     real = segment_ids_BT > 0
-    # The largest so far, not the neighbour: a gap of padding within a segment starts no count anew.
+    # Compare with the largest id so far, not the previous one: padding within a segment must not restart its positions.
     before = jax.lax.cummax(jnp.pad(segment_ids_BT[:, :-1], ((0, 0), (1, 0))), axis=1)
     seen = jnp.cumsum(real, axis=1) - real
     first = jax.lax.cummax(jnp.where(real & (segment_ids_BT != before), seen, 0), axis=1)
     return (seen - first).astype(jnp.int32)
 
 
-def _places(real_BT: Array) -> Array:
-    """How many real tokens stand before each, [B, T] int32."""
+def _tokens_before(real_BT: Array) -> Array:
+    """Number of real tokens before each column, [B, T] int32."""
     return (jnp.cumsum(real_BT, axis=1) - real_BT).astype(jnp.int32)
 
 
-def _seen(cache: Cache) -> Array:
-    """Real tokens that each row of a cache has, [B, 1]."""
+def _cached_tokens(cache: Cache) -> Array:
+    """Number of real tokens in each row of a cache, [B, 1]."""
     return jnp.max(cache.places_BS, axis=1, keepdims=True) + 1
 
 
 def as_matrix_product(x: Array, weights: Array, **how: Any) -> Array:
-    """x [..., D] @ weights [D, E] as one product of matrices.
+    """Compute x [..., D] @ weights [D, E] as one two-dimensional matrix product.
 
-    XLA's gradient of it with more axes copies both sides transposed on a CPU: a third more time in a block. On a mesh
-    the axes stay apart, as they are laid out.
+    With more axes, XLA's gradient on a CPU copies both operands transposed, a third more time per block. On a mesh the
+    axes are kept, because they are sharded separately.
     """
     if on_a_mesh():
         return jnp.matmul(x, weights, **how)
@@ -82,7 +82,7 @@ def as_matrix_product(x: Array, weights: Array, **how: Any) -> Array:
 
 
 class OffsetRMSNorm(nn.Module):
-    """x / rms(x) · (1 + scale), the scale starting at 0 (Gemma)."""
+    """RMSNorm with an offset scale: x / rms(x) · (1 + scale), with scale initialized to 0 (Gemma)."""
 
     epsilon: float
 
@@ -99,12 +99,12 @@ def _norm(config: ModelConfig, name: str) -> nn.Module:
         return OffsetRMSNorm(config.norm_epsilon, name=name)
     if config.norm == "rms":
         return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=jnp.float32, name=name)
-    # The fast variance, E[x²] - E[x]², loses what matters where a trained model's stream has large means.
+    # The fast variance, E[x²] - E[x]², loses precision where a trained model's residual stream has a large mean.
     return nn.LayerNorm(epsilon=config.norm_epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
 class Dense(nn.Module):
-    """x W (+ b), and where the parameters hold an adapter beside the kernel, + (x A) B: LoRA (lora.py)."""
+    """Dense layer x W (+ b), plus (x A) B if the parameters contain a LoRA adapter for the kernel (lora.py)."""
 
     features: int
     use_bias: bool
@@ -126,20 +126,22 @@ class Dense(nn.Module):
 
 
 def _dense(config: ModelConfig, features: int, name: str, scale: float = 1.0, bias: bool | None = None) -> Dense:
-    # Std 1/sqrt(width) trains small models faster than GPT-2's constant 0.02, which is the same at width 2500.
+    # Std 1/sqrt(width) trains small models faster than GPT-2's constant 0.02, to which it is equal at width 2500.
     use_bias = config.bias if bias is None else bias
     return Dense(features, use_bias, config.dtype, scale * config.width**-0.5, name=name)
 
 
 @pytree
 class Row:
-    """What every block reads of a batch.
+    """Inputs shared by all blocks.
 
-    positions_BT: for the rotation. allowed_BTS: which keys a token may see.
-    behind_BTS: how many real tokens further back they are, for the windows.
-    filled: scalar, slots of the cache that were written before, or None without a cache.
-    at_BQ: columns whose output the last block is asked for, or None for all.
-    segments_BT: where these alone say what a token may see, else None.
+    Attributes:
+      positions_BT: positions for the rotary embeddings.
+      allowed_BTS: True for keys that a token may attend to.
+      behind_BTS: distance from token to key in real tokens, for sliding windows.
+      filled: scalar, number of cache slots written before, or None without a cache.
+      at_BQ: columns whose output the last block computes, or None for all.
+      segments_BT: segment ids if they alone determine the attention mask, else None.
     """
 
     positions_BT: Array
@@ -149,8 +151,8 @@ class Row:
     at_BQ: Any
     segments_BT: Any
 
-    def asked(self, x: Array, last: int) -> Array:
-        """Of what stands for each column, [B, T, …], the last ones or those at `at_BQ`; all with neither."""
+    def select_columns(self, x: Array, last: int) -> Array:
+        """Select columns of x [B, T, …]: those at `at_BQ` if given, else the last ones; all of them if last is 0."""
         if self.at_BQ is not None:
             return jnp.take_along_axis(x, self.at_BQ.reshape(self.at_BQ.shape + (1,) * (x.ndim - 2)), axis=1)
         return x[:, -last:]
@@ -158,11 +160,16 @@ class Row:
 
 @pytree
 class Layer:
-    """What differs from block to block besides parameters; arrays with a leading axis of layers, or of one block.
+    """Inputs of one block, or of all blocks with a leading axis of layers.
 
-    window: tokens that a token sees, 0 for all. frequency: [F] radians a position. amplitude: of the rotation.
-    keys, values: of the cache, or None; the stack of all blocks where the layers are scanned.
-    number: of the block in that stack. turn: (cos, sin) [B, T, F] of the rotation, where they were looked up.
+    Attributes:
+      window: sliding window in tokens, 0 for full attention.
+      frequency: [F], rotary frequencies in radians per position.
+      amplitude: factor of cos and sin.
+      keys: buffer of the KV cache, or None; the stack of all blocks if layers are scanned.
+      values: likewise.
+      number: index of the block in that stack.
+      turn: (cos, sin) [B, T, F] of the rotation, if looked up in a table.
     """
 
     window: Any
@@ -173,19 +180,19 @@ class Layer:
     number: Array | None = None
     turn: Any = None
 
-    def cached(self, buffer: Any, new: Array, filled: Array) -> tuple[Any, Any]:
-        """(the buffer with `new` written behind what was filled, this block's part of it)."""
+    def append_to_cache(self, buffer: Any, new: Array, filled: Array) -> tuple[Any, Any]:
+        """Append `new` to a cache buffer: (the updated buffer, this block's part of it)."""
         if self.number is None:
             buffer = write(buffer, new, (0, 0, filled, 0))
             return buffer, buffer
-        # Into the stack, and of it only the new slots: carried through the loop, it is written in place.
+        # Write only the new slots into the stack: as a loop carry it is updated in place.
         buffer = write(buffer, new[None], (self.number, 0, 0, filled, 0))
         number = self.number
         return buffer, jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), buffer)
 
 
 def _layers(config: ModelConfig) -> list[tuple[int, np.ndarray, float]]:
-    """(window, frequency, amplitude) of each block."""
+    """List (window, frequency, amplitude) of each block."""
     found = []
     for layer in range(config.layers):
         base, scaling, window = config.rope_base, config.rope_scaling, config.window(layer)
@@ -205,14 +212,14 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: Array, row: Row, layer: Layer) -> tuple[Array, tuple[Array, Array] | None]:
         config = self.config
         groups, head = config.key_heads, config.head_size
-        asked_BTD = row.asked(x_BTD, self.last)
-        rows, length, _ = asked_BTD.shape
+        selected_BTD = row.select_columns(x_BTD, self.last)
+        rows, length, _ = selected_BTD.shape
 
         def split(name: str, heads: int, x: Array = x_BTD) -> Array:
             flat = _dense(config, heads * head, name, bias=config.qkv_bias)(x)
             return flat.reshape(rows, -1, heads, head).transpose(0, 2, 1, 3)
 
-        query, key, value = split("query", config.heads, asked_BTD), split("key", groups), split("value", groups)
+        query, key, value = split("query", config.heads, selected_BTD), split("key", groups), split("value", groups)
         if config.qk_norm:
             query = _norm(config, "query_norm")(query).astype(config.dtype)
             key = _norm(config, "key_norm")(key).astype(config.dtype)
@@ -220,20 +227,20 @@ class Attention(nn.Module):
             turn = layer.turn
             if turn is None:
                 turn = turns(row.positions_BT, layer.frequency, layer.amplitude)
-            query = rotate(query, *(row.asked(x, self.last) for x in turn))
+            query = rotate(query, *(row.select_columns(x, self.last) for x in turn))
             key = rotate(key, *turn)
         buffers = None
         if layer.keys is not None and layer.values is not None:
-            # Said here too: what becomes of the logits must not decide where attention is computed.
+            # Constrain the query too, or the sharding of the logits would determine where attention is computed.
             query = constrain_cache(query, groups)
-            keys, key = layer.cached(layer.keys, constrain_cache(key), row.filled)
-            values, value = layer.cached(layer.values, constrain_cache(value), row.filled)
+            keys, key = layer.append_to_cache(layer.keys, constrain_cache(key), row.filled)
+            values, value = layer.append_to_cache(layer.values, constrain_cache(value), row.filled)
             buffers = (keys, values)
         allowed_BTS = row.allowed_BTS
         if any(config.windows):
             window_111 = jnp.reshape(layer.window, (1, 1, 1))
             allowed_BTS = allowed_BTS & ((row.behind_BTS < window_111) | (window_111 == 0))
-        allowed_BTS = row.asked(allowed_BTS, self.last)
+        allowed_BTS = row.select_columns(allowed_BTS, self.last)
         mixed = attend(
             query,
             key,
@@ -257,7 +264,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Position-wise layer, with or without a gate."""
+    """Position-wise feed-forward layer, with or without a gate."""
 
     config: ModelConfig
 
@@ -276,7 +283,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. last: columns that are asked for, from the end; 0 for all."""
+    """Pre-norm transformer block.
+
+    Attributes:
+      last: number of columns to compute, from the end; 0 for all.
+    """
 
     config: ModelConfig
     deterministic: bool = True
@@ -292,7 +303,7 @@ class Block(nn.Module):
 
         normed = norm("attention_norm", x_BTD)
         mixed, buffers = Attention(config, self.last, name="attention")(normed, row, layer)
-        x_BTD, normed = row.asked(x_BTD, self.last), row.asked(normed, self.last)
+        x_BTD, normed = row.select_columns(x_BTD, self.last), row.select_columns(normed, self.last)
         if config.post_norms:
             mixed = norm("attention_post_norm", mixed)
         attended = x_BTD + dropout(mixed)
@@ -307,8 +318,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Decoder-only transformer with a language head (logits [B, T, V]) or a scalar head (scores [B, T]).
 
-    `apply({"params": params}, tokens_BT, mask=…)` runs both halves; the halves are methods of their own, so that a loss
-    computes heads on the positions it needs: `apply(…, method="hidden")` and `apply(…, hidden, method="head")`.
+    `apply({"params": params}, tokens_BT, mask=…)` runs backbone and head. They are separate methods, so that a loss can
+    apply the head to the positions it needs: `apply(…, method="hidden")` and `apply(…, hidden, method="head")`.
     """
 
     config: ModelConfig
@@ -344,16 +355,21 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         deterministic: bool = True,
     ) -> Any:
-        """Logits [B, T, V] float32 (scores [B, T] with the scalar head); with a cache, (those, the new cache).
+        """Compute logits [B, T, V] or, with the scalar head, scores [B, T], float32.
 
         Args:
-          tokens_BT: int32 ids.
-          mask: [B, T] bool, True for real tokens; all are if not given. No real token sees another.
-          segment_ids: [B, T] int32 instead of a mask, 0 for padding: tokens attend within their own segment.
-          positions: [B, T] int32; counted from the mask if not given.
-          cache: what came before these tokens, which are written behind it; room must be left.
-          deterministic: no dropout; False wants a "dropout" key in `rngs`.
-        Raises: ValueError for a sequence longer than the context, or segments with a cache.
+          tokens_BT: int32 token ids.
+          mask: [B, T] bool, True for real tokens, which attend to real tokens only; all True by default.
+          segment_ids: [B, T] int32 in place of a mask, 0 for padding; tokens attend within their own segment.
+          positions: [B, T] int32; counted from the mask by default.
+          cache: KV cache of the preceding tokens, to which these are appended; it must have room for them.
+          deterministic: disables dropout; if False, `rngs` must have a "dropout" key.
+
+        Returns:
+          The logits or scores; with a cache, (logits or scores, new cache).
+
+        Raises:
+          ValueError: for a sequence longer than the context, or segment ids with a cache.
         """
         out = self.hidden(
             tokens_BT, mask, segment_ids=segment_ids, positions=positions, cache=cache, deterministic=deterministic
@@ -376,13 +392,21 @@ class Transformer(nn.Module):
         at_BQ: Array | None = None,
         shared_prompt: bool = False,
     ) -> Any:
-        """The normed residual stream [B, T, D] float32 under the head, as in `__call__`.
+        """Compute the hidden states [B, T, D] float32 that the head reads: the normalized residual stream.
 
         Args:
-          last: return the last columns only, [B, last, D]; 0 for all. at_BQ: or these columns, [B, Q, D]. The last
-            block computes nothing else for the others than their keys and values.
-          shared_prompt: segment 1 of a row is a prompt, and each other segment goes on behind it and sees it, as if it
-            were alone with it. Such a row may be longer than the context.
+          tokens_BT: as in `__call__`, like the other arguments not listed here.
+          last: number of columns to return, from the end, [B, last, D]; 0 for all. For all other columns the last
+            block computes keys and values only.
+          at_BQ: columns to return in place of the last ones, [B, Q, D].
+          shared_prompt: treat segment 1 of a row as a prompt that every other segment continues and attends to, as if
+            in a row of its own. Such a row may be longer than the context.
+
+        Returns:
+          The hidden states; with a cache, (hidden states, new cache).
+
+        Raises:
+          ValueError: for a sequence longer than the context, or segment ids with a cache.
         """
         config = self.config
         length = tokens_BT.shape[1]
@@ -396,17 +420,17 @@ class Transformer(nn.Module):
         below = 0
         if positions is None:
             slots = length if cache is None else cache.places_BS.shape[1]
-            # Counted, so inside the context where that has room for all.
+            # Counted positions stay below the context if it has room for all slots.
             below = config.context if slots <= config.context and not on_a_mesh() else 0
             positions = positions_of(segment_ids)
             if cache is not None:
-                positions += _seen(cache)
+                positions += _cached_tokens(cache)
             if shared_prompt:
                 prompt_B1 = jnp.sum(segment_ids == 1, axis=1, keepdims=True, dtype=jnp.int32)
                 positions += jnp.where(segment_ids > 1, prompt_B1, 0)
         slot_T = jnp.arange(length)
-        # Places in the row, real tokens counted, for the windows: a gap of padding makes no token further.
-        place_BT = _places(real_BT)
+        # Places count real tokens of the row, for the windows: padding must not increase a distance.
+        place_BT = _tokens_before(real_BT)
         if cache is None:
             if shared_prompt:
                 place_BT = positions
@@ -416,7 +440,7 @@ class Transformer(nn.Module):
                 allowed_BTS |= (segment_ids[:, None, :] == 1) & real_BT[:, :, None]
             allowed_BTS &= slot_T[None, :, None] >= slot_T[None, None, :]
         else:
-            place_BT += _seen(cache)
+            place_BT += _cached_tokens(cache)
             new_BT = jnp.where(real_BT, place_BT, -1)
             place_BS = jax.lax.dynamic_update_slice_in_dim(cache.places_BS, new_BT, cache.filled, axis=1)
             allowed_BTS = (place_BS[:, None, :] >= 0) & (place_BS[:, None, :] <= place_BT[:, :, None])
@@ -426,7 +450,7 @@ class Transformer(nn.Module):
         x_BTD = constrain(x_BTD.astype(config.dtype), "batch", "none", "none")
         x_BTD = self.dropout(x_BTD, deterministic=deterministic)
         behind_BTS = place_BT[:, :, None] - place_BS[:, None, :]
-        # A window counts real tokens back, which segments do not tell.
+        # A sliding window counts real tokens back, which segment ids cannot express.
         windowed = any(0 < window < length for window in config.windows)
         segments_BT = None if cache is not None or shared_prompt or windowed else segment_ids
         row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled, None, segments_BT)
@@ -447,9 +471,10 @@ class Transformer(nn.Module):
         at_BQ: Array | None,
         below: int,
     ) -> tuple[Array, Any, Any]:
-        """(the stream behind the last block, the cache's keys, its values), block by block or as one loop.
+        """Run all blocks, one by one or as a scan: (residual stream, keys of the cache, values of the cache).
 
-        below: what all positions are less than; 0 if that is not known.
+        Args:
+          below: exclusive upper bound of the positions, or 0 if unknown.
         """
         config = self.config
         kind: Any = Block
@@ -483,21 +508,21 @@ class Transformer(nn.Module):
             )
             caches = (None, None) if cache is None else (cache.keys, cache.values)
             (x_BTD, *buffers), _ = loop(kind(config, deterministic, name="blocks"), (x_BTD, *caches), row, stacked)
-            return dataclasses.replace(row, at_BQ=at_BQ).asked(x_BTD, last), buffers[0], buffers[1]
+            return dataclasses.replace(row, at_BQ=at_BQ).select_columns(x_BTD, last), buffers[0], buffers[1]
         keys, values = [], []
-        looked_up = config.positions == "rotary" and below * config.rotary_width <= TURN_TABLE
+        use_table = config.positions == "rotary" and below * config.rotary_width <= TURN_TABLE
         table: dict[tuple[bytes, float], Any] = {}
         for i, (window, frequency, amplitude) in enumerate(layers):
-            kind_of_turn = (frequency.tobytes(), amplitude)
-            if below and looked_up and kind_of_turn not in table:
-                table[kind_of_turn] = turns(row.positions_BT, frequency, amplitude, below=below)
+            table_key = (frequency.tobytes(), amplitude)
+            if below and use_table and table_key not in table:
+                table[table_key] = turns(row.positions_BT, frequency, amplitude, below=below)
             cached = (None, None) if cache is None else (cache.keys[i], cache.values[i])
             final = i == config.layers - 1
             block = kind(config, deterministic, last if final else 0, name=f"block_{i}")
             if final:
                 row = dataclasses.replace(row, at_BQ=at_BQ)
             x_BTD, buffer = block(
-                x_BTD, row, Layer(window, frequency, amplitude, cached[0], cached[1], turn=table.get(kind_of_turn))
+                x_BTD, row, Layer(window, frequency, amplitude, cached[0], cached[1], turn=table.get(table_key))
             )
             if buffer is not None:
                 keys.append(buffer[0])
@@ -505,7 +530,7 @@ class Transformer(nn.Module):
         return x_BTD, tuple(keys), tuple(values)
 
     def head(self, hidden_BTD: Array) -> Array:
-        """Logits [..., V] (or scores [...]) of hidden states [..., D]; float32."""
+        """Apply the head to hidden states [..., D]: logits [..., V] or scores [...], float32."""
         if self.scalar:
             return self.score(hidden_BTD)[..., 0]
         config = self.config
@@ -521,24 +546,28 @@ class Transformer(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: Transformer, key: Array) -> Params:
-    """Fresh parameters: a nested dict of float32 arrays."""
+    """Initialize parameters: a nested dict of float32 arrays."""
     return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def to_scalar_head(params: Params, model: Transformer, key: Array) -> Params:
-    """Parameters of the scalar-head `model` on the backbone of `params`, the head fresh: how a reward model starts."""
+    """Initialize a scalar-head `model`, such as a reward model, with the backbone of `params` and a fresh head."""
     fresh = init_params(model, key)
     return {name: value if name == "score" else params[name] for name, value in fresh.items()}
 
 
 def stack_blocks(params: Params, config: ModelConfig) -> Params:
-    """Parameters (or an adapter) as scanned layers want them: the blocks' under "blocks", stacked [layers, …]."""
+    """Stack the blocks of parameters (or of an adapter) for scanned layers, under "blocks", [layers, …].
+
+    Raises:
+      ValueError: if some of the blocks are missing.
+    """
     names = [f"block_{i}" for i in range(config.layers)]
     missing = [name for name in names if name not in params]
     if len(missing) == len(names):
         return params
     if missing:
-        raise ValueError(f"{missing[0]} is missing: blocks are stacked all together, found {len(names) - len(missing)}")
+        raise ValueError(f"{missing[0]} is missing: expected all {len(names)} blocks, got {len(names) - len(missing)}")
     blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
     return {name: value for name, value in params.items() if name not in names} | {"blocks": blocks}
 

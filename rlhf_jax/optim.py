@@ -1,4 +1,4 @@
-"""Optimizer and schedule from a configuration, and gradients that are exact over microbatches and devices."""
+"""Optimizers, schedules, and gradients that are exact over microbatches and devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf_jax.packing import take_rows
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate of an optimizer step; `steps` is how many the run takes."""
+    """Make the learning-rate schedule of a run with `steps` optimizer steps."""
     rest = max(steps - config.warmup_steps, 1)
     rate, final = config.learning_rate, config.learning_rate * config.final_fraction
     if config.schedule == "constant":
@@ -30,7 +30,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, Adam, decay, schedule."""
+    """Make AdamW with gradient clipping and the schedule of a run with `steps` optimizer steps."""
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
     if config.weight_decay:
@@ -53,21 +53,27 @@ def summed_gradients(
     rows_at_a_time: int = 0,
     axis_name: str | None = None,
 ) -> tuple[Params, dict[str, Array]]:
-    """Gradient and metrics of an objective whose value is a share of the global mean, summed over all its shares.
+    """Gradient and metrics of an objective, summed over microbatches and devices.
 
-    Shares, not means: a mean of per-device or per-microbatch means is wrong wherever masks are uneven.
+    The objective returns shares of a global mean, not means: averaging means per device or per microbatch would be
+    wrong wherever masks are uneven.
 
     Args:
-      objective: (params, microbatch, key) -> (share of the loss, shares of the metrics), normalised by global counts.
-      params: what to differentiate by.
+      objective: (params, microbatch, key) -> (share of the loss, shares of the metrics), normalized by global counts.
+      params: parameters to differentiate with respect to.
       batch: pytree of arrays with a leading row axis.
-      key: typed random key; each share gets one of its own.
-      microbatches: equal slices of the batch, one after the other, to save memory.
-      rows_in_use: int32 scalar, a value of the program: only the first rows of the batch, the others being padding;
-        they are taken rows_at_a_time, a divisor of the rows of the batch, in place of microbatches.
-      axis_name: a mapped axis over which the batch is spread.
-    Returns: (gradient, metrics with "loss"), the same on every device.
-    Raises: ValueError where the rows do not divide.
+      key: typed random key, from which each share gets its own.
+      microbatches: number of equal slices of the batch, computed one after the other to save memory.
+      rows_in_use: int32 scalar, may be a traced value; only that many first rows of the batch are used, the others are
+        padding. They are computed rows_at_a_time, in place of microbatches.
+      rows_at_a_time: with rows_in_use, number of rows computed at a time; a divisor of the rows of the batch.
+      axis_name: mapped axis over which the batch is split.
+
+    Returns:
+      (gradient, metrics with "loss"), the same on every device.
+
+    Raises:
+      UserError: if the rows are not divisible by the microbatches.
     """
     differentiate = jax.value_and_grad(objective, has_aux=True)
     if axis_name is not None:
@@ -95,7 +101,7 @@ def summed_gradients(
         rows = jax.tree.leaves(batch)[0].shape[0]
         if rows % microbatches:
             raise UserError(f"{rows} rows are not divisible by {microbatches} microbatches")
-        # Every m-th row, so that a batch sharded by rows stays spread over the devices in each microbatch.
+        # A microbatch takes every m-th row, so that it stays sharded over the devices like the batch.
         sliced = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, microbatches)
         shapes = jax.eval_shape(shares, jax.tree.map(lambda x: x[0], sliced), key)
@@ -107,7 +113,7 @@ def summed_gradients(
 
 
 def global_count(mask: Array, axis_name: str | None = None) -> Array:
-    """Kept slots of the global batch, int32 scalar."""
+    """Count the True slots of the global batch, int32 scalar."""
     count = jnp.sum(mask, dtype=jnp.int32)
     return count if axis_name is None else jax.lax.psum(count, axis_name)
 
@@ -115,9 +121,9 @@ def global_count(mask: Array, axis_name: str | None = None) -> Array:
 def apply_gradient(
     optimizer: optax.GradientTransformation, gradient: Params, opt_state: Any, params: Params
 ) -> tuple[Params, Any, dict[str, Array]]:
-    """One optimizer step: (params, opt_state, {"grad_norm", "skipped"}).
+    """Apply one optimizer step: (params, opt_state, {"grad_norm", "skipped"}).
 
-    A gradient that is not finite changes nothing and counts as skipped (1.0); decided inside the compiled program, so
+    A non-finite gradient is skipped (skipped = 1.0) and changes nothing. The check is part of the compiled program, so
     that no bad value ever reaches a parameter.
     """
     norm = optax.tree.norm(gradient)
@@ -139,7 +145,7 @@ def gradient_step(
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The update of the stages with one network: summed gradients, one optimizer step, the step counted."""
+    """Update a stage with one network: sum gradients, apply one optimizer step, increment the step."""
     key = jax.random.fold_in(state.key, state.step)
     gradient, metrics = summed_gradients(
         objective, state.params, batch, key, microbatches=microbatches, axis_name=axis_name
@@ -149,5 +155,5 @@ def gradient_step(
 
 
 def new_state(params: Params, opt_state: Any, seed: int, **extras: Any) -> TrainState:
-    """The state before the first step."""
+    """Make the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key(seed), extras)

@@ -1,7 +1,7 @@
-"""Rows of episodes: one episode a row, padded, or several end to end so that their padding is not computed.
+"""Rows of episodes: padded, with one episode per row, or packed, so that padding is not computed.
 
-Episodes are packed inside the compiled program. How many rows that takes is a value of the program, so what follows is
-a loop over the rows in use (`over_rows`, optim.summed_gradients): one compilation, whatever the lengths.
+Episodes are packed inside the compiled program. The number of packed rows is a traced value, so later computations loop
+over the rows in use (`over_rows`, optim.summed_gradients): one compilation, whatever the lengths.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from rlhf_jax.arrays import Array, pytree
 
 @pytree
 class Places:
-    """Where each of B episodes lies.
+    """Location of each of B episodes in packed rows.
 
-    row_B: its row. column_B: its first column there. response_B: the place of its first response token among the R that
-      a row has room for. segment_B: from 1, rising along a row.
-    rows: scalar, rows in use; they come first.
+    Attributes:
+      row_B: row of the episode.
+      column_B: its first column in the row.
+      response_B: index of its first response token among the R that a row has room for.
+      segment_B: segment id, from 1, ascending along a row.
+      rows: scalar, number of rows in use, which come first.
     """
 
     row_B: Array
@@ -33,13 +36,16 @@ class Places:
 
 @pytree
 class EpisodeRows:
-    """Rows of episodes, each a segment of its own; a padded row is a packed one with a single episode.
+    """Rows of episodes, one segment per episode; a padded row is a packed row with a single episode.
 
-    tokens_BT: int32. segment_ids_BT: int32, 0 for padding.
-    at_BR: the column before each response token, whose hidden state predicts it and is the state of its value; None
-      where the responses are the last R columns.
-    targets_BR: the response tokens. response_mask_BR: those that are real.
-    data: whatever else belongs to each response token, a pytree of [B, R].
+    Attributes:
+      tokens_BT: int32 token ids.
+      segment_ids_BT: int32, 0 for padding.
+      at_BR: column before each response token, whose hidden state predicts the token and gives its value; None if the
+        responses are the last R columns.
+      targets_BR: response tokens.
+      response_mask_BR: True for real response tokens.
+      data: pytree of further arrays [B, R], one entry per response token.
     """
 
     tokens_BT: Array
@@ -51,7 +57,7 @@ class EpisodeRows:
 
 
 def padded_episodes(tokens_BT: Array, mask_BT: Array, response_mask_BR: Array, data: Any) -> EpisodeRows:
-    """Rows of one episode each: a prompt of P columns, left-padded, then a response of R, right-padded."""
+    """Lay out one episode per row: a prompt of P columns, left-padded, then a response of R columns, right-padded."""
     responses = response_mask_BR.shape[1]
     return EpisodeRows(tokens_BT, mask_BT.astype(jnp.int32), None, tokens_BT[:, -responses:], response_mask_BR, data)
 
@@ -65,12 +71,18 @@ def map_episodes(
     pack: int,
     parts: int,
 ) -> Any:
-    """function(rows) -> a pytree of [rows, R], as [B, R] of the episodes, 0 where masked.
+    """Apply a function of rows to episodes, padded or packed.
 
     Args:
-      tokens_BT: prompts of P columns, left-padded, then responses of R, right-padded.
-      pack: rows at a time of episodes laid end to end; 0 pads each episode.
-      parts: with pack 0, equal parts of the episodes, computed one after the other.
+      function: maps rows of episodes to a pytree of arrays [rows, R].
+      tokens_BT: prompts of P columns, left-padded, then responses of R columns, right-padded.
+      mask_BT: True for real tokens.
+      response_mask_BR: True for real response tokens.
+      pack: number of packed rows computed at a time; 0 pads each episode.
+      parts: with pack 0, number of equal parts of the episodes, computed one after the other.
+
+    Returns:
+      The pytree with arrays [B, R], one row per episode, 0 where masked.
     """
     if pack:
         rows, places = pack_episodes(tokens_BT, mask_BT, response_mask_BR, None)
@@ -81,21 +93,24 @@ def map_episodes(
 
 
 def find_places(length_B: Array, response_B: Array, *, row_length: int, most_responses: int) -> Places:
-    """First-fit decreasing: the longest episode first, each into the first row that has room for it.
+    """Assign episodes to rows by first-fit decreasing: longest first, each to the first row that has room for it.
 
     Args:
-      length_B: tokens of each episode, at most row_length. response_B: response tokens of it, at most most_responses.
+      length_B: number of tokens of each episode, at most row_length.
+      response_B: number of response tokens of each episode, at most most_responses.
+      row_length: tokens that a row has room for.
+      most_responses: response tokens that a row has room for.
     """
     order_B = jnp.argsort(-length_B, stable=True)
     empty_B = jnp.zeros(length_B.shape, jnp.int32)
 
     def put(used: tuple[Array, Array], episode: Array) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-        used_B, said_B = used
-        length, said = length_B[episode], response_B[episode]
-        # B rows for B episodes: there is always one left.
-        row = jnp.argmax((used_B + length <= row_length) & (said_B + said <= most_responses)).astype(jnp.int32)
-        place = (row, used_B[row], said_B[row])
-        return (used_B.at[row].add(length), said_B.at[row].add(said)), place
+        used_B, placed_B = used
+        length, responses = length_B[episode], response_B[episode]
+        # With B rows for B episodes, an empty row is always left.
+        row = jnp.argmax((used_B + length <= row_length) & (placed_B + responses <= most_responses)).astype(jnp.int32)
+        place = (row, used_B[row], placed_B[row])
+        return (used_B.at[row].add(length), placed_B.at[row].add(responses)), place
 
     (used_B, _), places = jax.lax.scan(put, (empty_B, empty_B), order_B)
     row_B, column_B, first_B = (empty_B.at[order_B].set(place) for place in places)
@@ -104,7 +119,7 @@ def find_places(length_B: Array, response_B: Array, *, row_length: int, most_res
 
 
 def pack_episodes(tokens_BT: Array, mask_BT: Array, response_mask_BR: Array, data: Any) -> tuple[EpisodeRows, Places]:
-    """Rows of T columns from episodes: prompts of P columns, left-padded, then responses of R, right-padded."""
+    """Pack episodes into rows of T columns; an episode is a left-padded prompt, then a right-padded response [R]."""
     rows, width = tokens_BT.shape
     responses = response_mask_BR.shape[1]
     places = find_places(
@@ -135,7 +150,7 @@ def pack_episodes(tokens_BT: Array, mask_BT: Array, response_mask_BR: Array, dat
 
 
 def unpack(packed_BR: Array, places: Places, response_mask_BR: Array) -> Array:
-    """What a row's response tokens hold, back where the episodes have them, 0 where masked, [B, R]."""
+    """Map an array of packed response tokens back to the episodes, [B, R], 0 where masked."""
     place_BR = _response_places(places, response_mask_BR)
     return jnp.where(response_mask_BR, packed_BR.ravel().at[place_BR].get(mode="fill", fill_value=0), 0)
 
@@ -147,14 +162,14 @@ def _response_places(places: Places, response_mask_BR: Array) -> Array:
 
 
 def take_rows(tree: Any, first: Array, size: int) -> Any:
-    """Rows first … first + size - 1 of every array."""
+    """Take rows first … first + size - 1 of every array in a tree."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), tree)
 
 
 def by_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
-    """function(batch), row by row the same, computed for `parts` equal parts of its rows one after the other.
+    """Compute a row-wise function of a batch in `parts` equal parts, one after the other.
 
-    A part takes every parts-th row, so that rows spread over devices stay where they are.
+    A part takes every parts-th row, so that rows sharded over devices stay on their device.
     """
     if parts == 1:
         return function(batch)
@@ -164,13 +179,17 @@ def by_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
 
 
 def over_rows(function: Callable[[Any], Any], batch: Any, rows: Array, size: int) -> Any:
-    """function(`size` rows of the batch) -> arrays of `size` rows, for the first `rows` of it; 0 in the others.
+    """Apply a row-wise function to the first `rows` rows of a batch, `size` rows at a time; other rows give 0.
 
-    The number of rows is a value of the program. `size` divides the rows of the batch.
+    Args:
+      function: maps `size` rows of the batch to a pytree of arrays with `size` rows.
+      batch: pytree of arrays with a leading row axis.
+      rows: int32 scalar, may be a traced value.
+      size: divisor of the number of rows in the batch.
     """
-    whole = jax.tree.leaves(batch)[0].shape[0]
+    total = jax.tree.leaves(batch)[0].shape[0]
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[:size], batch))
-    empty = jax.tree.map(lambda s: jnp.zeros((whole, *s.shape[1:]), s.dtype), shapes)
+    empty = jax.tree.map(lambda s: jnp.zeros((total, *s.shape[1:]), s.dtype), shapes)
 
     def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         first, out = carry

@@ -1,4 +1,4 @@
-"""From scores to advantages: the KL-penalised reward and generalized advantage estimation."""
+"""KL-penalized rewards and generalized advantage estimation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ def kl_penalized_reward(logp: Array, ref_logp: Array, score: Array, mask: Array,
     """Reward of each token: r_t = -β (log π(a_t) - log π_ref(a_t)), plus the score on the response's last token.
 
     Args:
-      logp, ref_logp: nats of the sampled tokens, [B, R].
-      score: reward of the whole response, [B], any dtype.
+      logp: log π of the sampled tokens in nats, [B, R].
+      ref_logp: log π_ref of the sampled tokens in nats, [B, R].
+      score: reward of the complete response, [B], any dtype.
       mask: [B, R] bool, True for response tokens.
-      kl_coef: β, reward units per nat.
-    Returns: [B, R] float32, 0 in masked slots. The score of a row without tokens has nowhere to go and is left out.
-    Raises: ValueError if the shapes do not fit.
-    Source: Ouyang et al. 2022, eq. 2; Ziegler et al. 2019, eq. 2.
+      kl_coef: β, in reward units per nat.
+
+    Returns:
+      The reward, [B, R] float32, 0 in masked slots. The score of a row without response tokens is dropped.
+
+    Raises:
+      ValueError: if the shapes do not match.
+
+    Source:
+      Ouyang et al. 2022, eq. 2; Ziegler et al. 2019, eq. 2.
     """
     same_shape(logp=logp, ref_logp=ref_logp, mask=mask)
     if score.shape != mask.shape[:1]:
@@ -36,17 +43,26 @@ def kl_penalized_reward(logp: Array, ref_logp: Array, score: Array, mask: Array,
 def generalized_advantages(
     reward: Array, value: Array, mask: Array, *, gamma: float, lam: float
 ) -> tuple[Array, Array]:
-    """GAE: A_t = Σ_l (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} - V_t, V past the end 0; value target R_t = A_t + V_t.
+    """Generalized advantage estimation and value targets.
+
+    A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t, where V is 0 after the last token; value target
+    R_t = A_t + V_t.
 
     Args:
-      reward: r, [B, R].
+      reward: r of each token, [B, R].
       value: V of the state before each token, [B, R].
-      mask: [B, R] bool, True for response tokens, which are the first ones of a row.
-      gamma: γ, the discount; 1 in the recipe.
+      mask: [B, R] bool, True for response tokens, which come first in a row.
+      gamma: γ, the discount factor; 1 in the recipe.
       lam: λ; 0.95 in the recipe.
-    Returns: (advantage, target), both [B, R] float32, unwhitened, 0 in masked slots.
-    Raises: ValueError if the shapes differ.
-    Source: Schulman et al. 2015, eq. 16 (arXiv:1506.02438).
+
+    Returns:
+      (advantage, target), both [B, R] float32, unwhitened, 0 in masked slots.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    Source:
+      Schulman et al. 2015, eq. 16 (arXiv:1506.02438).
     """
     same_shape(reward=reward, value=value, mask=mask)
     reward = jnp.where(mask, at_least_float32(reward), 0.0)

@@ -244,7 +244,7 @@ def test_a_stream_is_the_same_from_a_rounded_cache() -> None:
 
 def test_what_is_no_dtype_of_a_cache_is_refused() -> None:
     wrong: Any = "int4"
-    with pytest.raises(ValueError, match="cache_dtype 'int4': wanted one of model, bfloat16, int8"):
+    with pytest.raises(ValueError, match="cache_dtype: expected one of model, bfloat16, int8, got 'int4'"):
         sampled(wrong)
     cache = jax.eval_shape(lambda: empty_cache(KINDS["gpt2"], 1, 4, "int8"))
     assert isinstance(cache.keys[0], Int8)

@@ -89,7 +89,7 @@ def test_a_wrong_flag_is_one_line_with_the_right_one() -> None:
 
 WRONG_FILES = [
     ("x.yaml", "learning_rat: 1", r"x\.yaml: unknown field 'learning_rat'; did you mean 'learning_rate'"),
-    ("x.yaml", "model: {width: wide}", r"x\.yaml: field 'model.width': found 'wide', wanted a whole number"),
+    ("x.yaml", "model: {width: wide}", r"x\.yaml: field 'model.width': expected a whole number, got 'wide'"),
     ("x.yaml", "- a", "found list, wanted fields"),
     ("x.yaml", "a: [", "unreadable"),
     ("x.yaml", "!!python/object/apply:os.system ['true']", "unreadable"),
@@ -135,7 +135,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypat
             if field.name != "model":
                 assert prefix + field.name.replace("_", "-") in text
     for explained in (
-        "the order of the data and everything sampled",
+        "Random seed for parameter initialization, data order and sampling",
         "Width of the residual stream",
         "flags override them",
     ):

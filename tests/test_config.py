@@ -49,10 +49,10 @@ def test_what_is_not_given_is_the_default_of_the_stage() -> None:
 WRONG_SETTINGS = [
     ({"batch": 10, "devices": 2, "microbatches": 2}, "batch 10 is not divisible by .*; use --batch 8"),
     ({"batch": 3, "devices": 4}, "use --batch 4"),
-    ({"batch": 0}, "batch: found 0, wanted 1 or more"),
-    ({"steps": -1}, "steps: found -1, wanted 0 or more"),
-    ({"name": "../../etc"}, "name: found '../../etc'"),
-    ({"name": "/etc"}, "name: found '/etc'"),
+    ({"batch": 0}, "batch: expected 1 or more, got 0"),
+    ({"steps": -1}, "steps: expected 0 or more, got -1"),
+    ({"name": "../../etc"}, "name: expected .*, got '../../etc'"),
+    ({"name": "/etc"}, "name: expected .*, got '/etc'"),
 ]
 
 
@@ -77,17 +77,17 @@ MISFITS = [
         "x.yaml: unknown field 'optim.learning_rat'; did you mean 'optim.learning_rate'",
     ),
     ({"zzz": 1}, "x.yaml: unknown field 'zzz'; known fields: batch, clip"),
-    ({"steps": "many"}, "x.yaml: field 'steps': found 'many', wanted a whole number"),
-    ({"steps": 1.5}, "field 'steps': found 1.5, wanted a whole number"),
-    ({"steps": float("inf")}, "field 'steps': found inf"),
-    ({"steps": True}, "field 'steps': found True"),
-    ({"pmap": 1}, "field 'pmap': found 1, wanted true or false"),
-    ({"name": 3}, "field 'name': found 3, wanted text"),
-    ({"optim": 3}, "field 'optim': found 3, wanted Optim"),
-    ({"optim": {"schedule": "cosin"}}, "wanted one of 'cosine', 'linear'; did you mean 'cosine'"),
+    ({"steps": "many"}, "x.yaml: field 'steps': expected a whole number, got 'many'"),
+    ({"steps": 1.5}, "field 'steps': expected a whole number, got 1.5"),
+    ({"steps": float("inf")}, "field 'steps': expected .*, got inf"),
+    ({"steps": True}, "field 'steps': expected .*, got True"),
+    ({"pmap": 1}, "field 'pmap': expected true or false, got 1"),
+    ({"name": 3}, "field 'name': expected text, got 3"),
+    ({"optim": 3}, "field 'optim': expected Optim, got 3"),
+    ({"optim": {"schedule": "cosin"}}, "expected one of 'cosine', 'linear', got 'cosin'; did you mean 'cosine'"),
     ({"optim": {"betas": [0.9]}}, "field 'optim.betas'"),
-    ({"data": ["a", 3]}, r"field 'data\[1\]': found 3, wanted text"),
-    ({"clip": "x"}, "field 'clip': found 'x'"),
+    ({"data": ["a", 3]}, r"field 'data\[1\]': expected text, got 3"),
+    ({"clip": "x"}, "field 'clip': expected .*, got 'x'"),
 ]
 
 

@@ -155,7 +155,7 @@ def test_a_rounded_cache_moves_the_sampler_and_not_the_rollout(networks_params: 
     np.testing.assert_allclose(rollout.logp_BR, rollout.ref_logp_BR, atol=1e-5)
     mask = rollout.response_mask_BR
     np.testing.assert_allclose(rollout.logp_BR[mask], -loss_BR[mask], rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match="segments: found 2 beside slots 4, wanted one of them"):
+    with pytest.raises(UserError, match="segments: expected 1 with slots 4, got 2; use one of the two"):
         EpisodeConfig(segments=2, slots=4)
 
 

@@ -278,13 +278,16 @@ def test_filters_by_hand() -> None:
 def test_what_cannot_be_sampled_is_refused() -> None:
     rows: tuple[tuple[dict, str], ...] = (
         ({"max_new_tokens": 12}, r"prompt of 5 \+ 12 new tokens exceeds the context 16"),
-        ({"temperature": -1.0}, "temperature -1.0: wanted 0 or more"),
-        ({"top_p": 0.0}, "top_p 0.0: wanted above 0, at most 1"),
-        ({"top_k": -1}, "top_k -1: wanted 0 or more"),
-        ({"segments": 0}, "segments 0: wanted 1 or more"),
-        ({"segments": 2, "slots": 4}, "segments 2 with slots 4: wanted one of them"),
-        ({"samples": 0}, "samples 0 with slots 0: wanted 1 or more"),
-        ({"samples": 2, "slots": 4}, "samples 2 with slots 4: wanted 1 or more, slots a multiple of 4 times it"),
+        ({"temperature": -1.0}, "temperature: expected 0 or more, got -1.0"),
+        ({"top_p": 0.0}, "top_p: expected above 0, at most 1, got 0.0"),
+        ({"top_k": -1}, "top_k: expected 0 or more, got -1"),
+        ({"segments": 0}, "segments: expected 1 or more, got 0"),
+        ({"segments": 2, "slots": 4}, "segments: expected 1 with slots 4, got 2; use one of the two"),
+        ({"samples": 0}, "samples: expected 1 or more, .*, got samples 0 with slots 0"),
+        (
+            {"samples": 2, "slots": 4},
+            "samples: expected 1 or more, and slots a multiple of 4 .*, got samples 2 with slots 4",
+        ),
     )
     for change, message in rows:
         with pytest.raises(ValueError, match=message):

@@ -151,11 +151,11 @@ def test_an_iteration_by_pmap(plain: tuple) -> None:
 
 def test_settings_that_do_not_fit_are_refused() -> None:
     episode = EpisodeConfig(pack=3)
-    with pytest.raises(UserError, match=r"episode.pack: found 3, wanted a divisor of the 8 episodes of a minibatch"):
+    with pytest.raises(UserError, match=r"episode.pack: expected a divisor of the 8 episodes of a minibatch .*, got 3"):
         ppo.Config(batch=16, minibatches=2, episode=episode)
-    with pytest.raises(UserError, match=r"episode.slots: found 4 with 2 devices, wanted 0, one device or --pmap"):
+    with pytest.raises(UserError, match=r"episode.slots: expected 0, one device or --pmap .*, got 4 with 2 devices"):
         ppo.Config(batch=16, minibatches=2, devices=2, episode=EpisodeConfig(slots=4))
-    with pytest.raises(UserError, match=r"microbatches: found 2 with episode.pack 4, wanted 1"):
+    with pytest.raises(UserError, match=r"microbatches: expected 1 with episode.pack 4, got 2"):
         ppo.Config(batch=16, minibatches=2, microbatches=2, episode=dataclasses.replace(episode, pack=4))
-    with pytest.raises(UserError, match=r"pack: found -1, wanted"):
+    with pytest.raises(UserError, match=r"pack: expected .*, got -1"):
         EpisodeConfig(pack=-1)

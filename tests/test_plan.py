@@ -404,7 +404,7 @@ def test_positions_at_a_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_chunk_is_checked() -> None:
-    with pytest.raises(UserError, match="head_chunk -1"):
+    with pytest.raises(UserError, match=r"head_chunk: expected .*, got -1"):
         dataclasses.replace(SMALL, head_chunk=-1)
 
 

@@ -14,10 +14,10 @@ from tests.cases import case
 pytestmark = pytest.mark.core
 
 MISTAKES = [
-    ("--seeds", "0", "seeds: found 0, wanted 1 or more"),
-    ("--seed", "-1", "seed: found -1, wanted 0 or more"),
-    ("--devices", "0", "devices: found 0, wanted 1 or more"),
-    ("--name", "../x", "name: found '../x', wanted a name below runs/"),
+    ("--seeds", "0", "seeds: expected 1 or more, got 0"),
+    ("--seed", "-1", "seed: expected 0 or more, got -1"),
+    ("--devices", "0", "devices: expected 1 or more, got 0"),
+    ("--name", "../x", "name: expected a name below runs/, got '../x'"),
     ("--size", "huge", "invalid choice 'huge' for argument '--size'"),
     ("--sizes", "small", "unknown flag --sizes; did you mean --size?"),
 ]

@@ -23,7 +23,7 @@ def test_responses_are_those_to_their_prompts_also_where_slots_are_passed_on() -
     assert len(lengths) > 2 and all(8 not in ids[:-1] for row in apart for ids in row)
     # A row's draws are its own, so the same ones come out.
     assert sample_responses(model, params, prompts, jax.random.key(1), slots=3, **told) == apart
-    with pytest.raises(ValueError, match="slots: found -1, wanted 0 or more"):
+    with pytest.raises(ValueError, match="slots: expected 0 or more, got -1"):
         sample_responses(model, params, prompts, jax.random.key(1), slots=-1, **told)
 
 

@@ -395,15 +395,19 @@ MISTAKES = [
     (
         "pretrain",
         changed(PRETRAIN, **{"row-length": "99"}),
-        "row_length 99 is longer than the model's context 64",
+        "row_length: expected at most the context 64, got 99",
     ),
-    ("pretrain", changed(PRETRAIN, **{"optimizer.learning-rate": "-1"}), "optimizer: learning_rate: found -1.0"),
+    (
+        "pretrain",
+        changed(PRETRAIN, **{"optimizer.learning-rate": "-1"}),
+        "optimizer: learning_rate: expected 0 or more, got -1.0",
+    ),
     (
         "pretrain",
         changed(PRETRAIN, **{"model.vocab-size": "9", "tokenizer": "bpe"}),
         "vocab_size 9: wanted at le",
     ),
-    ("ppo", changed(PPO, **{"episode.temperature": "0"}), "episode: temperature: found 0.0, wanted more than 0"),
+    ("ppo", changed(PPO, **{"episode.temperature": "0"}), "episode: temperature: expected more than 0, got 0.0"),
     (
         "ppo",
         changed(PPO, **{"prompt-length": "63"}),

@@ -137,11 +137,11 @@ def test_a_mesh_is_read_and_checked() -> None:
     assert config(mesh="data=2, fsdp=4").mesh_shape == {"data": 2, "fsdp": 4, "tensor": 1}
     assert config(devices=4).mesh_shape == {"data": 4, "fsdp": 1, "tensor": 1}
     for mesh in ("fsdp", "fsdp=0", "depth=2", "fsdp=2,fsdp=4"):
-        with pytest.raises(UserError, match=f"mesh: found '{mesh}'"):
+        with pytest.raises(UserError, match=f"mesh: expected .*, got '{mesh}'"):
             config(mesh=mesh).mesh_shape  # noqa: B018
     with pytest.raises(UserError, match="batch 16 is not divisible by devices 6"):
         config(mesh="data=3,fsdp=2,tensor=2")
-    with pytest.raises(UserError, match="pmap: found it with mesh"):
+    with pytest.raises(UserError, match="pmap: expected a mesh with the axis data only, got"):
         config(mesh="fsdp=2", pmap=True)
-    with pytest.raises(UserError, match="devices: found 2 beside mesh"):
+    with pytest.raises(UserError, match=r"devices: expected 1 with mesh .*, got 2"):
         config(mesh="fsdp=2", devices=2)

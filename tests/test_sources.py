@@ -154,9 +154,9 @@ def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Pat
             open_source(str(runs / "sft"), stages=("sft",))
     finally:
         moved.rename(runs / "base")
-    with pytest.raises(UserError, match=r"lora.rank: found it without init"):
+    with pytest.raises(UserError, match=r"lora.rank: expected a base model for the adapters, got no init"):
         pretrain.Config(out=str(tmp_path), lora=LORA)
-    with pytest.raises(UserError, match=r"lora.rank: found it with backbone scratch"):
+    with pytest.raises(UserError, match=r"lora.rank: expected backbone init, got scratch"):
         reward.Config(out=str(tmp_path), lora=LORA, backbone="scratch")
 
 

@@ -1,4 +1,7 @@
-"""Settings as frozen dataclasses, checked when they are made. Nothing here imports JAX: flags are parsed before it."""
+"""Settings as frozen dataclasses, validated on construction.
+
+Nothing here imports JAX, because flags are parsed before JAX is imported.
+"""
 
 from rlhf_jax.config.checks import at_least, row_settings, within
 from rlhf_jax.config.model import ModelConfig, RopeScaling

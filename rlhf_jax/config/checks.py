@@ -1,4 +1,4 @@
-"""Range checks of settings, each a `UserError` that names the field."""
+"""Range checks for settings; each raises a `UserError` that names the field."""
 
 from __future__ import annotations
 
@@ -8,23 +8,35 @@ from rlhf_jax.errors import UserError
 
 
 def at_least(config: Any, field: str, low: float) -> None:
-    """Raises UserError if the number in a config's field is below `low`."""
+    """Check that a numeric field is at least `low`.
+
+    Raises:
+      UserError: if it is not.
+    """
     value = getattr(config, field)
     if not value >= low:
-        raise UserError(f"{field}: found {value}, wanted {low} or more")
+        raise UserError(f"{field}: expected {low} or more, got {value}")
 
 
 def within(config: Any, field: str, low: float, below: float) -> None:
-    """Raises UserError unless the number in a config's field is at least `low` and less than `below`."""
+    """Check that a numeric field is at least `low` and less than `below`.
+
+    Raises:
+      UserError: if it is not.
+    """
     value = getattr(config, field)
     if not low <= value < below:
-        raise UserError(f"{field}: found {value}, wanted {low} or more and less than {below}")
+        raise UserError(f"{field}: expected {low} or more and less than {below}, got {value}")
 
 
 def row_settings(config: Any) -> None:
-    """Checks heldout_fraction, max_tokens and buckets of a stage that trains on rows of different lengths."""
+    """Check heldout_fraction, max_tokens and buckets of a stage that trains on rows of different lengths.
+
+    Raises:
+      UserError: if one of them is out of range.
+    """
     within(config, "heldout_fraction", 0, 1)
     if config.max_tokens is not None:
         at_least(config, "max_tokens", 1)
     if any(bucket < 1 for bucket in config.buckets):
-        raise UserError(f"buckets: found {min(config.buckets)}, wanted lengths of 1 or more")
+        raise UserError(f"buckets: expected lengths of 1 or more, got {min(config.buckets)}")

@@ -1,4 +1,4 @@
-"""Shape and kind of a transformer, from GPT-2 to Gemma 3."""
+"""Architecture of a transformer, covering the families from GPT-2 to Gemma 3."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ from rlhf_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of a trained context are stretched to a longer one."""
+    """RoPE scaling: stretches the rotary frequencies of the trained context to a longer one."""
 
     kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """none; linear: all by factor; llama3: low ones by factor, high ones kept (Llama 3.1); yarn: the same by a ramp
-    over the dimensions, with warmer attention (Peng et al. 2023, arXiv:2309.00071)."""
+    """RoPE scaling method. none: unscaled; linear: all frequencies divided by factor; llama3: low frequencies divided,
+    high ones kept (Llama 3.1); yarn: the same with a ramp over the dimensions and scaled attention logits (Peng et al.
+    2023, arXiv:2309.00071)."""
     factor: float = 1.0
-    """How many times longer the context is than the trained one."""
+    """Ratio of the extended context length to the trained one."""
     original_context: int = 8192
-    """Tokens of the trained context (llama3, yarn)."""
+    """Trained context length in tokens (llama3, yarn)."""
     low_freq_factor: float = 1.0
-    """llama3: wavelengths above original_context / this are divided by factor."""
+    """llama3: frequencies with wavelengths above original_context / low_freq_factor are divided by factor."""
     high_freq_factor: float = 4.0
-    """llama3: wavelengths below original_context / this are kept."""
+    """llama3: frequencies with wavelengths below original_context / high_freq_factor are kept."""
     beta_fast: float = 32.0
-    """yarn: turns in the trained context from which a dimension is kept."""
+    """yarn: dimensions that make at least this many rotations within the trained context keep their frequency."""
     beta_slow: float = 1.0
-    """yarn: turns up to which it is divided by factor."""
+    """yarn: dimensions that make at most this many rotations have their frequency divided by factor."""
     truncate: bool = True
-    """yarn: round the ramp's ends to whole dimensions."""
+    """yarn: round the ends of the ramp to whole dimensions."""
     attention_factor: float | None = None
-    """yarn: multiplies queries and keys; 0.1 ln(factor) + 1 if not given."""
+    """yarn: factor applied to both queries and keys; 0.1 ln(factor) + 1 by default."""
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
-            raise UserError(f"rope factor: found {self.factor}, wanted more than 0")
+            raise UserError(f"rope factor: expected more than 0, got {self.factor}")
         if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise UserError(
-                f"rope low_freq_factor: found {self.low_freq_factor}, wanted less than high_freq_factor "
-                f"{self.high_freq_factor}"
+                f"rope low_freq_factor: expected less than high_freq_factor {self.high_freq_factor}, got "
+                f"{self.low_freq_factor}"
             )
 
     @property
     def amplitude(self) -> float:
-        """What cos and sin are multiplied by."""
+        """Factor applied to cos and sin."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -54,114 +55,124 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and kind of a transformer.
+    """Transformer architecture.
 
-    The defaults are Llama's block; `gpt2` turns it into GPT-2's.
+    The defaults give Llama's block; the class method `gpt2` gives GPT-2's.
     """
 
     vocab_size: int = 1024
-    """Token ids that have a logit, the special ones included."""
+    """Vocabulary size: token ids that have a logit, special tokens included."""
     context: int = 256
-    """Longest sequence in tokens; the size of a learned position table."""
+    """Context length in tokens; also the size of a learned position table."""
     width: int = 128
-    """Of the residual stream."""
+    """Width of the residual stream (hidden size)."""
     layers: int = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     heads: int = 4
-    """Query heads."""
+    """Number of query heads."""
     kv_heads: int | None = None
-    """Key and value heads, a divisor of heads (grouped-query attention); as many as heads if not given."""
+    """Number of key and value heads for grouped-query attention, a divisor of heads; equal to heads by default."""
     head_width: int | None = None
-    """Of one head; width / heads if not given."""
+    """Width of one attention head; width / heads by default."""
     ffn_width: int | None = None
-    """Of the hidden layer; if not given 4 width without a gate, 8/3 width (up to a multiple of 16) with one."""
+    """Hidden width of the feed-forward layer; by default 4 width, or 8/3 width rounded up to a multiple of 16 if
+    gated."""
     positions: Literal["rotary", "learned"] = "rotary"
-    """Rotary embeddings of queries and keys, or a learned table added to the tokens."""
+    """Position encoding: rotary embeddings of queries and keys, or a learned table added to the token embeddings."""
     rope_base: float = 10_000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies (RoPE theta)."""
     rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
-    """Stretches the rotary frequencies to a longer context."""
+    """Scaling of the rotary frequencies to a longer context."""
     rotary_fraction: float = 1.0
-    """Share of a head's dimensions that is rotated; 0.25 in Pythia and StableLM."""
+    """Fraction of each head's dimensions that is rotated; 0.25 in Pythia and StableLM."""
     windows: tuple[int, ...] = ()
-    """One for each layer: a token sees so many tokens back, itself included; 0 sees all. () sees all in every layer."""
+    """Sliding attention window of each layer, in tokens, the token itself included; 0 means full attention. Empty means
+    full attention in every layer."""
     rope_local_base: float | None = None
-    """Base in the layers that have a window, with no scaling; rope_base and its scaling if not given (Gemma 3)."""
+    """RoPE base of the layers with a sliding window, without scaling (Gemma 3); rope_base with its scaling by
+    default."""
     norm: Literal["rms", "layer"] = "rms"
-    """RMSNorm (scale only) or LayerNorm (scale and bias)."""
+    """Normalization: RMSNorm (scale only) or LayerNorm (scale and bias)."""
     norm_epsilon: float = 1e-5
-    """Added to the variance."""
+    """Epsilon added to the variance in normalization."""
     norm_offset: bool = False
-    """RMSNorm multiplies by 1 + its parameter, which starts at 0 (Gemma)."""
+    """Multiply by 1 + scale in RMSNorm, with scale initialized to 0 (Gemma)."""
     post_norms: bool = False
-    """Norm what attention and feed-forward layer give, too, before it is added (Gemma 2 and 3)."""
+    """Also normalize the outputs of attention and feed-forward layers before the residual addition (Gemma 2 and 3)."""
     residual: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
-    """What the feed-forward layer reads: attention's sum, or the block's input (GPT-NeoX), normed once (StableLM 2)."""
+    """Input of the feed-forward layer. sequential: the residual stream after attention; parallel: the block's input,
+    with its own norm (GPT-NeoX); parallel_shared: the block's input, with one norm shared with attention (StableLM
+    2)."""
     activation: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
-    """Gated SiLU, gated GELU by its tanh approximation, or no gate: that GELU, or the exact one."""
+    """Feed-forward activation. swiglu: gated SiLU; geglu: gated tanh-approximated GELU; gelu: tanh-approximated GELU
+    without a gate; gelu_exact: exact GELU without a gate."""
     bias: bool = False
-    """Biases in attention and feed-forward layers."""
+    """Use biases in attention and feed-forward layers."""
     qkv_bias: bool | None = None
-    """Of queries, keys and values, where it is not as `bias` (Qwen2.5)."""
+    """Use biases in the query, key and value projections (Qwen2.5); the value of bias by default."""
     ffn_bias: bool | None = None
-    """Of the feed-forward layer, where it is not as `bias`."""
+    """Use biases in the feed-forward layer; the value of bias by default."""
     tied: bool = True
-    """The language head is the transposed token embedding."""
+    """Tie the language head to the token embedding."""
     dropout: float = 0.0
-    """Residual dropout in training, a fraction; 0.2 in InstructGPT's SFT. Never active in rollouts or PPO."""
+    """Residual dropout rate in training; 0.2 in InstructGPT's SFT. Never active in rollouts or PPO."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; norms, softmax and logits are float32 always."""
+    """Dtype of matrix products; norms, softmax and logits are always float32."""
     qk_norm: bool = False
-    """Norm each head's queries and keys, before the rotation (Qwen3): attention stays calm at high learning rates."""
+    """Normalize each head's queries and keys before the rotation (Qwen3); stabilizes attention at high learning
+    rates."""
     query_scale: float | None = None
-    """Multiplies the products of queries and keys; head_width^-0.5 if not given."""
+    """Scale of the query-key products; head_width^-0.5 by default."""
     attention_softcap: float = 0.0
-    """c: attention scores become c tanh(score / c); 0 for none (Gemma 2: 50)."""
+    """Soft cap c of attention scores, c tanh(score / c); 0 disables it (Gemma 2: 50)."""
     logit_softcap: float = 0.0
-    """The same for logits (Gemma 2: 30)."""
+    """Soft cap c of logits, c tanh(logit / c); 0 disables it (Gemma 2: 30)."""
     embedding_scale: float = 1.0
-    """Token embeddings are multiplied by this on their way in; sqrt(width) in Gemma, which suits tied embeddings."""
+    """Factor applied to input token embeddings; sqrt(width) in Gemma, which suits tied embeddings."""
     vocab_multiple: int = 1
-    """The embedding has vocab_size rounded up to a multiple of this; the extra rows have no logit."""
+    """Multiple to which vocab_size is rounded up for the rows of the embedding; the extra rows have no logit."""
     scan_layers: bool = False
-    """Hold the blocks' parameters stacked and run them as one loop: compiled once whatever the depth."""
+    """Stack the blocks' parameters and scan over layers, so that one block is compiled whatever the depth."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What a block computes anew in the backward pass, to save memory: nothing, all, or all but matrix products."""
+    """Rematerialization: activations of a block that the backward pass recomputes to save memory. none: nothing; full:
+    everything; dots: everything but matrix products."""
     attention: Literal["auto", "plain"] = "auto"
-    """What computes attention over whole rows: a kernel where the platform has one (TPU, GPU), or plain products."""
+    """Attention implementation for full rows. auto: a flash attention kernel where the platform has one (TPU, GPU);
+    plain: explicit matrix products."""
     head_chunk: int | None = None
-    """Positions of a row whose logits a loss holds at a time, computed anew in the backward pass; 0 for all of them. By
-    default all where they take at most 256 MiB of a device, else as many as do."""
+    """Positions per row whose logits a loss computes at once; the backward pass recomputes each chunk. 0 computes all
+    at once. By default, as many as fit in 256 MiB of a device's memory."""
     embedding_rows: int | None = None
-    """Rows of the embedding where given: those past vocab_size have no logit, so they are never sampled."""
+    """Number of embedding rows, overriding vocab_multiple; rows past vocab_size have no logit, so they are never
+    sampled."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "width", "layers", "heads", "vocab_multiple"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: wanted at least 1")
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.head_width is None and self.width % self.heads:
             raise UserError(f"width {self.width} is not divisible by heads {self.heads}; set head_width or change one")
         if self.key_heads < 1 or self.heads % self.key_heads:
             raise UserError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}")
         if self.positions == "rotary" and (self.rotary_width % 2 or not 0 < self.rotary_width <= self.head_size):
             raise UserError(
-                f"head width {self.head_size} with rotary_fraction {self.rotary_fraction}: rotary positions want an "
-                f"even number of dimensions, found {self.rotary_width}"
+                f"head width {self.head_size} with rotary_fraction {self.rotary_fraction}: expected an even number of "
+                f"rotated dimensions, from 2 to the head width, got {self.rotary_width}"
             )
         if self.windows and len(self.windows) != self.layers:
-            raise UserError(f"windows: found {len(self.windows)}, wanted one for each of {self.layers} layers, or none")
+            raise UserError(f"windows: expected one for each of {self.layers} layers, or none, got {len(self.windows)}")
         if self.embedding_rows is not None and self.embedding_rows < self.vocab_size:
-            raise UserError(f"embedding_rows {self.embedding_rows}: wanted vocab_size {self.vocab_size} or more")
+            raise UserError(f"embedding_rows: expected vocab_size {self.vocab_size} or more, got {self.embedding_rows}")
         if self.head_chunk is not None and self.head_chunk < 0:
-            raise UserError(f"head_chunk {self.head_chunk}: wanted 0 (all positions at once) or more")
+            raise UserError(f"head_chunk: expected 0 (all positions at once) or more, got {self.head_chunk}")
         if self.norm_offset and self.norm != "rms":
-            raise UserError("norm_offset: found it with LayerNorm, wanted norm rms")
+            raise UserError(f"norm_offset: expected norm rms, got {self.norm}")
         if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout {self.dropout}: wanted 0 <= dropout < 1")
+            raise UserError(f"dropout: expected 0 <= dropout < 1, got {self.dropout}")
 
     @classmethod
     def gpt2(cls, **changes: Any) -> ModelConfig:
-        """GPT-2's block: learned positions, LayerNorm, GELU, biases, tied."""
+        """GPT-2's architecture: learned positions, LayerNorm, GELU, biases, tied embeddings."""
         kind: dict[str, Any] = {
             "positions": "learned",
             "norm": "layer",
@@ -173,7 +184,7 @@ class ModelConfig:
 
     @property
     def key_heads(self) -> int:
-        """Key and value heads."""
+        """Number of key and value heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
@@ -183,12 +194,12 @@ class ModelConfig:
 
     @property
     def rotary_width(self) -> int:
-        """Dimensions of a head that are rotated."""
+        """Number of rotated dimensions per head."""
         return int(self.head_size * self.rotary_fraction)
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layer has a gate."""
+        """True if the feed-forward layer is gated."""
         return self.activation in ("swiglu", "geglu")
 
     @property
@@ -200,26 +211,28 @@ class ModelConfig:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of the embedding."""
+        """Number of embedding rows."""
         if self.embedding_rows is not None:
             return self.embedding_rows
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def window(self, layer: int) -> int:
-        """Tokens that a token of a layer sees, 0 for all."""
+        """Sliding window of a layer in tokens, 0 for full attention."""
         return self.windows[layer] if self.windows else 0
 
     def matmul_parameters(self, *, language_head: bool = True) -> int:
-        """Weights that multiply each token: those of the blocks, and of the language head where it is computed."""
+        """Number of weights used in matrix products per token: the blocks and, optionally, the language head."""
         attention = self.width * self.head_size * (2 * self.heads + 2 * self.key_heads)
         feed_forward = self.width * self.hidden_width * (3 if self.gated else 2)
         return self.layers * (attention + feed_forward) + (self.width * self.vocab_rows if language_head else 0)
 
     def flops_per_token(self, length: int, *, language_head: bool = True) -> float:
-        """FLOPs of one token's forward pass in a sequence of `length`.
+        """FLOPs of the forward pass per token in a sequence of `length` tokens.
 
-        They are 2 a weight and 2 · 2 · heads · head · length/2 a layer; a training step takes three times that.
-        Source: Kaplan et al. 2020, table 1 (arXiv:2001.08361).
+        2 per weight plus 2 · 2 · heads · head_width · length/2 per layer. A training step takes three times as many.
+
+        Source:
+          Kaplan et al. 2020, table 1 (arXiv:2001.08361).
         """
         attention = 2.0 * self.layers * self.heads * self.head_size * length
         return 2.0 * self.matmul_parameters(language_head=language_head) + attention

@@ -1,6 +1,6 @@
-"""Settings to and from plain JSON, each value checked against the type of its field.
+"""Conversion of settings to and from plain JSON, with each value checked against its field's type.
 
-Files of defaults (`--config`) and the config.json of a run folder both come through here.
+Used for files of defaults (`--config`) and for the config.json of a run folder.
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ T = TypeVar("T")
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """A config as plain JSON: nested dicts, lists, strings, numbers, booleans and nulls.
+    """Convert a config to plain JSON: nested dicts, lists, strings, numbers, booleans and nulls.
 
-    Raises: TypeError for a field that JSON cannot hold, ValueError for an infinite or undefined number.
+    Raises:
+      TypeError: for a field that JSON cannot represent.
+      ValueError: for an infinite number or NaN.
     """
     return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False)))
 
 
 def from_plain(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """A config from plain JSON, each value checked against its field's type.
+    """Build a config from plain JSON, checking each value against its field's type.
 
     Args:
-      values: what `to_plain` gives; fields with defaults may be missing.
-      where: what messages call the source, e.g. a file's name.
-    Raises: UserError for an unknown or missing field and for a value of another type, naming `where` and the field.
+      values: output of `to_plain`; fields with defaults may be missing.
+      where: name of the source in error messages, e.g. a file name.
+
+    Raises:
+      UserError: for an unknown or missing field or a value of the wrong type; the message names `where` and the field.
     """
 
     def build(nested: type, fields: Mapping[str, Any], prefix: str) -> Any:
@@ -47,7 +51,7 @@ def from_plain(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class Partial:
-    """Some fields of a nested config, not yet made into one."""
+    """Field values of a nested config that has not been built yet."""
 
     cls: type
     values: dict[str, Any]
@@ -61,13 +65,14 @@ def over_defaults(
     base: Any = dataclasses.MISSING,
     prefix: str = "",
 ) -> Any:
-    """A config of `values` where given and of the defaults elsewhere.
+    """Build a config from `values`, with defaults for all other fields.
 
     Args:
-      values: what `coerce_fields` gives.
-      build: makes a config from its class, the values of all its fields (dataclasses.MISSING where there is neither
-        value nor default) and the dotted prefix of their names.
-      base: the config that is the default here; a stage's default may differ from that of the class.
+      values: output of `coerce_fields`.
+      build: builds a config from its class, the values of all its fields (dataclasses.MISSING for a field with neither
+        a value nor a default) and the dotted prefix of the field names.
+      base: config that provides the defaults; a stage may override the defaults of the nested class.
+      prefix: dotted prefix of the field names.
     """
     complete = {}
     for field in dataclasses.fields(cls):
@@ -84,9 +89,15 @@ def over_defaults(
 
 
 def coerce_fields(cls: type, values: Mapping[str, Any], *, where: str, prefix: str = "") -> dict[str, Any]:
-    """The given fields with values of their declared types; nested configs come as `Partial`.
+    """Coerce the given values to the declared types of their fields; nested configs become `Partial`.
 
-    Raises: UserError as `from_plain`.
+    Args:
+      values: field names and plain values.
+      where: name of the source in error messages.
+      prefix: dotted prefix of the field names in error messages.
+
+    Raises:
+      UserError: for an unknown field or a value of the wrong type.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     types_of = typing.get_type_hints(cls)
@@ -99,8 +110,8 @@ def coerce_fields(cls: type, values: Mapping[str, Any], *, where: str, prefix: s
 
 
 def _coerce(kind: Any, value: Any, *, where: str, name: str) -> Any:
-    """`value` as the type `kind`, or UserError. YAML reads 1e-3 as a string, so numbers may come as text."""
-    wrong = UserError(f"{where}: field {name!r}: found {value!r}, wanted {_type_name(kind)}")
+    """Coerce `value` to the type `kind`. YAML parses 1e-3 as a string, so numbers may be given as text."""
+    wrong = UserError(f"{where}: field {name!r}: expected {_type_name(kind)}, got {value!r}")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return _coerce(arguments[0], value, where=where, name=name)
@@ -126,7 +137,7 @@ def _coerce(kind: Any, value: Any, *, where: str, name: str) -> Any:
         return Partial(kind, coerce_fields(kind, value, where=where, prefix=name + "."))
     if origin in (tuple, list):
         if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            # One file where several may stand is meant as a list of one.
+            # A single file name given for a list of files means a list of one.
             if isinstance(value, str) and arguments[0] is str and (origin is list or arguments[-1] is Ellipsis):
                 value = [value]
             else:

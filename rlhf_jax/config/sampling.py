@@ -1,4 +1,4 @@
-"""Settings of sampling, from the command line to the compiled loop."""
+"""Sampling settings, used from the command line to the compiled loop."""
 
 from __future__ import annotations
 
@@ -8,62 +8,69 @@ from typing import Literal, get_args
 from rlhf_jax.errors import UserError
 
 CacheDtype = Literal["model", "bfloat16", "int8"]
-"""What a KV cache holds: the dtype that the model computes in, or fewer bits."""
+"""Dtype of a KV cache: the model's compute dtype, or one with fewer bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How responses are sampled."""
+    """Sampling settings."""
 
     max_new_tokens: int
-    """R, the most tokens sampled a row."""
+    """Maximum number of tokens sampled per row, R."""
     stop_ids: tuple[int, ...]
-    """Ids that end a row (the end-of-text token); the stop token is part of the response."""
+    """Token ids that end a row, such as the end-of-text token; the stop token is part of the response."""
     pad_id: int
-    """Written behind a row's end."""
+    """Token id that pads a row after its end."""
     temperature: float = 1.0
-    """Divides the logits; 0 is greedy. PPO leaves top_k and top_p at their defaults, or the probability ratio and the
-    KL would be of another distribution than the one that was sampled."""
+    """Sampling temperature; 0 is greedy. PPO leaves top_k and top_p at their defaults: otherwise the probability ratio
+    and the KL would refer to a distribution other than the one sampled from."""
     top_k: int = 0
-    """Keep the k most likely ids; 0 keeps all."""
+    """Sample from the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of most likely ids whose probability reaches p; 1 keeps all."""
+    """Sample from the smallest set of most likely tokens whose total probability reaches p; 1 keeps all."""
     samples: int = 1
-    """n, responses to each prompt, which is computed once for all of them; slots must be a multiple of 4 n."""
+    """Number of responses per prompt, n; the prompt is computed once for all of them. slots must be a multiple of 4
+    n."""
     slots: int = 0
-    """Rows computed at a time: one that has ended frees its slot for the next prompt, and when no prompt is left the
-    live rows move together. It pays where lengths differ. 0 computes all rows until the last has ended."""
+    """Slots of continuous batching: rows computed at a time. A finished row frees its slot for the next prompt; when no
+    prompt is left, the unfinished rows are compacted. Pays off where lengths differ. 0 computes all rows until the last
+    has ended."""
     segments: int = 1
-    """Lengths that the cache has, one after the other, the last R and each half the next: a token attends to the slots
-    there are, so that a large R costs nothing while responses are short. Each is compiled; with slots there is one."""
+    """Number of KV cache lengths, used in turn: the last has room for R tokens and each is half the next. A token
+    attends over the current length only, so that a large R costs nothing while responses are short. Each is compiled;
+    with slots there is one."""
     cache_dtype: CacheDtype = "model"
-    """Of keys and values: as they are computed, or bfloat16 or int8 (one scale for a token and key head), for fewer
-    bytes to hold and read. It moves the logits, so the distribution sampled from is not quite the model's."""
+    """Dtype of the KV cache: the model's, bfloat16, or int8 (one scale per token and key head) to store and read fewer
+    bytes. Rounding shifts the logits, so the sampled distribution is not exactly the model's."""
     decode_parts: int = 0
-    """Of the mesh axis fsdp, devices among which one copy of the weights lies while sampling, gathered once and not at
-    each token; 0 leaves them where they are."""
+    """Number of devices along the mesh axis fsdp that share one copy of the weights during sampling, gathered once
+    instead of at each token; 0 keeps the fsdp sharding."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0.0:
-            raise UserError(f"temperature {self.temperature}: wanted 0 or more")
+            raise UserError(f"temperature: expected 0 or more, got {self.temperature}")
         if self.top_k < 0:
-            raise UserError(f"top_k {self.top_k}: wanted 0 or more")
+            raise UserError(f"top_k: expected 0 or more, got {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"top_p {self.top_p}: wanted above 0, at most 1")
+            raise UserError(f"top_p: expected above 0, at most 1, got {self.top_p}")
         if self.segments < 1:
-            raise UserError(f"segments {self.segments}: wanted 1 or more")
+            raise UserError(f"segments: expected 1 or more, got {self.segments}")
         if self.slots < 0:
-            raise UserError(f"slots: found {self.slots}, wanted 0 or more")
+            raise UserError(f"slots: expected 0 or more, got {self.slots}")
         if self.slots and self.segments > 1:
-            raise UserError(f"segments {self.segments} with slots {self.slots}: wanted one of them; slots write a ring")
+            raise UserError(
+                f"segments: expected 1 with slots {self.slots}, got {self.segments}; use one of the two, as slots use "
+                "a ring buffer"
+            )
         if self.samples < 1 or (self.slots and self.samples > 1 and self.slots % (4 * self.samples)):
             raise UserError(
-                f"samples {self.samples} with slots {self.slots}: wanted 1 or more, slots a multiple of 4 times it"
+                "samples: expected 1 or more, and slots a multiple of 4 times it, got "
+                f"samples {self.samples} with slots {self.slots}"
             )
         if self.cache_dtype not in get_args(CacheDtype):
-            raise UserError(f"cache_dtype {self.cache_dtype!r}: wanted one of {', '.join(get_args(CacheDtype))}")
+            raise UserError(f"cache_dtype: expected one of {', '.join(get_args(CacheDtype))}, got {self.cache_dtype!r}")
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """Response tokens that the cache has room for in each segment, the last all of them."""
+        """Number of response tokens the cache has room for in each segment, ascending; the last is max_new_tokens."""
         return tuple(sorted({-(-self.max_new_tokens // 2**half) for half in range(self.segments)}))

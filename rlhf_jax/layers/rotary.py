@@ -1,4 +1,4 @@
-"""Rotary position embeddings, and the ways in which published models stretch them to longer contexts."""
+"""Rotary position embeddings (RoPE), with the scaling methods of published models for longer contexts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf_jax.config import RopeScaling
 
 
 def frequencies(width: int, base: float, scaling: RopeScaling) -> np.ndarray:
-    """Radians a position of each pair of dimensions, [width / 2] float32: base^(-2i / width), stretched."""
+    """Scaled rotary frequencies base^(-2i / width) in radians per position, [width / 2] float32."""
     exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     plain = (1.0 / np.float32(base) ** exponent).astype(np.float32)
     if scaling.kind == "none":
@@ -31,7 +31,7 @@ def frequencies(width: int, base: float, scaling: RopeScaling) -> np.ndarray:
         if scaling.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, width - 1)
-        # A ramp of no length would divide by 0.
+        # A ramp of length 0 would divide by 0.
         share = 1.0 - (np.arange(width // 2) - low) / (high - low if high > low else 1e-3)
     share = np.clip(share, 0.0, 1.0).astype(np.float32)
     return share * plain + (1 - share) * slow
@@ -40,12 +40,14 @@ def frequencies(width: int, base: float, scaling: RopeScaling) -> np.ndarray:
 def turns(
     positions_BT: Array, frequency: np.ndarray | Array, amplitude: float | Array = 1.0, *, below: int = 0
 ) -> tuple[Array, Array]:
-    """(cos, sin) of the angle of each position and frequency, times the amplitude, [B, T, F] float32.
+    """Cosine and sine of the angle of each position and frequency, times the amplitude: (cos, sin), [B, T, F] float32.
 
     Args:
-      frequency: [F], as `frequencies` gives them.
-      below: all positions that matter are in [0, below), which are then looked up; 0 computes them, whatever they are.
-        On a CPU a cosine takes as long as fifty products, and XLA computes it anew for each head and use.
+      positions_BT: positions.
+      frequency: [F], from `frequencies`.
+      amplitude: factor of cos and sin.
+      below: exclusive upper bound of all positions that matter, which are then looked up in a table; 0 computes them
+        for any position. On a CPU a cosine takes as long as fifty products, and XLA recomputes it per head and use.
     """
     if below:
         angle = np.arange(below, dtype=np.float32)[:, None] * np.asarray(frequency, np.float32)
@@ -62,11 +64,15 @@ def turns(
 
 
 def rotate(x_BHTd: Array, cos_BTF: Array, sin_BTF: Array) -> Array:
-    """Turns the first 2 F dimensions of each head, first half against second half; the rest of the head is kept.
+    """Rotate the first 2 F dimensions of each head, pairing the first half with the second; the rest is kept.
 
     Args:
-      cos_BTF, sin_BTF: of `turns`; 2 F < d is Pythia's and StableLM's partial rotation.
-    Source: Su et al. 2021 (arXiv:2104.09864), in Llama's layout.
+      x_BHTd: queries or keys.
+      cos_BTF: from `turns`; 2 F < d gives the partial rotation of Pythia and StableLM.
+      sin_BTF: from `turns`.
+
+    Source:
+      Su et al. 2021 (arXiv:2104.09864), in Llama's layout.
     """
     half = cos_BTF.shape[-1]
     cos, sin = cos_BTF[:, None], sin_BTF[:, None]

@@ -1,1 +1,1 @@
-"""The four stages as pure functions: Config, objective, make_update."""
+"""The four stages as pure functions; each module has Config, objective and make_update."""

@@ -1,16 +1,17 @@
-"""Stage 3.2, PPO: maximise r(x, y) - β log(π(y|x) / π_SFT(y|x)), plus γ log π(x) on pretraining text.
+"""Stage 3.2, PPO: maximize r(x, y) - β log(π(y|x) / π_SFT(y|x)), plus γ log π(x) on pretraining text.
 
-One iteration, `make_update`, reads from top to bottom:
+One iteration, `make_update`, has four steps:
 
   1 sample      prompts [B, P] → responses [B, R]
   2 score       of each response token: log π, log π_ref and V, [B, R]; of each response: r, [B]
   3 advantages  reward = r at the last token - β (log π - log π_ref), then GAE and whitening, [B, R]
-  4 optimise    epochs × minibatches: clipped surrogate + value loss + γ pretraining loss, one Adam step each
+  4 optimize    epochs × minibatches: clipped surrogate + value loss + γ pretraining loss, one Adam step each
 
-How rows are laid out (padded or packed end to end) and how the sampler holds its cache is decided below these lines, in
-packing.py and generate.py: no number depends on it.
+The layout of rows (padded or packed) and of the sampler's KV cache is handled in packing.py and generate.py; results do
+not depend on it.
 
-Sources: Ouyang et al. 2022 (arXiv:2203.02155), Schulman et al. 2017 (arXiv:1707.06347).
+Source:
+  Ouyang et al. 2022 (arXiv:2203.02155); Schulman et al. 2017 (arXiv:1707.06347).
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ Config = PPOConfig
 
 
 class Networks(NamedTuple):
-    """The architectures of PPO's four networks; all read the same token ids.
+    """Architectures of PPO's four networks, which share one vocabulary.
 
-    policy is also the reference's; scorer, with the scalar head, is the reward model's and the value network's.
+    Attributes:
+      policy: the policy's and the reference model's.
+      scorer: the reward model's and the value network's, with a scalar head.
     """
 
     policy: Transformer
@@ -52,12 +55,16 @@ class Networks(NamedTuple):
 
 @pytree
 class Frozen:
-    """The networks that PPO reads and never changes, and the scale of scores.
+    """Frozen networks of PPO and the normalization of scores.
 
-    reference: parameters of the SFT model. reward: parameters of the reward model. score_mean, score_scale: scalars;
-    a score counts as (score - mean) / scale.
-    backbone: parameters that policy and reference are adapters to, and the scorers too where scorer_backbone is None;
-      None where each network has all of its own. A rollout takes whole networks (`attach_frozen`).
+    Attributes:
+      reference: parameters of the reference model, i.e. the SFT model.
+      reward: parameters of the reward model.
+      score_mean: scalar; scores are normalized to (score - mean) / scale.
+      score_scale: scalar.
+      backbone: base parameters of the adapters of policy and reference, and of the scorers too if scorer_backbone is
+        None; None if no network is an adapter. A rollout takes full parameters (`attach_frozen`).
+      scorer_backbone: base parameters of the adapters of reward model and value network, if not `backbone`.
     """
 
     reference: Params
@@ -70,7 +77,7 @@ class Frozen:
 
 @pytree
 class Batch:
-    """What one iteration reads: prompts, and rows of pretraining text (None without the mix)."""
+    """Batch of one iteration: prompts, and rows of pretraining text (None without the pretraining mix)."""
 
     prompts: PromptBatch
     pretraining: TokenBatch | None
@@ -78,10 +85,14 @@ class Batch:
 
 @pytree
 class RolloutScores:
-    """What the four networks say of each response token, [B, R] each.
+    """Outputs of the four networks at each response token, [B, R] each.
 
-    logp_BR, ref_logp_BR: nats under the policy and the reference. entropy_BR: nats, of the policy. value_BR: of the
-    state before the token. score_BR: the reward model's, read at the token.
+    Attributes:
+      logp_BR: log-probability under the policy, in nats.
+      entropy_BR: entropy of the policy, in nats.
+      ref_logp_BR: log-probability under the reference model, in nats.
+      value_BR: value of the state before the token.
+      score_BR: reward model score read at the token.
     """
 
     logp_BR: Array
@@ -93,7 +104,7 @@ class RolloutScores:
 
 @pytree
 class OldPolicyStats:
-    """What an optimizer step needs to know of the policy that sampled, [B, R] each."""
+    """Statistics of the policy that sampled, as used by an optimizer step, [B, R] each."""
 
     logp_BR: Array
     value_BR: Array
@@ -104,13 +115,16 @@ class OldPolicyStats:
 def make_update(
     networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
 ) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
-    """One PPO iteration as a pure function: update(state, batch, frozen) -> (state, metrics).
+    """Make one PPO iteration as a pure function: update(state, batch, frozen) -> (state, metrics).
 
     Args:
-      eos_id: the id that ends a response, or all such ids.
-      axis_name: a mapped axis over which the prompts are spread.
+      networks: architectures of the four networks.
+      config: settings of the stage.
+      eos_id: token id that ends a response, or a tuple of such ids.
+      pad_id: token id of padding.
+      axis_name: mapped axis over which the prompts are split.
     """
-    # Scored in as many parts as an optimizer step takes, which needs more memory for each row.
+    # Scoring uses as many parts as the optimizer steps, which need more memory per row, so it always fits.
     rollout = make_rollout(
         networks,
         config.episode,
@@ -128,7 +142,7 @@ def make_update(
             key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         sample_key, order_key = jax.random.split(key)
 
-        # 1, 2, 3. Sample, score, advantages.
+        # 1, 2, 3. Sample, score, compute advantages.
         episodes, metrics = rollout(
             attach_adapters(state.params, frozen, scale),
             attach_frozen(frozen, scale),
@@ -139,7 +153,7 @@ def make_update(
         if axis_name is not None:
             metrics = jax.lax.psum(metrics, axis_name)
 
-        # 4. Epochs × minibatches, each epoch in an order of its own.
+        # 4. Optimize: epochs × minibatches, each epoch in a new random order.
         def minibatched(tree: Any, key: Array) -> Any:
             order = jax.random.permutation(key, jax.tree.leaves(tree)[0].shape[0])
             return jax.tree.map(lambda x: x[order].reshape(config.minibatches, -1, *x.shape[1:]), tree)
@@ -186,14 +200,19 @@ def make_rollout(
     parts: int = 1,
     axis_name: str | None = None,
 ) -> Callable[[dict[str, Params], Frozen, PromptBatch, Array, Array], tuple[Rollout, dict[str, Array]]]:
-    """Steps 1 to 3: rollout(params, frozen, prompts, key, kl_coef) -> (episodes, metrics).
+    """Make steps 1 to 3: rollout(params, frozen, prompts, key, kl_coef) -> (episodes, metrics).
 
-    params is {"policy": …, "critic": …}, whole networks, as in frozen; key is of this iteration and device alone;
-    kl_coef is β. The metrics are shares, to be summed over the mapped axis.
+    params is {"policy": …, "critic": …} and, like frozen, holds full parameters, not adapters; key must be unique to
+    this iteration and device; kl_coef is β. The metrics are shares, to be summed over the mapped axis.
 
     Args:
-      parts: a divisor of the prompts: that many parts of them are scored one after the other, which bounds memory.
-      axis_name: a mapped axis over which the prompts are spread.
+      networks: architectures of the four networks.
+      config: settings of sampling and rewards.
+      eos_id: token id that ends a response, or a tuple of such ids.
+      pad_id: token id of padding.
+      parts: number of equal parts of the prompts that are scored one after the other, to bound memory; a divisor of
+        the number of prompts.
+      axis_name: mapped axis over which the prompts are split.
     """
 
     def rollout(
@@ -217,7 +236,7 @@ def sample(
     eos_id: int | tuple[int, ...],
     pad_id: int,
 ) -> Generation:
-    """Step 1: a response [B, R] to each prompt [B, P], from the whole distribution at the temperature."""
+    """Step 1: sample a response [B, R] to each prompt [B, P] from the full distribution at the given temperature."""
     sampling = config.sampling(_ends(eos_id), pad_id)
     return generate(policy, params, prompts.tokens_BP, prompts.mask_BP, key, sampling)
 
@@ -235,13 +254,13 @@ def score(
     parts: int = 1,
     axis_name: str | None = None,
 ) -> tuple[Rollout, dict[str, Array]]:
-    """Steps 2 and 3: scores of the sampled ids, which are never decoded, as rewards and advantages [B, R]."""
+    """Steps 2 and 3: score the sampled token ids, without decoding them, and compute rewards and advantages [B, R]."""
     tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
     mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
     mask_BR = sampled.mask
 
-    # 2. Log-probabilities come from the forward pass that the update uses, not from the sampler: the ratio before the
-    #    first update is 1, also where the sampler's cache is rounded.
+    # 2. Log-probabilities come from the forward pass that the update uses, not from the sampler, so that the ratio
+    #    before the first update is 1 even if the sampler's KV cache is rounded.
     found = map_episodes(
         lambda rows: score_rows(networks, params, frozen, rows, temperature=config.temperature),
         tokens_BT,
@@ -260,7 +279,7 @@ def score(
     elif config.missing_end == "subtract":
         score_B = jnp.where(ended_B, score_B, score_B + config.missing_end_score)
 
-    # 3. The score at the last token, minus β times the log-ratio at each; GAE; whitened over the whole batch.
+    # 3. Reward: the score at the last token minus β times the log-ratio at each; GAE; whitening over the global batch.
     reward_BR = kl_penalized_reward(found.logp_BR, found.ref_logp_BR, score_B, mask_BR, kl_coef=kl_coef)
     if config.whiten_rewards:
         reward_BR = masked_whiten(reward_BR, mask_BR, axis_name, keep_mean=True)
@@ -298,7 +317,7 @@ def score(
 def score_rows(
     networks: Networks, params: dict[str, Params], frozen: Frozen, rows: EpisodeRows, *, temperature: float
 ) -> RolloutScores:
-    """The four forward passes over some rows of episodes."""
+    """Run the four forward passes over rows of episodes."""
     loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
     ref_loss_BR, _ = response_losses(networks.policy, frozen.reference, rows, temperature=temperature)
     return RolloutScores(
@@ -311,7 +330,10 @@ def score_rows(
 
 
 def make_optimizer_step(networks: Networks, config: Config, axis_name: str | None = None) -> Callable[..., Any]:
-    """One optimizer step of step 4: step((params, opt_state), (episodes, text, key), frozen) -> (the same, metrics)."""
+    """Make one optimizer step of step 4: step((params, opt_state), (episodes, text, key), frozen) -> (carry, metrics).
+
+    The new carry is (params, opt_state).
+    """
     optimizers = make_optimizers(config)
     scale = config.lora.scale
 
@@ -372,12 +394,17 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
 def objective(
     networks: Networks, params: dict[str, Params], rows: EpisodeRows, count: Array, config: Config
 ) -> tuple[Array, dict[str, Array]]:
-    """Clipped surrogate plus weighted clipped value loss of some episodes, as a share of the mean over tokens.
+    """Clipped surrogate plus weighted clipped value loss, as a share of the mean over response tokens.
 
     Args:
-      params: {"policy": …, "critic": …}, whole networks.
-      rows: episodes whose data is an `OldPolicyStats`.
-      count: response tokens of the whole minibatch.
+      networks: architectures of the four networks.
+      params: {"policy": …, "critic": …}, full parameters.
+      rows: rows of episodes whose data is an `OldPolicyStats`.
+      count: number of response tokens in the global minibatch.
+      config: settings of the stage.
+
+    Returns:
+      (share of the loss, shares of the metrics).
     """
     old, mask_BR = rows.data, rows.response_mask_BR
     loss_BR, _ = response_losses(networks.policy, params["policy"], rows, temperature=config.episode.temperature)
@@ -400,7 +427,7 @@ def objective(
 
 
 def episode_rows(episodes: Rollout, *, packed: bool) -> tuple[EpisodeRows, Array | None]:
-    """(rows that `objective` reads, how many of them are in use: all of them if None)."""
+    """Lay out episodes as rows for `objective`: (rows, number of rows in use, or None for all)."""
     old = OldPolicyStats(episodes.logp_BR, episodes.value_BR, episodes.advantage_BR, episodes.target_BR)
     layout = (episodes.tokens_BT, episodes.mask_BT, episodes.response_mask_BR, old)
     if not packed:
@@ -410,20 +437,20 @@ def episode_rows(episodes: Rollout, *, packed: bool) -> tuple[EpisodeRows, Array
 
 
 def attach_adapters(params: dict[str, Params], frozen: Frozen, scale: float) -> dict[str, Params]:
-    """Parameters of whole networks from what is trained of them, {"policy": …, "critic": …}."""
+    """Attach the trained adapters to their backbones: full parameters {"policy": …, "critic": …}."""
     scorer_base = frozen.backbone if frozen.scorer_backbone is None else frozen.scorer_backbone
     bases = {"policy": frozen.backbone, "critic": scorer_base}
     return {name: attach(bases[name], trained, scale) for name, trained in params.items()}
 
 
 def attach_frozen(frozen: Frozen, scale: float) -> Frozen:
-    """The same with whole networks in place of adapters."""
+    """Attach the frozen adapters to their backbones: a `Frozen` with full parameters and no backbone."""
     both = attach_adapters({"policy": frozen.reference, "critic": frozen.reward}, frozen, scale)
     return Frozen(both["policy"], both["critic"], frozen.score_mean, frozen.score_scale)
 
 
 def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
-    """One optimizer for the policy and one for the critic, over all optimizer steps of the run."""
+    """Make the optimizers of policy and critic, with schedules over all optimizer steps of the run."""
     return {
         "policy": make_optimizer(config.policy, config.optimizer_steps),
         "critic": make_optimizer(config.critic, config.optimizer_steps),
@@ -431,7 +458,7 @@ def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
 
 
 def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
-    """The state before the first iteration: the policy from SFT, the critic from the reward model."""
+    """Initial state: the policy starts from the SFT model, the critic from the reward model."""
     params = {"policy": policy, "critic": critic}
     optimizers = make_optimizers(config)
     opt_state = {name: jax.jit(optimizers[name].init)(params[name]) for name in optimizers}
@@ -443,14 +470,14 @@ def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
 
 @jax.jit
 def rescaled(params: Params, mean: float, scale: float) -> Params:
-    """The critic's first parameters: the reward model's, its head in units of the score that PPO uses.
+    """Initial parameters of the critic: the reward model's, with the head rescaled to normalized scores.
 
-    They are copies: the state's arrays are given to the compiled update, which reads the reward model's own as well.
+    All arrays are copied: the state's buffers are donated to the compiled update, which also reads the reward model.
     """
     head = {"kernel": params["score"]["kernel"] / scale, "bias": (params["score"]["bias"] - mean) / scale}
     return jax.tree.map(jnp.copy, {**params, "score": head})
 
 
 def _ends(eos_id: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The ids that end a response: end of text, and with some chat templates the end of a turn."""
+    """Token ids that end a response: EOS and, with some chat templates, the end of a turn."""
     return (eos_id,) if isinstance(eos_id, int) else eos_id

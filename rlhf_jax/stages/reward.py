@@ -1,4 +1,4 @@
-"""Stage 3.1, the reward model: minimise -log σ(r_w - r_l) over comparisons and rankings, mean over a prompt's pairs."""
+"""Stage 3.1, the reward model: minimize -log σ(r_w - r_l) over comparisons and rankings, averaged per prompt."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ Config = RewardConfig
 def objective(
     model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch, count: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean over prompts of the mean over a prompt's ordered pairs of -log σ(r_w - r_l), as this batch's share.
+    """Mean over prompts of the mean of -log σ(r_w - r_l) over a prompt's ordered pairs, as this batch's share.
 
     Args:
-      model: with the scalar head.
-      count: prompts of the whole batch that have an ordered pair.
+      model: a scalar-head model.
+      params: its full parameters.
+      batch: the global batch or a part of it.
+      count: number of prompts with an ordered pair in the global batch.
+
+    Returns:
+      (share of the loss, shares of the metrics).
     """
     scores_BK = ranking_scores(model, params, batch)
     wins_BKK = ordered_pairs(batch.ranks_BK, batch.mask_BK)
@@ -46,9 +51,10 @@ def make_update(
     axis_name: str | None = None,
     lora_scale: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """update(state, batch, base=None) -> (state, metrics), pure.
+    """Make the update as a pure function: update(state, batch, base=None) -> (state, metrics).
 
-    With a base, the state's parameters are an adapter and a head that stand beside it.
+    With a base, the state's parameters are an adapter to it and a score head, and the product A B is scaled by
+    `lora_scale`.
     """
 
     def update(

@@ -1,4 +1,4 @@
-"""Stage 2, supervised fine-tuning: minimise -log p(next token) over demonstrations, response tokens only."""
+"""Stage 2, supervised fine-tuning: minimize -log p(next token) over the response tokens of demonstrations."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ Config = SFTConfig
 def objective(
     model: Transformer, params: Params, batch: TokenBatch, count: Array, dropout_key: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean of -log p(response token | prompt, response so far), the end included, as this batch's share.
+    """Mean of -log p(response token | prompt, preceding response tokens), EOS included, as this batch's share.
 
     Args:
-      count: response tokens of the whole batch, of which `batch` may be a part.
-      dropout_key: turns dropout on.
+      model: the language model.
+      params: its full parameters.
+      batch: the global batch or a part of it.
+      count: number of response tokens in the global batch.
+      dropout_key: key that enables dropout.
+
+    Returns:
+      (share of the loss, no metrics).
     """
     loss_BT, mask_BT = target_losses(model, params, batch, dropout_key)
     return masked_mean(loss_BT, mask_BT, count=count), {}
@@ -39,9 +45,9 @@ def make_update(
     axis_name: str | None = None,
     lora_scale: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """update(state, batch, base=None) -> (state, metrics), pure.
+    """Make the update as a pure function: update(state, batch, base=None) -> (state, metrics).
 
-    With a base, the state's parameters are an adapter that stands beside it, its product times `lora_scale`.
+    With a base, the state's parameters are an adapter to it, and the product A B is scaled by `lora_scale`.
     """
 
     def update(state: TrainState, batch: TokenBatch, base: Params | None = None) -> tuple[TrainState, dict[str, Array]]:

@@ -1,1 +1,1 @@
-"""run(config) of each stage: files in, a run folder out, resumed where an earlier start stopped."""
+"""Trainers of the four stages: run(config) reads files, writes a run folder and resumes from its latest checkpoint."""

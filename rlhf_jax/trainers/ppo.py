@@ -1,4 +1,4 @@
-"""Optimises a policy against a reward model on files of prompts: stage 3.2."""
+"""Stage 3.2, PPO: files of prompts in, a run folder out."""
 
 from __future__ import annotations
 
@@ -35,24 +35,32 @@ def run(
     texts: Sequence[Text] | None = None,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
 ) -> Finished:
-    """Optimises the model of config.init against that of config.reward; goes on where an earlier start stopped.
+    """Optimize the model of config.init against the reward model of config.reward.
+
+    Resumes from the latest checkpoint of the same run.
 
     Args:
-      prompts, texts: records in place of the files (or the embedded corpus) that the config names.
-      evaluate: figures of a state, written as "eval/…".
+      config: settings of the stage.
+      prompts: records in place of the files (or the embedded corpus) that the config names.
+      texts: records of the pretraining mix, likewise.
+      evaluate: maps a state to metrics, which are written as "eval/…".
+
+    Raises:
+      UserError: for settings or files that do not fit.
     """
-    for field, wanted in (("init", "a fine-tuned model"), ("reward", "a reward model")):
+    for field, expected in (("init", "a fine-tuned model"), ("reward", "a reward model")):
         if not dataclasses.asdict(config)[field]:
-            raise UserError(f"{field}: found nothing, wanted {wanted}; give --{field} FOLDER")
+            raise UserError(f"{field}: expected {expected}, got nothing; use --{field} FOLDER")
     source = open_source(config.init, stages=("sft", "pretrain"))
-    judge = open_source(config.reward, stages=("reward",))
-    same_tokenizer(source, judge)
-    if not judge.score_scale > 0:
+    reward_model = open_source(config.reward, stages=("reward",))
+    same_tokenizer(source, reward_model)
+    if not reward_model.score_scale > 0:
         raise UserError(
-            f"{judge.where}: found score_scale {judge.score_scale}, wanted scores that differ; train it on more data"
+            f"{reward_model.where}: score_scale: expected more than 0, as scores must differ, got "
+            f"{reward_model.score_scale}; train it on more data"
         )
     tokenizer = source.tokenizer
-    networks = Networks(source.network(), judge.network())
+    networks = Networks(source.network(), reward_model.network())
     length = config.prompt_length + config.episode.response_length
     for network in networks:
         if length > network.config.context:
@@ -63,8 +71,8 @@ def run(
             )
     if config.pretraining_batch and config.pretraining_row_length > networks.policy.config.context:
         raise UserError(
-            f"pretraining_row_length: found {config.pretraining_row_length}, wanted at most the context of "
-            f"{networks.policy.config.context} tokens"
+            f"pretraining_row_length: expected at most the context of {networks.policy.config.context} tokens, got "
+            f"{config.pretraining_row_length}"
         )
     ledger = Ledger()
     if prompts is None:
@@ -75,13 +83,13 @@ def run(
         texts = read_records(paths, "text", Ledger()) if paths else load_corpus().texts
     inputs = {
         "init": source.fingerprint,
-        "reward": judge.fingerprint,
+        "reward": reward_model.fingerprint,
         "prompts": fingerprint_of(prompts),
         "texts": fingerprint_of(texts or () if mixing else ()),
     }
     rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
     refuse_empty(rows, "prompts", ledger)
-    policy, scorer = starts(config, source, judge)
+    policy, scorer = starts(config, source, reward_model)
     folder = create_run(
         config,
         stage=STAGE,
@@ -112,8 +120,8 @@ def run(
     frozen = Frozen(
         reference=policy.params,
         reward=scorer.params,
-        score_mean=jnp.asarray(judge.score_mean, jnp.float32),
-        score_scale=jnp.asarray(judge.score_scale, jnp.float32),
+        score_mean=jnp.asarray(reward_model.score_mean, jnp.float32),
+        score_scale=jnp.asarray(reward_model.score_scale, jnp.float32),
         backbone=policy.base,
         scorer_backbone=None if scorer.base is policy.base else scorer.base,
     )
@@ -121,12 +129,14 @@ def run(
     state = train(
         folder,
         config,
-        lambda: initial_state(config, policy.params, rescaled(scorer.params, judge.score_mean, judge.score_scale)),
+        lambda: initial_state(
+            config, policy.params, rescaled(scorer.params, reward_model.score_mean, reward_model.score_scale)
+        ),
         lambda axis: make_update(networks, config, eos_id=tokenizer.stop_ids, pad_id=tokenizer.pad_id, axis_name=axis),
         batch,
         frozen=(frozen,),
         evaluate=evaluate,
-        # Sampling, four scorings, and forward and backward of policy and critic in each epoch.
+        # Sampling, four forward passes for scoring, and forward and backward passes of policy and critic in each epoch.
         flops_per_token=forward * (5 + 2 * config.lora.passes * config.epochs),
         show=("score", "kl", "response_tokens", "missing_end"),
     )
@@ -143,14 +153,14 @@ def run(
     return complete(folder, summary, ledger)
 
 
-def starts(config: Config, source: Source, judge: Source) -> tuple[Start, Start]:
-    """(the policy's start, the reward model's), on one backbone where their adapters stand beside the same."""
+def starts(config: Config, source: Source, reward_model: Source) -> tuple[Start, Start]:
+    """Initial parameters of policy and reward model, sharing one backbone if both were adapters to the same one."""
 
     def keys() -> Array:
         return jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
 
     policy = start_from(source, config.lora, lambda: keys()[0])
-    own = judge.lora == config.lora and judge.base is not None
-    if own and policy.record is not None and policy.record["fingerprint"] == judge.base_fingerprint:
-        return policy, Start(judge.own(), policy.base, policy.record)
-    return policy, start_from(judge, config.lora, lambda: keys()[1])
+    own = reward_model.lora == config.lora and reward_model.base is not None
+    if own and policy.record is not None and policy.record["fingerprint"] == reward_model.base_fingerprint:
+        return policy, Start(reward_model.own(), policy.base, policy.record)
+    return policy, start_from(reward_model, config.lora, lambda: keys()[1])

@@ -1,4 +1,4 @@
-"""Pretrains from text files to a run folder: stage 1."""
+"""Stage 1, pretraining: text files in, a run folder out."""
 
 from __future__ import annotations
 
@@ -33,10 +33,15 @@ from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 
 def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequence[Text] | None = None) -> Finished:
-    """Pretrains from text to a run folder; goes on where an earlier start of the same run stopped.
+    """Pretrain on text and write a run folder; resumes from the latest checkpoint of the same run.
 
     Args:
-      texts, heldout: records in place of the files (or the embedded corpus) that the config names.
+      config: settings of the stage.
+      texts: records in place of the files (or the embedded corpus) that the config names.
+      heldout: held-out records, likewise.
+
+    Raises:
+      UserError: for settings or files that do not fit.
     """
     ledger = Ledger()
     if texts is None:
@@ -50,7 +55,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     if source is not None:
         model_config = dataclasses.replace(source.model, dropout=config.model.dropout)
         if config.row_length > model_config.context:
-            raise UserError(f"row_length {config.row_length} is longer than the model's context {model_config.context}")
+            raise UserError(f"row_length: expected at most the context {model_config.context}, got {config.row_length}")
     inputs = {"texts": fingerprint_of(texts), "heldout": fingerprint_of(heldout)}
     model = Transformer(model_config)
     key = jax.random.key(config.seed)
@@ -105,7 +110,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
 
 
 def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledger: Ledger) -> TokenRows:
-    """Rows of `row_length` inputs each; a document attends to itself only."""
+    """Pack texts into rows of `row_length` input tokens, with block-diagonal attention over documents."""
     return pack_text(
         encode_text(texts, tokenizer, ledger=ledger),
         length=row_length + 1,

@@ -1,4 +1,4 @@
-"""Trains a reward model on files of comparisons or rankings: stage 3.1."""
+"""Stage 3.1, the reward model: files of comparisons or rankings in, a run folder out."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from rlhf_jax.runs.lifecycle import (
 )
 from rlhf_jax.stages.reward import STAGE, Config, make_update
 
-# Prompts whose responses' scores give their mean and scale: the scale to 1%, in seconds where rankings are many.
+# Number of prompts used to estimate mean and scale of the scores: accurate to 1%, in seconds even for many rankings.
 REFERENCE_PROMPTS = 2048
 
 
@@ -54,15 +54,20 @@ def run(
     heldout: RankingRows | None = None,
     demonstrations: Sequence[Demonstration | Dialogue] | None = None,
 ) -> Finished:
-    """Trains a reward model on the model of config.init; goes on where an earlier start of the same run stopped.
+    """Train a reward model from the model of config.init; resumes from the latest checkpoint of the same run.
 
     Args:
-      rankings, heldout: ranked token rows in place of the files that the config names, such as sampled responses,
-        which are never decoded and encoded again.
-      demonstrations: in place of config.demonstrations.
+      config: settings of the stage.
+      rankings: ranked token rows in place of the files that the config names, such as sampled responses, which must not
+        be decoded and encoded again.
+      heldout: held-out ranked token rows, likewise.
+      demonstrations: records in place of the files of config.demonstrations.
+
+    Raises:
+      UserError: for settings or files that do not fit.
     """
     if not config.init:
-        raise UserError("init: found nothing, wanted a fine-tuned model; give --init FOLDER or --init hf:FOLDER")
+        raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER or --init hf:FOLDER")
     source = open_source(config.init, stages=("pretrain", "sft"))
     tokenizer = source.tokenizer
     model = Transformer(source.model, scalar=True)
@@ -80,13 +85,13 @@ def run(
     demonstration_rows = encode_demonstrations(demonstrations, tokenizer, max_tokens=limit, ledger=Ledger())
     if config.demonstrations and not len(demonstration_rows):
         raise UserError(
-            f"demonstrations: found none of at most {limit} tokens in {', '.join(config.demonstrations)}, wanted some "
-            "to centre the scores on, with prompt and completion"
+            f"demonstrations: expected some of at most {limit} tokens to center the scores on, with prompt and "
+            f"completion, got none in {', '.join(config.demonstrations)}"
         )
     config = dataclasses.replace(config, steps=config.steps or max(len(rankings) // config.batch, 1))
     inputs = {
         "init": source.fingerprint,
-        # Without their sources, which say in which file they stood: the content decides.
+        # Without sources (file and line of each ranking), so that the fingerprint depends on the content only.
         "rankings": fingerprint_of([dataclasses.replace(rankings, sources=())]),
         "heldout": fingerprint_of([dataclasses.replace(heldout, sources=())] if heldout is not None else []),
         "demonstrations": fingerprint_of(demonstrations),
@@ -108,14 +113,14 @@ def run(
 
     rows: Rows[Any] = SharedRankingRows(rankings) if config.share_prompts else rankings
 
-    def whole(params: Params) -> Params:
+    def attached(params: Params) -> Params:
         return attach(start.base, params, config.lora.scale)
 
     held: dict[int, tuple[float, int]] = {}  # by step
 
     def held_out(rankings: RankingRows, params: Params, step: int) -> tuple[float, int]:
         if step not in held:
-            held[step] = accuracy(model, whole(params), rankings, config.batch, config.share_prompts)
+            held[step] = accuracy(model, attached(params), rankings, config.batch, config.share_prompts)
         return held[step]
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -147,9 +152,9 @@ def run(
         base=start.base,
         lora_scale=config.lora.scale,
     )
-    mean, scale = score_mean_and_scale(model, whole(params), rankings, config.batch, config.share_prompts)
+    mean, scale = score_mean_and_scale(model, attached(params), rankings, config.batch, config.share_prompts)
     release(folder, params, config.steps)
-    # All scores have moved alike since the last step, so what was found then stands.
+    # Centering shifts all scores equally, so the accuracy of the last step still holds.
     right, pairs = (None, 0) if heldout is None else held_out(heldout, params, config.steps)
     summary = {
         "prompts": len(rankings),
@@ -165,7 +170,7 @@ def run(
 def accuracy(
     model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool = False
 ) -> tuple[float, int]:
-    """(share of ordered pairs that the scores order alike, pairs)."""
+    """Held-out accuracy: (fraction of ordered pairs that the scores order correctly, number of pairs)."""
     ranks = np.zeros((len(rankings), rankings.responses), np.int32)
     mask = np.zeros(ranks.shape, bool)
     for place, (_, row_ranks) in enumerate(rankings.rows):
@@ -177,7 +182,7 @@ def accuracy(
 def score_mean_and_scale(
     model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool = False
 ) -> tuple[float, float]:
-    """(mean, standard deviation) of the scores of responses to at most REFERENCE_PROMPTS prompts, evenly taken."""
+    """Mean and standard deviation of the scores of responses to at most REFERENCE_PROMPTS evenly spaced prompts."""
     taken = np.linspace(0, len(rankings) - 1, min(len(rankings), REFERENCE_PROMPTS)).round().astype(int)
     some = dataclasses.replace(rankings, rows=[rankings.rows[i] for i in taken], sources=())
     scores = _scores(model, params, some, batch_size, share_prompts)
@@ -193,7 +198,7 @@ def _scores(
 
 
 def first_parameters(config: Config, source: Source, model: Transformer) -> Start:
-    """What training starts from: the source's backbone (or an adapter beside it, or a fresh one) and a fresh head."""
+    """Initial parameters: the source's backbone, an adapter to it, or a fresh backbone, with a fresh score head."""
     start_key, head_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
     if config.backbone == "scratch":
         return Start(init_params(model, start_key), None, None)
@@ -213,18 +218,27 @@ def centred(
     base: Params | None = None,
     lora_scale: float = 0.0,
 ) -> tuple[Params, float]:
-    """(parameters whose scores of the demonstrations average 0, what was added to the bias). base: as in the update."""
+    """Center the scores: (parameters with mean score 0 over the demonstrations, shift added to the bias).
+
+    Args:
+      model: scalar-head model.
+      params: trained parameters.
+      demonstrations: rows whose mean score becomes 0; no change if empty.
+      batch_size: rows scored at a time.
+      base: parameters that `params` is an adapter to, or None.
+      lora_scale: scale of the adapter.
+    """
     if not len(demonstrations):
         return params, 0.0
-    whole = attach(base, params, lora_scale)
-    shift = -float(row_scores(model, whole, demonstrations, batch_size=batch_size).mean())
+    full_params = attach(base, params, lora_scale)
+    shift = -float(row_scores(model, full_params, demonstrations, batch_size=batch_size).mean())
     score = {**params["score"], "bias": params["score"]["bias"] + shift}
     return {**params, "score": score}, shift
 
 
 def _rows(config: Config, source: Source, limit: int, ledger: Ledger) -> tuple[RankingRows, RankingRows | None]:
     if not config.data:
-        raise UserError("data: found nothing, wanted comparisons or rankings; give --data FILE.jsonl")
+        raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
     records = read_records(config.data, "rankings", ledger)
     if config.heldout:
         held = read_records(config.heldout, "rankings", Ledger())

@@ -1,4 +1,4 @@
-"""Fine-tunes on files of demonstrations or dialogues: stage 2."""
+"""Stage 2, supervised fine-tuning: files of demonstrations or dialogues in, a run folder out."""
 
 from __future__ import annotations
 
@@ -47,13 +47,18 @@ def run(
     records: Sequence[Demonstration | Dialogue] | None = None,
     heldout: Sequence[Demonstration | Dialogue] | None = None,
 ) -> Finished:
-    """Fine-tunes the model of config.init to a run folder; goes on where an earlier start of the same run stopped.
+    """Fine-tune the model of config.init and write a run folder; resumes from the latest checkpoint of the same run.
 
     Args:
-      records, heldout: demonstrations in place of the files (or the embedded corpus) that the config names.
+      config: settings of the stage.
+      records: records in place of the files (or the embedded corpus) that the config names.
+      heldout: held-out records, likewise.
+
+    Raises:
+      UserError: for settings or files that do not fit.
     """
     if not config.init:
-        raise UserError("init: found nothing, wanted a pretrained model; give --init FOLDER or --init hf:FOLDER")
+        raise UserError("init: expected a pretrained model, got nothing; use --init FOLDER or --init hf:FOLDER")
     source = open_source(config.init, stages=("pretrain", "sft", "ppo"))
     ledger = Ledger()
     if records is None:
@@ -67,7 +72,7 @@ def run(
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
     if config.pack is not None:
         if config.pack > model.config.context:
-            raise UserError(f"pack: found {config.pack}, wanted at most the context of {model.config.context} tokens")
+            raise UserError(f"pack: expected at most the context of {model.config.context} tokens, got {config.pack}")
         limit = min(limit, config.pack)
     rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     refuse_empty(rows, "demonstrations", ledger)
@@ -94,8 +99,8 @@ def run(
     def heldout_loss(params: Params) -> float | None:
         if not len(heldout_rows):
             return None
-        whole = attach(start.base, params, config.lora.scale)
-        return mean_loss(model, whole, heldout_rows, batch_size=config.batch)[0]
+        full_params = attach(start.base, params, config.lora.scale)
+        return mean_loss(model, full_params, heldout_rows, batch_size=config.batch)[0]
 
     before = heldout_loss(start.params)
     state = train(
