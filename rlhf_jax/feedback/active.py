@@ -85,7 +85,7 @@ def choose(
       1996, Active learning with statistical models, for the targets.
     """
     if not 0 <= count <= len(beliefs.mean):
-        raise ValueError(f"count {count}, wanted 0 to {len(beliefs.mean)}, the pairs there are")
+        raise ValueError(f"count: expected 0 to {len(beliefs.mean)}, the number of pairs, got {count}")
     # Σ_t (d_n · d_t)² = d_nᵀ (Σ_t d_t d_tᵀ) d_n: of the targets no more than this sum is needed.
     target = None if targets is None else targets.deviation @ targets.deviation.T
     places = np.arange(len(beliefs.mean))

@@ -131,7 +131,7 @@ def cohen_kappa(table: Table, **drawing: int) -> Estimate | None:
     Source: Cohen 1960. A coefficient for nominal categories.
     """
     if len(table.labellers) != 2:
-        raise ValueError(f"{len(table.labellers)} labellers, wanted 2")
+        raise ValueError(f"expected 2 labellers, got {len(table.labellers)}")
     table, onehot_ULC = _coded(table)
     confusion_UCC = np.einsum("uc,uk->uck", onehot_ULC[:, 0], onehot_ULC[:, 1])
 
@@ -301,7 +301,7 @@ def _distances(level: Level, values: Floats, counts_SC: Floats) -> Floats:
     if level == "interval":
         return np.square(values[:, None] - values)[None]
     if level != "ordinal":
-        raise ValueError(f"level {level!r}, wanted {', '.join(LEVELS)}")
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     # Half of a value's own count off the running sum: the difference of two is the sum between them, ends halved.
     middle_SC = np.cumsum(counts_SC, axis=1) - counts_SC / 2
     return np.square(middle_SC[:, :, None] - middle_SC[:, None, :])

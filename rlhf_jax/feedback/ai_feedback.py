@@ -63,8 +63,8 @@ class Judge:
         a, b = (response_ids(f" {letter}", self.tokenizer, turns=turns, ended=False) for letter in "AB")
         if len(a) != len(b) or a[:-1] != b[:-1] or a == b:
             raise UserError(
-                f"{source.where}: its tokenizer writes the answers A and B as {a} and {b}, wanted ids that differ in "
-                f"the last alone; use another model as judge"
+                f"{source.where}: expected answers A and B whose token ids differ in the last only, got {a} and {b} "
+                f"from its tokenizer; use another model as judge"
             )
         self.lead, self.answers = a[:-1], (a[-1], b[-1])
 

@@ -118,7 +118,7 @@ def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sq
             if not checked:
                 _check(db, path, make=not read_only)
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: found {error}, wanted the database of a labelling folder") from None
+            raise UserError(f"{path}: expected the database of a labelling folder, got {error}") from None
         on_error.pop_all()
     return db
 
@@ -168,10 +168,10 @@ def _check(db: sqlite3.Connection, path: Path, *, make: bool) -> None:
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif application != APPLICATION_ID:
-        raise UserError(f"{path}: found another program's database, wanted that of a labelling folder")
+        raise UserError(f"{path}: expected the database of a labelling folder, got another program's")
     elif version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: schema version: found {version}, wanted {SCHEMA_VERSION}; use the release that wrote it"
+            f"{path}: schema version: expected {SCHEMA_VERSION}, got {version}; use the release that wrote it"
         )
     elif (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise UserError(f"{path}: damaged: {found.splitlines()[-1]}; restore it from a copy")

@@ -96,12 +96,12 @@ def consensus_ranks(rankings: Sequence[Sequence[int]], weights: Sequence[float])
 
 def _refuse_other_files(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: found a file, wanted a folder for the export")
+        raise UserError(f"{folder}: expected a folder for the export, got a file")
     own = {MANIFEST, *(f"{form}.jsonl" for form in FORMS)}
     own |= {name + UNFINISHED for name in own}
     others = sorted({path.name for path in folder.iterdir()} - own) if folder.exists() else []
     if others:
-        raise UserError(f"{folder}: found {others[0]} in it, wanted an empty folder or an earlier export")
+        raise UserError(f"{folder}: expected an empty folder or an earlier export, got {others[0]} in it")
 
 
 def _said(judged: Judged, models: bool, left_out: collections.Counter[str]) -> Iterable[Said]:
@@ -243,7 +243,7 @@ def _write(path: Path, rows: Sequence[_Row]) -> None:
         at = next((n for n, (a, b) in enumerate(zip(found, wanted)) if a != b), min(len(found), len(wanted)))
         unfinished.unlink()
         raise UserError(
-            f"item {rows[min(at, len(rows) - 1)][0]['item']}: its prompt or responses read otherwise once written as "
-            f"{path.name}; export another form, or rankings"
+            f"item {rows[min(at, len(rows) - 1)][0]['item']}: its prompt or responses do not survive a round trip "
+            f"through {path.name}; export another form, or rankings"
         )
     unfinished.replace(path)

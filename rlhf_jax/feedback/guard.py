@@ -63,7 +63,7 @@ class Address:
         if self.origin:
             parts = urlsplit(self.origin)
             if parts.scheme not in ("http", "https") or self.origin != f"{parts.scheme}://{parts.netloc}":
-                raise UserError(f"origin: found {self.origin!r}, wanted one such as https://label.example.org")
+                raise UserError(f"origin: expected an origin such as https://label.example.org, got {self.origin!r}")
 
     @property
     def url(self) -> str:
@@ -144,12 +144,12 @@ class Guard:
 async def read_body(request: Request) -> dict[str, Any]:
     """The JSON object of a post. Raises: Refused for another type, too many bytes, or no such object."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise Refused(415, "wanted content of type application/json")
+        raise Refused(415, "content-type: expected application/json")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MOST_BYTES:
-            raise Refused(413, f"found more than {MOST_BYTES} bytes")
+            raise Refused(413, f"body: expected at most {MOST_BYTES} bytes, got more")
     try:
         return parse_row(bytes(body), "body")
     except UserError as error:

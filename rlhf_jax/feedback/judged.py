@@ -43,21 +43,24 @@ def join(items: Iterable[Item], judgements: Iterable[Judgement]) -> Judged:
     known: dict[str, Item] = {}
     for item in items:
         if known.setdefault(item.id, item) != item:
-            raise UserError(f"item {item.id}: found two items of this id, wanted one")
+            raise UserError(f"item {item.id}: expected unique ids, got two items with this one")
     pairs = []
     seen: set[tuple[str, str]] = set()
     for judgement in judgements:
         where = f"judgement of item {judgement.item} by {judgement.labeller}"
         if judgement.item not in known:
-            raise UserError(f"{where}: found no such item among the {len(known)} given; give the items it was made on")
+            raise UserError(
+                f"{where}: expected one of the {len(known)} items given, got an unknown item; give the items that were "
+                "judged"
+            )
         item = known[judgement.item]
         if (judgement.item, judgement.labeller) in seen:
-            raise UserError(f"{where}: found two, wanted one; keep the later")
+            raise UserError(f"{where}: expected one judgement, got two; keep the later one")
         seen.add((judgement.item, judgement.labeller))
         wanted = len(item.responses)
         for name, values in (("ranks", judgement.ranks), ("ratings", judgement.ratings), ("flags", judgement.flags)):
             if len(values) != wanted and (values or (name == "ranks" and not judgement.skip)):
-                raise UserError(f"{where}: {name}: found {len(values)}, wanted {wanted}, one for each response")
+                raise UserError(f"{where}: {name}: expected {wanted}, one for each response, got {len(values)}")
         pairs.append((item, judgement))
     pairs.sort(key=lambda pair: (pair[0].id, pair[1].labeller))
     return Judged(known, tuple(pairs))
@@ -98,7 +101,7 @@ def judgement_row(judgement: Judgement) -> dict[str, Any]:
 
 def _wrong(where: str, field: str, value: object, wanted: str) -> UserError:
     found = "nothing" if value is None else describe(value)
-    return UserError(f"{where}: field {field!r}: found {found}, wanted {wanted}")
+    return UserError(f"{where}: field {field!r}: expected {wanted}, got {found}")
 
 
 def _field(

@@ -287,9 +287,9 @@ class Queue:
     def _judgement(self, labeller: Labeller, item: Item, answer: Answer, now: float, *, started: float) -> Judgement:
         """The answer in the order of the item's own responses. Raises: UserError if it does not fit."""
         if len(answer.skip) > LONGEST_SKIP:
-            raise UserError(f"skip: found {len(answer.skip)} characters, wanted {LONGEST_SKIP} at most")
+            raise UserError(f"skip: expected at most {LONGEST_SKIP} characters, got {len(answer.skip)}")
         if not 0 <= answer.seconds <= MOST_SECONDS:
-            raise UserError(f"seconds: found {answer.seconds}, wanted 0 to {MOST_SECONDS:.0f}")
+            raise UserError(f"seconds: expected 0 to {MOST_SECONDS:.0f}, got {answer.seconds}")
         judgement = Judgement(
             item=item.id,
             labeller=labeller.name,
@@ -384,7 +384,7 @@ class Queue:
                 "INSERT INTO requests VALUES (?, ?, ?, ?)", (labeller.number, request, digest, json.dumps(reply))
             )
         except sqlite3.IntegrityError:
-            raise UserError("request: found an empty or too long id, wanted 1 to 64 characters") from None
+            raise UserError("request: expected an id of 1 to 64 characters, got an empty or longer one") from None
 
 
 def _own(values: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:

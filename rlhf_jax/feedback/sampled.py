@@ -38,7 +38,7 @@ def sample_items(
     """
     if not 2 <= len(models) * samples <= MOST_RESPONSES:
         raise UserError(
-            f"found {len(models)} runs with {samples} samples each, wanted 2 to {MOST_RESPONSES} responses to a prompt"
+            f"expected 2 to {MOST_RESPONSES} responses to a prompt, got {len(models)} runs with {samples} samples each"
         )
     columns = [
         _responses(
@@ -66,8 +66,8 @@ def _responses(
     for prompt, ids in zip(prompts, rows, strict=True):
         if not 1 <= len(ids) <= room:
             raise UserError(
-                f"{prompt.where}: found {len(ids)} tokens, wanted 1 to {max(room, 0)} for {model.where}: its context "
-                f"of {model.model.context} less --max-new-tokens {max_new_tokens}"
+                f"{prompt.where}: expected 1 to {max(room, 0)} tokens for {model.where} (its context of "
+                f"{model.model.context} less --max-new-tokens {max_new_tokens}), got {len(ids)}"
             )
     order = [place for place in range(len(rows)) for _ in range(samples)]
     key, parts = jax.random.key(seed), range(-(-len(order) // ROWS))

@@ -60,7 +60,7 @@ class Service:
         if labeller is None:
             raise Refused(401, "open the page by the link that you were given")
         if roles and labeller.role not in roles:
-            raise Refused(403, "this is the admin's")
+            raise Refused(403, "for the admin only")
         return labeller
 
     async def figures(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def make_app(service: Service) -> Starlette:
         token = body.get("token")
         labeller = service.store.by_token(token) if isinstance(token, str) else None
         if labeller is None:
-            raise Refused(401, "no labeller has this token")
+            raise Refused(401, "no labeller has this token; ask the admin for a new link")
         response = JSONResponse({"name": labeller.name, "role": labeller.role})
         response.set_cookie(
             service.cookie,
@@ -115,7 +115,7 @@ def make_app(service: Service) -> Starlette:
         body = await read_body(request)
         item, revision, content = _text(body, "item"), body.get("revision"), body.get("draft")
         if not isinstance(revision, int) or not 0 <= revision < 2**53 or not isinstance(content, dict):
-            raise Refused(400, "draft: wanted an item, a revision and a draft")
+            raise Refused(400, "draft: expected an item, a revision and a draft")
         service.queue.save_draft(labeller, item, content, revision)
         return JSONResponse({})
 
@@ -163,7 +163,7 @@ def make_app(service: Service) -> Starlette:
             service.store.revoke(person)
             return JSONResponse({"name": name})
         if deed not in ("add", "link") or person.role == "model":
-            raise Refused(400, "do: wanted add, link or revoke, of a person")
+            raise Refused(400, "do: expected add, link or revoke, of a person")
         return JSONResponse({"name": name, "link": link(service.address, service.store.new_token(person))})
 
     async def export(request: Request) -> Response:
@@ -246,19 +246,19 @@ def _answer(body: dict[str, Any]) -> Answer:
     ranks, ratings, flags = (body.get(name, []) for name in ("ranks", "ratings", "flags"))
     skip, seconds = body.get("skip", ""), body.get("seconds", 0.0)
     if not isinstance(ranks, list) or not all(_whole(rank) for rank in ranks):
-        raise Refused(400, "ranks: wanted a list of whole numbers")
+        raise Refused(400, "ranks: expected a list of whole numbers")
     if not isinstance(ratings, list) or not all(rating is None or _whole(rating) for rating in ratings):
-        raise Refused(400, "ratings: wanted a list of whole numbers, null where there is none")
+        raise Refused(400, "ratings: expected a list of whole numbers, null where there is none")
     if not isinstance(flags, list) or not all(
         isinstance(names, list) and all(name in FLAGS for name in names if isinstance(name, str)) for names in flags
     ):
-        raise Refused(400, f"flags: wanted a list of lists of {', '.join(FLAGS)}")
+        raise Refused(400, f"flags: expected a list of lists of {', '.join(FLAGS)}")
     if not all(isinstance(name, str) for names in flags for name in names):
-        raise Refused(400, "flags: wanted names")
+        raise Refused(400, "flags: expected names")
     if not isinstance(skip, str) or isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise Refused(400, "skip: wanted text; seconds: wanted a number")
+        raise Refused(400, "skip: expected text; seconds: expected a number")
     if not ranks and not skip.strip():
-        raise Refused(400, "ranks: found none, wanted one for each response, or a reason to skip")
+        raise Refused(400, "ranks: expected one for each response, or a reason to skip, got none")
     return Answer(
         item=_text(body, "item"),
         ranks=tuple(ranks),
@@ -272,7 +272,7 @@ def _answer(body: dict[str, Any]) -> Answer:
 def _text(body: dict[str, Any], name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not 1 <= len(value) <= 100:
-        raise Refused(400, f"{name}: wanted text of 1 to 100 characters")
+        raise Refused(400, f"{name}: expected text of 1 to 100 characters")
     return value
 
 

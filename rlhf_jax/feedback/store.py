@@ -45,7 +45,7 @@ class Store:
 
     def __init__(self, folder: Path, *, read_only: bool = False, checked: bool = False) -> None:
         if read_only and not (folder / FILE).exists():
-            raise UserError(f"{folder}: no {FILE} in it; wanted a labelling folder, which `rlhf-jax label` makes")
+            raise UserError(f"{folder}: expected a labelling folder, as made by `rlhf-jax label`, got no {FILE} in it")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.db = connect(folder / FILE, read_only=read_only, checked=checked)
@@ -78,9 +78,9 @@ class Store:
                     )
                     added += 1
                 elif found[0] != item.kind:
-                    raise UserError(f"item {item.id}: found it as {item.kind}, and it stands as {found[0]} already")
+                    raise UserError(f"item {item.id}: expected kind {found[0]}, as stored, got {item.kind}")
                 elif item.gold and tuple(json.loads(found[1])["gold"]) != item.gold:
-                    raise UserError(f"item {item.id}: found gold ranks {list(item.gold)}, others than it had before")
+                    raise UserError(f"item {item.id}: expected gold ranks as stored, got {list(item.gold)}")
         return added
 
     def ask_first(self, ids: Sequence[str]) -> None:
@@ -93,7 +93,9 @@ class Store:
             numbers: dict[str, int] = dict(rows)
             for id in ids:
                 if id not in numbers:
-                    raise UserError(f"item {id}: found it in the order to ask in, wanted one of the folder's tasks")
+                    raise UserError(
+                        f"item {id}: expected one of the folder's tasks, got an unknown id in the order to ask in"
+                    )
             order = dict.fromkeys([*ids, *numbers])
             self.db.execute("CREATE TEMP TABLE moves (old INTEGER PRIMARY KEY, new INTEGER NOT NULL)")
             self.db.executemany("INSERT INTO moves VALUES (?, ?)", zip((numbers[id] for id in order), numbers.values()))
@@ -148,7 +150,9 @@ class Store:
             for judgement in judgements:
                 row = self.db.execute("SELECT number, responses FROM items WHERE id = ?", (judgement.item,)).fetchone()
                 if row is None:
-                    raise UserError(f"item {judgement.item}: found a judgement of it, wanted one of the folder's items")
+                    raise UserError(
+                        f"item {judgement.item}: expected one of the folder's items, got a judgement of an unknown one"
+                    )
                 refuse_judgement(judgement, row[1])
                 labeller = self._labeller(
                     judgement.labeller, "model" if judgement.labeller.startswith(AI) else "labeller"
@@ -163,14 +167,14 @@ class Store:
                     added += 1
                 elif (tuple(json.loads(found[0])), found[1]) != (judgement.ranks, judgement.skip):
                     raise UserError(
-                        f"item {judgement.item}: found another judgement by {judgement.labeller} than stands"
+                        f"item {judgement.item}: expected the judgement by {judgement.labeller} as stored, got another"
                     )
         return added
 
     def add_labeller(self, name: str, role: Role = "labeller") -> Labeller:
         """The labeller of this name, new or not. Raises: UserError for a name that is none, or with another role."""
         if not _NAME.fullmatch(name) or name != name.strip():
-            raise UserError(f"labeller: found {name[:100]!r}, wanted 1 to 80 letters, digits, spaces and . _ @ + -")
+            raise UserError(f"labeller: expected 1 to 80 letters, digits, spaces and . _ @ + -, got {name[:100]!r}")
         with transaction(self.db):
             return self._labeller(name, role)
 
@@ -213,7 +217,7 @@ class Store:
         row = self.db.execute("SELECT number, name, role, screening FROM labellers WHERE name = ?", (name,)).fetchone()
         labeller = Labeller(*row)
         if labeller.role != role:
-            raise UserError(f"labeller {name!r}: found the role {role}, and it is {labeller.role} here already")
+            raise UserError(f"labeller {name!r}: expected the role {labeller.role}, as stored, got {role}")
         return labeller
 
 
@@ -253,18 +257,20 @@ def refuse_judgement(judgement: Judgement, responses: int) -> None:
     """Raises UserError if this cannot be said of an item with so many responses, naming the field."""
     if judgement.skip:
         if judgement.ranks:
-            raise UserError("ranks: found some beside a reason to skip, wanted one or the other")
+            raise UserError("ranks: expected ranks or a reason to skip, got both")
     elif len(judgement.ranks) != responses or not all(1 <= rank <= responses for rank in judgement.ranks):
-        raise UserError(f"ranks: found {list(judgement.ranks)}, wanted {responses} from 1 to {responses}, 1 the best")
+        raise UserError(
+            f"ranks: expected {responses} numbers from 1 (best) to {responses}, got {list(judgement.ranks)}"
+        )
     for name, values in (("ratings", judgement.ratings), ("flags", judgement.flags)):
         if values and len(values) != responses:
-            raise UserError(f"{name}: found {len(values)}, wanted {responses}, one for each response")
+            raise UserError(f"{name}: expected {responses}, one for each response, got {len(values)}")
     for rating in judgement.ratings:
         if rating is not None and rating not in RATINGS:
-            raise UserError(f"ratings: found {rating}, wanted 1 to {RATINGS[-1]}")
+            raise UserError(f"ratings: expected 1 to {RATINGS[-1]}, got {rating}")
     for flag in sorted(frozenset().union(*judgement.flags)):
         if flag not in FLAGS:
-            raise UserError(f"flags: found {flag[:40]!r}, wanted some of {', '.join(FLAGS)}")
+            raise UserError(f"flags: expected some of {', '.join(FLAGS)}, got {flag[:40]!r}")
 
 
 def dense(ranks: Sequence[int]) -> tuple[int, ...]:
@@ -275,14 +281,14 @@ def dense(ranks: Sequence[int]) -> tuple[int, ...]:
 
 def _refuse_item(item: Item) -> None:
     if not 2 <= len(item.responses) <= 9:
-        raise UserError(f"item {item.id}: found {len(item.responses)} responses, wanted 2 to 9")
+        raise UserError(f"item {item.id}: expected 2 to 9 responses, got {len(item.responses)}")
     if item.kind == "quiz" and len(set(item.gold)) < 2:
         raise UserError(
-            f"item {item.id}: found gold ranks {list(item.gold)}, wanted different ones: a quiz is marked by them"
+            f"item {item.id}: expected gold ranks that differ, by which a quiz is marked, got {list(item.gold)}"
         )
     for name, values in (("gold ranks", item.gold), ("sources", item.sources)):
         if values and len(values) != len(item.responses):
-            raise UserError(f"item {item.id}: found {len(values)} {name}, wanted {len(item.responses)}")
+            raise UserError(f"item {item.id}: expected {len(item.responses)} {name}, got {len(values)}")
 
 
 def _content(item: Item) -> str:

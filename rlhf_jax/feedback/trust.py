@@ -42,14 +42,14 @@ def trusted(judged: Judged, *, agreement: float = LEAST_AGREEMENT, pairs: int = 
         share, shared = agreement_with_people(judged, name)
         if share is None or shared < pairs:
             raise UserError(
-                f"labeller {name}: found {shared} pairs that people ordered too, wanted {pairs} or more before its "
-                f"judgements count; let people judge some of its items, or let it judge some of theirs"
+                f"labeller {name}: expected {pairs} or more pairs that people ordered too before its judgements count, "
+                f"got {shared}; let people judge some of its items, or let it judge some of theirs"
             )
         if share.value < agreement:
             raise UserError(
-                f"labeller {name}: found agreement {share.value:.3f} [{share.low:.3f}, {share.high:.3f}] with people "
-                f"on {shared} pairs, wanted {agreement:.3f} or more before its judgements count; leave them out, or "
-                f"try another model or principle"
+                f"labeller {name}: expected agreement with people of {agreement:.3f} or more before its judgements "
+                f"count, got {share.value:.3f} [{share.low:.3f}, {share.high:.3f}] on {shared} pairs; leave them out, "
+                f"or try another model or principle"
             )
         found[name] = share
     return found

@@ -85,33 +85,33 @@ def read_topology(text: str) -> Topology:
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     if match is None or match[1] not in CHIPS:
         raise UserError(
-            f"topology: found {text!r}, wanted one of {', '.join(CHIPS)} with its chips along each axis, such as "
-            "v5e:16x16 or v5p:4x4x8"
+            f"topology: expected one of {', '.join(CHIPS)} with its chips along each axis, such as v5e:16x16 or "
+            f"v5p:4x4x8, got {text!r}"
         )
     chip = CHIPS[match[1]]
     shape = tuple(int(n) for n in match[2].split("x"))
     if len(shape) != chip.dimensions:
         usual = "4x4x4" if chip.dimensions == 3 else "8x8"
-        raise UserError(f"topology: found {text!r}, wanted {chip.dimensions} axes, such as {chip.name}:{usual}")
+        raise UserError(f"topology: expected {chip.dimensions} axes, such as {chip.name}:{usual}, got {text!r}")
     # Hosts hold 2 x 2 chips; smaller blocks are not described by libtpu without a host of their own.
     whole = tuple(max(n + n % 2, 2) for n in shape[:2]) + tuple(max(n, 1) for n in shape[2:])
     if shape != whole:
         raise UserError(
-            f"topology: found {text!r}, wanted whole hosts of 2x2 chips; use {chip.name}:{'x'.join(map(str, whole))}"
+            f"topology: expected whole hosts of 2x2 chips, got {text!r}; use {chip.name}:{'x'.join(map(str, whole))}"
         )
     return Topology(chip, shape)
 
 
 def check_mesh(mesh: dict[str, int], topology: Topology) -> None:
     """Raises UserError where the mesh does not use every chip, with the nearest that does."""
-    wanted = math.prod(mesh.values())
-    if wanted == topology.chips:
+    devices = math.prod(mesh.values())
+    if devices == topology.chips:
         return
     tensor = math.gcd(mesh["tensor"], topology.chips)
     data = math.gcd(mesh["data"], topology.chips // tensor)
     near = {"data": data, "fsdp": topology.chips // (data * tensor), "tensor": tensor}
     raise UserError(
-        f"mesh: found {written(mesh)}, {wanted} devices, wanted the {topology.chips} of {topology.name}; "
+        f"mesh: expected the {topology.chips} devices of {topology.name}, got {written(mesh)}, {devices} devices; "
         f"use --mesh {written(near)}"
     )
 

@@ -82,12 +82,12 @@ def check_fit(programs: Programs, topology: Topology) -> dict[str, int]:
     if everywhere <= limit / 2:
         hint = f"use --mesh {written({**dict.fromkeys(AXES, 1), 'fsdp': chips})}"
     else:
-        wanted = 2 ** math.ceil(math.log2(everywhere * chips / (limit / 2)))
-        hint = f"wanted about {wanted} chips of {topology.chip.name}, found {chips}"
+        needed = 2 ** math.ceil(math.log2(everywhere * chips / (limit / 2)))
+        hint = f"use about {needed} chips of {topology.chip.name} instead of {chips}"
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in held.items() if size)
     raise UserError(
-        f"mesh {written(work.mesh)}: found {total / GIB:.1f} GiB a chip ({parts}) before any work, wanted at most "
-        f"{limit / GIB:.0f} GiB of {topology.chip.name}; {hint}"
+        f"mesh {written(work.mesh)}: expected at most the {limit / GIB:.0f} GiB of {topology.chip.name}, got "
+        f"{total / GIB:.1f} GiB a chip ({parts}) before any work; {hint}"
     )
 
 
@@ -184,7 +184,7 @@ def check_compiled(name: str, error: Exception) -> UserError:
     if used is None:
         return UserError(f"{name}: the compiler refused it: {text[:300]}")
     return TooLarge(
-        f"{name}: found {used[1]} of HBM a chip, wanted at most {used[2]}; use a smaller --batch, more --microbatches, "
+        f"{name}: expected at most {used[2]} of HBM a chip, got {used[1]}; use a smaller --batch, more --microbatches, "
         "--remat full, a smaller --head-chunk, or more chips"
     )
 

@@ -60,17 +60,18 @@ def read_model(text: str) -> ModelConfig:
     path = Path(rest if colon and kind == "hf" else text)
     file = path / "config.json" if path.is_dir() or (colon and kind == "hf") else path
     if not file.exists():
-        raise UserError(f"model: found {text!r}, wanted one of {', '.join(PRESETS)}, a config.json or hf:FOLDER")
+        raise UserError(f"model: expected one of {', '.join(PRESETS)}, a config.json or hf:FOLDER, got {text!r}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model: {file}: unreadable: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"model: {file}: found {type(values).__name__}, wanted an object")
+        raise UserError(f"model: {file}: expected an object, got {type(values).__name__}")
     if "model_type" in values:
         if values["model_type"] not in FAMILIES:
             raise UserError(
-                f"model: {file}: found model_type {values['model_type']!r}, wanted one of {', '.join(FAMILIES)}"
+                f"model: {file}: field 'model_type': expected one of {', '.join(FAMILIES)}, "
+                f"got {values['model_type']!r}"
             )
         return FAMILIES[values["model_type"]].read(Fields(values, str(file)))
     # A run's own file holds the model beside the run's settings.
