@@ -1,7 +1,7 @@
-"""The labelling server: pages and their files, a labeller's items and answers, the admin's figures and export.
+"""The labelling server: pages and their assets, a labeller's items and answers, the admin's statistics and export.
 
-Everything that changes a folder runs in the one thread of the event loop on the store's one connection, a few
-milliseconds at a time; figures that take longer are drawn in another thread by a connection that only reads.
+All writes run in the event loop's thread on the store's one connection, for a few milliseconds each; slower statistics
+are computed in another thread on a read-only connection.
 """
 
 from __future__ import annotations
@@ -42,17 +42,21 @@ _Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Service:
-    """What the routes share: a store, its queue, and where it is served."""
+    """State shared by the routes: a store, its queue, and the server's address."""
 
     def __init__(self, store: Store, queue: Queue, address: Address) -> None:
         self.store, self.queue, self.address = store, queue, address
-        # Cookies know no ports: two folders on one machine keep theirs apart by name.
+        # Cookies are not separated by port, so folders served on one machine need different names.
         self.cookie = "label_" + hashlib.sha256(store.salt.encode()).hexdigest()[:12]
         self._drawn: tuple[float, dict[str, Any]] = (0.0, {})
         self._drawing = asyncio.Lock()
 
     def who(self, request: Request, *roles: str) -> Labeller:
-        """The labeller that the request's token or cookie belongs to. Raises: Refused."""
+        """The labeller of the request's token or cookie.
+
+        Raises:
+          Refused: without a valid token, or for a role that is not among `roles`.
+        """
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             token = request.cookies.get(self.cookie, "")
@@ -64,7 +68,7 @@ class Service:
         return labeller
 
     async def figures(self) -> dict[str, Any]:
-        """Agreement, win rates and disagreements, at most a few seconds old."""
+        """Agreement, win rates and disagreements, cached for a few seconds."""
         async with self._drawing:
             at, drawn = self._drawn
             if not drawn or time.monotonic() - at > FRESH_SECONDS:
@@ -74,7 +78,7 @@ class Service:
 
 
 def make_app(service: Service) -> Starlette:
-    """The web application, to be served by one process."""
+    """Make the web application, which must be served by one process only."""
 
     async def log_in(request: Request) -> Response:
         body = await read_body(request)
@@ -199,12 +203,12 @@ def make_app(service: Service) -> Starlette:
 
 
 def link(address: Address, token: str) -> str:
-    """What a labeller opens. What stands behind the # is never sent: no log and no other site sees the token."""
+    """A labeller's link. Browsers do not send the part after #, so the token reaches no log and no other site."""
     return f"{address.url}/#token={token}"
 
 
 def _asset(name: str) -> _Handler:
-    """A file of the page, held in memory: no path of a request is ever looked up on the disk."""
+    """Serve a file of the page from memory, so that no request's path is ever looked up on disk."""
     content = (ASSETS / name).read_bytes()
     tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
     headers = {"etag": tag, "cache-control": "no-cache"}
@@ -218,7 +222,7 @@ def _asset(name: str) -> _Handler:
 
 
 def _page(assignment: Assignment) -> dict[str, Any]:
-    """What the page may know of an item: neither where its responses are from, nor that it is calibration, nor gold."""
+    """An item as sent to the page: without its sources and gold ranks, and without marking calibration items."""
     item = assignment.item
     return {
         "id": item.id,
@@ -242,7 +246,11 @@ def _turns(item: Item) -> list[dict[str, str]]:
 
 
 def _answer(body: dict[str, Any]) -> Answer:
-    """The answer in a post; the queue checks whether it fits the item."""
+    """Parse the answer in a post; the queue checks that it fits the item.
+
+    Raises:
+      Refused: for a field of the wrong type.
+    """
     ranks, ratings, flags = (body.get(name, []) for name in ("ranks", "ratings", "flags"))
     skip, seconds = body.get("skip", ""), body.get("seconds", 0.0)
     if not isinstance(ranks, list) or not all(_whole(rank) for rank in ranks):
@@ -281,7 +289,7 @@ def _whole(value: object) -> bool:
 
 
 class _reader:
-    """A connection of this thread's own."""
+    """A read-only connection for the current thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store.beside()
@@ -300,7 +308,7 @@ def _draw(store: Store) -> dict[str, Any]:
 
 
 def _export(store: Store) -> bytes:
-    """Every form of export, and all that is known as JSONL, in one archive; the same bytes for the same judgements."""
+    """A zip archive of every form of export and all records as JSONL; the same judgements give the same bytes."""
     with _reader(store) as reader:
         items, judgements = reader.items(), reader.judgements()
     with tempfile.TemporaryDirectory() as folder:
@@ -313,7 +321,7 @@ def _export(store: Store) -> bytes:
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
             for path in sorted(Path(folder).rglob("*")):
                 if path.is_file():
-                    # Without a date of its own an archive of the same files is another every time.
+                    # A fixed date makes the archive of the same files identical.
                     entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
                     entry.compress_type = zipfile.ZIP_DEFLATED
                     files.writestr(entry, path.read_bytes())

@@ -1,9 +1,9 @@
-"""Items to label, from JSONL files or from responses that models gave.
+"""Items to label, from JSONL files.
 
-A row of a file has a prompt, as text or messages, and `responses`, each text or a message of the assistant's; or it is
-a comparison in any form that training reads (data/reader.py). `ranks`, or chosen before rejected, become gold where
-that is asked for; `sources` may say which model each response came from. With a prompt of messages a response is the
-content of the assistant's next one; with a prompt of text it is what follows the text, with nothing between.
+A row has a prompt, as text or messages, and `responses`, each text or an assistant message; or it is a comparison in
+any form that training reads (data/reader.py). `ranks`, or chosen over rejected, become gold ranks on request; `sources`
+may name the model of each response. After a prompt given as messages a response is the content of the next assistant
+message; after a prompt given as text it continues the text directly.
 """
 
 from __future__ import annotations
@@ -33,33 +33,37 @@ def make_item(
     kind: str = "task",
     gold: Sequence[int] = (),
 ) -> Item:
-    """An item with the id that its prompt and responses give it: the same content is the same item anywhere."""
+    """Make an item whose id is a hash of its prompt and responses, so that equal content has the same id everywhere."""
     content = json.dumps([prompt, turns, responses], ensure_ascii=False)
     id = hashlib.sha256(content.encode()).hexdigest()[:20]
     return Item(id, prompt, tuple(responses), tuple(turns), tuple(sources), kind, dense(gold))
 
 
 def read_tasks(paths: Iterable[str | Path], *, kind: str = "task", gold: bool = False) -> list[Item]:
-    """The items of some files; a row that stands twice is one item.
+    """Read items from files; duplicate rows become one item.
 
     Args:
-      gold: ranks become gold; a quiz cannot do without.
-    Raises: UserError `file:line: field 'x': expected …, got …`, and for a file without rows.
+      paths: JSONL files.
+      kind: of the items.
+      gold: use ranks as gold ranks, which a quiz requires.
+
+    Raises:
+      UserError: `file:line: field 'x': expected …, got …`, and for a file without rows.
     """
     items: dict[str, Item] = {}
     for path in paths:
         if compares(path):
-            found = [_of_comparison(record, kind, gold) for record in read_records(path, "comparisons", Ledger())]
+            read = [_of_comparison(record, kind, gold) for record in read_records(path, "comparisons", Ledger())]
         else:
-            found = [_of_row(where, row, kind, gold) for where, row in read_rows(path)]
-        if not found:
+            read = [_of_row(where, row, kind, gold) for where, row in read_rows(path)]
+        if not read:
             raise UserError(f"{path}: expected one JSON object on each line, got no rows to label")
-        items.update((item.id, item) for item in found if item.id not in items)
+        items.update((item.id, item) for item in read if item.id not in items)
     return list(items.values())
 
 
 def compares(path: str | Path) -> bool:
-    """Whether the first row of a file is a comparison."""
+    """True if the first row of a file is a comparison."""
     for _, row in read_rows(path):
         return "chosen" in row
     return False
@@ -106,7 +110,9 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
 def _gold(where: str, row: dict[str, Any], count: int) -> list[int]:
     ranks = row.get("ranks", row.get("gold"))
     if not isinstance(ranks, list) or len(ranks) != count or not _all(ranks, int) or min(ranks) < 1:
-        raise _wrong(where, row, "ranks", f"a list of {count} whole numbers from 1, the best: gold was asked for")
+        raise _wrong(
+            where, row, "ranks", f"a list of {count} whole numbers from 1 (best), since gold ranks are requested"
+        )
     if len(set(ranks)) == 1:
         raise UserError(f"{where}: field 'ranks': expected gold that orders at least one pair, got all ranks tied")
     return ranks
@@ -137,11 +143,9 @@ def _response(where: str, place: str, value: Any) -> str:
     raise UserError(f"{where}: field {place!r}: expected text or one assistant message, got {describe(value)}")
 
 
-def _wrong(where: str, row: dict[str, Any], name: str, wanted: str) -> UserError:
-    found = (
-        describe(row[name]) if name in row else f"nothing; the row's fields are {', '.join(map(repr, row)) or 'none'}"
-    )
-    return UserError(f"{where}: field {name!r}: expected {wanted}, got {found}")
+def _wrong(where: str, row: dict[str, Any], name: str, expected: str) -> UserError:
+    got = describe(row[name]) if name in row else f"nothing; the row's fields are {', '.join(map(repr, row)) or 'none'}"
+    return UserError(f"{where}: field {name!r}: expected {expected}, got {got}")
 
 
 def _all(values: list[Any], kind: type) -> bool:
