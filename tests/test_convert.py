@@ -101,7 +101,7 @@ def test_an_adapter_alone_goes_out_and_comes_in(runs: Path, tmp_path: Path) -> N
         open_source(f"peft:{tmp_path / 'adapter'}", stages=("sft",)),
     )
     np.testing.assert_allclose(output(before), output(after), atol=1e-5)
-    with pytest.raises(UserError, match="expected a run that trained an adapter .*, got a whole network"):
+    with pytest.raises(UserError, match=r"expected a run that trained an adapter .*, got a whole network"):
         export(str(runs / "base"), tmp_path / "other", adapter=True)
 
 

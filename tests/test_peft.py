@@ -320,5 +320,5 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", adapter, LORA, llama, "llama", base="x")
     with pytest.raises(UserError, match="a: expected a new or empty folder"):
         write_adapter(tmp_path / "a", adapter, LORA, llama, "llama", base="x")
-    with pytest.raises(UserError, match="field 'base_model_name_or_path': expected .*, got nothing"):
+    with pytest.raises(UserError, match=r"field 'base_model_name_or_path': expected .*, got nothing"):
         base_of(made(tmp_path / "b", PAIR))

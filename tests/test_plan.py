@@ -95,7 +95,7 @@ def test_a_model_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unreadable"):
         read_model(str(file))
     file.write_text('{"model_type": "rnn"}')
-    with pytest.raises(UserError, match="field 'model_type': expected one of .*, got 'rnn'"):
+    with pytest.raises(UserError, match=r"field 'model_type': expected one of .*, got 'rnn'"):
         read_model(str(file))
 
 
@@ -255,7 +255,9 @@ def test_the_compilers_words_in_ours() -> None:
         check_compiled("update", RuntimeError(said))
     )
     assert "Used" not in str(check_compiled("update", RuntimeError("Used 17.2G of 15.75G hbm. Exceeded")))
-    assert str(check_compiled("update", RuntimeError("other\nwords"))) == "update: the compiler refused it: other words"
+    assert (
+        str(check_compiled("update", RuntimeError("other\nwords"))) == "update: the compiler rejected it: other words"
+    )
 
 
 KERNELS = """HloModule jit_f

@@ -137,7 +137,7 @@ def _worth(deviation: Floats, noise: Floats, target: Floats | None) -> Floats:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Posterior over linear reward heads r(x) = w · φ(x) given comparisons: w ~ N(mean, H⁻¹), the Laplace approximation.
+    """Laplace posterior over linear reward heads r(x) = w · φ(x) given comparisons: w ~ N(mean, H⁻¹).
 
     Attributes:
       mean: minimum of Σ_n -log σ(w · (φ_chosen - φ_rejected)) + λ/2 |w|², [D].

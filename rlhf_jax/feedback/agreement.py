@@ -72,17 +72,17 @@ def preferences(judged: Judged, *, gold: bool = False) -> Table:
       gold: append a column "gold" from the items' gold ranks.
     """
 
-    def said(ranks: tuple[int, ...]) -> Floats | None:
+    def orders(ranks: tuple[int, ...]) -> Floats | None:
         if not ranks:
             return None
         first, second = _pairs(len(ranks))
         array = np.array(ranks)
         return np.sign(array[second] - array[first]).astype(np.float64)
 
-    table = _table(judged, lambda item: len(item.responses) * (len(item.responses) - 1) // 2, lambda j: said(j.ranks))
+    table = _table(judged, lambda item: len(item.responses) * (len(item.responses) - 1) // 2, lambda j: orders(j.ranks))
     if not gold:
         return table
-    columns = [said(item.gold) for item in judged.items.values()]
+    columns = [orders(item.gold) for item in judged.items.values()]
     sizes = np.bincount(table.item, minlength=len(columns))
     column = np.concatenate([np.full(n, np.nan) if c is None else c for n, c in zip(sizes, columns)] or [np.zeros(0)])
     values = np.concatenate([table.values, column[:, None]], axis=1)
@@ -92,19 +92,19 @@ def preferences(judged: Judged, *, gold: bool = False) -> Table:
 def ratings(judged: Judged) -> Table:
     """Table of the ratings of each response, 1 to 7."""
 
-    def said(judgement: Judgement) -> Floats | None:
+    def labels(judgement: Judgement) -> Floats | None:
         return np.array([np.nan if r is None else r for r in judgement.ratings], np.float64)
 
-    return _table(judged, lambda item: len(item.responses), said)
+    return _table(judged, lambda item: len(item.responses), labels)
 
 
 def flags(judged: Judged, flag: str) -> Table:
     """Table of one flag for each response: 1 flagged, 0 not flagged, NaN for a labeller who was not asked."""
 
-    def said(judgement: Judgement) -> Floats | None:
+    def labels(judgement: Judgement) -> Floats | None:
         return np.array([flag in flags for flags in judgement.flags], np.float64)
 
-    return _table(judged, lambda item: len(item.responses), said)
+    return _table(judged, lambda item: len(item.responses), labels)
 
 
 def agreement(table: Table, **drawing: int) -> Estimate | None:
@@ -168,9 +168,9 @@ def fleiss_kappa(table: Table, **drawing: int) -> Estimate | None:
     """
     table, onehot_ULC = _coded(table)
     counts_UC = onehot_ULC.sum(axis=1)
-    said_U = counts_UC.sum(axis=1)
-    useful = (said_U > 1).astype(np.float64)
-    alike_U = _ratio(np.sum(counts_UC * (counts_UC - 1), axis=1), said_U * (said_U - 1), instead=0.0)
+    labels_U = counts_UC.sum(axis=1)
+    useful = (labels_U > 1).astype(np.float64)
+    alike_U = _ratio(np.sum(counts_UC * (counts_UC - 1), axis=1), labels_U * (labels_U - 1), instead=0.0)
     sums_UF = np.concatenate([alike_U[:, None], useful[:, None], counts_UC * useful[:, None]], axis=1)
 
     def kappa(sums_SF: Floats) -> Floats:
@@ -197,9 +197,9 @@ def krippendorff_alpha(table: Table, level: Level, **drawing: int) -> Estimate |
     values = np.unique(table.values[~np.isnan(table.values)])
     table, onehot_ULC = _coded(table)
     counts_UC = onehot_ULC.sum(axis=1)
-    said_U = counts_UC.sum(axis=1)
+    labels_U = counts_UC.sum(axis=1)
     both_UCC = counts_UC[:, :, None] * (counts_UC[:, None, :] - np.eye(len(values)))
-    coincidences_UCC = np.where(said_U > 1, 1.0 / np.maximum(said_U - 1, 1), 0.0)[:, None, None] * both_UCC
+    coincidences_UCC = np.where(labels_U > 1, 1.0 / np.maximum(labels_U - 1, 1), 0.0)[:, None, None] * both_UCC
 
     def alpha(sums_SF: Floats) -> Floats:
         seen_SCC = sums_SF.reshape(len(sums_SF), len(values), len(values))
@@ -284,7 +284,7 @@ def _work(judged: Judged, name: str) -> dict[str, Any]:
     }
 
 
-def _table(judged: Judged, units: Callable[[Item], int], said: Callable[[Judgement], Floats | None]) -> Table:
+def _table(judged: Judged, units: Callable[[Item], int], labels: Callable[[Judgement], Floats | None]) -> Table:
     ids = {id: place for place, id in enumerate(judged.items)}
     sizes = np.array([units(item) for item in judged.items.values()], np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -293,7 +293,7 @@ def _table(judged: Judged, units: Callable[[Item], int], said: Callable[[Judgeme
     for item, judgement in judged.judgements:
         if judgement.skip:
             continue
-        column = said(judgement)
+        column = labels(judgement)
         if column is not None and len(column):
             place = ids[item.id]
             values[starts[place] : starts[place + 1], columns[judgement.labeller]] = column
@@ -378,5 +378,5 @@ def _ratio(a: NDArray[Any], b: NDArray[Any], instead: float = np.nan) -> Floats:
 
 
 def _share(values: Floats, of: float) -> float | None:
-    said = values[~np.isnan(values)]
-    return float(np.mean(said == of)) if len(said) else None
+    given = values[~np.isnan(values)]
+    return float(np.mean(given == of)) if len(given) else None

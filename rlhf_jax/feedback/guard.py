@@ -78,7 +78,7 @@ class Address:
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """Accepted values of the Host header; None for any, since a machine does not know all names it is reached by."""
+        """Accepted values of the Host header; None for any, since a machine may have names that it does not know."""
         own = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         if self.origin:
             return frozenset({*own, urlsplit(self.origin).netloc})

@@ -1,4 +1,4 @@
-"""The model that is planned: a preset, a config.json, or a Hugging Face folder. Its weights are never read."""
+"""Model configurations for planning: a preset, a config.json, or a Hugging Face folder. Weights are never read."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ PRESETS = {
 
 
 def read_model(text: str) -> ModelConfig:
-    """The shape that `text` names: a preset, FILE.json of ours or of Hugging Face, hf:FOLDER, or a run's folder.
+    """Read a preset, FILE.json (this library's or Hugging Face's), hf:FOLDER, or a run's folder.
 
-    Raises: UserError for what is none of these.
+    Raises:
+      UserError: for anything else.
     """
     if text in PRESETS:
         return PRESETS[text]
@@ -74,6 +75,6 @@ def read_model(text: str) -> ModelConfig:
                 f"got {values['model_type']!r}"
             )
         return FAMILIES[values["model_type"]].read(Fields(values, str(file)))
-    # A run's own file holds the model beside the run's settings.
+    # A run's config.json has the model under its own key, next to the run's settings.
     inner = values["model"] if isinstance(values.get("model"), dict) else values
     return from_plain(ModelConfig, inner, where=str(file))

@@ -172,7 +172,7 @@ def parse(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 
 def _check_type(where: str, kind: int, constants: ModuleType, quants: ModuleType) -> None:
-    """Check a quantisation type by dequantising one block of zeros: the package has no list of the types it supports."""
+    """Check a quantisation type by dequantising one block of zeros, since the package does not list supported types."""
     try:
         quant = constants.GGMLQuantizationType(kind)
         quants.dequantize(np.zeros((1, constants.GGML_QUANT_SIZES[quant][1]), np.uint8), quant)

@@ -352,7 +352,7 @@ def _gptneox(fields: GgufFields, stored: _Table) -> dict[str, Any]:
 
 
 def _join_pairs(rows: Array, *, heads: int) -> Array:
-    """Reorder a head's rows from GGUF, where rotated pairs are adjacent, to Hugging Face's pairs (d, d + head_dim / 2)."""
+    """Reorder a head's rows from GGUF's adjacent rotary pairs to Hugging Face's pairs (d, d + head_dim / 2)."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 

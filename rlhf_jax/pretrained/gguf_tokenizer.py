@@ -21,14 +21,14 @@ class _Cut:
     """The pre-tokenizer that a value of tokenizer.ggml.pre names."""
 
     pattern: str | None = None  # None for GPT-2's, which ByteLevel has built in
-    digits: bool = False  # each digit is a piece of its own
+    digits: bool = False  # split digits into single pieces
     nfc: bool = False  # normalise to Unicode NFC first
     whole: bool = False  # a piece that is a token skips the merges
     bos: bool = False  # add BOS where the file has no add_bos_token
 
 
 def _words(digits: str, word: str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+", end: str = "") -> str:
-    """Pre-tokenizer pattern in the form of cl100k: words with one leading character, digits, punctuation, white space."""
+    """Pre-tokenizer pattern like cl100k's: words with one leading character, digits, punctuation, white space."""
     return rf"{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{end}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 

@@ -78,8 +78,8 @@ def write_adapter(
     tensors, ranks, bias = _to_peft(flat, sites, model)
     if flat:
         raise UserError(
-            f"{folder}: parameter {min(flat)!r} has no place in an adapter of a {model_type}; expected lora_a and lora_b "
-            "of its kernels, and score"
+            f"{folder}: parameter {min(flat)!r} has no place in an adapter of a {model_type}; expected lora_a and "
+            "lora_b of its kernels, and score"
         )
     if not ranks or not lora.rank:
         raise UserError(f"{folder}: expected an adapter of rank 1 or more, got no LoRA parameters")
@@ -132,11 +132,11 @@ def read_adapter(folder: str | Path, model: ModelConfig, model_type: str) -> tup
     flat: dict[str, np.ndarray] = {}
     for name, halves in pairs.items():
         site, own = sites[name], ranks.integer(_pattern_of(ranks, name), rank)
-        for half, wanted in (("A", (own, site.inside)), ("B", (site.outside, own))):
-            _check_shape(folder / TENSORS, *halves[half], wanted)
+        for half, expected in (("A", (own, site.inside)), ("B", (site.outside, own))):
+            _check_shape(folder / TENSORS, *halves[half], expected)
         a, b = (halves[half][1].astype(np.float32) for half in "AB")
         scale = alphas.number(_pattern_of(alphas, name), alpha) / (math.sqrt(own) if rooted else own)
-        b = b * np.float32(scale / lora.scale)  # exactly 1 where the module has no scale of its own
+        b = b * np.float32(scale / lora.scale)  # exactly 1 where the module uses the default scale
         for place, (a_place, b_place) in _cut(site, a, b, rank, model):
             flat |= {f"{place}.lora_a": a_place, f"{place}.lora_b": b_place}
     if model.scan_layers:

@@ -45,7 +45,7 @@ class SafetensorsFolder:
         return list(self._files)
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor, copied into memory of its own.
+        """A copy of a tensor in memory.
 
         Raises:
           UserError: if it cannot be read, e.g. because numpy has no such type.
