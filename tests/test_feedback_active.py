@@ -69,7 +69,7 @@ def test_the_choice_is_that_of_a_plain_loop() -> None:
                 everything -= np.outer(column, column) / (everything[best, best] + beliefs.noise[best])
             assert choose(beliefs, 10, targets=targets).tolist() == wanted
             assert choose(beliefs, 1, targets=targets, candidates=5).tolist() == wanted[:1]
-            with pytest.raises(ValueError, match="count 41, wanted 0 to 40"):
+            with pytest.raises(ValueError, match="count: expected 0 to 40, the number of pairs, got 41"):
                 choose(beliefs, 41)
 
 

@@ -161,11 +161,11 @@ def test_nothing_shared_is_nothing_said() -> None:
 
 
 MISFITS = [
-    (Judgement("3", "ann", (1, 2)), "judgement of item 3 by ann: found no such item among the 2 given"),
-    (Judgement("2", "ann", (1, 2, 3)), "ranks: found 3, wanted 2"),
-    (Judgement("2", "ann", ()), "ranks: found 0, wanted 2"),
-    (Judgement("2", "ann", (1, 2), (7,)), "ratings: found 1, wanted 2"),
-    (Judgement("1", "bob", (1, 2, 3)), "judgement of item 1 by bob: found two"),
+    (Judgement("3", "ann", (1, 2)), "judgement of item 3 by ann: expected one of the 2 items given"),
+    (Judgement("2", "ann", (1, 2, 3)), "ranks: expected 2, one for each response, got 3"),
+    (Judgement("2", "ann", ()), "ranks: expected 2, one for each response, got 0"),
+    (Judgement("2", "ann", (1, 2), (7,)), "ratings: expected 2, one for each response, got 1"),
+    (Judgement("1", "bob", (1, 2, 3)), "judgement of item 1 by bob: expected one judgement, got two"),
 ]
 
 
@@ -181,5 +181,5 @@ def test_files(tmp_path: Path) -> None:
     said.write_text("".join(json.dumps(judgement_row(judgement)) + "\n" for judgement in SAID))
     assert read_items([items]) == ITEMS and read_judgements([said]) == SAID
     said.write_text('{"item": "1", "labeller": "ann", "ranks": [1, 0]}')
-    with pytest.raises(UserError, match=r"judgements.jsonl:1: field 'ranks\[1\]': found the number 0, wanted whole"):
+    with pytest.raises(UserError, match=r"judgements.jsonl:1: field 'ranks\[1\]': expected whole .*, got the number 0"):
         read_judgements([said])

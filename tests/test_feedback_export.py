@@ -169,10 +169,10 @@ def test_a_model_is_exported_once_it_agrees_with_people(tmp_path: Path) -> None:
             Judgement(item.id, "ai:judge", (1, 2) if n < alike else (2, 1)) for n, item in enumerate(items)
         ]
 
-    with pytest.raises(UserError, match=r"ai:judge: found 99 pairs that people ordered too, wanted 100 or more"):
+    with pytest.raises(UserError, match=r"ai:judge: expected 100 or more pairs that people ordered too .*, got 99"):
         export(items, said(99, 120), tmp_path, models=True)
     with pytest.raises(
-        UserError, match=r"ai:judge: found agreement 0.640 \[.*\] with people on 100 pairs, wanted 0.65"
+        UserError, match=r"ai:judge: expected agreement with people of 0.65.*, got 0.640 \[.*\] on 100 pairs"
     ):
         export(items, said(100, 64), tmp_path, models=True)
     assert not list(tmp_path.iterdir())
@@ -184,10 +184,10 @@ def test_a_model_is_exported_once_it_agrees_with_people(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match=r"found thesis\.txt in it, wanted an empty folder or an earlier export"):
+    with pytest.raises(UserError, match=r"expected an empty folder or an earlier export, got thesis\.txt in it"):
         export(ITEMS, JUDGEMENTS, tmp_path)
     # A prompt and a response that reading takes for something else: said, not written.
     odd = Item("odd", "\n\nAssistant: b", ("b", "c"), turns=(Message("assistant", "b"),))
-    with pytest.raises(UserError, match="item odd: its prompt or responses read otherwise"):
+    with pytest.raises(UserError, match="item odd: its prompt or responses do not survive"):
         export([odd], [Judgement("odd", "ann", (1, 2))], tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())

@@ -62,10 +62,10 @@ def test_each_model_answers_each_prompt() -> None:
 def test_what_cannot_be_sampled_is_named() -> None:
     models = [source("runs/a"), source("runs/other")]
     with pytest.raises(
-        UserError, match=r"prompts\.jsonl:3: found 30 tokens, wanted 1 to 24 for runs/a: its context of 64"
+        UserError, match=r"prompts\.jsonl:3: expected 1 to 24 tokens for runs/a \(its context of 64 .*, got 30"
     ):
         sample_items(models, PROMPTS, max_new_tokens=40)
-    with pytest.raises(UserError, match="found 2 runs with 5 samples each, wanted 2 to 9 responses"):
+    with pytest.raises(UserError, match="expected 2 to 9 responses to a prompt, got 2 runs with 5 samples each"):
         sample_items(models, PROMPTS, samples=5)
 
 

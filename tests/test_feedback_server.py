@@ -164,23 +164,23 @@ def test_an_answer_goes_from_the_page_to_the_store(ann: Client, store: Store) ->
 
 
 MISFITS = [
-    ({"ranks": [1, 2]}, "ranks: found [1, 2], wanted 3"),
-    ({"ranks": [1, 2, "3"]}, "ranks: wanted a list of whole numbers"),
-    ({"ranks": [1, 2, True]}, "ranks: wanted a list of whole numbers"),
-    ({"ranks": [0, 1, 2]}, "ranks: found"),
+    ({"ranks": [1, 2]}, "ranks: expected 3 numbers from 1 (best) to 3, got [1, 2]"),
+    ({"ranks": [1, 2, "3"]}, "ranks: expected a list of whole numbers"),
+    ({"ranks": [1, 2, True]}, "ranks: expected a list of whole numbers"),
+    ({"ranks": [0, 1, 2]}, "ranks: expected 3 numbers"),
     ({"ranks": []}, "a reason to skip"),
-    ({"ratings": [8, 1, 1]}, "ratings: found 8"),
-    ({"ratings": "777"}, "ratings: wanted a list"),
-    ({"flags": [["sexy"], [], []]}, "flags: wanted"),
-    ({"flags": [[[]], [], []]}, "flags: wanted"),
-    ({"flags": 5}, "flags: wanted"),
-    ({"seconds": -1}, "seconds: found -1"),
-    ({"seconds": "1"}, "seconds: wanted a number"),
-    ({"request": ""}, "request: wanted text"),
-    ({"request": 5}, "request: wanted text"),
-    ({"item": None}, "item: wanted text"),
-    ({"ranks": [], "skip": "x" * 501}, "skip: found 501 characters"),
-    ({"skip": "both"}, "ranks: found some beside a reason to skip"),
+    ({"ratings": [8, 1, 1]}, "ratings: expected 1 to 7, got 8"),
+    ({"ratings": "777"}, "ratings: expected a list"),
+    ({"flags": [["sexy"], [], []]}, "flags: expected"),
+    ({"flags": [[[]], [], []]}, "flags: expected"),
+    ({"flags": 5}, "flags: expected"),
+    ({"seconds": -1}, "got -1"),
+    ({"seconds": "1"}, "seconds: expected a number"),
+    ({"request": ""}, "request: expected text"),
+    ({"request": 5}, "request: expected text"),
+    ({"item": None}, "item: expected text"),
+    ({"ranks": [], "skip": "x" * 501}, "skip: expected at most 500 characters, got 501"),
+    ({"skip": "both"}, "ranks: expected ranks or a reason to skip, got both"),
 ]
 
 
@@ -496,34 +496,37 @@ def test_items_from_files(tmp_path: Path) -> None:
 
 
 USELESS_ROWS = [
-    ({"responses": ["a", "b"]}, "field 'prompt': found nothing; the row's fields are 'responses'"),
+    ({"responses": ["a", "b"]}, "field 'prompt': expected .*, got nothing; the row's fields are 'responses'"),
     (
         {"prompt": 5, "responses": ["a", "b"]},
-        "field 'prompt': found the number 5, wanted text or a list of messages",
+        "field 'prompt': expected text or a list of messages.*, got the number 5",
     ),
-    ({"prompt": "p", "responses": ["a"]}, "field 'responses': found a list of 1, wanted a list of 2 to 9"),
-    ({"prompt": "p"}, "field 'responses': found nothing"),
-    ({"prompt": "p", "responses": ["a", 5]}, r"field 'responses\[1\]': found the number 5, wanted text"),
-    ({"prompt": "p", "responses": ["a", " "]}, r"field 'responses\[1\]': found an empty response"),
-    ({"prompt": "p", "responses": ["a", "a"]}, "field 'responses': found the same text everywhere"),
+    ({"prompt": "p", "responses": ["a"]}, "field 'responses': expected a list of 2 to 9.*, got a list of 1"),
+    ({"prompt": "p"}, "field 'responses': expected .*, got nothing"),
+    ({"prompt": "p", "responses": ["a", 5]}, r"field 'responses\[1\]': expected text.*, got the number 5"),
+    ({"prompt": "p", "responses": ["a", " "]}, r"field 'responses\[1\]': expected text, got an empty response"),
+    (
+        {"prompt": "p", "responses": ["a", "a"]},
+        "field 'responses': expected responses that differ, got the same text everywhere",
+    ),
     (
         {"prompt": "p", "responses": ["a", "b"], "sources": ["x"]},
-        "field 'sources': found a list of 1, wanted a list of 2",
+        "field 'sources': expected a list of 2.*, got a list of 1",
     ),
     (
         {"prompt": [{"role": "user"}], "responses": ["a", "b"]},
-        r"field 'prompt\[0\]': found an object, wanted a message",
+        r"field 'prompt\[0\]': expected a message .*, got an object",
     ),
     (
         {"prompt": [{"role": "x", "content": ""}], "responses": ["a", "b"]},
-        r"'prompt\[0\].role': found the text \"x\"",
+        r"'prompt\[0\].role': expected one of .*, got the text \"x\"",
     ),
-    ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, "field 'ranks': found all tied"),
+    ({"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, "field 'ranks': expected .*, got all ranks tied"),
     (
         {"prompt": "p", "responses": ["a", "b"], "ranks": [0, 1]},
-        "field 'ranks': found a list of 2, wanted a list of 2 whole",
+        "field 'ranks': expected a list of 2 whole .*, got a list of 2",
     ),
-    ({"prompt": "p", "responses": ["a", "b"]}, "field 'ranks': found nothing"),
+    ({"prompt": "p", "responses": ["a", "b"]}, "field 'ranks': expected .*, got nothing"),
 ]
 
 
@@ -535,7 +538,7 @@ def test_a_row_that_cannot_be_labelled_is_named(tmp_path: Path) -> None:
             with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{words}"):
                 read_tasks([path], gold=True)
             path.write_text("")
-            with pytest.raises(UserError, match=r"rows\.jsonl: found no row to label"):
+            with pytest.raises(UserError, match=r"rows\.jsonl: expected .*, got no rows to label"):
                 read_tasks([path])
 
 
@@ -554,9 +557,12 @@ REFUSED = [
     (("--data", "none.jsonl"), "none.jsonl:? .*No such file"),
     ((), "found no items, wanted some; give --data FILE"),
     (("--run", "runs/a"), "prompts: found --run without --prompts"),
-    (("--run", "a", "--prompts", "p.jsonl"), "found 1 runs with 1 samples each, wanted 2 to 9"),
+    (("--run", "a", "--prompts", "p.jsonl"), "expected 2 to 9 responses to a prompt, got 1 runs with 1 samples each"),
     (("--pass-mark", "2"), "pass_mark: found 2.0, wanted 0 to 1"),
-    (("--origin", "label.example.org", "--data", "ok.jsonl", "--port", "0"), "origin: found 'label.example.org'"),
+    (
+        ("--origin", "label.example.org", "--data", "ok.jsonl", "--port", "0"),
+        "origin: expected .*, got 'label.example.org'",
+    ),
     (
         ("--host", "203.0.113.250", "--labeller", "ann", "--data", "ok.jsonl"),
         "203.0.113.250:8460, which cannot be had",

@@ -75,15 +75,15 @@ def test_items_and_judgements_come_back_as_they_were(store: Store) -> None:
     with contextlib.closing(Store(store.folder)) as again, contextlib.closing(again.beside()) as beside:
         assert again.items() == wanted and again.judgements() == [said, skipped]
         assert beside.judgements() == [said, skipped]
-        with pytest.raises(UserError, match="found another judgement by ann"):
+        with pytest.raises(UserError, match="expected the judgement by ann as stored, got another"):
             again.record([Judgement("a", "ann", (1, 2))])
 
 
 REFUSED_ITEMS = [
-    (Item("x", "p", ("one",)), "found 1 responses, wanted 2 to 9"),
-    (Item("x", "p", ("one", "two"), kind="quiz"), r"found gold ranks \[\], wanted different ones"),
-    (Item("x", "p", ("one", "two"), gold=(1, 2, 3)), "found 3 gold ranks, wanted 2"),
-    (Item("task0", "p", ("one", "two"), kind="calibration"), "found it as calibration, and it stands as task"),
+    (Item("x", "p", ("one",)), "expected 2 to 9 responses, got 1"),
+    (Item("x", "p", ("one", "two"), kind="quiz"), r"expected gold ranks that differ, .*, got \[\]"),
+    (Item("x", "p", ("one", "two"), gold=(1, 2, 3)), "expected 2 gold ranks, got 3"),
+    (Item("task0", "p", ("one", "two"), kind="calibration"), "expected kind task, as stored, got calibration"),
 ]
 
 
@@ -97,13 +97,13 @@ def test_items_that_cannot_be_compared_are_refused(store: Store) -> None:
 
 
 REFUSED_JUDGEMENTS = [
-    (Judgement("none", "ann", (1, 2, 3)), "wanted one of the folder's items"),
-    (Judgement("task0", "ann", (1, 2)), r"ranks: found \[1, 2\], wanted 3 from 1 to 3"),
-    (Judgement("task0", "ann", (1, 2, 4)), "wanted 3 from 1 to 3"),
-    (Judgement("task0", "ann", (1, 2, 3), skip="why"), "ranks: found some beside a reason to skip"),
-    (Judgement("task0", "ann", (1, 2, 3), (1,)), "ratings: found 1, wanted 3"),
-    (Judgement("task0", "ann", (1, 2, 3), (1, 8, None)), "ratings: found 8, wanted 1 to 7"),
-    (Judgement("task0", "ann", (1, 2, 3), (), (frozenset({"bad"}),) * 3), "flags: found 'bad', wanted some of"),
+    (Judgement("none", "ann", (1, 2, 3)), "expected one of the folder's items"),
+    (Judgement("task0", "ann", (1, 2)), r"ranks: expected 3 numbers from 1 \(best\) to 3, got \[1, 2\]"),
+    (Judgement("task0", "ann", (1, 2, 4)), r"expected 3 numbers from 1 \(best\) to 3"),
+    (Judgement("task0", "ann", (1, 2, 3), skip="why"), "ranks: expected ranks or a reason to skip, got both"),
+    (Judgement("task0", "ann", (1, 2, 3), (1,)), "ratings: expected 3, one for each response, got 1"),
+    (Judgement("task0", "ann", (1, 2, 3), (1, 8, None)), "ratings: expected 1 to 7, got 8"),
+    (Judgement("task0", "ann", (1, 2, 3), (), (frozenset({"bad"}),) * 3), "flags: expected some of .*, got 'bad'"),
 ]
 
 
@@ -132,30 +132,30 @@ def test_tokens_are_kept_as_hashes_only(store: Store) -> None:
     store.revoke(ann)
     assert store.by_token(token) is None and not store.has_token(ann) and store.has_token(bob)
     for name in ("", " ann", "a" * 81, "a\nb", "<b>"):
-        with pytest.raises(UserError, match="labeller: found"):
+        with pytest.raises(UserError, match="labeller: expected"):
             store.add_labeller(name)
-    with pytest.raises(UserError, match="found the role admin, and it is labeller"):
+    with pytest.raises(UserError, match="expected the role labeller, as stored, got admin"):
         store.add_labeller("ann", "admin")
 
 
 def test_a_file_that_is_no_labelling_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"hello " * 1000)
-    with pytest.raises(UserError, match="file is not a database, wanted the database of a labelling folder"):
+    with pytest.raises(UserError, match="expected the database of a labelling folder, got file is not a database"):
         Store(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
     db = sqlite3.connect(other / FILE)
     db.execute("CREATE TABLE t (a)")
     db.close()
-    with pytest.raises(UserError, match="another program's database"):
+    with pytest.raises(UserError, match="got another program's"):
         Store(other)
     Store(tmp_path / "mine").close()
     db = sqlite3.connect(tmp_path / "mine" / FILE)
     db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(UserError, match="schema version: found 99, wanted 1"):
+    with pytest.raises(UserError, match="schema version: expected 1, got 99"):
         Store(tmp_path / "mine")
-    with pytest.raises(UserError, match="wanted a labelling folder"):
+    with pytest.raises(UserError, match="expected a labelling folder"):
         Store(tmp_path / "nothing", read_only=True)
 
 
@@ -206,7 +206,7 @@ def test_a_request_sent_again_is_answered_as_before(store: Store) -> None:
     with pytest.raises(Conflict, match="not yours"):
         queue.judge(ann, "r4", Answer("task2", (1, 2, 3)))
     for request in ("", "r" * 65):
-        with pytest.raises(UserError, match="request: found"):
+        with pytest.raises(UserError, match="request: expected"):
             queue.judge(ann, request, Answer(given(queue, ann).item.id, (1, 2, 3)))
     assert len(store.judgements()) == 1
     undone = queue.undo(ann, "u1")
@@ -317,7 +317,7 @@ def test_a_skip_leaves_the_item_to_others(store: Store) -> None:
     assert queue.assign(ann) is None
     assert rank(queue, bob, "b1") == "task0"
     assert queue.assign(bob) is None
-    with pytest.raises(UserError, match="skip: found 501 characters"):
+    with pytest.raises(UserError, match="skip: expected at most 500 characters, got 501"):
         store.add_items([Item("more", "p", ("a", "b", "c"))])
         queue.judge(ann, "a3", Answer(given(queue, ann).item.id, skip="x" * 501))
 
@@ -394,7 +394,7 @@ def test_what_is_asked_first_changes_nothing_that_was_said(store: Store) -> None
     assert [rank(queue, ann, request) for request in "5678"] == ["task1", "task7", "task4", "task2"]
     assert [rank(queue, bob, request) for request in "2345"] == ["task7", "task4", "task0", "task1"]
     for wrong in ("calibration0", "task99"):
-        with pytest.raises(UserError, match=f"item {wrong}: found it in the order to ask in, wanted one of the"):
+        with pytest.raises(UserError, match=f"item {wrong}: expected one of the folder's tasks"):
             store.ask_first([wrong])
 
 

@@ -118,9 +118,9 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str, list[str]]] = {
     "key heads": ("llama", settings(num_key_value_heads=4), "model-00001-of-00002.safetensors", ["k_proj", "[40, 24]"]),
     "more layers": ("llama", settings(num_hidden_layers=3), "", ["model.layers.2.", "(9 of ", "3 layers"]),
     "fewer layers": ("llama", settings(num_hidden_layers=1), "model-0000", ["'model.layers.1.", "no place"]),
-    "header cut": ("gpt2", cut(lambda header, size: 8 + header // 2), "model.safetensors", ["cut"]),
-    "data cut": ("gpt2", cut(lambda header, size: size - 1), "model.safetensors", ["cut"]),
-    "empty": ("gpt2", cut(lambda header, size: 0), "model.safetensors", ["cut"]),
+    "header cut": ("gpt2", cut(lambda header, size: 8 + header // 2), "model.safetensors", ["truncated"]),
+    "data cut": ("gpt2", cut(lambda header, size: size - 1), "model.safetensors", ["truncated"]),
+    "empty": ("gpt2", cut(lambda header, size: 0), "model.safetensors", ["truncated"]),
     "folder for a file": ("llama", lambda f: (f / "model.safetensors").mkdir(), "model.safetensors", ["unreadable"]),
     "no shard": ("llama", lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "model-00002-of", ["missing"]),
     "not in its shard": ("llama", unnamed, "model-00002-of", ["'model.more.weight'", "index"]),
@@ -169,7 +169,7 @@ def test_what_is_wrong_is_one_line_that_names_file_and_field(whole: Path, tmp_pa
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").write_text("mine")
-    with pytest.raises(UserError, match=r"out: found something there"):
+    with pytest.raises(UserError, match=r"out: expected a new or empty folder"):
         write_folder(tmp_path / "out", random_params(GPT2), GPT2)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "notes"]
 
@@ -181,7 +181,7 @@ def test_parameters_that_the_family_has_no_place_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"out: parameter 'block_0.attention.query.lora_a' .*no place"):
         write_folder(tmp_path / "out", params, model)
     del params["block_0"]
-    with pytest.raises(UserError, match=r"out: parameter 'block_0.attention.key.kernel' .*wants it"):
+    with pytest.raises(UserError, match=r"out: parameter 'block_0.attention.key.kernel' .*requires it"):
         write_folder(tmp_path / "out", params, model)
     assert not list(tmp_path.iterdir())
 

@@ -218,19 +218,19 @@ ONE = np.ones((2, 8), np.float32)
 
 
 REFUSED_CONFIGS = [
-    ({"peft_type": "LOHA"}, "field 'peft_type': found 'LOHA', wanted 'LORA'"),
-    ({"use_dora": True}, "field 'use_dora': found True, wanted nothing: only plain LoRA"),
-    ({"bias": "lora_only"}, "field 'bias': found 'lora_only', only 'none'"),
-    ({"lora_bias": True}, "field 'lora_bias': found True"),
-    ({"a_method_of_2030": {"on": 1}}, "field 'a_method_of_2030': found {'on': 1}"),
-    ({"init_lora_weights": "pissa_niter_4"}, "field 'init_lora_weights': found 'pissa_niter_4', wanted true"),
-    ({"layers_pattern": ["h"]}, "field 'layers_pattern': found ['h'], wanted nothing or ['layers']"),
-    ({"r": None}, "field 'r': found nothing, wanted a whole number"),
-    ({"lora_alpha": 0}, "field 'lora_alpha': found 0, wanted more than 0"),
-    ({"alpha_pattern": {"up_(": 2}}, "alpha_pattern: found 'up_(', wanted a regular expression"),
-    ({"task_type": "SEQ_CLS"}, "score.weight' is missing, but adapter_config.json says SEQ_CLS"),
-    ({"r": 3}, "lora_A.weight': found shape [2, 8], wanted [3, 8]"),
-    ({"rank_pattern": {"up_proj": 5}}, "lora_A.weight': found shape [2, 8], wanted [5, 8]"),
+    ({"peft_type": "LOHA"}, "field 'peft_type': expected 'LORA', got 'LOHA'"),
+    ({"use_dora": True}, "field 'use_dora': expected nothing (only plain LoRA is supported), got True"),
+    ({"bias": "lora_only"}, "field 'bias': expected 'none', got 'lora_only'"),
+    ({"lora_bias": True}, "field 'lora_bias': expected nothing (only plain LoRA is supported), got True"),
+    ({"a_method_of_2030": {"on": 1}}, "LoRA is supported), got {'on': 1}"),
+    ({"init_lora_weights": "pissa_niter_4"}, "(other values change the base's own weights), got 'pissa_niter_4'"),
+    ({"layers_pattern": ["h"]}, "field 'layers_pattern': expected nothing or ['layers'], got ['h']"),
+    ({"r": None}, "field 'r': expected a whole number, got nothing"),
+    ({"lora_alpha": 0}, "field 'lora_alpha': expected more than 0, got 0"),
+    ({"alpha_pattern": {"up_(": 2}}, "alpha_pattern: expected a regular expression, got 'up_('"),
+    ({"task_type": "SEQ_CLS"}, "score.weight' is missing, but adapter_config.json has task_type SEQ_CLS"),
+    ({"r": 3}, "lora_A.weight': expected shape [3, 8], got [2, 8]"),
+    ({"rank_pattern": {"up_proj": 5}}, "lora_A.weight': expected shape [5, 8], got [2, 8]"),
 ]
 
 
@@ -246,18 +246,21 @@ def test_configs_that_are_refused(tmp_path: Path) -> None:
 
 
 REFUSED_TENSORS = [
-    ({}, "found no tensor of LoRA"),
-    ({UP_A: PAIR[UP_A]}, f"tensor '{UP_A}': found it without its lora_B"),
-    (PAIR | {UP_A.removeprefix(BASE): ONE}, "lora_A.weight' too, wanted one of them"),
-    (PAIR | {UP_B: ONE}, "found shape [2, 8], wanted [12, 2]"),
-    (PAIR | {f"{BASE}score.weight": ONE}, "score.weight': found shape [2, 8], wanted [1, 8]"),
-    (PAIR | {f"{BASE}lm_head.lora_A.weight": ONE}, f"tensor '{BASE}lm_head.lora_A.weight': found no place for it"),
-    (PAIR | {f"{BASE}model.embed_tokens.lora_embedding_A": ONE}, "wanted lora_A and lora_B of q_proj, k_proj"),
-    (PAIR | {f"{BASE}model.embed_tokens.weight": ONE}, "no place for it in a llama of 2 layers"),
-    (PAIR | {UP_A.replace("layers.0", "layers.2"): ONE}, "no place for it in a llama of 2 layers"),
+    ({}, "expected LoRA tensors, got none"),
+    ({UP_A: PAIR[UP_A]}, f"tensor '{UP_A}': expected its lora_B too, got none"),
+    (PAIR | {UP_A.removeprefix(BASE): ONE}, "lora_A.weight' too"),
+    (PAIR | {UP_B: ONE}, "expected shape [12, 2], got [2, 8]"),
+    (PAIR | {f"{BASE}score.weight": ONE}, "score.weight': expected shape [1, 8], got [2, 8]"),
+    (
+        PAIR | {f"{BASE}lm_head.lora_A.weight": ONE},
+        f"tensor '{BASE}lm_head.lora_A.weight': expected lora_A and lora_B of",
+    ),
+    (PAIR | {f"{BASE}model.embed_tokens.lora_embedding_A": ONE}, "expected lora_A and lora_B of q_proj, k_proj"),
+    (PAIR | {f"{BASE}model.embed_tokens.weight": ONE}, "no place in a llama of 2 layers"),
+    (PAIR | {UP_A.replace("layers.0", "layers.2"): ONE}, "no place in a llama of 2 layers"),
     (
         PAIR | {UP_A.replace("lora_A.weight", "lora_magnitude_vector"): ONE},
-        "lora_magnitude_vector': found no place",
+        "lora_magnitude_vector': expected lora_A",
     ),
 ]
 
@@ -282,10 +285,13 @@ def pickled(folder: Path) -> None:
 
 
 DAMAGES = [
-    (cut, "adapter_model.safetensors: cut or damaged"),
+    (cut, "adapter_model.safetensors: truncated or damaged"),
     (pickled, "no such file; adapter_model.bin is a pickle"),
     (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json in it"),
-    (lambda folder: (folder / "adapter_config.json").write_text("[]"), "adapter_config.json: found list"),
+    (
+        lambda folder: (folder / "adapter_config.json").write_text("[]"),
+        "adapter_config.json: expected an object, got list",
+    ),
     (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json: unreadable"),
     (lambda folder: folder.rename(folder.with_name("b")), "no such folder"),
 ]
@@ -308,11 +314,11 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         write_adapter(tmp_path / "a", wrong, LORA, llama, "llama", base="x")
     with pytest.raises(UserError, match=r"'block_0\.ffn\.gate\.lora_a' has no place in an adapter of a gpt2"):
         write_adapter(tmp_path / "a", fresh(ModelConfig(**SMALL), LORA), LORA, gpt2, "gpt2", base="x")
-    with pytest.raises(UserError, match="found no LoRA"):
+    with pytest.raises(UserError, match="got no LoRA"):
         write_adapter(tmp_path / "a", {}, LORA, llama, "llama", base="x")
     assert not list(tmp_path.iterdir())
     write_adapter(tmp_path / "a", adapter, LORA, llama, "llama", base="x")
-    with pytest.raises(UserError, match="a: found something there, wanted a new or empty folder"):
+    with pytest.raises(UserError, match="a: expected a new or empty folder"):
         write_adapter(tmp_path / "a", adapter, LORA, llama, "llama", base="x")
-    with pytest.raises(UserError, match="field 'base_model_name_or_path': found nothing"):
+    with pytest.raises(UserError, match=r"field 'base_model_name_or_path': expected .*, got nothing"):
         base_of(made(tmp_path / "b", PAIR))

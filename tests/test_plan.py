@@ -41,7 +41,7 @@ def test_a_topology_is_read() -> None:
     for text, wanted in {
         "v9:2x2": "one of v4, v5e",
         "v5e": "such as",
-        "v5p:8x8": "wanted 3 axes",
+        "v5p:8x8": "expected 3 axes",
         "v5e:3x4": "use v5e:4x4",
     }.items():
         with pytest.raises(UserError, match=wanted):
@@ -50,7 +50,7 @@ def test_a_topology_is_read() -> None:
 
 def test_a_mesh_that_does_not_fit_names_the_nearest() -> None:
     with pytest.raises(
-        UserError, match="found fsdp=128, 128 devices, wanted the 256 of v5e:16x16; use --mesh fsdp=256"
+        UserError, match="expected the 256 devices of v5e:16x16, got fsdp=128, 128 devices; use --mesh fsdp=256"
     ):
         check_mesh({"data": 1, "fsdp": 128, "tensor": 1}, read_topology("v5e:16x16"))
     with pytest.raises(UserError, match="use --mesh data=2,fsdp=2,tensor=2"):
@@ -89,13 +89,13 @@ def test_a_model_is_read(tmp_path: Path) -> None:
     )
     assert read_model(f"hf:{tmp_path}").layers == 3
     for text in ("llama9", f"hf:{tmp_path / 'none'}"):
-        with pytest.raises(UserError, match="wanted one of llama3-8b"):
+        with pytest.raises(UserError, match="expected one of llama3-8b"):
             read_model(text)
     file.write_text("{")
     with pytest.raises(UserError, match="unreadable"):
         read_model(str(file))
     file.write_text('{"model_type": "rnn"}')
-    with pytest.raises(UserError, match="found model_type 'rnn'"):
+    with pytest.raises(UserError, match=r"field 'model_type': expected one of .*, got 'rnn'"):
         read_model(str(file))
 
 
@@ -132,7 +132,9 @@ def test_bytes_by_hand_and_a_model_that_does_not_fit() -> None:
     rounded = Programs(dataclasses.replace(work, cache_dtype="int8"), jax.devices()).cache()
     assert bytes_of((rounded.keys, rounded.values)) == 2 * 2 * 32 * 2 * 16 * (8 + 4) // 8
     tiny = Topology(dataclasses.replace(CHIPS["v5e"], memory=2000.0), (2, 4))
-    with pytest.raises(UserError, match=r"before any work, wanted at most .*; wanted about 256 chips of v5e, found 8"):
+    with pytest.raises(
+        UserError, match=r"expected at most .* before any work; use about 256 chips of v5e instead of 8"
+    ):
         check_fit(programs, tiny)
     alone = Programs(dataclasses.replace(work, mesh={"data": 8, "fsdp": 1, "tensor": 1}, decode_parts=0), jax.devices())
     roomy = Topology(dataclasses.replace(CHIPS["v5e"], memory=90_000.0), (2, 4))
@@ -249,11 +251,13 @@ def test_the_compilers_words_in_ours() -> None:
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (19.69G) exceeds "
         "available HBM (15.75G)."
     )
-    assert "update: found 19.69G of HBM a chip, wanted at most 15.75G; use" in str(
+    assert "update: expected at most 15.75G of HBM a chip, got 19.69G; use" in str(
         check_compiled("update", RuntimeError(said))
     )
     assert "Used" not in str(check_compiled("update", RuntimeError("Used 17.2G of 15.75G hbm. Exceeded")))
-    assert str(check_compiled("update", RuntimeError("other\nwords"))) == "update: the compiler refused it: other words"
+    assert (
+        str(check_compiled("update", RuntimeError("other\nwords"))) == "update: the compiler rejected it: other words"
+    )
 
 
 KERNELS = """HloModule jit_f
@@ -311,7 +315,7 @@ def test_auto_is_the_first_rematerialisation_that_fits(
     def planned(work: Work, topology: Topology, **settings: Any) -> dict[str, Any]:
         tried.append(work.model.remat)
         if work.row_length == 16 and work.model.remat == "dots":
-            raise TooLarge("update: found 19.69G of HBM a chip, wanted at most 15.75G; use less")
+            raise TooLarge("update: expected at most 15.75G of HBM a chip, got 19.69G; use less")
         size = sizes[work.model.remat]
         return {"fits": size <= topology.chip.memory, "programs": {"update": {"hbm_bytes": size}}}
 
@@ -328,7 +332,7 @@ def test_auto_is_the_first_rematerialisation_that_fits(
     assert (first("v5e:2x4"), tried) == ("full", ["dots", "full"])
     assert capsys.readouterr().err == "--remat dots does not fit (20.0 GiB a chip); going on with --remat full\n"
     assert first("v5p:2x2x2", row_length=16) == "full"
-    assert "(update: found 19.69G of HBM a chip, wanted at most 15.75G)" in capsys.readouterr().err
+    assert "(update: expected at most 15.75G of HBM a chip, got 19.69G)" in capsys.readouterr().err
     assert (first("v5e:2x4", remat="dots"), tried) == ("dots", ["dots"])
     assert (first("v5e:2x4", only="time"), tried) == ("full", ["full"])
 
@@ -342,7 +346,7 @@ def test_the_command_refuses_before_it_compiles() -> None:
         ({"mesh": "depth=4"}, "mesh: found 'depth=4'"),
         ({"batch": 9}, "use --batch 8"),
         ({"row_length": 4096}, "use --row-length 1024"),
-        ({"model": "gpt9"}, "wanted one of llama3-8b"),
+        ({"model": "gpt9"}, "expected one of llama3-8b"),
     ]
     for settings, wanted in refused:
         with pytest.raises(UserError, match=wanted):

@@ -248,7 +248,7 @@ def test_text_from_models_is_text(page: str) -> None:
 
 def test_documented_prompts_come_first_and_the_rest_is_folded(page: str) -> None:
     assert page.index("Format in bold.") < page.index("True if the posix spawn is used.")
-    assert page.index("1 more of 11 prompts") < page.index("Return it.") < page.index("How training went")
+    assert page.index("1 more of 11 prompts") < page.index("Return it.") < page.index("Training curves")
 
 
 def test_the_figures_are_those_of_the_summary(page: str) -> None:
@@ -267,12 +267,12 @@ def test_cards_of_the_key_figures(page: str) -> None:
         ("PPO wins over SFT", "81.6%", "95% interval 77.1% to 85.7%"),
         ("SFT wins over pretrained", "87.1%", "95% interval 83.3% to 90.4%"),
         ("Reward model’s accuracy", "86.1%", "of held-out pairs; from scratch 70.2%"),
-        ("KL from SFT", "4.27", "nats a response"),
+        ("KL from SFT", "4.27", "nats per response"),
         ("Distinct answers, PPO", "89.2%", "93.2% of SFT’s share"),
         ("PPO’s answers about the function", "61.8%", "SFT’s 43.7%"),
         ("Gold score of PPO’s answers", "5.03", "of 7; SFT’s 3.42"),
-        ("SFT’s nats a response token", "2.71", "held out; the pretrained model’s 3.54"),
-        ("Bits a byte, held out", "1.87", "token bigrams need 2.61"),
+        ("SFT’s nats per response token", "2.71", "held out; the pretrained model’s 3.54"),
+        ("Bits per byte, held out", "1.87", "token bigrams need 2.61"),
     ]
 
 
@@ -282,7 +282,7 @@ def test_what_each_stage_gained_stands_side_by_side(page: str) -> None:
         "Pretrained SFT PPO Documentation Gold score, mean 1.13 3.42 5.03 5.91 One finished sentence 4.1% 88.6% 99.1% "
         "97.2% All words are words 32.2% 50.4% 90.7% 95.1% About the function 11.3% 43.7% 61.8% 66.3% Sensible: all "
         "three of them 0.7% 21.4% 55.3% 60.1% Sensible, and no word twice 0.4% 16.3% 44.2% 55.1% Three to eight words "
-        "– 64.2% 83.5% 66.1% Distinct answers 98.8% 95.7% 89.2% – Nats a response token 3.54 2.71 – –"
+        "– 64.2% 83.5% 66.1% Distinct answers 98.8% 95.7% 89.2% – Nats per response token 3.54 2.71 – –"
     ) in shown
 
 

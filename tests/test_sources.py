@@ -136,16 +136,16 @@ def test_what_the_stages_have_written_can_be_exported(runs: Path, tmp_path: Path
 def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found the folder of a reward run, wanted one of sft"):
         open_source(str(runs / "judge"), stages=("sft",))
-    with pytest.raises(UserError, match=r"nowhere: no such folder; wanted one with a config.json"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder; expected one with a config.json"):
         open_source("hf:nowhere", stages=("pretrain",))
-    with pytest.raises(UserError, match=r"base: found a run's folder, .* leave out hf:$"):
+    with pytest.raises(UserError, match=r"base: expected a published model's folder, got a run's; .* leave out hf:$"):
         open_source(f"hf:{runs / 'base'}", stages=("pretrain",))
     for name, content, hint in (("config.json", '{"model_type": "llama"}', "hf:"), ("a.gguf", "GGUF", "gguf:")):
         (tmp_path / name).write_text(content)
         named = tmp_path if name == "config.json" else tmp_path / name
-        with pytest.raises(UserError, match=f"wanted a run's folder; .* write {hint}{named}$"):
+        with pytest.raises(UserError, match=f"expected a run's folder, got .* write {hint}{named}$"):
             open_source(str(named), stages=("pretrain",))
-    with pytest.raises(UserError, match=r"^hf:: found nothing after the colon"):
+    with pytest.raises(UserError, match=r"^hf:: expected .*, got nothing after the colon"):
         open_source("hf:", stages=("pretrain",))
     moved = tmp_path / "moved"
     (runs / "base").rename(moved)

@@ -1,1 +1,1 @@
-"""What was gained: held-out losses, reward-model accuracy, win rates, the HTML report."""
+"""Evaluation: held-out losses, reward-model accuracy, win rates, the HTML report."""

@@ -1,4 +1,4 @@
-"""The baseline that pretraining must beat: an interpolated bigram model of tokens."""
+"""Baseline for pretraining: an interpolated bigram model of tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from rlhf_jax.data.batches import TokenRows
 
 
 def bigram_nats(training: TokenRows, heldout: TokenRows, vocab_size: int) -> float:
-    """Total nats of the held-out targets under λ₂ p(t|s) + λ₁ p(t) + λ₀ / V, counted on the training rows.
+    """Negative log-likelihood of the held-out targets under λ₂ p(t|s) + λ₁ p(t) + λ₀ / V, summed, in nats.
 
-    The λ are the best of a grid *on the held-out targets*, which favours the baseline.
+    The probabilities are counted on the training rows. The λ are the best of a grid *on the held-out targets*, which
+    favours the baseline.
+
+    Args:
+      training: rows to count.
+      heldout: rows to evaluate.
+      vocab_size: V.
     """
     previous, token = _pairs(training)
     pairs = np.zeros((vocab_size, vocab_size), np.float32)

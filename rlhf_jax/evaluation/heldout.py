@@ -1,4 +1,4 @@
-"""Exact figures over a whole held-out set: losses and reward-model accuracy."""
+"""Losses and reward-model accuracy over a whole held-out set."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _row_scores(model: Transformer, params: Params, batch: TokenBatch) -> Array:
 
 
 def _in_batches(rows: Any, batch_size: int) -> Any:
-    """(batch, its indices, True where the index is no repetition) over all rows, every batch of one shape."""
+    """Batches of equal shape over all rows: (batch, indices, False where an index only pads the last batch)."""
     everyone = np.arange(len(rows))
     for start in range(0, len(rows), batch_size):
         indices = np.arange(start, start + batch_size)
@@ -45,7 +45,7 @@ def _in_batches(rows: Any, batch_size: int) -> Any:
 def mean_loss(
     model: Transformer, params: Params, rows: TokenRows | RaggedRows, *, batch_size: int = 32
 ) -> tuple[float, int]:
-    """(mean nats per target token, target tokens) over all rows."""
+    """Mean loss in nats per target token over all rows, and the number of target tokens."""
     total, count = 0.0, 0
     for batch, _, counted_B in _in_batches(rows, batch_size):
         loss, targets = _loss_sum(model, params, batch, counted_B)
@@ -57,7 +57,7 @@ def mean_loss(
 def scores_of(
     model: Transformer, params: Params, rows: RankingRows | SharedRankingRows, *, batch_size: int = 32
 ) -> np.ndarray:
-    """Reward-model scores [N, K] of all rows; what stands where a response is missing means nothing."""
+    """Reward-model scores of all rows, [N, K]; entries of missing responses are meaningless."""
     out = np.zeros((len(rows), rows.responses), np.float32)
     for batch, indices, counted_B in _in_batches(rows, batch_size):
         out[indices[counted_B]] = fetch(_scores(model, params, batch))[counted_B]
@@ -65,7 +65,7 @@ def scores_of(
 
 
 def row_scores(model: Transformer, params: Params, rows: RaggedRows, *, batch_size: int = 32) -> np.ndarray:
-    """Reward-model scores [N] of all rows, each a prompt with a response."""
+    """Reward-model scores of all rows, each a prompt with a response, [N]."""
     out = np.zeros(len(rows), np.float32)
     for batch, indices, counted_B in _in_batches(rows, batch_size):
         out[indices[counted_B]] = fetch(_row_scores(model, params, batch))[counted_B]
@@ -73,7 +73,16 @@ def row_scores(model: Transformer, params: Params, rows: RaggedRows, *, batch_si
 
 
 def pair_accuracy(scores_NK: np.ndarray, ranks_NK: np.ndarray, mask_NK: np.ndarray) -> tuple[float, int]:
-    """(share of ordered pairs whose better response scores higher, pairs); equal scores count half."""
+    """Reward-model accuracy: share of ordered pairs whose better response scores higher, equal scores counting half.
+
+    Args:
+      scores_NK: reward-model scores.
+      ranks_NK: ranks, 1 is best; equal ranks are not ordered.
+      mask_NK: True for a response, False for padding.
+
+    Returns:
+      (accuracy, number of ordered pairs).
+    """
     wins = np.asarray(ordered_pairs(jnp.asarray(ranks_NK), jnp.asarray(mask_NK)))
     gap = scores_NK[:, :, None] - scores_NK[:, None, :]
     right = np.where(gap > 0, 1.0, np.where(gap == 0, 0.5, 0.0))

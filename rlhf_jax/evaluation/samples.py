@@ -1,4 +1,4 @@
-"""Responses of a model to many prompts and what they are worth: win rates, distinct answers, distance to another."""
+"""Sampled responses of a model and their statistics: win rates, distinct answers, KL to a reference."""
 
 from __future__ import annotations
 
@@ -33,14 +33,25 @@ def sample_responses(
     temperature: float = 1.0,
     slots: int = 0,
 ) -> list[list[list[int]]]:
-    """`samples` responses to each prompt, as token ids; one that ended has its eos.
+    """Sample `samples` responses to each prompt, as token ids that include the EOS of a finished response.
 
     Args:
+      model: network.
+      params: parameters.
+      prompts: N prompts.
       key: typed; each batch folds its number in.
-      batch_size: rows sampled at once; every batch has that many, so that one program serves all.
-      slots: rows of a batch that are computed at a time, as `generate` has it.
+      samples: responses per prompt.
+      batch_size: rows sampled at once; the last batch is padded to it, so that one program serves all.
+      max_new_tokens: maximum length of a response.
+      eos_id: id of EOS.
+      pad_id: id of the pad token.
+      temperature: of sampling.
+      slots: rows computed at a time in continuous batching, as for `generate`; 0 for all.
+
+    Returns:
+      Token ids of each response of each prompt.
     """
-    # Where a batch is whole prompts, each of them is computed once for all its samples.
+    # If batches consist of whole prompts, each prompt is prefilled once for all its samples.
     together = 1 if batch_size % samples or slots % (4 * samples) else samples
     rows = np.repeat(np.arange(len(prompts)), samples)
     flat: list[list[int]] = []
@@ -84,10 +95,20 @@ def sequence_kl(
     temperature: float = 1.0,
     batch_size: int = 128,
 ) -> np.ndarray:
-    """k1 estimate of KL(π, π_ref) in nats of each response, [N]: log π - log π_ref of the sampled tokens, summed.
+    """k1 estimate of KL(π, π_ref) of each response: Σ_t log π(a_t) - log π_ref(a_t).
 
     Args:
-      responses: one a prompt, sampled from `params` at this temperature.
+      model: network.
+      params: parameters of π.
+      reference: parameters of π_ref.
+      prompts: N prompts.
+      responses: one per prompt, sampled from `params` at this temperature.
+      max_new_tokens: maximum length of a response.
+      temperature: of sampling.
+      batch_size: rows per forward pass.
+
+    Returns:
+      The estimates in nats, [N].
     """
     out = np.zeros(len(prompts))
     for start in range(0, len(prompts), batch_size):
@@ -109,13 +130,17 @@ def sequence_kl(
 
 
 def win_rate(scores: np.ndarray, other: np.ndarray) -> tuple[float, list[float]]:
-    """(share of prompts on which `scores` wins, ties half; its 95% interval), paired by prompt.
+    """Win rate of `scores` over `other`, paired by prompt; ties count half.
 
-    The interval is mean ± 1.96 standard errors of the per-prompt outcomes, cut to [0, 1].
+    The 95% interval is the mean ± 1.96 standard errors of the per-prompt outcomes, clipped to [0, 1]. With several
+    answers per prompt, a prompt's outcome is the mean over all pairs of answers.
 
     Args:
-      scores, other: [N], or [N, K] and [N, L] where a prompt has several answers; each of one side then meets each of
-        the other, and a prompt's outcome is the mean over those pairs.
+      scores: [N], or [N, K] for K answers per prompt.
+      other: [N], or [N, L].
+
+    Returns:
+      (win rate, [low, high]).
     """
     first_NK1, second_N1L = scores.reshape(len(scores), -1, 1), other.reshape(len(other), 1, -1)
     outcomes_NKL = np.where(first_NK1 > second_N1L, 1.0, np.where(first_NK1 == second_N1L, 0.5, 0.0))
@@ -126,6 +151,6 @@ def win_rate(scores: np.ndarray, other: np.ndarray) -> tuple[float, list[float]]
 
 
 def distinct_share(texts: Sequence[str]) -> float:
-    """Share of answers that were given once only."""
+    """Share of answers that occur only once."""
     counts = Counter(texts)
     return sum(counts[text] == 1 for text in texts) / len(texts)

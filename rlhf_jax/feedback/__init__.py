@@ -1,1 +1,1 @@
-"""Human feedback: from a person's judgement to rankings that a reward model learns from."""
+"""Human and AI feedback: labelling, agreement, reliability, active selection and export for reward-model training."""

@@ -1,8 +1,8 @@
-"""Which pairs to ask people about next: those on which an ensemble of reward models disagrees, and no two alike.
+"""Active selection of pairs to label: pairs on which an ensemble of reward models disagrees, without near-duplicates.
 
-The members may be whole reward models, each trained on its own, or all the heads that the labels so far allow on one
-backbone whose features stand still: `Heads`. Either way a pair has a mean probability p that its first response is
-preferred, and deviations d from it whose products are covariances: C = dᵀd.
+The members may be reward models trained independently, or the posterior over linear heads on the frozen features of one
+backbone (`Heads`). Either way a pair has a mean probability p that its first response is preferred, and deviations d
+from it with covariance C = dᵀd.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ _LEAST_NOISE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Beliefs:
-    """What an ensemble says of N pairs.
+    """An ensemble's predictions for N pairs.
 
-    mean: [N], the mean probability that the first response is preferred. deviation: [M, N], with dᵀd the covariance.
+    Attributes:
+      mean: mean probability that the first response is preferred, [N].
+      deviation: d, [M, N], with covariance dᵀd.
     """
 
     mean: Floats
@@ -28,7 +30,7 @@ class Beliefs:
 
     @classmethod
     def of_members(cls, probability_MN: Floats) -> Beliefs:
-        """Those of M members, from each one's probabilities."""
+        """Predictions of M members, from their probabilities [M, N]."""
         mean = probability_MN.mean(axis=0)
         return cls(mean, (probability_MN - mean) / np.sqrt(len(probability_MN)))
 
@@ -43,14 +45,15 @@ class Beliefs:
         return np.maximum(self.mean * (1 - self.mean), _LEAST_NOISE)
 
     def take(self, places: NDArray[np.int64]) -> Beliefs:
-        """Those of some of the pairs."""
+        """Predictions for a subset of the pairs."""
         return Beliefs(self.mean[places], self.deviation[:, places])
 
 
 def preference_probabilities(scores_first: NDArray[np.floating], scores_second: NDArray[np.floating]) -> Floats:
-    """σ(r_a - r_b), the probability that a is preferred, in float64.
+    """σ(r_a - r_b), the Bradley-Terry probability that a is preferred, in float64.
 
-    Raises: ValueError if the shapes differ.
+    Raises:
+      ValueError: if the shapes differ.
     """
     if scores_first.shape != scores_second.shape:
         raise ValueError(f"shapes differ: {scores_first.shape} and {scores_second.shape}")
@@ -66,27 +69,35 @@ def choose(
     used: NDArray[np.int64] | None = None,
     candidates: int | None = None,
 ) -> NDArray[np.int64]:
-    """The pairs to ask about together, [count], the most telling first.
+    """Choose a batch of pairs to label, greedily, the most informative first.
 
-    Greedy. Without targets the next pair n has the largest v_n / (p_n (1 - p_n)): disagreement against noise. With
-    targets t it has the largest Σ_t C_nt² / (v_n + p_n (1 - p_n)), by which an answer lowers their summed variance: a
-    pair that is merely odd teaches nothing about the others. After each choice c the covariances are those that its
-    answer will leave, C ← C - C_c C_cᵀ / (v_c + p_c (1 - p_c)), so what one answer will tell is asked once only. The
-    first of equals is taken.
+    Without targets: the next pair n maximises v_n / (p_n (1 - p_n)), its disagreement v_n = C_nn over its label noise.
+    With targets t: it maximises Σ_t C_nt² / (v_n + p_n (1 - p_n)), the reduction of their summed variance by its label;
+    an outlier, which is informative about nothing else, is not chosen.
+    After each choice c: C ← C - C_c C_cᵀ / (v_c + p_c (1 - p_c)), the covariance once c is labelled, so that no two
+    chosen pairs carry the same information. Ties go to the first pair.
 
     Args:
-      targets: pairs that the reward model is to get right, by the same members.
-      responses: the two of each pair, [N, 2]. None is chosen twice while there are others: what no member can see in a
-        response is in every answer about it, so that a second one tells less than the members believe.
-      used: those that people were asked about before.
-      candidates: look at this many pairs only, those best before anything is chosen; all if not given.
-    Raises: ValueError if there are fewer pairs than `count`.
-    Source: MacKay 1992, Information-based objective functions for active data selection; Cohn, Ghahramani and Jordan
-      1996, Active learning with statistical models, for the targets.
+      beliefs: predictions for N pairs.
+      count: number of pairs to choose.
+      targets: predictions, by the same members, for the pairs that the reward model should get right.
+      responses: ids of the two responses of each pair, [N, 2]. No response is chosen twice while others are left: the
+        part of a response that no member models is in all its labels, so a second label is worth less than predicted.
+      used: ids of responses that were labelled before.
+      candidates: consider only this many pairs, the best before the first choice; by default all.
+
+    Returns:
+      Indices of the chosen pairs, [count].
+
+    Raises:
+      ValueError: if there are fewer pairs than `count`.
+
+    Source: MacKay 1992, Information-based objective functions for active data selection; for the targets, Cohn,
+      Ghahramani and Jordan 1996, Active learning with statistical models.
     """
     if not 0 <= count <= len(beliefs.mean):
-        raise ValueError(f"count {count}, wanted 0 to {len(beliefs.mean)}, the pairs there are")
-    # Σ_t (d_n · d_t)² = d_nᵀ (Σ_t d_t d_tᵀ) d_n: of the targets no more than this sum is needed.
+        raise ValueError(f"count: expected 0 to {len(beliefs.mean)}, the number of pairs, got {count}")
+    # Σ_t (d_n · d_t)² = d_nᵀ (Σ_t d_t d_tᵀ) d_n: the targets only enter through this [M, M] sum.
     target = None if targets is None else targets.deviation @ targets.deviation.T
     places = np.arange(len(beliefs.mean))
     fresh: NDArray[np.bool_] = np.ones(len(places), bool)
@@ -107,7 +118,7 @@ def choose(
         column = deviation[:, best].copy()
         v = float(column @ column)
         if v > 0:
-            # A square root of the update: the deviations stay [M, N], and C is never formed.
+            # Square-root form of the update: the deviations stay [M, N] and C is never formed.
             shrink = (1 - np.sqrt(noise[best] / (v + noise[best]))) / v
             deviation -= np.outer(shrink * column, column @ deviation)
             if target is not None:
@@ -126,10 +137,12 @@ def _worth(deviation: Floats, noise: Floats, target: Floats | None) -> Floats:
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """All linear reward heads r(x) = w · φ(x) that some comparisons allow: w ~ N(mean, H⁻¹), Laplace's approximation.
+    """Laplace posterior over linear reward heads r(x) = w · φ(x) given comparisons: w ~ N(mean, H⁻¹).
 
-    mean: [D], the minimum of Σ_n -log σ(w · (φ_chosen - φ_rejected)) + λ/2 |w|². root: lower Cholesky factor of the
-    Hessian H there, [D, D].
+    Attributes:
+      mean: minimum of Σ_n -log σ(w · (φ_chosen - φ_rejected)) + λ/2 |w|², [D].
+      root: lower Cholesky factor of the Hessian H at the minimum, [D, D].
+
     Source: MacKay 1992, The evidence framework applied to classification networks.
     """
 
@@ -138,12 +151,12 @@ class Heads:
 
     @classmethod
     def fit(cls, gap_ND: NDArray[np.floating], *, precision: float, start: Floats | None = None) -> Heads:
-        """Newton's method, to a gradient below 1e-8.
+        """Fit by Newton's method, to a gradient below 1e-8.
 
         Args:
-          gap_ND: φ of the chosen less φ of the rejected response of each comparison.
-          precision: λ, the prior's; more than 0.
-          start: a head to begin with, such as that of fewer comparisons.
+          gap_ND: φ_chosen - φ_rejected of each comparison.
+          precision: λ of the prior, more than 0.
+          start: initial head, e.g. the mean from fewer comparisons; by default zeros.
         """
         gap = np.asarray(gap_ND, np.float64)
         head = np.zeros(gap.shape[1]) if start is None else start.copy()
@@ -161,7 +174,7 @@ class Heads:
                 return cls(head, root)
             step = np.linalg.solve(root.T, np.linalg.solve(root, gradient))
             size, now = 1.0, loss(head)
-            # The loss is convex: once a step is too small to matter, what is left of the gradient is rounding.
+            # The loss is convex: if only a tiny step still lowers it, the rest of the gradient is rounding error.
             while loss(head - size * step) > now and size > 1e-6:
                 size /= 2
             if size <= 1e-6:
@@ -169,17 +182,20 @@ class Heads:
             head = head - size * step
 
     def beliefs(self, gap_ND: NDArray[np.floating]) -> Beliefs:
-        """Of pairs, φ of the first response less φ of the second: p = σ(w · gap), d = p (1 - p) R⁻¹ gap, R Rᵀ = H.
+        """Predictions for pairs: p = σ(w · gap), d = p (1 - p) R⁻¹ gap, with R Rᵀ = H.
 
-        That is the ensemble of all heads, to first order; one of 30 draws knows each variance to a quarter only, and
-        the best of many pairs by such a figure is the luckiest one.
+        To first order this is the ensemble of all heads. With 30 sampled heads, each variance would have a standard
+        error of about a quarter, and the maximum over many pairs would mostly pick noise.
+
+        Args:
+          gap_ND: φ of the first response minus φ of the second.
         """
         gap = np.asarray(gap_ND, np.float64)
         mean = _sigmoid(gap @ self.mean)
         return Beliefs(mean, np.linalg.solve(self.root, gap.T) * (mean * (1 - mean)))
 
     def draw(self, members: int, random: np.random.Generator) -> Floats:
-        """Heads [M, D] drawn from the distribution."""
+        """Sample heads from the posterior, [M, D]."""
         noise = random.standard_normal((len(self.mean), members))
         return self.mean + np.linalg.solve(self.root.T, noise).T
 

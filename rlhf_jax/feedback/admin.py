@@ -1,4 +1,4 @@
-"""What the admin page shows: throughput, progress, agreement, disagreements and win rates, all as plain JSON."""
+"""Statistics for the admin page as plain JSON: throughput, progress, agreement, disagreements and win rates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.store import AI, Store, item_of
 from rlhf_jax.feedback.win_rates import win_rates
 
-# Agreement is drawn from so many items, those judged last: a page that takes long is not looked at.
+# Agreement is computed from this many items, those judged last, to keep the page fast.
 RECENT = 2000
 RESAMPLES = 200
 SHOWN = 20
@@ -23,7 +23,7 @@ HOURS = 24
 
 
 def throughput(store: Store, now: float) -> dict[str, Any]:
-    """Everybody's work, and how many judgements each of the last 24 hours brought, the oldest first."""
+    """Counts and times of every labeller, and the number of judgements in each of the last 24 hours, oldest first."""
     hours = [0] * HOURS
     for (at,) in store.db.execute("SELECT at FROM judgements WHERE at > ?", (now - HOURS * 3600,)):
         hours[max(HOURS - 1 - int((now - at) // 3600), 0)] += 1
@@ -50,7 +50,7 @@ def throughput(store: Store, now: float) -> dict[str, Any]:
 
 
 def progress(store: Store, wanted: int) -> dict[str, Any]:
-    """Items of each kind, and how many tasks have as many judgements as are wanted."""
+    """Number of items of each kind, and of tasks that have `wanted` judgements."""
     kinds = dict(store.db.execute("SELECT kind, count(*) FROM items GROUP BY kind").fetchall())
     done = store.db.execute(
         "SELECT sum(n >= ?1), sum(min(n, ?1)) FROM (SELECT count(*) AS n FROM judgements j "
@@ -68,7 +68,7 @@ def progress(store: Store, wanted: int) -> dict[str, Any]:
 
 
 def recent(store: Store, limit: int = RECENT) -> tuple[list[Item], list[Judgement]]:
-    """The items judged last, no quiz items among them, and all judgements of these."""
+    """The items judged last, without quiz items, and all their judgements."""
     rows = store.db.execute(
         "SELECT i.id, i.kind, i.content FROM items i WHERE i.number IN "
         "(SELECT item FROM judgements GROUP BY item ORDER BY max(number) DESC LIMIT ?) AND i.kind <> 'quiz' "
@@ -81,7 +81,7 @@ def recent(store: Store, limit: int = RECENT) -> tuple[list[Item], list[Judgemen
 
 
 def agreement(items: Sequence[Item], judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """Agreement's whole report, by `agreement.report`, and the win rates where items name their sources."""
+    """The report of `agreement.report`, and the win rates of items that name their sources."""
     return {
         "agreement": report(join(items, judgements), resamples=RESAMPLES),
         "win_rates": win_rates(items, judgements),
@@ -91,7 +91,7 @@ def agreement(items: Sequence[Item], judgements: Sequence[Judgement]) -> dict[st
 
 
 def disagreements(items: Iterable[Item], judgements: Iterable[Judgement], shown: int = SHOWN) -> list[dict[str, Any]]:
-    """Items that people order most differently, by the share of ordered pairs that two of them turn round."""
+    """Items with the most disagreement, by the share of ordered pairs on which two people's orders differ."""
     by_item: dict[str, list[Judgement]] = defaultdict(list)
     for judgement in judgements:
         if judgement.ranks and not judgement.labeller.startswith(AI):

@@ -1,9 +1,9 @@
-"""How far labellers agree: shares of pairs, Cohen's and Fleiss' kappa, Krippendorff's alpha, with bootstrap intervals.
+"""Inter-annotator agreement: pairwise agreement, Cohen's and Fleiss' kappa, Krippendorff's alpha, bootstrap intervals.
 
-Every figure is a ratio of sums over items, so a bootstrap over items is a product of two matrices: how often each item
-was drawn, and the sums of each. A pair of responses is a unit for preferences, a response one for ratings and flags;
-units of one item are drawn together. A pair may be read from either end, so the coefficients count each preference in
-both directions: chance agreement then does not depend on which response a file named first.
+Every statistic is a function of sums over items, so the bootstrap over items is one matrix product: how often each item
+was drawn, times the sums of each item. The unit is a pair of responses for preferences, a response for ratings and
+flags; units of one item are drawn together. A preference has no natural direction, so the coefficients count each in
+both directions: chance agreement then does not depend on which response a file lists first.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ INSTRUCTGPT_AGREEMENT = 0.726
 Level = Literal["nominal", "ordinal", "interval"]
 LEVELS: tuple[Level, ...] = ("nominal", "ordinal", "interval")
 Floats = NDArray[np.float64]
-_MOST_DRAWN = 2**22  # numbers of a part of the bootstrap: 32 MiB
+_MOST_DRAWN = 2**22  # numbers drawn at a time in the bootstrap: 32 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What labellers said of units.
+    """Labels of U units by L labellers.
 
-    values: [U, L], NaN where a labeller said nothing. item: [U], which item a unit is of. labellers: the L names.
+    Attributes:
+      values: labels, [U, L], NaN for a missing label.
+      item: index of each unit's item, [U].
+      labellers: names of the L labellers.
     """
 
     values: Floats
@@ -41,19 +44,19 @@ class Table:
     labellers: tuple[str, ...]
 
     def of(self, *labellers: str) -> Table:
-        """The columns of some labellers."""
+        """The columns of the given labellers."""
         places = [self.labellers.index(name) for name in labellers]
         return dataclasses.replace(self, values=self.values[:, places], labellers=labellers)
 
     def mirrored(self) -> Table:
-        """Every preference in both directions."""
+        """The table with every preference in both directions, [2 U, L]."""
         both = np.concatenate([self.values, -self.values])
         return dataclasses.replace(self, values=both, item=np.concatenate([self.item, self.item]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% interval. units: how many it rests on."""
+    """An estimate with its 95% interval, and the number of units that it is based on."""
 
     value: float
     low: float
@@ -62,22 +65,24 @@ class Estimate:
 
 
 def preferences(judged: Judged, *, gold: bool = False) -> Table:
-    """Each pair (a, b) of an item's responses: 1 if a was ranked better, -1 if b, 0 for a tie.
+    """Table of preferences for each pair (a, b) of an item's responses: 1 if a is ranked better, -1 if b, 0 for a tie.
 
-    gold: a last column "gold", of the items that have gold ranks.
+    Args:
+      judged: items and judgements.
+      gold: append a column "gold" from the items' gold ranks.
     """
 
-    def said(ranks: tuple[int, ...]) -> Floats | None:
+    def orders(ranks: tuple[int, ...]) -> Floats | None:
         if not ranks:
             return None
         first, second = _pairs(len(ranks))
         array = np.array(ranks)
         return np.sign(array[second] - array[first]).astype(np.float64)
 
-    table = _table(judged, lambda item: len(item.responses) * (len(item.responses) - 1) // 2, lambda j: said(j.ranks))
+    table = _table(judged, lambda item: len(item.responses) * (len(item.responses) - 1) // 2, lambda j: orders(j.ranks))
     if not gold:
         return table
-    columns = [said(item.gold) for item in judged.items.values()]
+    columns = [orders(item.gold) for item in judged.items.values()]
     sizes = np.bincount(table.item, minlength=len(columns))
     column = np.concatenate([np.full(n, np.nan) if c is None else c for n, c in zip(sizes, columns)] or [np.zeros(0)])
     values = np.concatenate([table.values, column[:, None]], axis=1)
@@ -85,31 +90,34 @@ def preferences(judged: Judged, *, gold: bool = False) -> Table:
 
 
 def ratings(judged: Judged) -> Table:
-    """Each response's rating, 1 to 7."""
+    """Table of the ratings of each response, 1 to 7."""
 
-    def said(judgement: Judgement) -> Floats | None:
+    def labels(judgement: Judgement) -> Floats | None:
         return np.array([np.nan if r is None else r for r in judgement.ratings], np.float64)
 
-    return _table(judged, lambda item: len(item.responses), said)
+    return _table(judged, lambda item: len(item.responses), labels)
 
 
 def flags(judged: Judged, flag: str) -> Table:
-    """Each response: 1 if it was flagged so, 0 if not; nothing by a labeller who was not asked."""
+    """Table of one flag for each response: 1 flagged, 0 not flagged, NaN for a labeller who was not asked."""
 
-    def said(judgement: Judgement) -> Floats | None:
+    def labels(judgement: Judgement) -> Floats | None:
         return np.array([flag in flags for flags in judgement.flags], np.float64)
 
-    return _table(judged, lambda item: len(item.responses), said)
+    return _table(judged, lambda item: len(item.responses), labels)
 
 
 def agreement(table: Table, **drawing: int) -> Estimate | None:
-    """Share of two labellers' shared preferences that are alike, over all pairs of labellers; ties are left out.
+    """Pairwise agreement: the share of pairs of labellers that prefer the same response; ties are left out.
 
-    With f labellers for one response of a pair and s for the other: Σ C(f, 2) + C(s, 2) over Σ C(f + s, 2). None where
-    no two labellers ordered one pair, here and below.
+    (Σ C(f, 2) + C(s, 2)) / Σ C(f + s, 2), with f labellers for one response of a pair and s for the other
 
     Args:
-      drawing: resamples (1000) and seed (0) of the bootstrap, here and below.
+      table: preferences.
+      **drawing: `resamples` (1000) and `seed` (0) of the bootstrap, also in the functions below.
+
+    Returns:
+      The estimate, None if no two labellers ordered the same pair; the same in the functions below.
     """
     first, second = np.sum(table.values > 0, axis=1), np.sum(table.values < 0, axis=1)
     alike, all_pairs = _choose_2(first) + _choose_2(second), _choose_2(first + second)
@@ -117,7 +125,7 @@ def agreement(table: Table, **drawing: int) -> Estimate | None:
 
 
 def agreement_with_others(table: Table, labeller: str, **drawing: int) -> Estimate | None:
-    """Share of the preferences that one labeller shares with each other that are alike; ties are left out."""
+    """Pairwise agreement of one labeller with each of the others; ties are left out."""
     own = table.of(labeller).values
     product = own * table.of(*(name for name in table.labellers if name != labeller)).values
     alike, differ = np.sum(product > 0, axis=1), np.sum(product < 0, axis=1)
@@ -125,13 +133,17 @@ def agreement_with_others(table: Table, labeller: str, **drawing: int) -> Estima
 
 
 def cohen_kappa(table: Table, **drawing: int) -> Estimate | None:
-    """Cohen's κ of two labellers: (p_o - p_e) / (1 - p_e), p_e from the categories that each of them used.
+    """Cohen's κ of two labellers, for nominal categories: (p_o - p_e) / (1 - p_e).
 
-    Raises: ValueError unless the table has two columns.
-    Source: Cohen 1960. A coefficient for nominal categories.
+    p_o is the observed agreement, p_e the agreement expected from each labeller's own use of the categories.
+
+    Raises:
+      ValueError: unless the table has two columns.
+
+    Source: Cohen 1960.
     """
     if len(table.labellers) != 2:
-        raise ValueError(f"{len(table.labellers)} labellers, wanted 2")
+        raise ValueError(f"expected 2 labellers, got {len(table.labellers)}")
     table, onehot_ULC = _coded(table)
     confusion_UCC = np.einsum("uc,uk->uck", onehot_ULC[:, 0], onehot_ULC[:, 1])
 
@@ -146,17 +158,19 @@ def cohen_kappa(table: Table, **drawing: int) -> Estimate | None:
 
 
 def fleiss_kappa(table: Table, **drawing: int) -> Estimate | None:
-    """Fleiss' κ: (P̄ - P̄_e) / (1 - P̄_e), P̄ the mean over units of the share of labeller pairs that agree.
+    """Fleiss' κ, for nominal categories: (P̄ - P̄_e) / (1 - P̄_e).
 
-    A unit counts with the labellers it has, if there are two or more: with the same number for each it is Fleiss' own
-    coefficient, else its common extension. P̄_e = Σ p_c², p_c the share of category c among all that was said.
-    Source: Fleiss 1971. A coefficient for nominal categories.
+    P̄ is the mean over units of the share of labeller pairs that agree, P̄_e = Σ p_c² with p_c the share of category c
+    among all labels. Units with two or more labels count; if their numbers of labels differ, this is the usual
+    extension of Fleiss' coefficient.
+
+    Source: Fleiss 1971.
     """
     table, onehot_ULC = _coded(table)
     counts_UC = onehot_ULC.sum(axis=1)
-    said_U = counts_UC.sum(axis=1)
-    useful = (said_U > 1).astype(np.float64)
-    alike_U = _ratio(np.sum(counts_UC * (counts_UC - 1), axis=1), said_U * (said_U - 1), instead=0.0)
+    labels_U = counts_UC.sum(axis=1)
+    useful = (labels_U > 1).astype(np.float64)
+    alike_U = _ratio(np.sum(counts_UC * (counts_UC - 1), axis=1), labels_U * (labels_U - 1), instead=0.0)
     sums_UF = np.concatenate([alike_U[:, None], useful[:, None], counts_UC * useful[:, None]], axis=1)
 
     def kappa(sums_SF: Floats) -> Floats:
@@ -168,21 +182,24 @@ def fleiss_kappa(table: Table, **drawing: int) -> Estimate | None:
 
 
 def krippendorff_alpha(table: Table, level: Level, **drawing: int) -> Estimate | None:
-    """Krippendorff's α = 1 - D_o / D_e, for any number of labellers and any gaps in the table.
+    """Krippendorff's α = 1 - D_o / D_e, for any number of labellers and with missing labels.
 
-    From the coincidences o_ck = Σ_u n_uc (n_uk - [c = k]) / (m_u - 1), n_uc labellers of the m_u of unit u saying c:
+    From the coincidences o_ck = Σ_u n_uc (n_uk - [c = k]) / (m_u - 1), with n_uc of the m_u labels of unit u being c:
     D_o = Σ o_ck δ²_ck / n, D_e = Σ n_c n_k δ²_ck / (n (n - 1)).
 
     Args:
-      level: δ² is [c ≠ k], or (c - k)² for "interval", or (Σ_{g=c..k} n_g - (n_c + n_k) / 2)² for "ordinal".
+      table: labels.
+      level: δ² is [c ≠ k] for "nominal", (c - k)² for "interval", (Σ_{g=c..k} n_g - (n_c + n_k) / 2)² for "ordinal".
+      **drawing: as for `agreement`.
+
     Source: Krippendorff 2011, Computing Krippendorff's alpha-reliability.
     """
     values = np.unique(table.values[~np.isnan(table.values)])
     table, onehot_ULC = _coded(table)
     counts_UC = onehot_ULC.sum(axis=1)
-    said_U = counts_UC.sum(axis=1)
+    labels_U = counts_UC.sum(axis=1)
     both_UCC = counts_UC[:, :, None] * (counts_UC[:, None, :] - np.eye(len(values)))
-    coincidences_UCC = np.where(said_U > 1, 1.0 / np.maximum(said_U - 1, 1), 0.0)[:, None, None] * both_UCC
+    coincidences_UCC = np.where(labels_U > 1, 1.0 / np.maximum(labels_U - 1, 1), 0.0)[:, None, None] * both_UCC
 
     def alpha(sums_SF: Floats) -> Floats:
         seen_SCC = sums_SF.reshape(len(sums_SF), len(values), len(values))
@@ -197,7 +214,7 @@ def krippendorff_alpha(table: Table, level: Level, **drawing: int) -> Estimate |
 
 
 def report(judged: Judged, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """All of it as plain JSON, for a page or a file; an estimate is {value, low, high, units}, null where undefined."""
+    """All statistics as plain JSON; an estimate is {value, low, high, units}, null where it is undefined."""
     drawing = {"resamples": resamples, "seed": seed}
 
     def plain(estimate: Estimate | None) -> dict[str, float] | None:
@@ -246,7 +263,7 @@ def report(judged: Judged, *, resamples: int = 1000, seed: int = 0) -> dict[str,
 
 
 def _matrices(pairs: Table, drawing: dict[str, int]) -> tuple[list[list[Estimate | None]], ...]:
-    """Agreement and Cohen's kappa of every two labellers; nothing on the diagonal."""
+    """Agreement and Cohen's kappa of every two labellers, with None on the diagonal."""
     names = pairs.labellers
     share: list[list[Estimate | None]] = [[None] * len(names) for _ in names]
     kappa: list[list[Estimate | None]] = [[None] * len(names) for _ in names]
@@ -267,7 +284,7 @@ def _work(judged: Judged, name: str) -> dict[str, Any]:
     }
 
 
-def _table(judged: Judged, units: Callable[[Item], int], said: Callable[[Judgement], Floats | None]) -> Table:
+def _table(judged: Judged, units: Callable[[Item], int], labels: Callable[[Judgement], Floats | None]) -> Table:
     ids = {id: place for place, id in enumerate(judged.items)}
     sizes = np.array([units(item) for item in judged.items.values()], np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -276,7 +293,7 @@ def _table(judged: Judged, units: Callable[[Item], int], said: Callable[[Judgeme
     for item, judgement in judged.judgements:
         if judgement.skip:
             continue
-        column = said(judgement)
+        column = labels(judgement)
         if column is not None and len(column):
             place = ids[item.id]
             values[starts[place] : starts[place + 1], columns[judgement.labeller]] = column
@@ -284,9 +301,9 @@ def _table(judged: Judged, units: Callable[[Item], int], said: Callable[[Judgeme
 
 
 def _coded(table: Table) -> tuple[Table, Floats]:
-    """The units that two labellers or more spoke of, and [U, L, C], 1 where a labeller said category c.
+    """The units with two or more labels, and their one-hot labels [U, L, C].
 
-    The categories are the values that occur anywhere in the table, in rising order.
+    The categories are all values in the table, in ascending order.
     """
     categories = np.unique(table.values[~np.isnan(table.values)])
     kept = np.sum(~np.isnan(table.values), axis=1) > 1
@@ -295,14 +312,14 @@ def _coded(table: Table) -> tuple[Table, Floats]:
 
 
 def _distances(level: Level, values: Floats, counts_SC: Floats) -> Floats:
-    """δ² between every two values, [1 or S, C, C]."""
+    """δ² between every two categories, [1 or S, C, C]."""
     if level == "nominal":
         return 1.0 - np.eye(len(values))[None]
     if level == "interval":
         return np.square(values[:, None] - values)[None]
     if level != "ordinal":
-        raise ValueError(f"level {level!r}, wanted {', '.join(LEVELS)}")
-    # Half of a value's own count off the running sum: the difference of two is the sum between them, ends halved.
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+    # Subtracting half of a value's own count makes the difference of two the sum between them with halved ends.
     middle_SC = np.cumsum(counts_SC, axis=1) - counts_SC / 2
     return np.square(middle_SC[:, :, None] - middle_SC[:, None, :])
 
@@ -310,9 +327,14 @@ def _distances(level: Level, values: Floats, counts_SC: Floats) -> Floats:
 def _bootstrap(
     table: Table, sums_UF: NDArray[Any], statistic: Callable[[Floats], Floats], *, resamples: int = 1000, seed: int = 0
 ) -> Estimate | None:
-    """The statistic of the summed rows, and the 2.5% and 97.5% points of it over items drawn with replacement.
+    """A statistic of the summed rows, with its 2.5% and 97.5% quantiles over items resampled with replacement.
 
-    statistic: [S, F] -> [S], NaN where it is undefined. Items without a count take no part.
+    Args:
+      table: the units' items.
+      sums_UF: terms of the sums, per unit; items with all zeros are left out.
+      statistic: [S, F] -> [S], NaN where it is undefined.
+      resamples: number of resamples.
+      seed: of the resampling.
     """
     counted = sums_UF.any(axis=1)
     ids, place = np.unique(table.item[counted], return_inverse=True)
@@ -327,7 +349,7 @@ def _bootstrap(
     for start in range(0, resamples, part):
         times_SI = random.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), size=min(part, resamples - start))
         drawn.append(statistic(times_SI.astype(np.float64) @ sums_IF))
-    # A resample in which nothing can differ, such as one category only, has no coefficient and is left out.
+    # The coefficient of a resample with a single category is undefined; such resamples are left out.
     spread = np.concatenate(drawn) if drawn else np.zeros(0)
     spread = spread[~np.isnan(spread)]
     low, high = np.quantile(spread, [0.025, 0.975]) if len(spread) else (np.nan, np.nan)
@@ -350,11 +372,11 @@ def _choose_2(n: NDArray[Any]) -> NDArray[Any]:
 
 
 def _ratio(a: NDArray[Any], b: NDArray[Any], instead: float = np.nan) -> Floats:
-    """a / b, `instead` where b is 0 or so small that nothing but rounding is left of it."""
+    """a / b, or `instead` where b is 0 or within rounding error of it."""
     tiny = np.abs(b) < 1e-12
     return np.where(tiny, instead, a / np.where(tiny, 1.0, b))
 
 
 def _share(values: Floats, of: float) -> float | None:
-    said = values[~np.isnan(values)]
-    return float(np.mean(said == of)) if len(said) else None
+    given = values[~np.isnan(values)]
+    return float(np.mean(given == of)) if len(given) else None

@@ -1,9 +1,10 @@
-"""A model as labeller: which of two responses is better by a written principle, asked in both orders.
+"""AI feedback: a language model judges which of two responses is better by a written principle, in both orders.
 
-Constitutional AI's share of comparisons (Bai et al. 2022, arXiv:2212.08073, section 4.1): the model reads the dialogue,
-the principle and both responses as (A) and (B), and the log-probabilities of answering A and B are its judgement. A
-model likes one letter or one place for reasons of its own, which the mean over both orders takes out. What it says
-counts once it agrees with people: trust.py.
+The comparisons are those of Constitutional AI: the judge reads the dialogue, the principle and both responses as (A)
+and (B), and the log-probabilities of the answers A and B are its judgement. Averaging over both orders removes the
+judge's bias towards a letter or a position. Its judgements count once they agree with people's (trust.py).
+
+Source: Bai et al. 2022, section 4.1 (arXiv:2212.08073).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Floats = NDArray[np.float64]
 
 
 def question(item: Item, first: str, second: str, principle: str) -> str:
-    """What the judge is asked about two responses, as the text of a message."""
+    """The message that asks the judge about two responses."""
     asked = render(item.turns).strip() if item.turns else item.prompt.strip()
     before = f"Here is what was said so far:\n\n{asked}\n\n" if asked else ""
     return (
@@ -46,14 +47,18 @@ def question(item: Item, first: str, second: str, principle: str) -> str:
 
 
 class Judge:
-    """A language model that answers A or B."""
+    """A language model that answers A or B to a question about two responses."""
 
     def __init__(self, source: Source, *, batch: int = 8, max_tokens: int | None = None) -> None:
-        """Args:
-          source: what `open_source(spec, stages=STAGES)` gives.
-          batch: questions answered at once.
-          max_tokens: longest question with its answer; the model's context if not given.
-        Raises: UserError if the two answers are more than one token apart.
+        """Prepare a model as judge.
+
+        Args:
+          source: a language model, from `open_source(spec, stages=STAGES)`.
+          batch: questions per forward pass.
+          max_tokens: maximum length of a question with its answer, in tokens; by default the model's context.
+
+        Raises:
+          UserError: if the two answers differ in more than one token.
         """
         self.tokenizer = source.tokenizer
         self.model, self.params = source.network(), source.params()
@@ -63,17 +68,17 @@ class Judge:
         a, b = (response_ids(f" {letter}", self.tokenizer, turns=turns, ended=False) for letter in "AB")
         if len(a) != len(b) or a[:-1] != b[:-1] or a == b:
             raise UserError(
-                f"{source.where}: its tokenizer writes the answers A and B as {a} and {b}, wanted ids that differ in "
-                f"the last alone; use another model as judge"
+                f"{source.where}: expected answers A and B whose token ids differ in the last only, got {a} and {b} "
+                f"from its tokenizer; use another model as judge"
             )
         self.lead, self.answers = a[:-1], (a[-1], b[-1])
 
     def log_odds(self, questions: Sequence[str]) -> Floats:
-        """log p(A) - log p(B) of the answer to each question in nats, NaN where it does not fit the context."""
+        """log p(A) - log p(B) of each question's answer in nats, [N]; NaN for a question longer than the context."""
         rows = [
             [*chat_ids((Message("user", text),), self.tokenizer), *self.lead, self.answers[0]] for text in questions
         ]
-        found = np.full(len(rows), np.nan)
+        odds_N = np.full(len(rows), np.nan)
         fitting = sorted((i for i, row in enumerate(rows) if len(row) <= self.limit), key=lambda i: len(rows[i]))
         for start in range(0, len(fitting), self.batch):
             part = fitting[start : start + self.batch]
@@ -82,13 +87,19 @@ class Judge:
                 np.arange(self.batch) % len(part)
             )
             odds = _log_odds(self.model, self.params, batch.tokens_BP, batch.mask_BP, answers=self.answers)
-            found[part] = np.asarray(odds, np.float64)[: len(part)]
-        return found
+            odds_N[part] = np.asarray(odds, np.float64)[: len(part)]
+        return odds_N
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """judgements: one an item. pairs: compared. turned: share of them whose better response changed with the order."""
+    """The judgements of an AI judge.
+
+    Attributes:
+      judgements: one per item.
+      pairs: number of pairs compared.
+      turned: share of the pairs whose better response changed with the order.
+    """
 
     judgements: list[Judgement]
     pairs: int
@@ -102,15 +113,20 @@ def judge_items(
     *,
     principle: str = PRINCIPLE,
 ) -> Answers:
-    """A judgement of each item by all its pairs, each asked in both orders.
+    """Judge each item from all pairs of its responses, in both orders.
 
-    The first response of a pair is better with probability σ((o_1 - o_2) / 2), o_1 and o_2 the log-odds of A with it as
-    (A) and as (B). A response ranks by the sum of its probabilities of being better (Borda's count).
+    P(first better) = σ((o_1 - o_2) / 2), with o_1 and o_2 the log-odds of A with the first response as (A) and as (B)
+
+    Responses are ranked by the sums of these probabilities (Borda count).
 
     Args:
+      items: to judge.
       log_odds: `Judge.log_odds`.
-      name: of the judge; the labeller is "ai:" and this.
-    Returns: skipped judgements where a question did not fit.
+      name: of the judge; the labeller is named "ai:" followed by this.
+      principle: the criterion, as text.
+
+    Returns:
+      One judgement per item, skipped where a question did not fit the context.
     """
     asked = [
         (place, first, second)
@@ -148,7 +164,7 @@ def judge_items(
 
 
 def ranks_of(better: Floats) -> tuple[int, ...]:
-    """Ranks by the sums Σ_k p(j is better than k), 1 for the largest; sums that are equal to 1e-6 are ties."""
+    """Ranks by the sums Σ_k p(j is better than k), 1 for the largest; sums rounded to 1e-6 decide ties."""
     _, places = np.unique(-np.round(better.sum(axis=1), 6), return_inverse=True)
     return tuple((places + 1).tolist())
 

@@ -1,7 +1,7 @@
-"""The SQLite file of a labelling folder: its tables, how it is opened, and the lock that keeps it to one process.
+"""The SQLite database of a labelling folder: schema, connections, and the lock that limits it to one process.
 
-Every commit is on the disk before it returns (write-ahead log, synchronous=FULL), so that what a labeller was told is
-saved is saved, whenever the process or the machine dies.
+Every commit is flushed to disk before it returns (write-ahead log, synchronous=FULL), so that an answer confirmed to a
+labeller survives a crash of the process or the machine.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LOCK = "label.lock"
 APPLICATION_ID = 0x524C4846  # "RLHF"
 SCHEMA_VERSION = 1
 
-# `held` counts the judgements of people that are no skips, and the live leases: an item with as many as are wanted is
-# given to nobody else. `cursor`: every task up to this number is full, or the labeller has seen it. Of a labeller's
-# leases the one with the highest number is on the page. A lease that is not live has lapsed: it no longer keeps others
-# away, and its draft still waits for its labeller.
+# `held` counts an item's judgements by people (without skips) and its live leases; once it reaches the number of
+# labellers per task, the item is not given to anybody else. `cursor`: every task up to this number is full, or the
+# labeller has seen it. The lease with the highest number is the one on the labeller's page. A lease that is not live
+# has lapsed: it no longer blocks others, but its draft is kept for its labeller.
 _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE items (
@@ -99,9 +99,15 @@ CREATE TABLE requests (
 
 
 def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sqlite3.Connection:
-    """A connection to the database file, which a writer makes if it is not there. checked: it is known to be sound.
+    """Connect to the database file; a writer creates a missing one.
 
-    Raises: UserError if it is no labelling database, damaged, or of another version.
+    Args:
+      path: of the file.
+      read_only: open without write access.
+      checked: skip the integrity check, for a file that was just checked.
+
+    Raises:
+      UserError: if the file is not a labelling database, damaged, or of another version.
     """
     with contextlib.ExitStack() as on_error:
         try:
@@ -118,14 +124,14 @@ def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sq
             if not checked:
                 _check(db, path, make=not read_only)
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: found {error}, wanted the database of a labelling folder") from None
+            raise UserError(f"{path}: expected the database of a labelling folder, got {error}") from None
         on_error.pop_all()
     return db
 
 
 @contextlib.contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All of it or nothing; on the disk when it ends."""
+    """A transaction that commits to disk on success and rolls back on any exception."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -137,9 +143,10 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds a labelling folder for this process alone; the system lets go when the process ends, however it ends.
+    """Lock a labelling folder for this process; the operating system releases the lock when the process ends.
 
-    Raises: UserError at once if another process holds it, with that process's id.
+    Raises:
+      UserError: without waiting, if another process holds the lock, with that process's id.
     """
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
@@ -163,15 +170,15 @@ def _check(db: sqlite3.Connection, path: Path, *, make: bool) -> None:
         with transaction(db):
             for statement in _SCHEMA.split(";\n"):
                 db.execute(statement)
-            # Decides in which order each labeller sees the responses to an item.
+            # Seeds the order in which each labeller sees the responses to an item.
             db.execute("INSERT INTO about VALUES ('salt', ?)", (secrets.token_hex(16),))
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif application != APPLICATION_ID:
-        raise UserError(f"{path}: found another program's database, wanted that of a labelling folder")
+        raise UserError(f"{path}: expected the database of a labelling folder, got another program's")
     elif version != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: schema version: found {version}, wanted {SCHEMA_VERSION}; use the release that wrote it"
+            f"{path}: schema version: expected {SCHEMA_VERSION}, got {version}; use the release that wrote it"
         )
-    elif (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise UserError(f"{path}: damaged: {found.splitlines()[-1]}; restore it from a copy")
+    elif (result := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise UserError(f"{path}: damaged: {result.splitlines()[-1]}; restore it from a copy")

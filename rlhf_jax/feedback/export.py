@@ -1,8 +1,8 @@
-"""Judgements as records that reward models train on: rankings, comparisons, TRL's preference format, HH-RLHF's.
+"""Export of judgements for reward-model training: rankings, comparisons, TRL's preference format, HH-RLHF transcripts.
 
-A folder holds one JSONL file and manifest.json with its SHA-256 and counts; the same judgements give the same bytes.
-Only ranks train the reward model: labeller, seconds, ratings and flags stand beside them in fields that data/reader.py
-does not look at. A judgement that nothing can be learned from is counted with the reason, as is a pair.
+An export is a folder with one JSONL file and manifest.json with its SHA-256 and counts; the same judgements give the
+same bytes. Only ranks train the reward model: labeller, seconds, ratings and flags are in fields that data/reader.py
+ignores. Judgements and pairs that carry no information are left out and counted by reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlhf_jax.runs.atomic_files import MANIFEST, UNFINISHED, read_manifest, seal
 FORMS: tuple[Form, ...] = ("rankings", "comparisons", "trl", "hh")
 KIND = "rlhf_jax feedback"
 CONSENSUS = "consensus"
-Said = tuple[Item, tuple[int, ...], dict[str, Any]]  # what is said of an item: dense ranks and the further fields
+Said = tuple[Item, tuple[int, ...], dict[str, Any]]  # an item, dense ranks, and further fields
 _Row = tuple[dict[str, Any], Comparison | Ranking]
 
 
@@ -43,18 +43,27 @@ def export(
     weights: Mapping[str, float] | None = None,
     models: bool = False,
 ) -> dict[str, Any]:
-    """Writes FORM.jsonl and a manifest into a folder, in place of an earlier export there, and returns the manifest.
+    """Write FORM.jsonl and a manifest into a folder, replacing an earlier export there.
 
-    A row each judgement for "rankings"; a row each ordered pair for the other forms, in which a prompt of messages
-    stays one. "hh" writes transcripts, and a prompt of plain text as what the human says. Quiz items screen labellers
-    and are left out.
+    "rankings" has one row per judgement, the other forms one row per ordered pair. Prompts given as messages stay
+    messages, except for "hh", which writes transcripts with a plain-text prompt as the human's turn. Quiz items are
+    left out.
 
     Args:
-      consensus: one ranking an item, by `consensus_ranks`, instead of one a judgement.
-      weights: of the labellers in the consensus, such as their estimated reliabilities; 1 for each if not given.
-      models: export what models judged too, if `trusted` does not refuse it.
-    Raises: UserError for what `join` and `trusted` refuse, for a folder with other files in it, and if the file would
-      be read otherwise than it was meant.
+      items: the items that were judged.
+      judgements: of these items.
+      folder: to write into; it may hold nothing but an earlier export.
+      form: format of the rows.
+      consensus: write one ranking per item, by `consensus_ranks`, instead of one per judgement.
+      weights: of the labellers in the consensus, e.g. their estimated reliabilities; by default 1 each.
+      models: include judgements by models, which `trusted` must accept.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: for inputs that `join` or `trusted` rejects, for a folder with other files in it, and if the written
+        rows would not read back as the same records.
     """
     judged = join(items, judgements)
     folder = Path(folder)
@@ -68,7 +77,7 @@ def export(
     pairs_left_out: collections.Counter[str] = collections.Counter()
     rows = [row for one in said for row in _rows(*one, form, pairs_left_out)]
     folder.mkdir(parents=True, exist_ok=True)
-    # Without a manifest the folder is not whole: it goes first and comes last.
+    # A folder without a manifest is incomplete, so the manifest is deleted first and written last.
     for old in [folder / MANIFEST, *(folder / f"{name}.jsonl" for name in FORMS)]:
         old.unlink(missing_ok=True)
     _write(path, rows)
@@ -86,7 +95,15 @@ def export(
 
 
 def consensus_ranks(rankings: Sequence[Sequence[int]], weights: Sequence[float]) -> tuple[int, ...]:
-    """Ranks by Borda's count Σ_l w_l (responses that l ranks below - responses that l ranks above); equal is a tie."""
+    """Ranks by the weighted Borda count Σ_l w_l (responses that l ranks below - responses that l ranks above).
+
+    Args:
+      rankings: ranks of the same responses by each labeller l.
+      weights: w_l.
+
+    Returns:
+      Ranks, 1 is best; equal counts are ties.
+    """
     score = [
         round(sum(w * sum((r > ranks[k]) - (r < ranks[k]) for r in ranks) for ranks, w in zip(rankings, weights)), 6)
         for k in range(len(rankings[0]))
@@ -96,12 +113,12 @@ def consensus_ranks(rankings: Sequence[Sequence[int]], weights: Sequence[float])
 
 def _refuse_other_files(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: found a file, wanted a folder for the export")
+        raise UserError(f"{folder}: expected a folder for the export, got a file")
     own = {MANIFEST, *(f"{form}.jsonl" for form in FORMS)}
     own |= {name + UNFINISHED for name in own}
     others = sorted({path.name for path in folder.iterdir()} - own) if folder.exists() else []
     if others:
-        raise UserError(f"{folder}: found {others[0]} in it, wanted an empty folder or an earlier export")
+        raise UserError(f"{folder}: expected an empty folder or an earlier export, got {others[0]} in it")
 
 
 def _said(judged: Judged, models: bool, left_out: collections.Counter[str]) -> Iterable[Said]:
@@ -121,7 +138,7 @@ def _said(judged: Judged, models: bool, left_out: collections.Counter[str]) -> I
 
 
 def _useless(item: Item, judgement: Judgement, models: bool) -> str:
-    """Why nothing is learned from a judgement, in the words of data/reader.py where it would drop the row."""
+    """Reason to leave out a judgement, "" for none; data/reader.py's wording where it would drop the row itself."""
     if item.kind == "quiz":
         return "of a quiz item"
     if judgement.labeller.startswith(AI) and not models:
@@ -142,7 +159,7 @@ def _useless(item: Item, judgement: Judgement, models: bool) -> str:
 def _agreed(
     said: Iterable[Said], weights: Mapping[str, float] | None, left_out: collections.Counter[str]
 ) -> list[Said]:
-    """One ranking an item. Ratings are the means, flags what at least half of those asked gave, seconds the sum."""
+    """One ranking per item, with mean ratings, flags given by at least half of those asked, and summed seconds."""
     agreed = []
     for _, group in itertools.groupby(said, key=lambda one: one[0].id):
         several = list(group)
@@ -175,7 +192,7 @@ def _half(given: Iterable[Iterable[str]], asked: int) -> list[str]:
 
 
 def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form, left_out: Any) -> Iterable[_Row]:
-    """(row, the record that it is to be read as), one or one a pair."""
+    """(row, record that it must read back as) of a judgement: one, or one per ordered pair."""
     prompt: Any = [message._asdict() for message in item.turns] or item.prompt
     space = " " if item.turns else ""
     if form == "rankings":
@@ -213,7 +230,7 @@ def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form,
 
 
 def _transcripts(item: Item, chosen: str, rejected: str) -> tuple[tuple[str, str], Comparison] | None:
-    """Both dialogues as text and the record that they are read as; None if they would be read as other turns."""
+    """Both dialogues as transcripts, and their record; None if they would read back as other turns."""
     if item.turns:
         turns = list(item.turns)
     elif is_hh(item.prompt) and item.prompt.endswith("\n\nAssistant:"):
@@ -230,20 +247,24 @@ def _transcripts(item: Item, chosen: str, rejected: str) -> tuple[tuple[str, str
 
 
 def _write(path: Path, rows: Sequence[_Row]) -> None:
-    """Writes the rows, whole or not at all, once they were read back as the records that they are."""
+    """Write the rows atomically, after checking that they read back as the same records.
+
+    Raises:
+      UserError: if a row reads back as another record.
+    """
     unfinished = path.with_name(path.name + UNFINISHED)
     with unfinished.open("w", encoding="utf-8", newline="\n") as file:
         for row, _ in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    found = read_records(unfinished, "rankings", Ledger()) if rows else []
-    wanted = [record for _, record in rows]
-    if found != wanted:
-        at = next((n for n, (a, b) in enumerate(zip(found, wanted)) if a != b), min(len(found), len(wanted)))
+    read = read_records(unfinished, "rankings", Ledger()) if rows else []
+    expected = [record for _, record in rows]
+    if read != expected:
+        at = next((n for n, (a, b) in enumerate(zip(read, expected)) if a != b), min(len(read), len(expected)))
         unfinished.unlink()
         raise UserError(
-            f"item {rows[min(at, len(rows) - 1)][0]['item']}: its prompt or responses read otherwise once written as "
-            f"{path.name}; export another form, or rankings"
+            f"item {rows[min(at, len(rows) - 1)][0]['item']}: its prompt or responses do not survive a round trip "
+            f"through {path.name}; export another form, or rankings"
         )
     unfinished.replace(path)

@@ -1,6 +1,6 @@
-"""What the reward heads of active choice read: a model's hidden states half-way up, once for all labels.
+"""Features for active selection: a language model's hidden states at half depth, computed once.
 
-Half-way, a language model has read the text and has not yet turned to the next token.
+At half depth the states represent the text; later layers specialise in predicting the next token.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _EVERY = 50
 
 
 def rows_of(item: Item, tokenizer: TextTokenizer, *, ended: bool) -> list[list[int]]:
-    """Ids of the prompt with each response, and what ends a response if it `ended`."""
-    # What follows a prompt of messages is written after a space, as everywhere in data/.
+    """Token ids of the prompt with each response, with the end token if `ended`."""
+    # A response to a prompt given as messages follows a space, as everywhere in data/.
     texts = [f" {text}" for text in item.responses] if item.turns else item.responses
     answers = [response_ids(text, tokenizer, turns=item.turns, ended=ended) for text in texts]
     return ranking_rows(prompt_ids(Prompt(item.prompt, turns=item.turns), tokenizer), answers)
 
 
 def hidden_states(source: Source, ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-    """Hidden states after half of the blocks, [N, 2 D]: their mean over each row, and that at its last token."""
+    """Hidden states after half of the blocks, [N, 2 D]: the mean over each row, and the state of its last token."""
     model, params = lower_half(source.network(), source.params())
     order = np.argsort([len(row) for row in ids], kind="stable")
     states = np.zeros((len(ids), 2 * source.model.width), np.float32)
@@ -54,7 +54,7 @@ def hidden_states(source: Source, ids: Sequence[Sequence[int]]) -> NDArray[np.fl
 
 
 def lower_half(model: Transformer, params: Params) -> tuple[Transformer, Params]:
-    """The first half of the blocks, the middle one among them, under the same norm."""
+    """The first half of the blocks, rounded up, with the same final norm."""
     config = model.config
     layers = (config.layers + 1) // 2
     if "blocks" in params:
@@ -75,9 +75,11 @@ _mean_and_last: Callable[..., Array] = jax.jit(_mean_and_last_impl, static_argnu
 
 
 def standardized(states_ND: NDArray[np.floating], dimensions: int = 0) -> Floats:
-    """Each feature less its mean, by its deviation and √D: a mean square of 1 a row.
+    """Standardise each feature and divide by √D, so that a row's squared norm is 1 on average.
 
-    dimensions: keep so many leading principal components; 0 for all features as they are.
+    Args:
+      states_ND: features.
+      dimensions: number of leading principal components to keep; 0 for all features unchanged.
     """
     features = np.asarray(states_ND, np.float64)
     features = features - features.mean(axis=0)
@@ -86,11 +88,11 @@ def standardized(states_ND: NDArray[np.floating], dimensions: int = 0) -> Floats
 
 
 def principal(features_ND: Floats, dimensions: int) -> Floats:
-    """The leading principal components about 0, the largest first; all features as they are for 0."""
+    """Leading principal components without centring, the largest first; for 0 all features unchanged."""
     if not 0 < dimensions < features_ND.shape[1]:
         return features_ND
     if len(features_ND) < features_ND.shape[1]:
-        # The same axes from the smaller of the two products.
+        # The Gram matrix is smaller here and has the same non-zero eigenvalues.
         squares, axes = np.linalg.eigh(features_ND @ features_ND.T)
         leading = axes * np.sqrt(np.maximum(squares, 0.0))
         return np.asarray(leading[:, : -dimensions - 1 : -1])

@@ -1,4 +1,4 @@
-"""What stands between the network and the labelling server: hosts, origins, sizes, and the headers of every answer."""
+"""Request checks of the labelling server: hosts, origins and body sizes, and the security headers of every response."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rlhf_jax.errors import UserError
 
 MOST_BYTES = 32 * 1024
 
-# Scripts and styles are files of this origin, never text in the page; what a script writes into the page is text, and a
-# browser that knows trusted types lets it write nothing else.
+# Scripts and styles are files of this origin, never inline. Scripts write only text into the page, which browsers with
+# trusted types enforce.
 POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -44,7 +44,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """An answer of 4xx. status: which."""
+    """A rejected request, answered with the HTTP status `status` (4xx)."""
 
     def __init__(self, status: int, words: str) -> None:
         super().__init__(words)
@@ -53,7 +53,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where the server listens, and the origin of its pages where something stands before it, such as a TLS proxy."""
+    """Address of the server, and the origin of its pages behind a proxy, e.g. one that terminates TLS."""
 
     host: str
     port: int
@@ -63,22 +63,22 @@ class Address:
         if self.origin:
             parts = urlsplit(self.origin)
             if parts.scheme not in ("http", "https") or self.origin != f"{parts.scheme}://{parts.netloc}":
-                raise UserError(f"origin: found {self.origin!r}, wanted one such as https://label.example.org")
+                raise UserError(f"origin: expected an origin such as https://label.example.org, got {self.origin!r}")
 
     @property
     def url(self) -> str:
-        """What a browser opens."""
+        """URL to open in a browser."""
         host = "localhost" if self.host in ("127.0.0.1", "::1") else self.host
         return self.origin or f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def private(self) -> bool:
-        """Whether only this machine can reach it."""
+        """True if only this machine can reach the server."""
         return is_loopback(self.host) and not self.origin
 
     @property
     def hosts(self) -> frozenset[str] | None:
-        """What the Host header may say; None for anything, since others know a machine by names that it does not."""
+        """Accepted values of the Host header; None for any, since a machine may have names that it does not know."""
         own = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         if self.origin:
             return frozenset({*own, urlsplit(self.origin).netloc})
@@ -86,7 +86,7 @@ class Address:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """True for an address that only this machine can reach."""
     if host == "localhost":
         return True
     try:
@@ -96,10 +96,10 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Middleware: refuses foreign hosts and cross-origin posts, and gives every answer its headers.
+    """Middleware that rejects foreign hosts and cross-origin posts, and adds the security headers to every response.
 
-    A page of another site can make a browser post here, and a name of its own can point to this machine: the first has
-    another origin, the second another host.
+    A page of another site can make a browser post here (CSRF), which shows in the origin; or it can point a domain name
+    to this machine (DNS rebinding), which shows in the host.
     """
 
     def __init__(self, app: ASGIApp, address: Address) -> None:
@@ -127,29 +127,33 @@ class Guard:
     def _wrong(self, method: str, headers: Headers) -> str:
         host = headers.get("host", "")
         if self.address.hosts is not None and host not in self.address.hosts:
-            return "this host is not served here"
+            return "this host name is not served here"
         if method in ("GET", "HEAD"):
             return ""
         origin = headers.get("origin")
         if origin is not None and origin not in {self.address.origin or f"http://{host}", f"http://{host}"}:
-            return "posts from other origins are refused"
+            return "posts from other origins are rejected"
         if headers.get("sec-fetch-site", "same-origin") != "same-origin":
-            return "posts from other sites are refused"
-        # A browser names the origin of every post; whoever does not is no browser, and brings no cookie.
+            return "posts from other sites are rejected"
+        # Browsers send the origin with every post; other clients send neither origin nor cookie.
         if origin is None and "cookie" in headers:
-            return "a post with a cookie needs an origin"
+            return "a post with a cookie requires an origin"
         return ""
 
 
 async def read_body(request: Request) -> dict[str, Any]:
-    """The JSON object of a post. Raises: Refused for another type, too many bytes, or no such object."""
+    """Read the JSON object of a post.
+
+    Raises:
+      Refused: for another content type, too many bytes, or a body that is not a JSON object.
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise Refused(415, "wanted content of type application/json")
+        raise Refused(415, "content-type: expected application/json")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MOST_BYTES:
-            raise Refused(413, f"found more than {MOST_BYTES} bytes")
+            raise Refused(413, f"body: expected at most {MOST_BYTES} bytes, got more")
     try:
         return parse_row(bytes(body), "body")
     except UserError as error:

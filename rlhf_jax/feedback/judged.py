@@ -1,8 +1,8 @@
-"""Items and judgements as JSONL, and the join of the two, checked.
+"""Items and judgements as JSONL, and their checked join.
 
 An item is {"id", "prompt": text or messages, "responses", "sources", "kind", "gold"}; a judgement is {"item",
-"labeller", "ranks", "ratings", "flags": a list of names for each response, "skip", "seconds", "at"}. What has a default
-in records.py may be missing.
+"labeller", "ranks", "ratings", "flags": a list of names for each response, "skip", "seconds", "at"}. Fields with a
+default in records.py are optional.
 """
 
 from __future__ import annotations
@@ -23,50 +23,55 @@ KINDS = ("task", "calibration", "quiz")
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """Items, and what was said of them: `judgements` in the order of (item, labeller), each beside its item."""
+    """Items by id, and judgements paired with their items, sorted by (item, labeller)."""
 
     items: dict[str, Item]
     judgements: tuple[tuple[Item, Judgement], ...]
 
     @property
     def labellers(self) -> tuple[str, ...]:
-        """In alphabetical order; models stand among people."""
+        """Names of all labellers, people and models, in alphabetical order."""
         return tuple(sorted({judgement.labeller for _, judgement in self.judgements}))
 
 
 def join(items: Iterable[Item], judgements: Iterable[Judgement]) -> Judged:
-    """Each judgement beside its item.
+    """Pair each judgement with its item.
 
-    Raises: UserError for two items of one id, a judgement of no item, one whose ranks, ratings or flags are not one for
-      each response, and two of one item by one labeller.
+    Raises:
+      UserError: for two items with the same id, a judgement of an unknown item, ranks, ratings or flags that are not
+        one per response, and two judgements of one item by one labeller.
     """
     known: dict[str, Item] = {}
     for item in items:
         if known.setdefault(item.id, item) != item:
-            raise UserError(f"item {item.id}: found two items of this id, wanted one")
+            raise UserError(f"item {item.id}: expected unique ids, got two items with this one")
     pairs = []
     seen: set[tuple[str, str]] = set()
     for judgement in judgements:
         where = f"judgement of item {judgement.item} by {judgement.labeller}"
         if judgement.item not in known:
-            raise UserError(f"{where}: found no such item among the {len(known)} given; give the items it was made on")
+            raise UserError(
+                f"{where}: expected one of the {len(known)} items given, got an unknown item; give the items that were "
+                "judged"
+            )
         item = known[judgement.item]
         if (judgement.item, judgement.labeller) in seen:
-            raise UserError(f"{where}: found two, wanted one; keep the later")
+            raise UserError(f"{where}: expected one judgement, got two; keep the later one")
         seen.add((judgement.item, judgement.labeller))
-        wanted = len(item.responses)
+        expected = len(item.responses)
         for name, values in (("ranks", judgement.ranks), ("ratings", judgement.ratings), ("flags", judgement.flags)):
-            if len(values) != wanted and (values or (name == "ranks" and not judgement.skip)):
-                raise UserError(f"{where}: {name}: found {len(values)}, wanted {wanted}, one for each response")
+            if len(values) != expected and (values or (name == "ranks" and not judgement.skip)):
+                raise UserError(f"{where}: {name}: expected {expected}, one for each response, got {len(values)}")
         pairs.append((item, judgement))
     pairs.sort(key=lambda pair: (pair[0].id, pair[1].labeller))
     return Judged(known, tuple(pairs))
 
 
 def read_items(paths: Iterable[str | Path]) -> list[Item]:
-    """Items of JSONL files; those without ids, by the file's first row, are what `read_tasks` makes of them.
+    """Read items from JSONL files; a file whose first row has no id is read by `read_tasks`.
 
-    Raises: UserError with file, line and field.
+    Raises:
+      UserError: with file, line and field.
     """
     items: list[Item] = []
     for path in paths:
@@ -79,7 +84,11 @@ def read_items(paths: Iterable[str | Path]) -> list[Item]:
 
 
 def read_judgements(paths: Iterable[str | Path]) -> list[Judgement]:
-    """Judgements of JSONL files. Raises: UserError with file, line and field."""
+    """Read judgements from JSONL files.
+
+    Raises:
+      UserError: with file, line and field.
+    """
     return [_judgement(where, row) for path in paths for where, row in read_rows(path)]
 
 
@@ -96,17 +105,17 @@ def judgement_row(judgement: Judgement) -> dict[str, Any]:
     return row | {"flags": [sorted(flags) for flags in judgement.flags]}
 
 
-def _wrong(where: str, field: str, value: object, wanted: str) -> UserError:
-    found = "nothing" if value is None else describe(value)
-    return UserError(f"{where}: field {field!r}: found {found}, wanted {wanted}")
+def _wrong(where: str, field: str, value: object, expected: str) -> UserError:
+    got = "nothing" if value is None else describe(value)
+    return UserError(f"{where}: field {field!r}: expected {expected}, got {got}")
 
 
 def _field(
-    where: str, row: dict[str, Any], field: str, kind: type | tuple[type, ...], default: Any, wanted: str
+    where: str, row: dict[str, Any], field: str, kind: type | tuple[type, ...], default: Any, expected: str
 ) -> Any:
     value = row.get(field, default)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise _wrong(where, field, value, wanted)
+        raise _wrong(where, field, value, expected)
     return value
 
 
@@ -114,11 +123,11 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _list(where: str, row: dict[str, Any], field: str, fits: Any, wanted: str, default: Any = ()) -> tuple[Any, ...]:
-    values = _field(where, row, field, (list, tuple), default, f"a list of {wanted}")
+def _list(where: str, row: dict[str, Any], field: str, fits: Any, expected: str, default: Any = ()) -> tuple[Any, ...]:
+    values = _field(where, row, field, (list, tuple), default, f"a list of {expected}")
     for number, value in enumerate(values):
         if not fits(value):
-            raise _wrong(where, f"{field}[{number}]", value, wanted)
+            raise _wrong(where, f"{field}[{number}]", value, expected)
     return tuple(values)
 
 

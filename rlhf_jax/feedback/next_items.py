@@ -1,4 +1,4 @@
-"""Which items to ask people about next: from the labels so far and one backbone, or from several reward models."""
+"""Active selection of the next items to label, by heads on one backbone or by an ensemble of reward models."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.store import AI
 
 PRECISION = 1.0
-"""Of the prior of a head's weights, on features of mean square 1 a row."""
+"""Precision of the prior of a head's weights, for features with a squared norm of 1 per row."""
 Indices = NDArray[np.int64]
 
 
 def asked(judgements: Iterable[Judgement]) -> set[str]:
-    """Ids of the items that a person has answered or skipped."""
+    """Ids of the items that a person has judged or skipped."""
     return {judgement.item for judgement in judgements if not judgement.labeller.startswith(AI)}
 
 
 def next_by_heads(
     items: Sequence[Item], features_RD: NDArray[np.floating], judgements: Iterable[Judgement], count: int
 ) -> list[Item]:
-    """The items whose answers lower most what all heads that fit people's answers so far leave open about all pairs.
+    """Choose items by a posterior over reward heads: those whose labels most reduce its variance over all pairs.
 
     Args:
-      features_RD: of each response of each item in turn.
-      judgements: those by models or of other items are left out.
-    Returns: at most `count` tasks that no person has answered, the most telling first.
+      items: all items.
+      features_RD: features of each response of each item in turn.
+      judgements: labels so far; those by models or of other items are left out.
+      count: maximum number of items.
+
+    Returns:
+      At most `count` tasks that no person has judged, the most informative first.
     """
     _, first_N, second_N = _pairs(items)
     start = dict(zip((item.id for item in items), _starts(items)))
@@ -49,7 +53,17 @@ def next_by_heads(
 def next_by_ensemble(
     items: Sequence[Item], scores_MR: NDArray[np.floating], judgements: Iterable[Judgement], count: int
 ) -> list[Item]:
-    """The tasks on which M reward models disagree. scores_MR: of each response of each item in turn."""
+    """Choose items by an ensemble: tasks on which M reward models disagree.
+
+    Args:
+      items: all items.
+      scores_MR: scores by each model of each response of each item in turn.
+      judgements: labels so far.
+      count: maximum number of items.
+
+    Returns:
+      At most `count` tasks that no person has judged, the most informative first.
+    """
     _, first_N, second_N = _pairs(items)
     beliefs = Beliefs.of_members(preference_probabilities(scores_MR[:, first_N], scores_MR[:, second_N]))
     return _best(items, beliefs, asked(judgements), count)
@@ -62,7 +76,7 @@ def _best(
     open_N = np.flatnonzero([items[place].kind == "task" and items[place].id not in done for place in item_N])
     if not len(open_N):
         return []
-    # Pairs are chosen and items are asked: `count` items have at most this many pairs.
+    # Pairs are chosen, but whole items are labelled; `count` items have at most this many pairs.
     most = max(len(items[place].responses) for place in item_N[open_N])
     pairs = min(count * most * (most - 1) // 2, len(open_N))
     numbers: dict[tuple[str, str], int] = {}
@@ -82,7 +96,7 @@ def _starts(items: Sequence[Item]) -> list[int]:
 
 
 def _pairs(items: Sequence[Item]) -> tuple[Indices, Indices, Indices]:
-    """(item, first response, second response) of all pairs, the responses of all items counted through."""
+    """(item, first response, second response) of all pairs, with responses numbered across all items."""
     found = [
         (number, start + a, start + b)
         for number, (item, start) in enumerate(zip(items, _starts(items)))

@@ -1,9 +1,9 @@
-"""Who judges what next: leases, the quiz, calibration, drafts, judgements and their undoing.
+"""Assignment of items to labellers: leases, the quiz, calibration, drafts, judgements and undo.
 
-A labeller gets the screening quiz first, then the items that everybody judges, then tasks in order, each until as
-many people as are wanted have judged it or hold it. An item is leased to its labeller; a lease that nobody renews
-lapses, and the item goes to another. Every change carries an id that the page made up for it, so that a post whose
-answer was lost is sent again and answered as before, and nothing is counted twice.
+A labeller gets the screening quiz first, then the calibration items, which everybody judges, then tasks in order. A
+task is given out until enough people have judged it or hold a lease on it. A lease that is not renewed lapses, and the
+item goes to somebody else. Every change carries a request id made by the page, so that a post whose response was lost
+can be sent again: it gets the same reply, and nothing is counted twice.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ MOST_SECONDS = 24 * 3600.0
 
 
 class Conflict(Exception):
-    """What was asked for does not fit what has happened since; the page asks for the next item."""
+    """A request that conflicts with the current state; the page then asks for the next item."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How items are shared out.
+    """Settings of the assignment.
 
-    wanted: labellers for each task. lease: seconds until an item that nobody touches goes to another. pass_mark: share
-    of the quiz's ordered pairs to have right.
+    Attributes:
+      wanted: labellers per task.
+      lease: seconds without activity after which an item goes to somebody else.
+      pass_mark: share of the quiz's ordered pairs that must be right.
     """
 
     wanted: int = 1
@@ -45,7 +47,14 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What is on a labeller's page: an item, its responses in the order of `order`, what was saved of the answer."""
+    """The item on a labeller's page.
+
+    Attributes:
+      item: the item.
+      order: indices of its responses in the order shown.
+      draft: saved part of the answer, None without one.
+      revision: number of the draft.
+    """
 
     item: Item
     order: tuple[int, ...]
@@ -55,7 +64,7 @@ class Assignment:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a labeller sends, in the order shown: ranks, () for a skip, ratings, flags, the reason to skip, seconds."""
+    """A labeller's answer, with responses in the order shown; the fields are those of Judgement."""
 
     item: str
     ranks: tuple[int, ...] = ()
@@ -66,13 +75,14 @@ class Answer:
 
 
 class Queue:
-    """The one that shares out a store's items. clock: Unix time in seconds."""
+    """Assignment of a store's items, which only one object may do at a time."""
 
     def __init__(self, store: Store, rules: Rules, clock: Callable[[], float] = time.time) -> None:
+        """Open the queue of a store; `clock` returns Unix time in seconds."""
         self.store, self.rules, self.clock = store, rules, clock
         self._db = store.db
         with transaction(self._db):
-            # More labellers may be wanted than before, and items may have come.
+            # There may be more labellers per task than before, and new items.
             self._db.execute("UPDATE labellers SET cursor = 0")
         self.tasks, self.calibrations, self.quizzes = (
             self._count("SELECT count(*) FROM items WHERE kind = ?", kind) for kind in ("task", "calibration", "quiz")
@@ -83,7 +93,7 @@ class Queue:
         )
 
     def assign(self, labeller: Labeller) -> Assignment | None:
-        """The item that the labeller has, or the next one; None if there is none, or the quiz was failed."""
+        """The labeller's current item, or else the next one; None if there is none, or the labeller failed the quiz."""
         now = self.clock()
         held = self._held(labeller, now)
         if held is not None:
@@ -94,9 +104,10 @@ class Queue:
         return self._held(labeller, now)
 
     def save_draft(self, labeller: Labeller, item: str, draft: Mapping[str, Any], revision: int) -> None:
-        """Keeps a half-done answer and renews its lease; an older revision than the one kept changes nothing.
+        """Save an unfinished answer and renew its lease; an older revision than the saved one changes nothing.
 
-        Raises: Conflict if the item is no longer the labeller's.
+        Raises:
+          Conflict: if the item is no longer the labeller's.
         """
         with transaction(self._db):
             number = self._number(item)
@@ -109,10 +120,11 @@ class Queue:
                 raise Conflict("this item is no longer yours")
 
     def judge(self, labeller: Labeller, request: str, answer: Answer) -> dict[str, Any]:
-        """Takes an answer to the labeller's item; the same request again gets the same reply and changes nothing.
+        """Store an answer to the labeller's item; a repeated request gets the same reply and changes nothing.
 
-        Raises: Conflict if the item is not the labeller's or the request's id was used for another answer, UserError
-          for an answer that does not fit the item.
+        Raises:
+          Conflict: if the item is not the labeller's, or the request's id was used for another answer.
+          UserError: for an answer that does not fit the item.
         """
         with transaction(self._db):
             digest = _digest(dataclasses.astuple(answer))
@@ -138,9 +150,10 @@ class Queue:
         return reply
 
     def undo(self, labeller: Labeller, request: str) -> dict[str, Any]:
-        """Withdraws the labeller's last judgement, which becomes the draft of the item that is on the page again.
+        """Withdraw the labeller's last judgement and put its item on the page again, with the judgement as draft.
 
-        Raises: Conflict if there is none, or if it belongs to a quiz that is over.
+        Raises:
+          Conflict: if there is no judgement, or it belongs to a finished quiz.
         """
         with transaction(self._db):
             earlier = self._earlier(labeller, request, "undo")
@@ -183,7 +196,7 @@ class Queue:
         return reply
 
     def order(self, labeller: Labeller, item: Item) -> tuple[int, ...]:
-        """Which response stands where on the labeller's page: a shuffle of its own for each pair, always the same."""
+        """Order of the responses on the labeller's page: a fixed shuffle for each labeller and item."""
 
         def place(response: int) -> bytes:
             text = f"{self.store.salt}\n{item.id}\n{labeller.name}\n{response}"
@@ -192,7 +205,7 @@ class Queue:
         return tuple(sorted(range(len(item.responses)), key=place))
 
     def progress(self, labeller: Labeller) -> dict[str, Any]:
-        """Figures for the labeller's page."""
+        """Counts for the labeller's page."""
         quiz = labeller.screening == "open" and self.quizzes > 0
         return {
             "mine": self._judged_by(labeller),
@@ -202,7 +215,7 @@ class Queue:
         }
 
     def _held(self, labeller: Labeller, now: float) -> Assignment | None:
-        """The item of the labeller's newest lease, if that is live and not about to lapse."""
+        """The item of the labeller's newest lease, if it is live for at least half of its time."""
         row = self._db.execute(
             "SELECT i.id, i.kind, i.content, x.draft, x.revision FROM leases x JOIN items i ON i.number = x.item "
             "WHERE x.number = (SELECT max(number) FROM leases WHERE labeller = ?) AND x.live AND x.expires > ?",
@@ -214,14 +227,14 @@ class Queue:
         return Assignment(item, self.order(labeller, item), None if row[3] is None else json.loads(row[3]), row[4])
 
     def _lapse(self, now: float) -> None:
-        """Opens to others what nobody has touched for too long; the drafts stay."""
+        """Let expired leases lapse, which frees their items for others; drafts are kept."""
         lapsed = self._db.execute("SELECT number, item FROM leases WHERE live = 1 AND expires <= ?", (now,)).fetchall()
         for lease, item in lapsed:
             self._db.execute("UPDATE leases SET live = 0 WHERE number = ?", (lease,))
             self._hold(item, -1)
 
     def _take_up(self, labeller: Labeller, now: float) -> None:
-        """Renews the labeller's newest lease, or gives out a new one where there is an item for it."""
+        """Renew the labeller's newest lease, or else lease the next item if there is one."""
         while True:
             row = self._db.execute(
                 "SELECT x.number, x.live, i.number, i.kind, i.held FROM leases x JOIN items i ON i.number = x.item "
@@ -237,7 +250,7 @@ class Queue:
                 )
                 self._hold(item, 1 - live)
                 return
-            # Others have judged it meanwhile.
+            # Others have judged the item meanwhile.
             self._db.execute("DELETE FROM leases WHERE number = ?", (lease,))
         number = self._next(labeller)
         if number is not None:
@@ -253,7 +266,7 @@ class Queue:
             quiz = self._unseen(labeller, "quiz", 0)
             if quiz is not None:
                 return quiz
-            # The quiz may have been taken away from under a labeller by a folder without one.
+            # All quiz items are answered, or the folder has no quiz.
             screening = self._screen(labeller)
         if screening == "failed":
             return None
@@ -267,7 +280,7 @@ class Queue:
         return task
 
     def _unseen(self, labeller: Labeller, kind: str, cursor: int) -> int | None:
-        """The first item of a kind after the cursor that the labeller may have."""
+        """The first item of a kind after the cursor that the labeller may get."""
         row = self._db.execute(
             "SELECT i.number FROM items i WHERE i.kind = ? AND i.number > ? AND (i.held < ? OR i.kind <> 'task') "
             "AND NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = i.number AND j.labeller = ?) "
@@ -277,19 +290,23 @@ class Queue:
         return None if row is None else int(row[0])
 
     def _hold(self, item: int, change: int) -> None:
-        """Counts a lease or judgement of an item, or one less."""
+        """Change an item's number of leases and judgements."""
         if change:
             self._db.execute("UPDATE items SET held = held + ? WHERE number = ?", (change, item))
         if change < 0:
-            # Whoever passed it by while it was full shall find it.
+            # Labellers whose cursor passed the item while it was full must find it again.
             self._db.execute("UPDATE labellers SET cursor = ? WHERE cursor >= ?", (item - 1, item))
 
     def _judgement(self, labeller: Labeller, item: Item, answer: Answer, now: float, *, started: float) -> Judgement:
-        """The answer in the order of the item's own responses. Raises: UserError if it does not fit."""
+        """Convert an answer to the item's own order of responses.
+
+        Raises:
+          UserError: if the answer does not fit the item.
+        """
         if len(answer.skip) > LONGEST_SKIP:
-            raise UserError(f"skip: found {len(answer.skip)} characters, wanted {LONGEST_SKIP} at most")
+            raise UserError(f"skip: expected at most {LONGEST_SKIP} characters, got {len(answer.skip)}")
         if not 0 <= answer.seconds <= MOST_SECONDS:
-            raise UserError(f"seconds: found {answer.seconds}, wanted 0 to {MOST_SECONDS:.0f}")
+            raise UserError(f"seconds: expected 0 to {MOST_SECONDS:.0f}, got {answer.seconds}")
         judgement = Judgement(
             item=item.id,
             labeller=labeller.name,
@@ -297,7 +314,7 @@ class Queue:
             ratings=answer.ratings,
             flags=tuple(frozenset(names) for names in answer.flags),
             skip=answer.skip.strip(),
-            # A clock on the page may be anything; nobody took longer than the item was there.
+            # The page's clock is not trusted: nobody can take longer than the lease has existed.
             seconds=round(min(answer.seconds, max(now - started, 0.0) + 1.0), 3),
             at=now,
         )
@@ -311,7 +328,7 @@ class Queue:
         )
 
     def _screen(self, labeller: Labeller) -> str:
-        """Marks the quiz once all of it is answered, and the labeller by it."""
+        """Pass or fail the labeller once the whole quiz is answered, and return the status."""
         if self._screening(labeller) == "open" and self._seen(labeller, "quiz") == self.quizzes:
             passed = self.quiz_mark(labeller) >= self.rules.pass_mark
             self._db.execute(
@@ -321,7 +338,7 @@ class Queue:
         return self._screening(labeller)
 
     def quiz_mark(self, labeller: Labeller) -> float:
-        """Share of the quiz's ordered pairs that the labeller has in gold's order; a tie is half, a skip nothing."""
+        """Share of the quiz's ordered pairs that the labeller orders as gold; a tie counts half, a skip zero."""
         rows = self._db.execute(
             "SELECT i.content, j.ranks FROM judgements j JOIN items i ON i.number = j.item "
             "WHERE j.labeller = ? AND i.kind = 'quiz'",
@@ -384,11 +401,11 @@ class Queue:
                 "INSERT INTO requests VALUES (?, ?, ?, ?)", (labeller.number, request, digest, json.dumps(reply))
             )
         except sqlite3.IntegrityError:
-            raise UserError("request: found an empty or too long id, wanted 1 to 64 characters") from None
+            raise UserError("request: expected an id of 1 to 64 characters, got an empty or longer one") from None
 
 
 def _own(values: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
-    """Values in the order shown, in the item's own."""
+    """Convert values from the order shown to the item's own order."""
     if not values:
         return ()
     own = [values[0]] * len(order)
@@ -398,12 +415,12 @@ def _own(values: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
 
 
 def _shown(values: Sequence[Any], order: Sequence[int]) -> list[Any]:
-    """Values in the item's own order, in the order shown."""
+    """Convert values from the item's own order to the order shown."""
     return [values[place] for place in order] if values else []
 
 
 def _tiers(ranks: Sequence[int]) -> list[list[int]]:
-    """[[0], [2, 1]] for the ranks 1, 2, 2: the responses of each rank, the best first."""
+    """Responses of each rank, the best first: [[0], [1, 2]] for the ranks 1, 2, 2."""
     return [[place for place, rank in enumerate(ranks) if rank == tier] for tier in sorted(set(ranks))]
 
 

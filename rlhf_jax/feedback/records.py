@@ -1,4 +1,4 @@
-"""What is judged and what is said of it: the records that travel between store, page, statistics and export."""
+"""Records of items and judgements, shared by the store, the page, the statistics and the export."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ PRINCIPLE = "Choose the response that helps the reader more, is true as far as o
 class Item:
     """A prompt with K = 2 … 9 responses to compare.
 
-    id: stable, from the content. prompt: text, or turns where it was given as messages. sources: which run or model
-    each response came from, hidden from labellers; () if unknown. kind: "task" for so many labellers, "calibration" for
-    every labeller, or "quiz", whose gold ranks screen them. gold: ranks, 1 is best, () if unknown.
+    Attributes:
+      id: derived from the content.
+      prompt: text; with `turns`, their rendering.
+      responses: K texts.
+      turns: the prompt's messages, () for a prompt given as text.
+      sources: run or model of each response, hidden from labellers; () if unknown.
+      kind: "task" for a set number of labellers, "calibration" for every labeller, or "quiz", whose gold ranks screen
+        labellers.
+      gold: reference ranks, 1 is best; () if unknown.
     """
 
     id: str
@@ -42,11 +48,17 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What one labeller said of one item, in the order of its responses.
+    """One labeller's judgement of one item, in the order of its responses.
 
-    ranks: 1 is best, equal ranks are ties; () if the item was skipped. ratings: 1 to 7, None where not given.
-    flags: names from FLAGS for each response. skip: why the item was skipped, "" if it was not. seconds: spent on it.
-    at: Unix time when it was finished. labeller: a person's name, or "ai:…" for a model.
+    Attributes:
+      item: id of the item.
+      labeller: a person's name, or "ai:…" for a model.
+      ranks: 1 is best, equal ranks are ties; () if the item was skipped.
+      ratings: 1 to 7, None where not given.
+      flags: names from FLAGS for each response.
+      skip: reason for skipping the item, "" if it was judged.
+      seconds: time spent on the item.
+      at: Unix time of the judgement.
     """
 
     item: str

@@ -1,9 +1,9 @@
-"""How reliable each labeller is, estimated together with what is preferred: no gold answers are needed.
+"""Labeller reliability, estimated jointly with the preferences, without gold answers.
 
-Rankings: a labeller with precision β = 1/τ ranks responses of scores s by Plackett-Luce with utilities β s, whose pairs
-are Bradley-Terry's: P(a before b) = σ(β (s_a - s_b)). Scores are N(0, 1) and integrated out, since with a few labellers
-for each item their own estimates would make every labeller look better than they are. Flags: Dawid and Skene's model.
-Both give intervals from the curvature of the marginal likelihood at its top.
+Rankings: a labeller with precision β = 1/τ ranks responses with scores s by Plackett-Luce with utilities β s, so pairs
+follow Bradley-Terry: P(a before b) = σ(β (s_a - s_b)). Scores are N(0, 1) a priori and integrated out: with few
+labellers per item, point estimates of the scores would overestimate every labeller's precision. Flags: the model of
+Dawid and Skene. Intervals come from the curvature of the marginal posterior at its maximum.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rlhf_jax.feedback.judged import Judged
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-_UNIT = 1.2  # β of a labeller whose noise is about as wide as the scores: 1.70 / √2, a logistic for a normal
-_STEEPEST = 1.55  # of the angle; π/2 is no noise at all, which no number of judgements can show
-POINTS = 256  # of the integral over an item's scores; a power of two, as Sobol's points want it
-_WIDEN = 1.15  # the points' spread over the curvature's, whose tails are too short
-_PART = 2**7  # items whose points are held at a time
+_UNIT = 1.2  # β at which label noise is about as wide as the scores: 1.70 / √2 (logistic for normal)
+_STEEPEST = 1.55  # maximum angle; π/2 would be noiseless, which no number of judgements can show
+POINTS = 256  # quadrature points of the integral over an item's scores; Sobol points require a power of two
+_WIDEN = 1.15  # scale of the points' spread, since the Laplace approximation has too short tails
+_PART = 2**7  # items whose points are in memory at a time
 _Z = 1.959964
 
 
@@ -41,9 +41,12 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Reliability:
-    """A labeller's precision β, and the share of random pairs that such a labeller orders as the scores do.
+    """Estimated reliability of a labeller.
 
-    β = 0 is a guess, β < 0 the wrong way round. judgements: how many it rests on.
+    Attributes:
+      precision: β; 0 for guessing, negative for reversed preferences.
+      right: share of random pairs that a labeller of this precision orders as the scores do.
+      judgements: number of judgements that the estimate is based on.
     """
 
     precision: Interval
@@ -53,26 +56,33 @@ class Reliability:
 
 @dataclasses.dataclass(frozen=True)
 class Estimated:
-    """labellers: by name. scores: of each item's responses, posterior (mean, deviation), by the item's id."""
+    """Labellers' reliabilities and responses' scores.
+
+    Attributes:
+      labellers: reliability by name.
+      scores: posterior (mean, standard deviation) of each response's score, by the item's id.
+    """
 
     labellers: dict[str, Reliability]
     scores: dict[str, tuple[Floats, Floats]]
 
 
 def estimate(judged: Judged, *, points: int = POINTS) -> Estimated:
-    """Labellers' precisions at the maximum of the posterior with all scores integrated out, and the scores given them.
+    """Estimate labellers' precisions with all scores integrated out, and the scores given these precisions.
 
-    β = 1.2 tan θ, and it is θ that is estimated, under the prior cos θ (for β, Student's t of two degrees of freedom):
-    agreement is nearly linear in the angle, while between a precise and a more precise labeller β may grow without end.
-    Where the judgements do not say, labellers are taken to be right more often than wrong.
+    β = 1.2 tan θ, and the maximum of the posterior over θ is taken under the prior cos θ (for β, Student's t with two
+    degrees of freedom): agreement is nearly linear in θ, while β is unbounded for precise labellers. The sign of all β
+    is not identified by the judgements alone; labellers are assumed to be right more often than wrong.
 
-    The integral over an item's scores is a sum over points spread as the posterior of these scores is (adaptive
-    quadrature). Equal ranks say nothing about each other: each is chosen before all that are ranked lower.
+    The integral over an item's scores is an adaptive quadrature, with points spread as the posterior of the scores.
+    Equal ranks carry no information about each other: each is chosen before all responses that are ranked lower.
 
     Args:
-      points: of an item's integral, a power of two.
+      judged: items and judgements.
+      points: quadrature points per item, a power of two.
+
     Source: Bock and Aitkin 1981, Marginal maximum likelihood estimation of item parameters; Chen et al. 2013, Pairwise
-      ranking aggregation in a crowdsourced setting, for one precision a labeller.
+      ranking aggregation in a crowdsourced setting, for one precision per labeller.
     """
     rankings = _Rankings.of(judged)
     if not len(rankings.item):
@@ -83,7 +93,7 @@ def estimate(judged: Judged, *, points: int = POINTS) -> Estimated:
     for _ in range(30):
         modes, roots = _modes(rankings, _UNIT * np.tan(angle), modes)
         before = angle
-        # With the points where they are, the posterior is smooth in θ: two of Newton's steps, and the points follow.
+        # With fixed points the posterior is smooth in θ: take two Newton steps, then move the points.
         for _ in range(2):
             tangent, secant = np.tan(angle), 1 / np.cos(angle) ** 2
             gradient, curvature = _derivatives(rankings, _UNIT * tangent, modes, roots, base)
@@ -106,16 +116,23 @@ def estimate(judged: Judged, *, points: int = POINTS) -> Estimated:
 
 
 def share_right(precision: float) -> float:
-    """E σ(β |d|), d ~ N(0, 2) the difference of two scores: the share of random pairs ordered as the scores are."""
+    """Share of random pairs that are ordered as their scores: E σ(β |d|), with d ~ N(0, 2) the difference of scores."""
     gap = np.sqrt(2.0) * ndtri((np.arange(1000) + 0.5) / 1000)
     return float(np.mean(expit(precision * np.abs(gap))))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rankings:
-    """J rankings of I items. first, among: what is chosen, and among which, in each of a ranking's K choices.
+    """J rankings of I items, each as up to K Plackett-Luce choices; choice k picks response k.
 
-    item, labeller: [J]. first: [J, K] True where the choice of response k is one. among: [J, K, K].
+    Attributes:
+      ids: of the items.
+      labellers: names.
+      sizes: number of responses of each item, [I].
+      item: index of each ranking's item, [J].
+      labeller: index of each ranking's labeller, [J].
+      first: True if choice k is made, [J, K].
+      among: responses that choice k is made among, [J, K, K].
     """
 
     ids: tuple[str, ...]
@@ -149,19 +166,19 @@ class _Rankings:
         )
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
-        """(items, their rankings) in parts; the rankings stand in the order of the items."""
+        """(items, their rankings) in parts; rankings are sorted by item."""
         ends = np.searchsorted(self.item, np.arange(0, len(self.ids) + _PART, _PART))
         for number, (start, end) in enumerate(itertools.pairwise(ends)):
             yield slice(number * _PART, (number + 1) * _PART), slice(int(start), int(end))
 
 
 def _choices(rankings: _Rankings, rows: slice, utility: Floats) -> tuple[Floats, Floats]:
-    """(log-probability [J, …], shares [J, …, K, K]) of the choices in some rankings, by utilities [J, …, K]."""
+    """(log-probability [J, …], choice probabilities [J, …, K, K]) of some rankings, from utilities [J, …, K]."""
     extra = (1,) * (utility.ndim - 2)
     first = rankings.first[rows].reshape(-1, *extra, utility.shape[-1])
     among = rankings.among[rows].reshape(-1, *extra, *rankings.among.shape[1:])
     masked = np.where(among, utility[..., None, :], -np.inf)
-    # A choice that is none still has one response to choose among, so that nothing below is undefined.
+    # Choices that are not made get finite utilities, so that nothing below is undefined.
     masked = np.where(among.any(axis=-1, keepdims=True), masked, 0.0)
     total = logsumexp(masked, axis=-1)
     logp = np.sum(np.where(first, utility - total, 0.0), axis=-1)
@@ -169,7 +186,7 @@ def _choices(rankings: _Rankings, rows: slice, utility: Floats) -> tuple[Floats,
 
 
 def _modes(rankings: _Rankings, precision: Floats, scores: Floats) -> tuple[Floats, Floats]:
-    """The most probable scores [I, K] of each item given β, and the Cholesky factor [I, K, K] of their covariance."""
+    """Posterior mode [I, K] of each item's scores given β, and the Cholesky factor [I, K, K] of their covariance."""
     beta = precision[rankings.labeller]
     eye = np.eye(scores.shape[1])
     everything = slice(None)
@@ -188,7 +205,7 @@ def _modes(rankings: _Rankings, precision: Floats, scores: Floats) -> tuple[Floa
 
 
 def _points(modes: Floats, roots: Floats, base: Floats) -> tuple[Floats, Floats]:
-    """(scores [I, M, K], log of prior over density [I, M]) of each item's points."""
+    """Quadrature points [I, M, K] of each item's scores, and the log of prior over sampling density, [I, M]."""
     scores = modes[:, None, :] + _WIDEN * np.einsum("ikl,ml->imk", roots, base)
     density = -0.5 * np.sum(base**2, axis=1) - np.log(np.einsum("ikk->ik", roots)).sum(axis=1)[:, None]
     return scores, -0.5 * np.sum(scores**2, axis=2) - density
@@ -197,7 +214,7 @@ def _points(modes: Floats, roots: Floats, base: Floats) -> tuple[Floats, Floats]
 def _shares(
     rankings: _Rankings, items: slice, rows: slice, precision: Floats, points: tuple[Floats, Floats]
 ) -> tuple[Floats, Floats, Floats]:
-    """(share [I, M] of each point in its item's posterior, slope and bend [J, M] of each ranking's log p in β)."""
+    """Posterior weight of each point [I, M], and first and second derivative in β of each ranking's log p [J, M]."""
     scores, weight = points
     own = scores[rankings.item[rows] - items.start]
     logp, chosen = _choices(rankings, rows, precision[rankings.labeller[rows], None, None] * own)
@@ -221,7 +238,7 @@ def _derivatives(
         mean = np.sum(share[item] * slope, axis=1)
         np.add.at(gradient, labeller, mean)
         np.add.at(curvature, (labeller, labeller), -np.sum(share[item] * bend, axis=1))
-        # What is not known of an item's scores takes from what its rankings tell: less the covariance of their slopes.
+        # Uncertainty of an item's scores reduces the information in its rankings, by the covariance of their slopes.
         for a, b in _neighbours(item):
             both = np.sum(share[item[a]] * slope[a] * slope[b], axis=1) - mean[a] * mean[b]
             np.add.at(curvature, (labeller[a], labeller[b]), -both)
@@ -229,7 +246,7 @@ def _derivatives(
 
 
 def _neighbours(item: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """Every ordered pair (a, b) of rankings of one item, a = b too, grouped by how far they stand apart."""
+    """Every ordered pair (a, b) of rankings of one item, including a = b, grouped by their distance."""
     for apart in range(int(np.bincount(item).max(initial=0))):
         a = np.flatnonzero(item[: len(item) - apart] == item[apart:])
         yield a, a + apart
@@ -252,14 +269,14 @@ def _scores(
 
 
 def _positive(curvature: Floats) -> Floats:
-    """The nearest matrix whose eigenvalues are those of a maximum: far from it the curvature may not be."""
+    """The nearest positive definite matrix; far from a maximum the curvature may not be one."""
     values, vectors = np.linalg.eigh(curvature)
     return np.asarray((vectors * np.maximum(values, 1e-3)) @ vectors.T)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlagReliability:
-    """How a labeller flags: sensitivity P(flagged | it is so), specificity P(not flagged | it is not)."""
+    """A labeller's sensitivity P(flagged | flag is true) and specificity P(not flagged | flag is false)."""
 
     sensitivity: Interval
     specificity: Interval
@@ -267,8 +284,13 @@ class FlagReliability:
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """labellers: by name. share: of responses of which it is so. probability: [U], that it is so of each, NaN where
-    nobody was asked."""
+    """Estimates for one flag.
+
+    Attributes:
+      labellers: reliability by name.
+      share: share of responses for which the flag is true.
+      probability: posterior probability for each response, [U], NaN where nobody was asked.
+    """
 
     labellers: dict[str, FlagReliability]
     share: Interval
@@ -276,14 +298,15 @@ class Flags:
 
 
 def dawid_skene(table: Table) -> Flags:
-    """Whether each response deserves a flag, and how well each labeller gives it, by expectation maximisation.
+    """Estimate the true flags and each labeller's reliability by expectation maximisation.
 
-    Every labeller flags independently given the truth, with a sensitivity and a specificity of their own, which have
-    a Beta(2, 2) prior, as the share has: one hit and one miss each before anything was seen. It starts from the share
-    of labellers who flagged a response, which makes the truth what most say.
+    Labellers flag independently given the truth. Each labeller's sensitivity and specificity, and the share of true
+    flags, have a Beta(2, 2) prior, which adds one success and one failure. EM starts from the share of labellers who
+    flagged a response, which identifies the truth with the majority.
 
     Args:
-      table: 1 flagged, 0 not, NaN not asked (`agreement.flags`).
+      table: 1 flagged, 0 not flagged, NaN not asked (`agreement.flags`).
+
     Source: Dawid and Skene 1979, Maximum likelihood estimation of observer error-rates using the EM algorithm.
     """
     asked = ~np.isnan(table.values)
@@ -295,7 +318,7 @@ def dawid_skene(table: Table) -> Flags:
     so_U = flagged_UL.sum(axis=1) / asked_UL.sum(axis=1)
     for _ in range(10_000):
         before = so_U
-        # The truth's two sides: 0 it is not so, 1 it is so.
+        # Posterior of the truth: column 0 the flag is false, column 1 true.
         side_UC = np.stack([1 - so_U, so_U], axis=1)
         share = (so_U.sum() + 1) / (len(so_U) + 2)
         rate_CL = (side_UC.T @ flagged_UL + 1) / (side_UC.T @ asked_UL + 2)
@@ -305,7 +328,7 @@ def dawid_skene(table: Table) -> Flags:
         if np.max(np.abs(so_U - before)) < 1e-10:
             break
     probability[some] = so_U
-    # The same curvature as above, in the logits of the share and of the rates, over the two sides of the truth.
+    # Curvature of the marginal posterior as for rankings, in the logits of the share and of the rates.
     side_UC = np.stack([1 - so_U, so_U], axis=1)
     surprise_UCL = np.where(asked_UL[:, None], flagged_UL[:, None] - rate_CL, 0.0)
     units, labellers = asked_UL.shape

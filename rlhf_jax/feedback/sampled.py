@@ -1,4 +1,4 @@
-"""Items sampled on the spot: each model's responses to the same prompts, to be compared blind."""
+"""Items for blind comparison, with responses sampled from each model to the same prompts."""
 
 from __future__ import annotations
 
@@ -29,16 +29,29 @@ def sample_items(
     temperature: float = 0.7,
     seed: int = 0,
 ) -> list[Item]:
-    """An item for each prompt with `samples` responses of each model, its sources; the same seed gives the same items.
+    """Sample `samples` responses of each model to each prompt, and make an item of them.
 
-    A prompt to which all responses came out alike is kept: it is a tie, and to leave it out would sharpen a difference
-    between the models that is not there.
+    The same seed gives the same items. A prompt whose responses are all equal is kept as a tie; leaving it out would
+    exaggerate the difference between the models.
 
-    Raises: UserError for a prompt that leaves no room in a model's context, and unless there are 2 to 9 responses.
+    Args:
+      models: sources of the responses.
+      prompts: one item each.
+      samples: responses of each model.
+      max_new_tokens: maximum length of a response, in tokens.
+      temperature: of sampling.
+      seed: of sampling.
+
+    Returns:
+      The distinct items, with the models as sources.
+
+    Raises:
+      UserError: for a prompt that does not fit a model's context with its response, and unless there are 2 to 9
+        responses.
     """
     if not 2 <= len(models) * samples <= MOST_RESPONSES:
         raise UserError(
-            f"found {len(models)} runs with {samples} samples each, wanted 2 to {MOST_RESPONSES} responses to a prompt"
+            f"expected 2 to {MOST_RESPONSES} responses to a prompt, got {len(models)} runs with {samples} samples each"
         )
     columns = [
         _responses(
@@ -66,12 +79,12 @@ def _responses(
     for prompt, ids in zip(prompts, rows, strict=True):
         if not 1 <= len(ids) <= room:
             raise UserError(
-                f"{prompt.where}: found {len(ids)} tokens, wanted 1 to {max(room, 0)} for {model.where}: its context "
-                f"of {model.model.context} less --max-new-tokens {max_new_tokens}"
+                f"{prompt.where}: expected 1 to {max(room, 0)} tokens for {model.where} (its context of "
+                f"{model.model.context} less --max-new-tokens {max_new_tokens}), got {len(ids)}"
             )
     order = [place for place in range(len(rows)) for _ in range(samples)]
     key, parts = jax.random.key(seed), range(-(-len(order) // ROWS))
-    # A response is drawn by the numbers of its place, whatever else is sampled beside it.
+    # Random numbers belong to a response's place, so a response does not depend on the batch it is sampled in.
     numbers = [uniform_numbers(jax.random.fold_in(key, part), ROWS, max_new_tokens) for part in parts]
     uniform_NR = np.concatenate(numbers)
     texts = [""] * len(order)
@@ -94,6 +107,6 @@ def _responses(
         )
         tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
         for place, ids, row, mask in zip(among, part, tokens_BR, mask_BR):
-            # Decoded alone, a response could lose a space before it.
+            # Decoding a response without its prompt could drop its leading space.
             texts[place] = tokenizer.decode([*ids, *row[mask].tolist()])[len(tokenizer.decode(ids)) :]
     return [texts[place * samples : (place + 1) * samples] for place in range(len(rows))]

@@ -1,7 +1,7 @@
-"""The labelling server: pages and their files, a labeller's items and answers, the admin's figures and export.
+"""The labelling server: pages and their assets, a labeller's items and answers, the admin's statistics and export.
 
-Everything that changes a folder runs in the one thread of the event loop on the store's one connection, a few
-milliseconds at a time; figures that take longer are drawn in another thread by a connection that only reads.
+All writes run in the event loop's thread on the store's one connection, for a few milliseconds each; slower statistics
+are computed in another thread on a read-only connection.
 """
 
 from __future__ import annotations
@@ -42,17 +42,21 @@ _Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Service:
-    """What the routes share: a store, its queue, and where it is served."""
+    """State shared by the routes: a store, its queue, and the server's address."""
 
     def __init__(self, store: Store, queue: Queue, address: Address) -> None:
         self.store, self.queue, self.address = store, queue, address
-        # Cookies know no ports: two folders on one machine keep theirs apart by name.
+        # Cookies are not separated by port, so folders served on one machine need different names.
         self.cookie = "label_" + hashlib.sha256(store.salt.encode()).hexdigest()[:12]
         self._drawn: tuple[float, dict[str, Any]] = (0.0, {})
         self._drawing = asyncio.Lock()
 
     def who(self, request: Request, *roles: str) -> Labeller:
-        """The labeller that the request's token or cookie belongs to. Raises: Refused."""
+        """The labeller of the request's token or cookie.
+
+        Raises:
+          Refused: without a valid token, or for a role that is not among `roles`.
+        """
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             token = request.cookies.get(self.cookie, "")
@@ -60,11 +64,11 @@ class Service:
         if labeller is None:
             raise Refused(401, "open the page by the link that you were given")
         if roles and labeller.role not in roles:
-            raise Refused(403, "this is the admin's")
+            raise Refused(403, "for the admin only")
         return labeller
 
     async def figures(self) -> dict[str, Any]:
-        """Agreement, win rates and disagreements, at most a few seconds old."""
+        """Agreement, win rates and disagreements, cached for a few seconds."""
         async with self._drawing:
             at, drawn = self._drawn
             if not drawn or time.monotonic() - at > FRESH_SECONDS:
@@ -74,14 +78,14 @@ class Service:
 
 
 def make_app(service: Service) -> Starlette:
-    """The web application, to be served by one process."""
+    """Make the web application, which must be served by one process only."""
 
     async def log_in(request: Request) -> Response:
         body = await read_body(request)
         token = body.get("token")
         labeller = service.store.by_token(token) if isinstance(token, str) else None
         if labeller is None:
-            raise Refused(401, "no labeller has this token")
+            raise Refused(401, "no labeller has this token; ask the admin for a new link")
         response = JSONResponse({"name": labeller.name, "role": labeller.role})
         response.set_cookie(
             service.cookie,
@@ -115,7 +119,7 @@ def make_app(service: Service) -> Starlette:
         body = await read_body(request)
         item, revision, content = _text(body, "item"), body.get("revision"), body.get("draft")
         if not isinstance(revision, int) or not 0 <= revision < 2**53 or not isinstance(content, dict):
-            raise Refused(400, "draft: wanted an item, a revision and a draft")
+            raise Refused(400, "draft: expected an item, a revision and a draft")
         service.queue.save_draft(labeller, item, content, revision)
         return JSONResponse({})
 
@@ -163,7 +167,7 @@ def make_app(service: Service) -> Starlette:
             service.store.revoke(person)
             return JSONResponse({"name": name})
         if deed not in ("add", "link") or person.role == "model":
-            raise Refused(400, "do: wanted add, link or revoke, of a person")
+            raise Refused(400, "do: expected add, link or revoke, of a person")
         return JSONResponse({"name": name, "link": link(service.address, service.store.new_token(person))})
 
     async def export(request: Request) -> Response:
@@ -199,12 +203,12 @@ def make_app(service: Service) -> Starlette:
 
 
 def link(address: Address, token: str) -> str:
-    """What a labeller opens. What stands behind the # is never sent: no log and no other site sees the token."""
+    """A labeller's link. Browsers do not send the part after #, so the token reaches no log and no other site."""
     return f"{address.url}/#token={token}"
 
 
 def _asset(name: str) -> _Handler:
-    """A file of the page, held in memory: no path of a request is ever looked up on the disk."""
+    """Serve a file of the page from memory, so that no request's path is ever looked up on disk."""
     content = (ASSETS / name).read_bytes()
     tag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
     headers = {"etag": tag, "cache-control": "no-cache"}
@@ -218,7 +222,7 @@ def _asset(name: str) -> _Handler:
 
 
 def _page(assignment: Assignment) -> dict[str, Any]:
-    """What the page may know of an item: neither where its responses are from, nor that it is calibration, nor gold."""
+    """An item as sent to the page: without its sources and gold ranks, and without marking calibration items."""
     item = assignment.item
     return {
         "id": item.id,
@@ -242,23 +246,27 @@ def _turns(item: Item) -> list[dict[str, str]]:
 
 
 def _answer(body: dict[str, Any]) -> Answer:
-    """The answer in a post; the queue checks whether it fits the item."""
+    """Parse the answer in a post; the queue checks that it fits the item.
+
+    Raises:
+      Refused: for a field of the wrong type.
+    """
     ranks, ratings, flags = (body.get(name, []) for name in ("ranks", "ratings", "flags"))
     skip, seconds = body.get("skip", ""), body.get("seconds", 0.0)
     if not isinstance(ranks, list) or not all(_whole(rank) for rank in ranks):
-        raise Refused(400, "ranks: wanted a list of whole numbers")
+        raise Refused(400, "ranks: expected a list of whole numbers")
     if not isinstance(ratings, list) or not all(rating is None or _whole(rating) for rating in ratings):
-        raise Refused(400, "ratings: wanted a list of whole numbers, null where there is none")
+        raise Refused(400, "ratings: expected a list of whole numbers, null where there is none")
     if not isinstance(flags, list) or not all(
         isinstance(names, list) and all(name in FLAGS for name in names if isinstance(name, str)) for names in flags
     ):
-        raise Refused(400, f"flags: wanted a list of lists of {', '.join(FLAGS)}")
+        raise Refused(400, f"flags: expected a list of lists of {', '.join(FLAGS)}")
     if not all(isinstance(name, str) for names in flags for name in names):
-        raise Refused(400, "flags: wanted names")
+        raise Refused(400, "flags: expected names")
     if not isinstance(skip, str) or isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise Refused(400, "skip: wanted text; seconds: wanted a number")
+        raise Refused(400, "skip: expected text; seconds: expected a number")
     if not ranks and not skip.strip():
-        raise Refused(400, "ranks: found none, wanted one for each response, or a reason to skip")
+        raise Refused(400, "ranks: expected one for each response, or a reason to skip, got none")
     return Answer(
         item=_text(body, "item"),
         ranks=tuple(ranks),
@@ -272,7 +280,7 @@ def _answer(body: dict[str, Any]) -> Answer:
 def _text(body: dict[str, Any], name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not 1 <= len(value) <= 100:
-        raise Refused(400, f"{name}: wanted text of 1 to 100 characters")
+        raise Refused(400, f"{name}: expected text of 1 to 100 characters")
     return value
 
 
@@ -281,7 +289,7 @@ def _whole(value: object) -> bool:
 
 
 class _reader:
-    """A connection of this thread's own."""
+    """A read-only connection for the current thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store.beside()
@@ -300,7 +308,7 @@ def _draw(store: Store) -> dict[str, Any]:
 
 
 def _export(store: Store) -> bytes:
-    """Every form of export, and all that is known as JSONL, in one archive; the same bytes for the same judgements."""
+    """A zip archive of every form of export and all records as JSONL; the same judgements give the same bytes."""
     with _reader(store) as reader:
         items, judgements = reader.items(), reader.judgements()
     with tempfile.TemporaryDirectory() as folder:
@@ -313,7 +321,7 @@ def _export(store: Store) -> bytes:
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
             for path in sorted(Path(folder).rglob("*")):
                 if path.is_file():
-                    # Without a date of its own an archive of the same files is another every time.
+                    # A fixed date makes the archive of the same files identical.
                     entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
                     entry.compress_type = zipfile.ZIP_DEFLATED
                     files.writestr(entry, path.read_bytes())

@@ -1,6 +1,6 @@
-"""What a labelling folder holds: items, labellers with their tokens, and every judgement, as records.
+"""The contents of a labelling folder as records: items, labellers with their tokens, and judgements.
 
-`queue.py` decides who gets which item; judgements from elsewhere, such as a model's, are given to `record`.
+`queue.py` assigns items to labellers; judgements from elsewhere, e.g. a model's, are added by `record`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[\w.@+ -]{1,80}")
 
 @dataclasses.dataclass(frozen=True)
 class Labeller:
-    """A person or a model. screening: "open" until the quiz is done, then "passed" or "failed"."""
+    """A person or a model; `screening` is "open" until the quiz is finished, then "passed" or "failed"."""
 
     number: int
     name: str
@@ -38,14 +38,21 @@ class Labeller:
 
 
 class Store:
-    """The database of one labelling folder, opened by its one writer or, `read_only`, beside it.
-
-    checked: it was found sound a moment ago.
-    """
+    """The database of one labelling folder, with one writer and any number of readers."""
 
     def __init__(self, folder: Path, *, read_only: bool = False, checked: bool = False) -> None:
+        """Open a folder.
+
+        Args:
+          folder: created by a writer if it is missing.
+          read_only: open as a reader.
+          checked: skip the integrity check, for a folder that was just checked.
+
+        Raises:
+          UserError: if the folder is not a labelling folder, damaged, or of another version.
+        """
         if read_only and not (folder / FILE).exists():
-            raise UserError(f"{folder}: no {FILE} in it; wanted a labelling folder, which `rlhf-jax label` makes")
+            raise UserError(f"{folder}: expected a labelling folder, as made by `rlhf-jax label`, got no {FILE} in it")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.db = connect(folder / FILE, read_only=read_only, checked=checked)
@@ -54,17 +61,18 @@ class Store:
             sync_folder(folder)
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Close the connection."""
         self.db.close()
 
     def beside(self) -> Store:
-        """The same folder through a connection of its own that only reads, for another thread."""
+        """A new read-only connection to the same folder, for another thread."""
         return Store(self.folder, read_only=True, checked=True)
 
     def add_items(self, items: Iterable[Item]) -> int:
-        """How many of the items are new; one that is there already stays as it is.
+        """Add items and return the number of new ones; stored items are not changed.
 
-        Raises: UserError for an item that cannot be compared, or that is there as another kind or with other gold.
+        Raises:
+          UserError: for an item that cannot be compared, or is stored with another kind or other gold ranks.
         """
         added = 0
         with transaction(self.db):
@@ -78,26 +86,29 @@ class Store:
                     )
                     added += 1
                 elif found[0] != item.kind:
-                    raise UserError(f"item {item.id}: found it as {item.kind}, and it stands as {found[0]} already")
+                    raise UserError(f"item {item.id}: expected kind {found[0]}, as stored, got {item.kind}")
                 elif item.gold and tuple(json.loads(found[1])["gold"]) != item.gold:
-                    raise UserError(f"item {item.id}: found gold ranks {list(item.gold)}, others than it had before")
+                    raise UserError(f"item {item.id}: expected gold ranks as stored, got {list(item.gold)}")
         return added
 
     def ask_first(self, ids: Sequence[str]) -> None:
-        """Puts tasks at the front of the queue in this order; the others follow as they stood.
+        """Move tasks to the front of the queue, in this order; the others keep their order.
 
-        Raises: UserError for an id that is no task's.
+        Raises:
+          UserError: for an id that is not a task's.
         """
         with transaction(self.db):
             rows = self.db.execute("SELECT id, number FROM items WHERE kind = 'task' ORDER BY number")
             numbers: dict[str, int] = dict(rows)
             for id in ids:
                 if id not in numbers:
-                    raise UserError(f"item {id}: found it in the order to ask in, wanted one of the folder's tasks")
+                    raise UserError(
+                        f"item {id}: expected one of the folder's tasks, got an unknown id in the order to ask in"
+                    )
             order = dict.fromkeys([*ids, *numbers])
             self.db.execute("CREATE TEMP TABLE moves (old INTEGER PRIMARY KEY, new INTEGER NOT NULL)")
             self.db.executemany("INSERT INTO moves VALUES (?, ?)", zip((numbers[id] for id in order), numbers.values()))
-            # Rows of other tables name an item by its number. Less than 0 on the way, no two have the same one.
+            # Other tables refer to items by number. Numbers are negative in between, so that no two rows share one.
             self.db.execute("PRAGMA defer_foreign_keys = ON")
             for table in ("items", "leases", "judgements", "withdrawn"):
                 column = "number" if table == "items" else "item"
@@ -110,16 +121,16 @@ class Store:
             self.db.execute("UPDATE labellers SET cursor = 0")
 
     def items(self) -> list[Item]:
-        """All items, in the order in which they are asked."""
+        """All items, in the order of the queue."""
         rows = self.db.execute("SELECT id, kind, content FROM items ORDER BY number")
         return [item_of(*row) for row in rows]
 
     def judgements(self) -> list[Judgement]:
-        """All judgements that stand, in the order in which they came."""
+        """All judgements that were not withdrawn, in the order of arrival."""
         return list(self.each_judgement())
 
     def each_judgement(self, after: int = 0) -> Iterator[Judgement]:
-        """The judgements that stand and came after the one with this number."""
+        """Judgements that were not withdrawn, after the one with this number."""
         rows = self.db.execute(
             "SELECT i.id, l.name, j.ranks, j.ratings, j.flags, j.skip, j.seconds, j.at FROM judgements j "
             "JOIN items i ON i.number = j.item JOIN labellers l ON l.number = j.labeller "
@@ -139,16 +150,21 @@ class Store:
             )
 
     def record(self, judgements: Iterable[Judgement]) -> int:
-        """Adds judgements that were not made on the page; how many are new. Those of models keep no item from people.
+        """Add judgements that were not made on the page, and return the number of new ones.
 
-        Raises: UserError for one that fits no item here, or that is there already and says something else.
+        Judgements by models do not count towards the labellers per task.
+
+        Raises:
+          UserError: for a judgement that does not fit an item here, or differs from the stored one.
         """
         added = 0
         with transaction(self.db):
             for judgement in judgements:
                 row = self.db.execute("SELECT number, responses FROM items WHERE id = ?", (judgement.item,)).fetchone()
                 if row is None:
-                    raise UserError(f"item {judgement.item}: found a judgement of it, wanted one of the folder's items")
+                    raise UserError(
+                        f"item {judgement.item}: expected one of the folder's items, got a judgement of an unknown one"
+                    )
                 refuse_judgement(judgement, row[1])
                 labeller = self._labeller(
                     judgement.labeller, "model" if judgement.labeller.startswith(AI) else "labeller"
@@ -163,41 +179,45 @@ class Store:
                     added += 1
                 elif (tuple(json.loads(found[0])), found[1]) != (judgement.ranks, judgement.skip):
                     raise UserError(
-                        f"item {judgement.item}: found another judgement by {judgement.labeller} than stands"
+                        f"item {judgement.item}: expected the judgement by {judgement.labeller} as stored, got another"
                     )
         return added
 
     def add_labeller(self, name: str, role: Role = "labeller") -> Labeller:
-        """The labeller of this name, new or not. Raises: UserError for a name that is none, or with another role."""
+        """The labeller of this name, created if new.
+
+        Raises:
+          UserError: for an invalid name, or a stored labeller with another role.
+        """
         if not _NAME.fullmatch(name) or name != name.strip():
-            raise UserError(f"labeller: found {name[:100]!r}, wanted 1 to 80 letters, digits, spaces and . _ @ + -")
+            raise UserError(f"labeller: expected 1 to 80 letters, digits, spaces and . _ @ + -, got {name[:100]!r}")
         with transaction(self.db):
             return self._labeller(name, role)
 
     def labellers(self) -> list[Labeller]:
-        """Everybody, in the order in which they were added."""
+        """All labellers, in the order in which they were added."""
         rows = self.db.execute("SELECT number, name, role, screening FROM labellers ORDER BY number")
         return [Labeller(*row) for row in rows]
 
     def new_token(self, labeller: Labeller) -> str:
-        """Another token of the labeller's. Only its hash is kept: it is seen here and never again."""
+        """Make a new token for the labeller. Only its hash is stored, so it cannot be shown again."""
         token = secrets.token_urlsafe(24)
         with transaction(self.db):
             self.db.execute("INSERT INTO tokens VALUES (?, ?, ?)", (_hash(token), labeller.number, time.time()))
         return token
 
     def revoke(self, labeller: Labeller) -> None:
-        """Makes every token of the labeller's worthless."""
+        """Delete all tokens of the labeller."""
         with transaction(self.db):
             self.db.execute("DELETE FROM tokens WHERE labeller = ?", (labeller.number,))
 
     def has_token(self, labeller: Labeller) -> bool:
-        """Whether there is a token that the labeller can come in with."""
+        """True if the labeller has a token to sign in with."""
         return self.db.execute("SELECT 1 FROM tokens WHERE labeller = ?", (labeller.number,)).fetchone() is not None
 
     def by_token(self, token: str) -> Labeller | None:
-        """Whose token this is."""
-        # Found by its hash: how long the look-up takes says nothing about a token.
+        """The labeller that a token belongs to, None for an unknown token."""
+        # The look-up is by hash, so its duration reveals nothing about valid tokens.
         row = self.db.execute(
             "SELECT l.number, l.name, l.role, l.screening FROM tokens t JOIN labellers l ON l.number = t.labeller "
             "WHERE t.sha256 = ?",
@@ -213,12 +233,12 @@ class Store:
         row = self.db.execute("SELECT number, name, role, screening FROM labellers WHERE name = ?", (name,)).fetchone()
         labeller = Labeller(*row)
         if labeller.role != role:
-            raise UserError(f"labeller {name!r}: found the role {role}, and it is {labeller.role} here already")
+            raise UserError(f"labeller {name!r}: expected the role {labeller.role}, as stored, got {role}")
         return labeller
 
 
 def item_of(id: str, kind: str, content: str) -> Item:
-    """An item from its columns."""
+    """Make an item from its columns."""
     fields = json.loads(content)
     return Item(
         id=id,
@@ -232,7 +252,7 @@ def item_of(id: str, kind: str, content: str) -> Item:
 
 
 def insert_judgement(db: sqlite3.Connection, item: int, labeller: int, judgement: Judgement) -> None:
-    """A row of the table; inside the caller's transaction."""
+    """Insert a judgement's row, inside the caller's transaction."""
     db.execute(
         "INSERT INTO judgements (item, labeller, ranks, ratings, flags, skip, seconds, at) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -250,39 +270,45 @@ def insert_judgement(db: sqlite3.Connection, item: int, labeller: int, judgement
 
 
 def refuse_judgement(judgement: Judgement, responses: int) -> None:
-    """Raises UserError if this cannot be said of an item with so many responses, naming the field."""
+    """Check a judgement of an item with this number of responses.
+
+    Raises:
+      UserError: naming the field that does not fit.
+    """
     if judgement.skip:
         if judgement.ranks:
-            raise UserError("ranks: found some beside a reason to skip, wanted one or the other")
+            raise UserError("ranks: expected ranks or a reason to skip, got both")
     elif len(judgement.ranks) != responses or not all(1 <= rank <= responses for rank in judgement.ranks):
-        raise UserError(f"ranks: found {list(judgement.ranks)}, wanted {responses} from 1 to {responses}, 1 the best")
+        raise UserError(
+            f"ranks: expected {responses} numbers from 1 (best) to {responses}, got {list(judgement.ranks)}"
+        )
     for name, values in (("ratings", judgement.ratings), ("flags", judgement.flags)):
         if values and len(values) != responses:
-            raise UserError(f"{name}: found {len(values)}, wanted {responses}, one for each response")
+            raise UserError(f"{name}: expected {responses}, one for each response, got {len(values)}")
     for rating in judgement.ratings:
         if rating is not None and rating not in RATINGS:
-            raise UserError(f"ratings: found {rating}, wanted 1 to {RATINGS[-1]}")
+            raise UserError(f"ratings: expected 1 to {RATINGS[-1]}, got {rating}")
     for flag in sorted(frozenset().union(*judgement.flags)):
         if flag not in FLAGS:
-            raise UserError(f"flags: found {flag[:40]!r}, wanted some of {', '.join(FLAGS)}")
+            raise UserError(f"flags: expected some of {', '.join(FLAGS)}, got {flag[:40]!r}")
 
 
 def dense(ranks: Sequence[int]) -> tuple[int, ...]:
-    """Ranks without gaps: 1, 2, … in the same order, equal ones still equal."""
+    """Renumber ranks without gaps (1, 2, …), keeping their order and ties."""
     places = sorted(set(ranks))
     return tuple(places.index(rank) + 1 for rank in ranks)
 
 
 def _refuse_item(item: Item) -> None:
     if not 2 <= len(item.responses) <= 9:
-        raise UserError(f"item {item.id}: found {len(item.responses)} responses, wanted 2 to 9")
+        raise UserError(f"item {item.id}: expected 2 to 9 responses, got {len(item.responses)}")
     if item.kind == "quiz" and len(set(item.gold)) < 2:
         raise UserError(
-            f"item {item.id}: found gold ranks {list(item.gold)}, wanted different ones: a quiz is marked by them"
+            f"item {item.id}: expected gold ranks that differ, by which a quiz is marked, got {list(item.gold)}"
         )
     for name, values in (("gold ranks", item.gold), ("sources", item.sources)):
         if values and len(values) != len(item.responses):
-            raise UserError(f"item {item.id}: found {len(values)} {name}, wanted {len(item.responses)}")
+            raise UserError(f"item {item.id}: expected {len(item.responses)} {name}, got {len(values)}")
 
 
 def _content(item: Item) -> str:

@@ -1,9 +1,9 @@
-"""Items to label, from JSONL files or from responses that models gave.
+"""Items to label, from JSONL files.
 
-A row of a file has a prompt, as text or messages, and `responses`, each text or a message of the assistant's; or it is
-a comparison in any form that training reads (data/reader.py). `ranks`, or chosen before rejected, become gold where
-that is asked for; `sources` may say which model each response came from. With a prompt of messages a response is the
-content of the assistant's next one; with a prompt of text it is what follows the text, with nothing between.
+A row has a prompt, as text or messages, and `responses`, each text or an assistant message; or it is a comparison in
+any form that training reads (data/reader.py). `ranks`, or chosen over rejected, become gold ranks on request; `sources`
+may name the model of each response. After a prompt given as messages a response is the content of the next assistant
+message; after a prompt given as text it continues the text directly.
 """
 
 from __future__ import annotations
@@ -33,33 +33,37 @@ def make_item(
     kind: str = "task",
     gold: Sequence[int] = (),
 ) -> Item:
-    """An item with the id that its prompt and responses give it: the same content is the same item anywhere."""
+    """Make an item whose id is a hash of its prompt and responses, so that equal content has the same id everywhere."""
     content = json.dumps([prompt, turns, responses], ensure_ascii=False)
     id = hashlib.sha256(content.encode()).hexdigest()[:20]
     return Item(id, prompt, tuple(responses), tuple(turns), tuple(sources), kind, dense(gold))
 
 
 def read_tasks(paths: Iterable[str | Path], *, kind: str = "task", gold: bool = False) -> list[Item]:
-    """The items of some files; a row that stands twice is one item.
+    """Read items from files; duplicate rows become one item.
 
     Args:
-      gold: ranks become gold; a quiz cannot do without.
-    Raises: UserError `file:line: field 'x': found …, wanted …`, and for a file without rows.
+      paths: JSONL files.
+      kind: of the items.
+      gold: use ranks as gold ranks, which a quiz requires.
+
+    Raises:
+      UserError: `file:line: field 'x': expected …, got …`, and for a file without rows.
     """
     items: dict[str, Item] = {}
     for path in paths:
         if compares(path):
-            found = [_of_comparison(record, kind, gold) for record in read_records(path, "comparisons", Ledger())]
+            read = [_of_comparison(record, kind, gold) for record in read_records(path, "comparisons", Ledger())]
         else:
-            found = [_of_row(where, row, kind, gold) for where, row in read_rows(path)]
-        if not found:
-            raise UserError(f"{path}: found no row to label, wanted one JSON object on each line")
-        items.update((item.id, item) for item in found if item.id not in items)
+            read = [_of_row(where, row, kind, gold) for where, row in read_rows(path)]
+        if not read:
+            raise UserError(f"{path}: expected one JSON object on each line, got no rows to label")
+        items.update((item.id, item) for item in read if item.id not in items)
     return list(items.values())
 
 
 def compares(path: str | Path) -> bool:
-    """Whether the first row of a file is a comparison."""
+    """True if the first row of a file is a comparison."""
     for _, row in read_rows(path):
         return "chosen" in row
     return False
@@ -67,7 +71,7 @@ def compares(path: str | Path) -> bool:
 
 def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
     if not isinstance(record, Comparison):
-        raise UserError(f"{record.where}: found a ranking among comparisons, wanted files of one kind of row")
+        raise UserError(f"{record.where}: expected comparisons only, as in the other rows, got a ranking")
     responses = [record.chosen, record.rejected]
     if record.turns:
         responses = [response.removeprefix(" ") for response in responses]
@@ -87,9 +91,9 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
     responses = [_response(where, f"responses[{number}]", value) for number, value in enumerate(values)]
     for number, response in enumerate(responses):
         if not response.strip():
-            raise UserError(f"{where}: field 'responses[{number}]': found an empty response, wanted text")
+            raise UserError(f"{where}: field 'responses[{number}]': expected text, got an empty response")
     if len(set(responses)) == 1:
-        raise UserError(f"{where}: field 'responses': found the same text everywhere, wanted something to compare")
+        raise UserError(f"{where}: field 'responses': expected responses that differ, got the same text everywhere")
     sources = row.get("sources", [])
     if not isinstance(sources, list) or len(sources) not in (0, len(values)) or not _all(sources, str):
         raise _wrong(where, row, "sources", f"a list of {len(values)} names, one for each response")
@@ -106,23 +110,25 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
 def _gold(where: str, row: dict[str, Any], count: int) -> list[int]:
     ranks = row.get("ranks", row.get("gold"))
     if not isinstance(ranks, list) or len(ranks) != count or not _all(ranks, int) or min(ranks) < 1:
-        raise _wrong(where, row, "ranks", f"a list of {count} whole numbers from 1, the best: gold was asked for")
+        raise _wrong(
+            where, row, "ranks", f"a list of {count} whole numbers from 1 (best), since gold ranks are requested"
+        )
     if len(set(ranks)) == 1:
-        raise UserError(f"{where}: field 'ranks': found all tied, wanted gold that orders at least one pair")
+        raise UserError(f"{where}: field 'ranks': expected gold that orders at least one pair, got all ranks tied")
     return ranks
 
 
 def _message(where: str, place: str, value: Any) -> Message:
     if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
         raise UserError(
-            f'{where}: field {place!r}: found {describe(value)}, wanted a message {{"role": …, "content": …}}'
+            f'{where}: field {place!r}: expected a message {{"role": …, "content": …}}, got {describe(value)}'
         )
     if value["role"] not in ROLES:
         raise UserError(
-            f"{where}: field '{place}.role': found {describe(value['role'])}, wanted one of {', '.join(ROLES)}"
+            f"{where}: field '{place}.role': expected one of {', '.join(ROLES)}, got {describe(value['role'])}"
         )
     if not isinstance(value["content"], str):
-        raise UserError(f"{where}: field '{place}.content': found {describe(value['content'])}, wanted text")
+        raise UserError(f"{where}: field '{place}.content': expected text, got {describe(value['content'])}")
     return Message(value["role"], value["content"])
 
 
@@ -134,14 +140,12 @@ def _response(where: str, place: str, value: Any) -> str:
         message = _message(where, place, messages[0])
         if message.role == "assistant":
             return message.content
-    raise UserError(f"{where}: field {place!r}: found {describe(value)}, wanted text or one message of the assistant's")
+    raise UserError(f"{where}: field {place!r}: expected text or one assistant message, got {describe(value)}")
 
 
-def _wrong(where: str, row: dict[str, Any], name: str, wanted: str) -> UserError:
-    found = (
-        describe(row[name]) if name in row else f"nothing; the row's fields are {', '.join(map(repr, row)) or 'none'}"
-    )
-    return UserError(f"{where}: field {name!r}: found {found}, wanted {wanted}")
+def _wrong(where: str, row: dict[str, Any], name: str, expected: str) -> UserError:
+    got = describe(row[name]) if name in row else f"nothing; the row's fields are {', '.join(map(repr, row)) or 'none'}"
+    return UserError(f"{where}: field {name!r}: expected {expected}, got {got}")
 
 
 def _all(values: list[Any], kind: type) -> bool:

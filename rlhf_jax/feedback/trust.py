@@ -1,4 +1,4 @@
-"""When a model's judgements count: not before they agree with people's on items that both judged."""
+"""Trust in AI judges: a model's judgements count once they agree with people's on items that both judged."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rlhf_jax.feedback.judged import Judged
 from rlhf_jax.feedback.store import AI
 
 LEAST_AGREEMENT = 0.65
-"""With people, on the pairs that both ordered; InstructGPT's labellers agreed with each other on 0.73."""
+"""Minimum agreement with people on pairs that both ordered; InstructGPT's labellers agreed with each other on 0.73."""
 LEAST_PAIRS = 100
-"""Different pairs of responses that the model and at least one person ordered."""
+"""Minimum number of distinct pairs of responses that the model and at least one person ordered."""
 
 
 def agreement_with_people(judged: Judged, model: str, *, resamples: int = 1000) -> tuple[Estimate | None, int]:
-    """(share of a model's and people's shared preferences that are alike, different pairs that both ordered).
+    """Agreement of a model with people, and the number of distinct pairs that both ordered.
 
-    A pair that several people judged counts once for each of them in the share, and once in the number of pairs.
+    A pair that several people judged counts once per person in the agreement, and once in the number of pairs.
     """
     table = preferences(judged)
     people = [name for name in table.labellers if not name.startswith(AI)]
@@ -29,27 +29,34 @@ def agreement_with_people(judged: Judged, model: str, *, resamples: int = 1000) 
 
 
 def trusted(judged: Judged, *, agreement: float = LEAST_AGREEMENT, pairs: int = LEAST_PAIRS) -> dict[str, Estimate]:
-    """Each model among the labellers and its agreement with people.
+    """Check all models among the labellers against people.
 
     Args:
-      agreement: least share of preferences alike. pairs: least number of different pairs shared.
-    Raises: UserError for the first model that agrees less often, or that shares fewer pairs with people.
+      judged: items and judgements.
+      agreement: minimum agreement with people.
+      pairs: minimum number of distinct pairs that the model and people ordered.
+
+    Returns:
+      Agreement with people, by model.
+
+    Raises:
+      UserError: for the first model below either minimum.
     """
-    found = {}
+    shares = {}
     for name in judged.labellers:
         if not name.startswith(AI):
             continue
         share, shared = agreement_with_people(judged, name)
         if share is None or shared < pairs:
             raise UserError(
-                f"labeller {name}: found {shared} pairs that people ordered too, wanted {pairs} or more before its "
-                f"judgements count; let people judge some of its items, or let it judge some of theirs"
+                f"labeller {name}: expected {pairs} or more pairs that people ordered too before its judgements count, "
+                f"got {shared}; let people judge some of its items, or let it judge some of theirs"
             )
         if share.value < agreement:
             raise UserError(
-                f"labeller {name}: found agreement {share.value:.3f} [{share.low:.3f}, {share.high:.3f}] with people "
-                f"on {shared} pairs, wanted {agreement:.3f} or more before its judgements count; leave them out, or "
-                f"try another model or principle"
+                f"labeller {name}: expected agreement with people of {agreement:.3f} or more before its judgements "
+                f"count, got {share.value:.3f} [{share.low:.3f}, {share.high:.3f}] on {shared} pairs; leave them out, "
+                f"or try another model or principle"
             )
-        found[name] = share
-    return found
+        shares[name] = share
+    return shares

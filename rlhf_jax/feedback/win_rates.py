@@ -1,4 +1,4 @@
-"""Blind evaluation: how often people rank one model's responses above another's."""
+"""Blind evaluation: win rates between models from people's rankings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ _Shares = dict[str, list[float]]
 
 
 def win_rates(items: Iterable[Item], judgements: Iterable[Judgement]) -> list[dict[str, Any]]:
-    """For each two sources, the first's win rate over the second by people; [] where no item names its sources.
+    """Win rate by people of each source over each other source.
 
     An item's outcome is the mean over its judgements and pairs of responses, 1 for a win, ½ for a tie; the rate is the
-    mean over items. For each flag: the share of each source's responses that were given it, and the win rate on the
-    items where somebody gave it. Intervals are Wilson's, 95%, with one observation for each item: several judgements of
-    an item are no independent ones.
+    mean over items. For each flag: the share of each source's responses that got it, and the win rate on the items
+    where any response got it. Intervals are Wilson's, 95%, with one observation per item, because several judgements of
+    an item are not independent.
 
-    Returns: plain JSON; a rate is {"value", "low", "high", "items"}, None where nothing was judged.
+    Args:
+      items: items with their sources.
+      judgements: of these items; judgements by models are left out.
+
+    Returns:
+      Plain JSON, one object per pair of sources, [] if no item names its sources; a rate is {"value", "low", "high",
+      "items"}, None without judgements.
     """
     known = {item.id: item for item in items if len(set(item.sources)) > 1}
     outcomes: dict[tuple[str, str], _Shares] = defaultdict(lambda: defaultdict(list))
@@ -60,9 +66,11 @@ def win_rates(items: Iterable[Item], judgements: Iterable[Judgement]) -> list[di
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval for a share of `count` observations, each between 0 and 1.
+    """Wilson's 95% interval for the mean of `count` observations between 0 and 1.
 
-    Source: Wilson 1927. Outcomes between 0 and 1 vary at most as much as those that are one or the other.
+    It is conservative: outcomes between 0 and 1 have at most the variance of binary ones with the same mean.
+
+    Source: Wilson 1927.
     """
     z2 = 1.959964**2
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)

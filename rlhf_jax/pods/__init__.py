@@ -1,1 +1,1 @@
-"""What a stage would take on a TPU pod: memory, arithmetic, traffic, time and money, from programs compiled for it."""
+"""Planning for TPU pods: memory, FLOPs, traffic, time and cost of a stage, from programs compiled without a pod."""

@@ -1,4 +1,4 @@
-"""What a TPU chip has, and how the chips of a pod are wired."""
+"""Specifications of TPU chips and the topology of a pod."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from rlhf_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, by Google's own figures.
+    """One chip, by Google's published figures.
 
-    flops: bfloat16 FLOP/s. memory: bytes of HBM. bandwidth: bytes/s of HBM. wire: bytes/s of all links between chips
-      together, one way: the published Gbit/s / 8. links: how many those are. dimensions: of the torus.
-    wrap: the length from which an axis closes to a ring, and of which it is a multiple.
-    clock: Hz, for the compiler's cycles: peak FLOP/s over those of a cycle (v4: 8 units of 128 x 128 multipliers); of
-      v6e, whose units are not all published, v5p's.
-    Source: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture"; rings: the same, "TPU
-    configurations", and jax-ml.github.io/scaling-book/tpus.
+    Attributes:
+      name: e.g. "v5e".
+      flops: peak bfloat16 FLOP/s.
+      memory: bytes of HBM.
+      bandwidth: of HBM, bytes/s.
+      wire: one-way bytes/s of all links between chips together, the published Gbit/s / 8.
+      links: number of these links.
+      dimensions: of the torus.
+      wrap: an axis is closed to a ring if its length is a multiple of this.
+      clock: Hz, to convert the compiler's cycles: peak FLOP/s over FLOPs per cycle (v4: 8 units of 128 x 128
+        multipliers); for v6e, whose units are not all published, v5p's.
+
+    Source: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, "system architecture"; for rings also "TPU
+      configurations" there, and jax-ml.github.io/scaling-book/tpus.
     """
 
     name: str
@@ -34,7 +41,7 @@ class Chip:
 
     @property
     def link(self) -> float:
-        """Bytes/s of one link, one way."""
+        """One-way bytes/s of one link."""
         return self.wire / self.links
 
 
@@ -48,23 +55,23 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips of one kind in a block. shape: chips along each axis of the torus."""
+    """A block of chips of one kind; `shape` is the number of chips along each axis of the torus."""
 
     chip: Chip
     shape: tuple[int, ...]
 
     @property
     def chips(self) -> int:
-        """In all."""
+        """Total number of chips."""
         return math.prod(self.shape)
 
     @property
     def name(self) -> str:
-        """As it is written: v5e:16x16."""
+        """The topology in Google's notation, e.g. v5e:16x16."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def links(self, coordinates: list[tuple[int, ...]]) -> int:
-        """Links over which a chip of a group receives: two on each axis where the group fills a ring, else one.
+        """Number of links over which a chip of a group receives: per axis two if the group fills a ring, else one.
 
         Args:
           coordinates: of the group's chips.
@@ -78,44 +85,49 @@ class Topology:
 
 
 def read_topology(text: str) -> Topology:
-    """`v5e:16x16` as a topology.
+    """Parse a topology such as `v5e:16x16`.
 
-    Raises: UserError for a kind or a shape that libtpu does not know, with the nearest one.
+    Raises:
+      UserError: for a kind or a shape that libtpu does not support, with the nearest one.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     if match is None or match[1] not in CHIPS:
         raise UserError(
-            f"topology: found {text!r}, wanted one of {', '.join(CHIPS)} with its chips along each axis, such as "
-            "v5e:16x16 or v5p:4x4x8"
+            f"topology: expected one of {', '.join(CHIPS)} with its chips along each axis, such as v5e:16x16 or "
+            f"v5p:4x4x8, got {text!r}"
         )
     chip = CHIPS[match[1]]
     shape = tuple(int(n) for n in match[2].split("x"))
     if len(shape) != chip.dimensions:
         usual = "4x4x4" if chip.dimensions == 3 else "8x8"
-        raise UserError(f"topology: found {text!r}, wanted {chip.dimensions} axes, such as {chip.name}:{usual}")
-    # Hosts hold 2 x 2 chips; smaller blocks are not described by libtpu without a host of their own.
+        raise UserError(f"topology: expected {chip.dimensions} axes, such as {chip.name}:{usual}, got {text!r}")
+    # A host has 2 x 2 chips; libtpu does not describe blocks that are not made of whole hosts.
     whole = tuple(max(n + n % 2, 2) for n in shape[:2]) + tuple(max(n, 1) for n in shape[2:])
     if shape != whole:
         raise UserError(
-            f"topology: found {text!r}, wanted whole hosts of 2x2 chips; use {chip.name}:{'x'.join(map(str, whole))}"
+            f"topology: expected whole hosts of 2x2 chips, got {text!r}; use {chip.name}:{'x'.join(map(str, whole))}"
         )
     return Topology(chip, shape)
 
 
 def check_mesh(mesh: dict[str, int], topology: Topology) -> None:
-    """Raises UserError where the mesh does not use every chip, with the nearest that does."""
-    wanted = math.prod(mesh.values())
-    if wanted == topology.chips:
+    """Check that the mesh uses every chip.
+
+    Raises:
+      UserError: if it does not, with the nearest mesh that does.
+    """
+    devices = math.prod(mesh.values())
+    if devices == topology.chips:
         return
     tensor = math.gcd(mesh["tensor"], topology.chips)
     data = math.gcd(mesh["data"], topology.chips // tensor)
     near = {"data": data, "fsdp": topology.chips // (data * tensor), "tensor": tensor}
     raise UserError(
-        f"mesh: found {written(mesh)}, {wanted} devices, wanted the {topology.chips} of {topology.name}; "
+        f"mesh: expected the {topology.chips} devices of {topology.name}, got {written(mesh)}, {devices} devices; "
         f"use --mesh {written(near)}"
     )
 
 
 def written(mesh: dict[str, int]) -> str:
-    """A mesh as --mesh takes it, axes of 1 left out."""
+    """Format a mesh as for --mesh, without axes of size 1."""
     return ",".join(f"{name}={size}" for name, size in mesh.items() if size > 1) or "data=1"

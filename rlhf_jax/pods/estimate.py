@@ -1,4 +1,4 @@
-"""From compiled programs to a plan: bytes on a chip, time of a step by two estimates, and what it costs."""
+"""Plans from compiled programs: bytes per chip, two estimates of the step time, and cost."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from rlhf_jax.pods.kernels import kernels
 from rlhf_jax.pods.programs import Piece, Program, Programs, Work, bytes_of
 from rlhf_jax.pods.traffic import cycles, hbm_bytes
 
-# A collective that is spread over the fusions around it has its buffers counted in each of them: for counting, not.
+# The buffers of an asynchronously fused collective are counted in every fusion around it, so this is off for counting.
 COUNTABLE: dict[str, str | bool] = {"xla_tpu_enable_async_collective_fusion": "false"}
 GIB = 2**30
 SECONDS = ("roofline_seconds", "compiler_seconds", "kernel_seconds", "estimate_seconds")
 
 
 class TooLarge(UserError):
-    """A program that takes more memory than a chip has."""
+    """A program that needs more memory than a chip has."""
 
 
 def pod_devices(topology: Topology) -> Sequence[Any]:
-    """Devices of a pod that is not there, for the compiler.
+    """Abstract devices of a pod, to compile for.
 
-    Raises: UserError without libtpu.
+    Raises:
+      UserError: without libtpu.
     """
     from jax.experimental import topologies
 
-    # One device for both cores of a v4 chip, as v5p has by itself.
+    # Treat both cores of a v4 chip as one device, which is the default for v5p.
     more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     try:
         devices: Sequence[Any] = topologies.get_topology_desc(
@@ -52,14 +53,14 @@ def pod_devices(topology: Topology) -> Sequence[Any]:
 
 
 def compiled(program: Program, mesh: Any, options: dict[str, str | bool] | None = None) -> Any:
-    """The program, compiled for the devices of the mesh."""
+    """Compile a program for the devices of a mesh."""
     with jax.set_mesh(mesh):
         jitted = jax.jit(program.function, donate_argnums=program.donated, out_shardings=program.out)
         return jitted.lower(*program.arguments).compile(compiler_options=options)
 
 
 def resident_bytes(programs: Programs) -> dict[str, int]:
-    """Bytes of a chip that are taken all the time: trained parameters, moments, frozen networks."""
+    """Bytes per chip that are always in use: trained parameters, optimizer state, frozen networks."""
     return {
         "parameters": bytes_of(programs.trained()),
         "optimizer": bytes_of(programs.opt_state()),
@@ -68,35 +69,38 @@ def resident_bytes(programs: Programs) -> dict[str, int]:
 
 
 def check_fit(programs: Programs, topology: Topology) -> dict[str, int]:
-    """Resident bytes by kind.
+    """Resident bytes per chip, by kind.
 
-    Raises: UserError where they alone do not fit, with the nearest mesh or pod that holds them.
+    Raises:
+      UserError: if they alone do not fit, with the nearest mesh or pod that holds them.
     """
     held = resident_bytes(programs)
     total, limit = sum(held.values()), topology.chip.memory
     if total <= limit:
         return held
     chips, work = topology.chips, programs.work
-    # Cut by every chip, with half of the memory left to work in.
+    # Sharded over all chips, with half of the memory left for temporaries.
     everywhere = total * math.prod(work.mesh[name] for name in AXES[1:]) / chips
     if everywhere <= limit / 2:
         hint = f"use --mesh {written({**dict.fromkeys(AXES, 1), 'fsdp': chips})}"
     else:
-        wanted = 2 ** math.ceil(math.log2(everywhere * chips / (limit / 2)))
-        hint = f"wanted about {wanted} chips of {topology.chip.name}, found {chips}"
+        needed = 2 ** math.ceil(math.log2(everywhere * chips / (limit / 2)))
+        hint = f"use about {needed} chips of {topology.chip.name} instead of {chips}"
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in held.items() if size)
     raise UserError(
-        f"mesh {written(work.mesh)}: found {total / GIB:.1f} GiB a chip ({parts}) before any work, wanted at most "
-        f"{limit / GIB:.0f} GiB of {topology.chip.name}; {hint}"
+        f"mesh {written(work.mesh)}: expected at most the {limit / GIB:.0f} GiB of {topology.chip.name}, got "
+        f"{total / GIB:.1f} GiB a chip ({parts}) before any work; {hint}"
     )
 
 
 def memory_of(program: Any, arguments: Any, resident: int, cache: int = 0) -> dict[str, float]:
-    """Bytes of a chip while a compiled program runs, beside everything that is resident.
+    """Bytes per chip while a compiled program runs, including everything that is resident.
 
     Args:
-      arguments: of the program; those that are resident are in `resident` too.
-      cache: bytes of the cache, which the compiler counts among its temporaries.
+      program: the compiled program.
+      arguments: of the program.
+      resident: resident bytes, which include resident arguments.
+      cache: bytes of the KV cache, which the compiler counts among its temporaries.
     """
     stats = program.memory_analysis()
     own = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -112,7 +116,7 @@ def memory_of(program: Any, arguments: Any, resident: int, cache: int = 0) -> di
 
 
 def wire_seconds(found: list[Collective], topology: Topology, devices: Sequence[Any]) -> float:
-    """Seconds that links are busy, one collective after the other, on all axes that each spans."""
+    """Seconds that the links are busy with the collectives in sequence, each on all axes that it spans."""
     total = 0.0
     for one in found:
         places = [tuple(devices[number].coords)[: len(topology.shape)] for number in one.group if number < len(devices)]
@@ -121,11 +125,11 @@ def wire_seconds(found: list[Collective], topology: Topology, devices: Sequence[
 
 
 def counted(program: Any, topology: Topology, devices: Sequence[Any]) -> dict[str, float]:
-    """What a program without loops takes of a chip."""
+    """FLOPs, bytes and seconds per chip of a program without loops."""
     text = program.as_text()
     found, own = collectives(text), kernels(text, topology.chip.name)
     return {
-        # Not there, or below 0, where arrays are only moved.
+        # Missing or negative for programs that only move arrays.
         "flops": max(program.cost_analysis().get("flops", 0.0), 0.0) + own["kernel_flops"],
         "bytes": hbm_bytes(text),
         "collective_bytes": sum(one.received * one.times for one in found),
@@ -136,9 +140,9 @@ def counted(program: Any, topology: Topology, devices: Sequence[Any]) -> dict[st
 
 
 def scheduled(text: str, topology: Topology, devices: Sequence[Any]) -> dict[str, float]:
-    """Seconds of a whole program by the schedule of its operations, loops with all their rounds, or of its links.
+    """Seconds of a whole program by the compiler's schedule, all loop iterations included, or of its links if longer.
 
-    Other than in a piece nothing waits for another chip, and the links are busy beside the arithmetic throughout.
+    In contrast to pieces, communication is assumed to overlap with computation throughout.
     """
     wire = wire_seconds(collectives(text), topology, devices)
     here = (cycles(text) + kernels(text, topology.chip.name)["kernel_cycles"]) / topology.chip.clock
@@ -146,16 +150,20 @@ def scheduled(text: str, topology: Topology, devices: Sequence[Any]) -> dict[str
 
 
 def extrapolated(one: dict[str, float], two: dict[str, float], layers: int) -> dict[str, float]:
-    """A figure of each kind at full depth, from those of one and of two unrolled layers."""
+    """Extrapolate counts to full depth, from the counts of one and of two unrolled layers."""
     return {name: max(one[name] + (layers - 1) * (two[name] - one[name]), 0.0) for name in one}
 
 
 def timed(figures: dict[str, float], chip: Chip, *, hidden: bool) -> dict[str, float]:
-    """The same with the two times of a piece, in seconds.
+    """Add the two time estimates of a piece, in seconds.
 
-    roofline_seconds: the longest of arithmetic, memory and links, all at their peak and at once.
-    estimate_seconds: the slower of that and of the compiler's own cycles, operation after operation; where links are
-      not hidden behind arithmetic, their time comes on top.
+    roofline_seconds is the maximum of compute, memory and link time at peak rates. estimate_seconds also takes the
+    compiler's cycles of all operations in sequence into account.
+
+    Args:
+      figures: counts of a piece.
+      chip: the chip.
+      hidden: True if communication overlaps with computation; otherwise its time is added in estimate_seconds.
     """
     here = max(figures["flops"] / chip.flops, figures["bytes"] / chip.bandwidth)
     wire = figures["wire_seconds"]
@@ -165,26 +173,26 @@ def timed(figures: dict[str, float], chip: Chip, *, hidden: bool) -> dict[str, f
 
 
 def piece_figures(piece: Piece, layers: int, topology: Topology) -> dict[str, float]:
-    """Counted at one and two layers where depth changes it, at full depth where not; each time it is done."""
+    """Counts and times of a piece per execution, extrapolated from one and two layers if it depends on depth."""
     devices = list(piece.on.devices.flat)
     counts = [
         counted(compiled(piece.at(depth), piece.on, COUNTABLE), topology, devices)
         for depth in ((1, 2) if piece.deep and layers > 1 else (1,))
     ]
     figures = counts[0] if len(counts) == 1 else extrapolated(counts[0], counts[1], layers)
-    # A token waits for every sum over heads; training gathers the next layer while this one is computed.
+    # Decoding waits for every sum over heads; training gathers the next layer while the current one is computed.
     return timed(figures, topology.chip, hidden=piece.program != "rollout")
 
 
 def check_compiled(name: str, error: Exception) -> UserError:
-    """The line for a program that the compiler refuses, its memory above all."""
+    """Convert a compiler error, usually about memory, to a one-line error."""
     text = " ".join(str(error).split())
     used = re.search(r"[Uu]sed ([\d.]+\w) of ([\d.]+\w) hbm", text)
     used = used or re.search(r"temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", text)
     if used is None:
-        return UserError(f"{name}: the compiler refused it: {text[:300]}")
+        return UserError(f"{name}: the compiler rejected it: {text[:300]}")
     return TooLarge(
-        f"{name}: found {used[1]} of HBM a chip, wanted at most {used[2]}; use a smaller --batch, more --microbatches, "
+        f"{name}: expected at most {used[2]} of HBM a chip, got {used[1]}; use a smaller --batch, more --microbatches, "
         "--remat full, a smaller --head-chunk, or more chips"
     )
 
@@ -197,13 +205,20 @@ def make_plan(
     while_it_fits: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Everything that is known of a stage on a pod, under plain keys; bytes, FLOPs and seconds are a chip's.
+    """Plan a stage on a pod; bytes, FLOPs and seconds are per chip.
 
     Args:
-      only: memory, from whole programs, or time, from their pieces, whose compilations take as long again.
-      while_it_fits: leave all else out once a program has not fitted.
-      say: told of each program as it is compiled.
-    Raises: UserError where the mesh, the batch or the model does not fit.
+      work: the sizes of a step.
+      topology: the pod.
+      only: "memory" for whole programs only, "time" for pieces only, which take about as long to compile; "" for both.
+      while_it_fits: stop at the first program that does not fit.
+      say: called with a line for each compiled program.
+
+    Returns:
+      The plan as plain JSON.
+
+    Raises:
+      UserError: if the mesh, the batch or the model does not fit.
     """
     check_mesh(work.mesh, topology)
     work = work.filled()
@@ -229,7 +244,7 @@ def make_plan(
         "pieces": {},
     }
     whole, pieces = programs.whole(), programs.pieces()
-    # The update takes most: first, for those who would try something else.
+    # The update needs the most memory, so it is compiled first to fail early.
     for name in sorted(whole, key=lambda name: name != "update") if only != "time" else ():
         program = whole[name]
         started, worked = time.monotonic(), time.process_time()
@@ -280,7 +295,7 @@ def make_plan(
 
 
 def decode_limit(plan: dict[str, Any], programs: Programs, chip: Chip) -> None:
-    """Adds what reading weights and cache once takes at the bandwidth of HBM, the least that a token can take."""
+    """Add the lower bound on the time of a decoded token: reading weights and KV cache once at the HBM bandwidth."""
     if "decode" in plan["pieces"]:
         read = bytes_of(programs.decoding_params()) + bytes_of(programs.cache())
         row = plan["pieces"]["decode"]
@@ -289,9 +304,9 @@ def decode_limit(plan: dict[str, Any], programs: Programs, chip: Chip) -> None:
 
 
 def whole_step(plan: dict[str, Any], topology: Topology, work: Work) -> dict[str, float]:
-    """Time of a step and what it implies, from its pieces; adds utilisation to programs and pieces.
+    """Time and throughput of a step from its pieces; also adds utilisation to the plan's programs and pieces.
 
-    A program takes as long as its pieces, or as the compiler's schedule of the whole of it where that is longer.
+    A program takes as long as its pieces, or as the compiler's schedule of the whole program if that is longer.
     """
     chip, total, useful = topology.chip, 0.0, 0.0
     for row in plan["pieces"].values():
@@ -324,6 +339,6 @@ def whole_step(plan: dict[str, Any], topology: Topology, work: Work) -> dict[str
 
 
 def bill(plan: dict[str, Any], tokens: float, price: float) -> dict[str, float]:
-    """Chip-hours of so many tokens, and their price at `price` for a chip and hour."""
+    """Chip-hours for this number of tokens, and their cost at `price` per chip-hour."""
     hours = tokens / plan["tokens_per_second"] * plan["chips"] / 3600
     return {"tokens": tokens, "chip_hours": hours, "price": price, "bill": hours * price}

@@ -1,4 +1,4 @@
-"""What the chips of a compiled program send each other, read from its text."""
+"""Collectives of a compiled program and the bytes that they transfer, read from the program's text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation between chips.
+    """One collective operation.
 
-    kind: of KINDS. shapes: (type, lengths) of its results. times: how often a run of the program does it.
-    group: the devices of the first group, by their number in the mesh.
+    Attributes:
+      kind: one of KINDS.
+      shapes: (type, lengths) of its results.
+      times: executions per run of the program.
+      group: devices of the first group, by their number in the mesh.
     """
 
     kind: str
@@ -28,10 +31,10 @@ class Collective:
 
     @property
     def received(self) -> float:
-        """Bytes that a chip must receive from others, each time.
+        """Bytes that a chip must receive from others per execution.
 
-        All but its own part of a gathered array; a scattered sum brings as much as gathering its parts; a sum that all
-        get is both.
+        All-gather: the array without the chip's own part. Reduce-scatter: as much as gathering the parts. All-reduce:
+        the sum of both.
         """
         size, devices = sum(BYTES.get(kind, 4) * math.prod(shape) for kind, shape in self.shapes), len(self.group)
         others = (devices - 1) / devices if devices else 0.0
@@ -45,8 +48,8 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program.
 
-    A collective that the compiler spreads over several fusions has one channel and counts once.
-    A loop that may end early, as sampling does, counts with the rounds that it may take.
+    A collective that the compiler spreads over several fusions has one channel and counts once. A loop that may end
+    early, as in sampling, counts with its maximum number of iterations.
     """
     bodies = computations(text)
     times = times_of(bodies)
@@ -65,9 +68,9 @@ def collectives(text: str) -> list[Collective]:
                 if kind in BYTES
             ]
             if match[3] and len(shapes) > 1:
-                shapes = shapes[len(shapes) // 2 :]  # a start gives its operands beside its results
+                shapes = shapes[len(shapes) // 2 :]  # a start's type lists its operands before its results
             if kind == "reduce-scatter" and scattered:
-                # Inside such a fusion the sum is whole; what leaves it is a part.
+                # Inside such a fusion the sum has its full size; the result of the fusion is a shard.
                 shapes = [(kind, (math.prod(dims) // max(len(group), 1),)) for kind, dims in shapes]
             channel = re.search(r"channel_id=(\d+)", line)
             key = channel[1] if channel else line
@@ -78,10 +81,10 @@ def collectives(text: str) -> list[Collective]:
 
 
 def computations(text: str) -> dict[str, list[str]]:
-    """Lines of each computation of a program; that of the program itself is ENTRY."""
+    """Lines of each computation of a program; the program's own computation is "ENTRY"."""
     bodies: dict[str, list[str]] = {}
     name = ""
-    # What a kernel says of itself breaks the lines of all operations made from it.
+    # A kernel's metadata contains line breaks, in every operation made from it.
     text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text)
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
@@ -94,7 +97,7 @@ def computations(text: str) -> dict[str, list[str]]:
 
 
 def times_of(bodies: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs in a run of the program."""
+    """Number of executions of each computation per run of the program."""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for name, lines in bodies.items():
         for line in lines:
@@ -120,14 +123,14 @@ def times_of(bodies: dict[str, list[str]]) -> dict[str, int]:
 
 
 def _rounds(line: str, bodies: dict[str, list[str]]) -> int:
-    """Of a loop: what the text says of it, else the number that its condition compares its counter with."""
+    """Iterations of a loop: the known trip count, or else the constant that its condition compares the counter with."""
     known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     names = [condition[1]] if condition else []
     found = [1]
-    # On a CPU the comparison stands in a computation that the condition calls.
+    # On CPU the comparison is in a computation that the condition calls.
     for name in names:
         for one in bodies.get(name, []):
             found += [int(number) for number in re.findall(r"= s32\[\]\S* constant\((\d+)\)", one)]
@@ -156,7 +159,7 @@ def _group(line: str) -> tuple[int, ...]:
 
 
 def _counted(text: str) -> np.ndarray:
-    """Device numbers as `[2,4]T(1,0)` orders them: counted over a grid, whose axes are then exchanged."""
+    """Device numbers in the notation `[2,4]T(1,0)`: enumerated over a grid, whose axes are then transposed."""
     lengths, _, order = text.partition("T")
     shape = tuple(int(n) for n in re.findall(r"\d+", lengths))
     grid = np.arange(math.prod(shape)).reshape(shape)

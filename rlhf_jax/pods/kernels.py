@@ -1,8 +1,8 @@
-"""What splash attention takes in a compiled program: the compiler counts neither the FLOPs nor the cycles of a kernel.
+"""FLOPs and cycles of splash attention in a compiled program, which the compiler does not count for kernels.
 
-Both are counted here, by blocks of the scores: those that the mask leaves out are skipped. A block's cycles are the
-length of the schedule (bundles, one a cycle) that the compiler itself makes for the body of the kernel's loop, read
-from its listings; the command stands in docs/pods.md. Waiting for memory is not in it.
+Both are counted by blocks of the attention scores, without the blocks that the mask skips. A block's cycles are the
+length of the compiler's schedule (bundles, one per cycle) for the body of the kernel's loop, read from its listings;
+the command is in docs/pods.md. Waiting for memory is not included.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import re
 
 from rlhf_jax.pods.hlo import computations, times_of
 
-# Bundles of a block [edge, edge] of the scores, for heads of up to 128: (forward, gradient of keys and values, gradient
-# of queries). libtpu of requirements-pods.lock. On v4 and v5p they are those of one core, as if the other had nothing
-# to do: the kernel's gradients are not cut between the two.
+# Bundles per block [edge, edge] of the scores, for head sizes up to 128: (forward, gradient of keys and values,
+# gradient of queries), with the libtpu of requirements-pods.lock. On v4 and v5p they are for one core and assume that
+# the other is idle, since the kernel's gradients are not split between the two.
 BUNDLES: dict[str, dict[int, tuple[int, int, int]]] = {
     "v4": {128: (943, 922, 714), 256: (1452, 1396, 1044), 512: (3109, 3622, 2547)},
     "v5e": {128: (630, 490, 419), 256: (1091, 1054, 718), 512: (2089, 2330, 1756)},
@@ -22,12 +22,16 @@ BUNDLES: dict[str, dict[int, tuple[int, int, int]]] = {
     "v6e": {128: (557, 467, 361), 256: (984, 940, 657), 512: (1530, 1670, 1311)},
 }
 PHASES = ("fwd", "dkv", "dq")
-# Matrix products of a block: q k and p v; q k, p do, v do and ds q; q k, v do and ds k.
+# Matrix products per block: q k and p v; q k, p do, v do and ds q; q k, v do and ds k.
 PRODUCTS = (2, 4, 3)
 
 
 def kernels(text: str, chip: str) -> dict[str, float]:
-    """FLOPs and cycles of all splash kernels of a program, and how many run; those in loops as often as they do.
+    """FLOPs and cycles of all splash kernels of a program, and the number of kernel runs; loops count every iteration.
+
+    Args:
+      text: of the compiled program.
+      chip: key of BUNDLES.
 
     Source: Dao 2023 (arXiv:2307.08691), algorithms 1 and 2, for the products.
     """
@@ -53,7 +57,7 @@ def kernels(text: str, chip: str) -> dict[str, float]:
 
 
 def causal_blocks(queries: int, keys: int, edge_q: int, edge_k: int) -> int:
-    """Blocks of the scores in which a query sees a key, where the queries are the last ones of the keys' tokens."""
+    """Number of score blocks that the causal mask does not skip, with the queries at the end of the keys' tokens."""
     behind = keys - queries
     return sum(
         1

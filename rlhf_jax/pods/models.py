@@ -1,4 +1,4 @@
-"""The model that is planned: a preset, a config.json, or a Hugging Face folder. Its weights are never read."""
+"""Model configurations for planning: a preset, a config.json, or a Hugging Face folder. Weights are never read."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ PRESETS = {
 
 
 def read_model(text: str) -> ModelConfig:
-    """The shape that `text` names: a preset, FILE.json of ours or of Hugging Face, hf:FOLDER, or a run's folder.
+    """Read a preset, FILE.json (this library's or Hugging Face's), hf:FOLDER, or a run's folder.
 
-    Raises: UserError for what is none of these.
+    Raises:
+      UserError: for anything else.
     """
     if text in PRESETS:
         return PRESETS[text]
@@ -60,19 +61,20 @@ def read_model(text: str) -> ModelConfig:
     path = Path(rest if colon and kind == "hf" else text)
     file = path / "config.json" if path.is_dir() or (colon and kind == "hf") else path
     if not file.exists():
-        raise UserError(f"model: found {text!r}, wanted one of {', '.join(PRESETS)}, a config.json or hf:FOLDER")
+        raise UserError(f"model: expected one of {', '.join(PRESETS)}, a config.json or hf:FOLDER, got {text!r}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"model: {file}: unreadable: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"model: {file}: found {type(values).__name__}, wanted an object")
+        raise UserError(f"model: {file}: expected an object, got {type(values).__name__}")
     if "model_type" in values:
         if values["model_type"] not in FAMILIES:
             raise UserError(
-                f"model: {file}: found model_type {values['model_type']!r}, wanted one of {', '.join(FAMILIES)}"
+                f"model: {file}: field 'model_type': expected one of {', '.join(FAMILIES)}, "
+                f"got {values['model_type']!r}"
             )
         return FAMILIES[values["model_type"]].read(Fields(values, str(file)))
-    # A run's own file holds the model beside the run's settings.
+    # A run's config.json has the model under its own key, next to the run's settings.
     inner = values["model"] if isinstance(values.get("model"), dict) else values
     return from_plain(ModelConfig, inner, where=str(file))

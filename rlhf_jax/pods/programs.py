@@ -1,7 +1,7 @@
-"""The programs of a stage with nothing in them but shapes: what is compiled in place of a run.
+"""The programs of a stage over abstract arrays, which are compiled without being run.
 
-`whole` programs are those of the library at full depth, layers scanned. `piece`s are parts of them in a straight line
-(layers unrolled, no loop over microbatches or tokens), which the compiler can count, at a depth of our choice.
+`whole` programs are the library's own at full depth, with scanned layers. `pieces` are parts of them without loops
+(unrolled layers, no loop over microbatches or tokens) at any depth, whose FLOPs and bytes the compiler can count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Stage = Literal["pretrain", "sft", "reward", "ppo"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step does; 0 stands for a size that `filled` chooses."""
+    """The sizes of a step; `filled` chooses those that are 0, or negative for pretraining_batch and decode_parts."""
 
     model: ModelConfig
     stage: Stage
@@ -54,27 +54,28 @@ class Work:
 
     @property
     def row_devices(self) -> int:
-        """Devices over which rows are spread."""
+        """Number of devices over which rows are sharded."""
         return self.mesh[DATA] * self.mesh[FSDP]
 
     @property
     def parts(self) -> int:
-        """Optimizer steps and microbatches of a batch in one epoch."""
+        """Number of parts of a batch: minibatches times microbatches."""
         return self.microbatches * (self.minibatches if self.stage == "ppo" else 1)
 
     @property
     def tokens(self) -> int:
-        """Of a step, those of its rows."""
+        """Tokens per step, including padding."""
         return self.batch * self.row_length * (self.responses if self.stage == "reward" else 1)
 
     def rounds(self, program: str) -> int:
-        """How often a step runs a whole program."""
+        """Executions of a whole program per step."""
         return self.minibatches * self.epochs if self.stage == "ppo" and program == "update" else 1
 
     def filled(self) -> Work:
-        """The same with every size given.
+        """The same work with every size chosen.
 
-        Raises: UserError for rows that do not divide, or are longer than the context.
+        Raises:
+          UserError: for rows that are not divisible, or longer than the context.
         """
         share = self.row_devices * self.parts
         batch = self.batch if self.batch else share * (2 if self.stage == "ppo" else 1)
@@ -97,7 +98,7 @@ class Work:
             )
         parts = self.decode_parts
         if parts < 0:
-            # As many as have a key head each; where that leaves no room for weights, the caller asks for more.
+            # One key head per part; if the weights then do not fit, the caller must request more parts.
             parts = math.gcd(self.mesh[FSDP], self.model.key_heads) if self.mesh[FSDP] > 1 else 0
         if parts and self.mesh[FSDP] % parts:
             raise UserError(
@@ -109,7 +110,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function of abstract arrays. out: shardings of its results, None where the compiler chooses."""
+    """A function with abstract arguments.
+
+    Attributes:
+      function: to compile.
+      arguments: abstract arrays.
+      out: shardings of the results, None if the compiler chooses.
+      donated: indices of donated arguments.
+    """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -119,10 +127,16 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A straight line of a program. at: depth -> it. times: in a step. deep: whether depth changes it.
+    """A part of a program without loops.
 
-    model_flops: FLOPs of its matrix products over all chips, each time, had nothing been computed anew.
-    program: the whole program that it is a part of.
+    Attributes:
+      program: the whole program that it is a part of.
+      at: makes the part for a number of layers.
+      times: executions per step.
+      deep: True if it depends on the number of layers.
+      model_flops: FLOPs of its matrix products on all chips per execution, without recomputation.
+      on: mesh.
+      tokens: tokens per execution.
     """
 
     program: str
@@ -135,14 +149,14 @@ class Piece:
 
 
 class Programs:
-    """The abstract arrays of a stage on the mesh of a pod, and the programs over them."""
+    """Abstract arrays of a stage on the mesh of a pod, and its programs."""
 
     def __init__(self, work: Work, devices: Any) -> None:
         self.work = work
         shape = tuple(work.mesh[name] for name in AXES)
         kinds = (AxisType.Auto,) * len(AXES)
         self.mesh = jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
-        # The same devices in the same order, as `decoding` sees them.
+        # The same devices in the same order, in the shape that decoding uses.
         parts = max(work.decode_parts, 1)
         self.decode_mesh = Mesh(
             self.mesh.devices.reshape(work.row_devices // parts, 1, parts * shape[2]), AXES, axis_types=kinds
@@ -151,7 +165,7 @@ class Programs:
     # Shapes
 
     def model(self, depth: int | None = None, *, scalar: bool = False) -> Transformer:
-        """The network at full depth as it runs, or unrolled at another."""
+        """The network at full depth, or unrolled with `depth` layers."""
         config = self.work.model
         if depth is not None:
             windows = config.windows[:depth]
@@ -159,7 +173,7 @@ class Programs:
         return Transformer(config, scalar=scalar)
 
     def params(self, depth: int | None = None, *, scalar: bool = False) -> Params:
-        """Abstract parameters, cut by the table."""
+        """Abstract parameters with the shardings of the sharding table."""
         model = self.model(depth, scalar=scalar)
         shapes = jax.eval_shape(
             lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"], jax.eval_shape(jax.random.key, 0)
@@ -167,36 +181,36 @@ class Programs:
         return self.placed(shapes)
 
     def placed(self, tree: Any) -> Any:
-        """Shapes with the sharding that the table gives them."""
+        """Abstract arrays with the shardings of the sharding table."""
         return jax.tree.map(_with, tree, shardings(tree, self.mesh))
 
     def rows(self, *shape: int, dtype: Any = np.int32) -> Any:
-        """An array of a batch."""
+        """An abstract array that is sharded over rows."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, PartitionSpec((DATA, FSDP))))
 
     def scalar(self, dtype: Any = np.float32) -> Any:
-        """A number on every device."""
+        """An abstract replicated scalar."""
         return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
     def key(self) -> Any:
-        """A random key on every device."""
+        """An abstract replicated random key."""
         shape = jax.eval_shape(jax.random.key, 0)
         return jax.ShapeDtypeStruct((), shape.dtype, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
     def tokens(self, rows: int, length: int) -> TokenBatch:
-        """Rows of a language model, one token more than predicts."""
+        """A language-modelling batch: rows of `length` inputs and one more token for the last target."""
         return TokenBatch(
             self.rows(rows, length + 1), self.rows(rows, length + 1), self.rows(rows, length + 1, dtype=bool)
         )
 
     def prompts(self, rows: int) -> PromptBatch:
-        """Prompts of PPO."""
+        """A batch of PPO prompts."""
         return PromptBatch(
             self.rows(rows, self.work.prompt_length), self.rows(rows, self.work.prompt_length, dtype=bool)
         )
 
     def rollout(self, rows: int) -> Rollout:
-        """Scored episodes."""
+        """A batch of scored episodes."""
         T, R = self.work.row_length, self.work.response_length
         number_BR = self.rows(rows, R, dtype=np.float32)
         return Rollout(
@@ -214,7 +228,7 @@ class Programs:
     # Stages
 
     def ppo_config(self) -> ppo.Config:
-        """Settings of the stage that bear on its programs."""
+        """PPO settings that affect the programs."""
         work = self.work
         return ppo.Config(
             batch=work.batch,
@@ -231,23 +245,23 @@ class Programs:
         )
 
     def networks(self, depth: int | None = None) -> Networks:
-        """PPO's architectures."""
+        """The policy and value networks."""
         return Networks(self.model(depth), self.model(depth, scalar=True))
 
     def optimizers(self) -> dict[str, Any]:
-        """Of the networks that are trained, by name; the stages with one call it policy here."""
+        """Optimizers by network; a stage with a single network uses the name "policy"."""
         if self.work.stage == "ppo":
             return ppo.make_optimizers(self.ppo_config())
         return {"policy": make_optimizer(sft.Config().optimizer, 1000)}
 
     def trained(self, depth: int | None = None) -> dict[str, Params]:
-        """Parameters that are trained."""
+        """Trainable parameters by network."""
         if self.work.stage == "ppo":
             return {"policy": self.params(depth), "critic": self.params(depth, scalar=True)}
         return {"policy": self.params(depth, scalar=self.work.stage == "reward")}
 
     def opt_state(self, depth: int | None = None) -> dict[str, Any]:
-        """Moments of the trained networks."""
+        """Optimizer states by network."""
         trained = self.trained(depth)
         return {
             name: self.placed(jax.eval_shape(optimizer.init, trained[name]))
@@ -255,7 +269,7 @@ class Programs:
         }
 
     def frozen(self, depth: int | None = None) -> Frozen | None:
-        """Networks that are only read."""
+        """PPO's frozen networks, None for other stages."""
         if self.work.stage != "ppo":
             return None
         return Frozen(self.params(depth), self.params(depth, scalar=True), self.scalar(), self.scalar())
@@ -275,7 +289,7 @@ class Programs:
         return {"update": Program(update, (state, self.batch(work.batch)), out, donated=(0,))}
 
     def batch(self, rows: int) -> Any:
-        """A batch of the stages with one network."""
+        """A batch of a stage other than PPO."""
         work = self.work
         if work.stage == "reward":
             K, T = work.responses, work.row_length
@@ -319,7 +333,7 @@ class Programs:
     # Pieces
 
     def pieces(self) -> dict[str, Piece]:
-        """The straight lines of which a step is made."""
+        """The parts of a step, by name."""
         work, model = self.work, self.work.model
         T, R = work.row_length, work.response_length
         backbone = model.flops_per_token(T, language_head=False) * T
@@ -350,7 +364,7 @@ class Programs:
                 lambda depth: self._extend(depth, 1),
                 R - 1,
                 True,
-                # The keys that a token sees are as many as lie before it, not half the row.
+                # A decoded token attends to the prompt and its predecessors, not to half a row.
                 work.batch * (decode + 2.0 * model.layers * model.heads * model.head_size * work.prompt_length),
                 self.decode_mesh,
                 work.batch,
@@ -437,7 +451,7 @@ class Programs:
         return Program(lambda params: decoding_params(params, work.decode_parts, work.model.dtype), (self.params(),))
 
     def decoding_params(self, depth: int | None = None) -> Params:
-        """The policy as sampling holds it."""
+        """The policy's parameters as sharded for sampling."""
         work, mesh = self.work, dict(self.decode_mesh.shape)
         params = self.params(depth)
         if not work.decode_parts:
@@ -452,7 +466,7 @@ class Programs:
         return jax.tree_util.tree_map_with_path(one, params)
 
     def cache(self, depth: int | None = None) -> Cache:
-        """The cache of a rollout, where `constrain_cache` lays it."""
+        """The KV cache of a rollout, with the sharding of `constrain_cache`."""
         work, model = self.work, self.model(depth)
         mesh = dict(self.decode_mesh.shape)
         shapes = jax.eval_shape(lambda: empty_cache(model.config, work.batch, work.row_length, work.cache_dtype))
@@ -486,7 +500,7 @@ class Programs:
 
 
 def bytes_of(tree: Any) -> int:
-    """Bytes that a chip holds of abstract arrays."""
+    """Bytes of abstract arrays on one chip."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape

@@ -1,8 +1,8 @@
-"""What a straight-line program moves over HBM, and the cycles that the compiler gives any, read from its text.
+"""HBM traffic of a program without loops, and the compiler's cycle estimates, read from the program's text.
 
-The compiler's own "bytes accessed" counts a weight that is fetched in four slices four times, and what stays in the
-chip's fast memory as if it did not. Its "optimal_seconds" follows that, and has -1 s for each operation that it cannot
-time, collectives above all. The cycles that it schedules by are sound.
+The compiler's own "bytes accessed" counts a weight that is fetched in four slices four times, and also counts data that
+stays in the chip's fast memory. Its "optimal_seconds" is based on that, with -1 s for each operation that it cannot
+time, such as collectives. The cycle estimates that its scheduler uses are reliable.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 
 from rlhf_jax.pods.hlo import BYTES, computations, times_of
 
-# They name what is there, or end what another began.
+# Operations without traffic: they name existing data.
 FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "iota"}
 PARTS = {"slice", "dynamic-slice", "gather"}
 INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(.*)")
@@ -20,9 +20,9 @@ SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\](\{[^{}]*\})?")
 
 
 def cycles(text: str) -> float:
-    """Of all operations that the compiler gives a number, those in loops as often as they are done.
+    """Cycles of all operations for which the compiler has an estimate; loops count every iteration.
 
-    Operations between chips and prefetches have none; those in a fusion have theirs with it.
+    Collectives and prefetches have no estimate; operations in a fusion are included in the fusion's.
     """
     bodies = computations(text)
     times = times_of(bodies)
@@ -39,8 +39,8 @@ def cycles(text: str) -> float:
 def hbm_bytes(text: str) -> float:
     """Bytes read from and written to HBM by a program without loops.
 
-    An operation reads its operands and writes its result, where they lie in HBM; of what it only slices it reads the
-    slice, and of what it changes in place it writes the change.
+    An operation reads its operands and writes its result, if they are in HBM; of a sliced operand it reads only the
+    slice, and of an operand updated in place it writes only the update.
     """
     bodies = computations(text)
     held: dict[str, float] = {}
@@ -55,7 +55,7 @@ def hbm_bytes(text: str) -> float:
         if kind in FREE or kind.endswith("-done"):
             continue
         if kind in ("copy-start", "slice-start"):
-            # (operands, result, …) or (result, operand, …): of a copy both have one size; a slice is the smaller.
+            # (operands, result, …) or (result, operand, …): a copy's sizes are equal; a slice is the smaller one.
             sizes = sorted((_size(part, anywhere=True) for part in _parts(shape)), reverse=True)
             moved = sizes[1] if len(sizes) > 1 else sizes[0]
             total += moved * (2 if all("S(" not in part for part in _parts(shape)[:2]) else 1)
@@ -73,17 +73,17 @@ def hbm_bytes(text: str) -> float:
 
 
 def _fused(lines: list[str], held: list[float]) -> tuple[float, float | None]:
-    """(bytes read, bytes written, None for the whole result) of a fusion with operands of these bytes in HBM."""
-    found = [match.groups() for line in lines if (match := INSTRUCTION.match(line))]
-    if not found:
+    """(bytes read, bytes written or None for the whole result) of a fusion, from its operands' bytes in HBM."""
+    parsed = [match.groups() for line in lines if (match := INSTRUCTION.match(line))]
+    if not parsed:
         return sum(held), None
-    numbers = {name: int(operands) for _, name, _, kind, operands, _ in found if kind == "parameter"}
-    sizes = {name: _size(shape, anywhere=True) for _, name, shape, *_ in found}
+    numbers = {name: int(operands) for _, name, _, kind, operands, _ in parsed if kind == "parameter"}
+    sizes = {name: _size(shape, anywhere=True) for _, name, shape, *_ in parsed}
     read, written = 0.0, None
     for name, number in numbers.items():
         users = [
             (user, kind, names)
-            for _, user, _, kind, operands, _ in found
+            for _, user, _, kind, operands, _ in parsed
             if name in (names := re.findall(r"%([\w.\-]+)", operands))
         ]
         whole = held[number] if number < len(held) else 0.0
@@ -102,7 +102,7 @@ def _parts(shape: str) -> list[str]:
 
 
 def _size(shape: str, *, anywhere: bool = False) -> float:
-    """Bytes of an array or a tuple of them, of those in HBM: a layout with S(n) is elsewhere."""
+    """Bytes of an array or a tuple of arrays in HBM (a layout with S(n) is in another memory), or `anywhere`."""
     total = 0
     for kind, dims, layout in SHAPE.findall(shape):
         if kind in BYTES and (anywhere or "S(" not in layout):

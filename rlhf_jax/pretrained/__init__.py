@@ -1,1 +1,1 @@
-"""Published models in and out: Hugging Face folders, GGUF files, PEFT adapters."""
+"""Import and export of published models: Hugging Face folders, GGUF files, PEFT adapters."""

@@ -1,4 +1,7 @@
-"""Rotary positions and windows in a config.json: read in transformers' older and newer keys, written in both."""
+"""Rotary positions and sliding windows in a config.json.
+
+Both the older and the newer keys of transformers are read, and both are written.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.config_fields import Fields
 
-# Dynamic scaling begins past max_position_embeddings, which is our context.
+# Dynamic scaling only changes positions past max_position_embeddings, which is the longest context here.
 ROPE_TYPES = {"default": "none", "dynamic": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -23,11 +26,20 @@ def rope_of(
     share_key: str = "partial_rotary_factor",
     share: float | None = None,
 ) -> dict[str, Any]:
-    """rope_base, rope_scaling and rotary_fraction, from the keys of transformers 5 or of older files.
+    """Read rope_base, rope_scaling and rotary_fraction, from the keys of transformers 5 or of older files.
 
     Args:
-      base_key, share_key: of the base and of the share of a head that is rotated, in older files.
-      share: where no key says it; None for families that rotate the whole head.
+      fields: of config.json.
+      context: tokens, the default of original_max_position_embeddings.
+      base_key: key of the base in older files.
+      share_key: key of the fraction of a head that is rotated, in older files.
+      share: default of that fraction; None for families that rotate the whole head.
+
+    Returns:
+      Arguments of ModelConfig.
+
+    Raises:
+      UserError: for a scaling or a fraction that is not supported.
     """
     new, old = fields.inner("rope_parameters"), fields.inner("rope_scaling")
 
@@ -37,7 +49,7 @@ def rope_of(
     fraction = number("partial_rotary_factor", fields.number(share_key, 1.0 if share is None else share))
     if share is None and fraction != 1.0:
         raise UserError(
-            f"{fields.where}: field {share_key!r}: found {fraction}, wanted 1.0, the only one of this family"
+            f"{fields.where}: field {share_key!r}: expected 1.0, the only value of this family, got {fraction}"
         )
     return {
         "rope_base": number("rope_theta", fields.number(base_key, 10_000.0)),
@@ -47,12 +59,16 @@ def rope_of(
 
 
 def scaling_of(new: Fields, old: Fields, context: int) -> RopeScaling:
-    """The stretching that `rope_parameters` or the older `rope_scaling` describes, or both alike."""
+    """Read the RoPE scaling from `rope_parameters` or the older `rope_scaling`.
+
+    Raises:
+      UserError: if both are present and differ.
+    """
     if not old.values:
         return _scaling(new, context)
     scaling = _scaling(old, context)
     if new.values and _scaling(new, context) != scaling:
-        raise UserError(f"{old.where}: found another scaling than in rope_parameters; remove one of the two")
+        raise UserError(f"{old.where}: expected the scaling of rope_parameters, got another; remove one of the two")
     return scaling
 
 
@@ -84,7 +100,7 @@ def _scaling(rope: Fields, context: int) -> RopeScaling:
 
 
 def rope_config(model: ModelConfig) -> dict[str, Any]:
-    """The keys of `rope_of`, rotary_fraction left out: the older ones, which every reader knows, and the newer."""
+    """The keys that `rope_of` reads, except rotary_fraction: the older ones, which every reader has, and the newer."""
     scaling = model.rope_scaling
     written: dict[str, Any] = {}
     if scaling.kind != "none":
@@ -107,12 +123,20 @@ def rope_config(model: ModelConfig) -> dict[str, Any]:
 def windows_of(
     fields: Fields, layers: int, slides: Callable[[int], bool], *, there: bool = True, typed: bool = True
 ) -> tuple[int, ...]:
-    """The window of each layer, by `layer_types` or by the family's own rule; () if all layers see all.
+    """The attention window of each layer in tokens, from `layer_types` or else from the family's rule.
 
     Args:
-      slides: the family's rule: whether a layer has the window.
-      there: False if another key says that no layer has it.
-      typed: False if the family has no `layer_types`: they may stand there, if they say what its rule does.
+      fields: of config.json.
+      layers: number of layers.
+      slides: the family's rule: True for a layer with the window.
+      there: False if another key disables the window in all layers.
+      typed: False if the family has no `layer_types`; they are accepted if they agree with its rule.
+
+    Returns:
+      One window per layer, 0 for full attention; () if all layers have full attention.
+
+    Raises:
+      UserError: for `layer_types` that contradict the other keys.
     """
     window = fields.integer("sliding_window", 4096, null=0) if there else 0
     sliding = [bool(window) and slides(layer) for layer in range(layers)]
@@ -122,15 +146,15 @@ def windows_of(
             raise fields.wrong("layer_types", f"{layers} of {SLIDING} or {FULL}")
         named = [kind == SLIDING for kind in types]
         if any(named) and not window:
-            raise fields.wrong("layer_types", f"{FULL} alone, since the other keys say that there is no window")
+            raise fields.wrong("layer_types", f"{FULL} only, since the other keys disable the window")
         if named != sliding and not typed:
-            raise fields.wrong("layer_types", f"{SLIDING if window else FULL} alone: this family has one kind of layer")
+            raise fields.wrong("layer_types", f"{SLIDING if window else FULL} only (this family has one kind of layer)")
         sliding = named
     return tuple(window if slide else 0 for slide in sliding) if any(sliding) else ()
 
 
 def window_config(model: ModelConfig) -> dict[str, Any]:
-    """sliding_window, None if there is none, and layer_types. Windows of several sizes come out as the largest."""
+    """The keys sliding_window (None without a window) and layer_types; of several window sizes, the largest."""
     window = max(model.windows, default=0)
     types = [SLIDING if model.window(layer) else FULL for layer in range(model.layers)]
     return {"sliding_window": window if window else None, "layer_types": types}

@@ -1,4 +1,4 @@
-"""The fields of a config.json, read with a clear error for what is missing or of another kind."""
+"""Typed access to the fields of a config.json, with clear errors for missing fields and wrong types."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from rlhf_jax.errors import UserError
 
 
 class Fields:
-    """The fields of a JSON object; errors begin with `where`, which names its file.
+    """The fields of a JSON object.
 
-    Of each kind that is read: a missing key stands for `default`, without one it is an error; null is as missing,
-    unless it has a meaning of its own, which `null` gives.
+    The readers return `default` for a missing key, and raise UserError if there is no default. A null counts as
+    missing, unless `null` gives its meaning.
+
+    Args:
+      values: the object.
+      where: the file and place of the object, which errors begin with.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -23,7 +27,7 @@ class Fields:
         return self.values.get(name) is not None
 
     def integer(self, name: str, default: int | None = None, *, null: int | None = None, least: int = 1) -> int:
-        """A whole number."""
+        """A whole number, at least `least` where the field is present."""
         value = self._value(name, default, null)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.wrong(name, "a whole number")
@@ -32,7 +36,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None, *, null: float | None = None) -> float:
-        """A number."""
+        """A finite number."""
         value = self._value(name, default, null)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.wrong(name, "a number")
@@ -46,7 +50,7 @@ class Fields:
         return value
 
     def word(self, name: str, meanings: Mapping[str, Any], default: str | None = None) -> Any:
-        """What a word stands for."""
+        """The meaning of a word, looked up in `meanings`."""
         value = self._value(name, default, None)
         if not isinstance(value, str) or value not in meanings:
             raise self.wrong(name, "one of " + ", ".join(meanings))
@@ -60,14 +64,20 @@ class Fields:
         return Fields(value, f"{self.where}: {name}")
 
     def refuse(self, name: str, *, unless: Any) -> None:
-        """Raises UserError for a setting that this library's transformer does not have."""
-        if name in self and self.values[name] != unless:
-            raise UserError(f"{self.where}: field {name!r}: found {self.values[name]!r}, only {unless!r} is supported")
+        """Reject a setting that this library's transformer does not have.
 
-    def wrong(self, name: str, wanted: str) -> UserError:
-        """The error of a field."""
-        found = f"{self.values[name]!r:.100}" if name in self else "nothing"
-        return UserError(f"{self.where}: field {name!r}: found {found}, wanted {wanted}")
+        Raises:
+          UserError: if the field is present and differs from `unless`.
+        """
+        if name in self and self.values[name] != unless:
+            raise UserError(
+                f"{self.where}: field {name!r}: expected {unless!r}, got {self.values[name]!r}, which is not supported"
+            )
+
+    def wrong(self, name: str, expected: str) -> UserError:
+        """The error for a field's value, or for a missing field."""
+        got = f"{self.values[name]!r:.100}" if name in self else "nothing"
+        return UserError(f"{self.where}: field {name!r}: expected {expected}, got {got}")
 
     def _value(self, name: str, default: Any, null: Any) -> Any:
         if name in self:

@@ -1,4 +1,4 @@
-"""Models out of runs, for others to load, and published models into runs."""
+"""Export of runs for other tools, and import of published models as runs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rlhf_jax.tokenizers.export import write_folder as write_tokenizer
 
 
 def open_any(spec: str) -> Source:
-    """What `spec` names, a language model or a reward model."""
+    """Open the language model or the reward model that `spec` names."""
     if not spec.startswith(("hf:", "peft:")):
         return open_source(spec, stages=(*LANGUAGE, "reward"))
     try:
         return open_source(spec, stages=LANGUAGE)
     except UserError as error:
-        if "found a score head" not in str(error):
+        if "got a score head" not in str(error):
             raise
     return open_source(spec, stages=("reward",))
 
@@ -41,10 +41,21 @@ def export(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Writes a model in Hugging Face's layout, or its adapter in PEFT's; returns a line that says what.
+    """Write a model in Hugging Face's layout, or its adapter in PEFT's.
 
     Args:
-      critic: the value network of a PPO run, in place of its policy.
+      spec: a run's folder or a published model, as for `open_source`.
+      folder: must not exist, or be empty.
+      adapter: write the LoRA adapter only.
+      critic: write the value network of a PPO run instead of its policy.
+      dtype: of the tensors; by default that of the published model, float32 for an adapter.
+      shard_bytes: maximum size of a file.
+
+    Returns:
+      A one-line summary for the user.
+
+    Raises:
+      UserError: for a folder in use, and for a model that cannot be written in that form.
     """
     source = open_any(spec)
     if adapter:
@@ -69,7 +80,7 @@ def export(
 
 
 def import_model(spec: str, folder: Path) -> str:
-    """Makes the folder of a run that holds a published model, as a stage would; returns a line that says so."""
+    """Make a run folder that holds a published model, as a stage would, and return a one-line summary."""
     source = open_any(spec)
     run = RunFolder.create(
         folder,
@@ -90,9 +101,13 @@ def import_model(spec: str, folder: Path) -> str:
 
 
 def critic_params(source: Source) -> Params:
-    """The value network of a PPO run, whole."""
+    """All parameters of a PPO run's value network, with an adapter merged into its base.
+
+    Raises:
+      UserError: if the source is not a PPO run.
+    """
     if source.stage != "ppo":
-        raise UserError(f"{source.where}: found a {source.stage} run, wanted a ppo run, which has a value network")
+        raise UserError(f"{source.where}: expected a ppo run, which has a value network, got a {source.stage} run")
     critic = RunFolder.open(source.spec, stages=("ppo",)).load_params()["critic"]
     if source.base is None or source.lora is None:
         return critic
@@ -102,7 +117,7 @@ def critic_params(source: Source) -> Params:
 
 def _export_adapter(source: Source, folder: Path, dtype: str) -> str:
     if source.lora is None or source.base is None:
-        raise UserError(f"{source.where}: found a whole network, wanted a run that trained an adapter (--lora.rank)")
+        raise UserError(f"{source.where}: expected a run that trained an adapter (--lora.rank), got a whole network")
     origin = source.origin
     if origin is None:
         origin = as_published(*unstacked(jax.device_get(source.base.params()), source.model))[2]

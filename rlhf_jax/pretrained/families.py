@@ -1,4 +1,4 @@
-"""The published families of models: what their config.json says in our terms, and back.
+"""Published model families: conversion between their config.json and ModelConfig, in both directions.
 
 Names and defaults are those of transformers 5 and of the older files that it still reads.
 """
@@ -18,16 +18,21 @@ from rlhf_jax.pretrained.config_fields import Fields
 GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 UNGATED = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
 ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "gelu": "gelu_new", "gelu_exact": "gelu"}
-# What ModelConfig says of how a model is run: no published file holds it.
+# Fields of ModelConfig about how a model is run, which no published file holds.
 HOW = {"dropout", "dtype", "scan_layers", "remat", "head_chunk"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """architecture, classifier: transformers' classes of the language model and of a model with one score.
+    """A model family of transformers.
 
-    prefix: of the base model's tensors. read: config.json -> ModelConfig. write: its inverse, for a model whose parts
-    the family has and whose defaults are written out; `family_of` sees to both.
+    Attributes:
+      architecture: transformers' class of the language model.
+      classifier: transformers' class of the sequence classifier, which is a reward model here.
+      prefix: of the base model's tensor names.
+      read: config.json -> ModelConfig.
+      write: its inverse, for a model that has only parts of this family and whose defaults are written out;
+        `family_of` checks both.
     """
 
     architecture: str
@@ -38,9 +43,13 @@ class Family:
 
 
 def family_of(model: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The first family that has all parts of a model of our own: (model_type, config.json).
+    """The first family that can represent a model of this library.
 
-    Raises: UserError if none has.
+    Returns:
+      (model_type, config.json).
+
+    Raises:
+      UserError: if no family has all of the model's parts.
     """
     wanted = _resolved(model)
     for model_type, family in FAMILIES.items():
@@ -48,17 +57,17 @@ def family_of(model: ModelConfig) -> tuple[str, dict[str, Any]]:
             config = {"model_type": model_type, **family.write(wanted)}
             read = family.read(Fields(config, model_type))
         except UserError:
-            continue  # what the family has no word for
+            continue  # the family cannot express a part of the model
         if _resolved(read) == wanted:
             return model_type, config
     sizes = {"vocab_size", "context", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "query_scale"}
-    usual, found = dataclasses.asdict(_resolved(ModelConfig())), dataclasses.asdict(wanted)
-    parts = ", ".join(f"{name}={found[name]}" for name in found if name not in sizes and found[name] != usual[name])
-    raise UserError(f"no published family has this model's parts together: {parts}")
+    usual, own = dataclasses.asdict(_resolved(ModelConfig())), dataclasses.asdict(wanted)
+    parts = ", ".join(f"{name}={own[name]}" for name in own if name not in sizes and own[name] != usual[name])
+    raise UserError(f"no published family combines these parts of the model: {parts}")
 
 
 def _resolved(model: ModelConfig) -> ModelConfig:
-    """The same model with every default written out, and without what no published file holds."""
+    """The same model with every default written out, and without the fields that no published file holds."""
     windowed, rotary, scaling = any(model.windows), model.positions == "rotary", model.rope_scaling
     if scaling.kind in ("none", "linear"):
         scaling = RopeScaling("linear", scaling.factor) if scaling.kind == "linear" else RopeScaling()
@@ -88,7 +97,12 @@ def _resolved(model: ModelConfig) -> ModelConfig:
 
 
 def _sizes(fields: Fields, kv_heads: int | None = None) -> dict[str, Any]:
-    """What Llama's relatives call alike. kv_heads: where the key is missing; as many as heads if not given."""
+    """Sizes under the keys that Llama and its relatives share.
+
+    Args:
+      fields: of config.json.
+      kv_heads: default for a missing num_key_value_heads; the number of heads if None.
+    """
     heads = fields.integer("num_attention_heads")
     return {
         "vocab_size": fields.integer("vocab_size"),
@@ -115,7 +129,7 @@ def _size_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _rms_config(model: ModelConfig) -> dict[str, Any]:
-    """What the families with RMSNorm, without Gemma's, call alike."""
+    """Keys that the families with RMSNorm share, except Gemma."""
     return {
         **_size_config(model),
         **rope_config(model),
@@ -130,9 +144,9 @@ def _head_width(fields: Fields, default: int | None = None) -> int:
 
 
 def _even_heads(model: ModelConfig) -> None:
-    """Raises UserError where transformers' class does, whatever head_dim says."""
+    """Raise UserError for a width that transformers' class rejects, whatever head_dim is."""
     if model.width % model.heads:
-        raise UserError(f"width {model.width}: wanted a multiple of heads {model.heads}")
+        raise UserError(f"width: expected a multiple of heads {model.heads}, got {model.width}")
 
 
 def _read_llama(fields: Fields) -> ModelConfig:
@@ -205,7 +219,7 @@ def _read_qwen(fields: Fields, **parts: Any) -> ModelConfig:
 def _write_qwen2(model: ModelConfig) -> dict[str, Any]:
     first = next((layer for layer, window in enumerate(model.windows) if window), model.layers)
     windows = window_config(model) | {"use_sliding_window": any(model.windows), "max_window_layers": first}
-    # Qwen2's own files have no such key.
+    # Published Qwen2 files have no head_dim.
     wide = {} if model.heads * model.head_size == model.width else {"head_dim": model.head_width}
     return _rms_config(model) | windows | wide
 
@@ -226,7 +240,7 @@ def _read_gemma2(fields: Fields) -> ModelConfig:
 
 def _read_gemma3(fields: Fields) -> ModelConfig:
     context, every = fields.integer("max_position_embeddings"), fields.integer("sliding_window_pattern", 6)
-    # Nested by the kind of layer since transformers 5; before, scaling was of the layers without a window alone.
+    # Nested by layer type since transformers 5; before, scaling applied only to the layers without a window.
     rope, old = fields.inner("rope_parameters"), fields.inner("rope_scaling")
     whole, local = rope.inner("full_attention"), rope.inner("sliding_attention")
     local.refuse("rope_type", unless="default")
@@ -281,7 +295,7 @@ def _write_gemma(model: ModelConfig) -> dict[str, Any]:
     _even_heads(model)
     windows = window_config(model)
     if windows["sliding_window"] is None:
-        windows["sliding_window"] = model.context  # transformers wants a size, even if no layer has the window
+        windows["sliding_window"] = model.context  # transformers requires a size, even if no layer has the window
     return {
         **_size_config(model),
         **windows,
@@ -399,7 +413,7 @@ def _family(stem: str, prefix: str, read: Any, write: Any, text: str = "") -> Fa
     return Family(f"{stem}ForCausalLM", f"{stem}{text}ForSequenceClassification", prefix, read, write)
 
 
-# By model_type. In the order in which a family is looked for that can hold a model of our own.
+# By model_type. `family_of` tries them in this order for a model of this library.
 FAMILIES: dict[str, Family] = {
     "llama": _family("Llama", "model.", _read_llama, _write_llama),
     "qwen2": _family("Qwen2", "model.", _read_qwen2, _write_qwen2),

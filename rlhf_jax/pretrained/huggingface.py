@@ -1,7 +1,7 @@
 """Models in Hugging Face's folder layout: config.json, *.safetensors with their index, tokenizer, chat template.
 
-Reading goes a tensor at a time straight to its place on the devices; writing goes a shard at a time. What is read and
-written back is the same to the bit.
+Tensors are read one at a time and placed on the devices; they are written one file at a time. A round trip is
+bit-exact.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlhf_jax.pretrained.weights import BUFFERS, Tensor, head_of, join, shape_in
 from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, sync_folder, write_json
 
 SHARD_BYTES = 2 * 2**30
-OURS = "rlhf_jax"  # the key of config.json under which stands what transformers has no word for
+OURS = "rlhf_jax"  # the key of config.json for values that transformers has no key for
 
 
 class Tensors(Protocol):
@@ -41,16 +41,21 @@ class Tensors(Protocol):
     def tensor(self, name: str) -> np.ndarray: ...
 
     def where(self, name: str) -> str:
-        """The file that a tensor is in."""
+        """Path of the file that holds a tensor."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A published model: where it is, what it is, and its tensors, not yet read.
+    """A published model whose tensors are not yet read.
 
-    where: as errors name it. model_type: key of FAMILIES. origin: what `write_folder` needs to write it as it was.
-    model: its vocab_size is the file's until `for_tokenizer` narrows it. scalar: it has one score, no language head.
+    Attributes:
+      where: name of the model in errors.
+      model_type: key of FAMILIES.
+      model: its vocab_size is the file's until `for_tokenizer` reduces it.
+      scalar: True for a score head instead of a language head.
+      origin: record from which `write_folder` reproduces the files.
+      tensors: reader of the tensors.
     """
 
     where: str
@@ -61,10 +66,12 @@ class Pretrained:
     tensors: Tensors
 
     def for_tokenizer(self, vocab_size: int, pad_id: int) -> Pretrained:
-        """The same with logits for the tokenizer's ids alone, and a row for a pad that the model does not know.
+        """The same model with logits for the tokenizer's ids only, and an embedding row for an added pad token.
 
-        Rows that were added for the hardware thus get no probability.
-        Raises: UserError where the tokenizer has ids that the model has no row for.
+        Rows that only pad the embedding to a round size thus get no probability.
+
+        Raises:
+          UserError: if the tokenizer has ids beyond the embedding.
         """
         rows = self.model.vocab_rows
         if vocab_size > rows:
@@ -75,13 +82,14 @@ class Pretrained:
         return dataclasses.replace(self, model=model)
 
     def load(self, place: Callable[[str, np.ndarray], jax.Array] | None = None, dtype: str = "float32") -> Params:
-        """The parameters, nested dicts.
+        """Read the parameters as nested dicts; the host holds one tensor at a time.
 
         Args:
-          place: (dotted path, host array) -> where and how it lies on the devices; the default device if not given.
-            The host holds one tensor at a time.
+          place: (dotted path, host array) -> array on the devices; by default the default device.
           dtype: of the parameters.
-        Raises: UserError for a tensor that is missing, of another shape or type, or of no use to the model.
+
+        Raises:
+          UserError: for a tensor that is missing, has another shape or type, or has no place in the model.
         """
         table = tensors_of(self.model_type, self.model, scalar=self.scalar)
         held = self._held(table)
@@ -93,9 +101,9 @@ class Pretrained:
 
         flat: dict[str, Any] = {}
         for tensor in table:
-            wanted = shape_in_file(tensor, tuple(shapes[path] for path in tensor.ours), self.origin["rows"])
-            # No name may hold the tensor beyond this line, or there would be two in memory.
-            parts = split(tensor, self._checked(held[tensor.name], wanted), self.model)
+            expected = shape_in_file(tensor, tuple(shapes[path] for path in tensor.ours), self.origin["rows"])
+            # No variable may keep the tensor alive past this line, or two would be in memory.
+            parts = split(tensor, self._checked(held[tensor.name], expected), self.model)
             flat |= {path: placed(path, part) for path, part in zip(tensor.ours, parts, strict=True)}
             del parts
         if self.scalar:
@@ -113,7 +121,7 @@ class Pretrained:
         return digest.hexdigest()
 
     def _held(self, table: Sequence[Tensor]) -> dict[str, str]:
-        """Name in the table -> name in the file, which may lack the prefix of the base model."""
+        """Map names of the table to names in the file, which may lack the prefix of the base model."""
         prefix = FAMILIES[self.model_type].prefix
         head = head_of(self.model_type)
         held = {}
@@ -125,9 +133,9 @@ class Pretrained:
         if missing:
             raise UserError(
                 f"{self.where}: tensor {missing[0]!r} is missing ({len(missing)} of {len(table)} are); "
-                f"config.json says {self.model_type} with {self.model.layers} layers"
+                f"config.json describes a {self.model_type} of {self.model.layers} layers"
             )
-        # A reward model's file may still have its language head; a tied one may hold it a second time.
+        # A reward model's file may still have its language head; a file with tied embeddings may repeat it.
         extra = sorted(set(held) - {tensor.name for tensor in table} - {head})
         if extra:
             name = held[extra[0]]
@@ -148,9 +156,9 @@ class Pretrained:
         value = self.tensors.tensor(name)
         at = f"{self.tensors.where(name)}: tensor {name!r}"
         if value.shape != shape:
-            raise UserError(f"{at}: found shape {list(value.shape)}, wanted {list(shape)} by config.json")
+            raise UserError(f"{at}: expected shape {list(shape)} by config.json, got {list(value.shape)}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise UserError(f"{at}: found type {value.dtype}, wanted floating-point numbers, not quantised ones")
+            raise UserError(f"{at}: expected unquantised floating-point numbers, got {value.dtype}")
         return value
 
     def _digest(self, name: str) -> bytes:
@@ -158,29 +166,37 @@ class Pretrained:
 
 
 def read_folder(folder: str | Path) -> Pretrained:
-    """The model in a folder. Raises: UserError for an unknown kind, and for files that are missing, cut or not JSON."""
+    """Open the model in a folder.
+
+    Raises:
+      UserError: for an unknown model type, and for files that are missing, truncated or not JSON.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; wanted one with a config.json and safetensors files")
+        raise UserError(f"{folder}: no such folder; expected one with a config.json and safetensors files")
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: no config.json in it; wanted a model's folder in Hugging Face's layout")
+        raise UserError(f"{folder}: no config.json in it; expected a model's folder in Hugging Face's layout")
     config, generation = read_json(folder / "config.json"), None
     if isinstance(config, dict) and "format_version" in config and "model_type" not in config:
-        raise UserError(f"{folder}: found a run's folder, wanted a published model's; for the run, leave out hf:")
+        raise UserError(f"{folder}: expected a published model's folder, got a run's; for the run, leave out hf:")
     if (folder / "generation_config.json").exists():
         generation = read_json(folder / "generation_config.json")
         if not isinstance(generation, dict):
-            raise UserError(f"{folder}/generation_config.json: found {type(generation).__name__}, wanted an object")
+            raise UserError(f"{folder}/generation_config.json: expected an object, got {type(generation).__name__}")
     return pretrained(str(folder), config, SafetensorsFolder(folder), generation_config=generation)
 
 
 def pretrained(
     where: str, config: Any, tensors: Tensors, *, generation_config: dict[str, Any] | None = None
 ) -> Pretrained:
-    """A model from the content of its config.json and its tensors, wherever they come from."""
+    """Open a model from the content of its config.json and a reader of its tensors.
+
+    Raises:
+      UserError: for a config that this library's transformer cannot represent, and if there are no tensors.
+    """
     at = _config_file(where)
     if not isinstance(config, dict):
-        raise UserError(f"{at}: found {type(config).__name__}, wanted an object")
+        raise UserError(f"{at}: expected an object, got {type(config).__name__}")
     fields = Fields(config, at)
     if config.get("model_type") == "gemma3":
         raise fields.wrong("model_type", "gemma3_text, its text part")
@@ -193,17 +209,17 @@ def pretrained(
     if scalar:
         _one_label(fields)
     if "quantization_config" in fields:
-        raise UserError(f"{at}: field 'quantization_config': found one, wanted weights that are not quantised")
+        raise UserError(f"{at}: field 'quantization_config': expected none (unquantised weights), got one")
     fields.refuse("is_causal", unless=True)
     try:
         model = family.read(fields)
     except UserError as error:
-        # What ModelConfig refuses does not know the file.
+        # ModelConfig's errors do not name the file.
         raise UserError(str(error) if str(error).startswith(at) else f"{at}: {error}") from None
     names = tensors.names()
     if not names:
-        raise UserError(f"{where}: found no tensor")
-    # Small ones. Norms may be finer than the rest: then the finer type is what loses nothing.
+        raise UserError(f"{where}: expected tensors, got none")
+    # The shortest names are small tensors. Norms may have a wider dtype than the rest, and only it loses nothing.
     norms = [name for name in names if "norm" in name or "ln_" in name]
     dtypes = [tensors.tensor(min(some, key=len)).dtype for some in (names, norms) if some]
     origin = {
@@ -228,30 +244,36 @@ def write_folder(
     extras: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Writes a model so that transformers, vLLM or llama.cpp's converter can read it; returns its architecture.
+    """Write a model that transformers, vLLM and llama.cpp's converter can read.
 
     Args:
-      folder: must not exist, or be empty; it appears when it is whole.
+      folder: must not exist, or be empty; it appears once it is complete.
       params: of a language model, or with a `score` head.
-      origin: of the published model that these parameters started from; a model of our own gets the first family
-        that can hold it.
-      special_ids: bos, eos, pad; those that are given stand in config.json.
+      model: configuration of the parameters.
+      origin: record of the published model that these parameters started from; if None, the first family that can
+        represent the model is used.
+      special_ids: bos, eos and pad, written to config.json if given.
       extra_files: writes the tokenizer's files into the folder it is given.
-      dtype: of the tensors; the origin's, or the parameters' own.
-      extras: figures that transformers has no word for, under "rlhf_jax" in config.json.
-      shard_bytes: most bytes of a file.
-    Raises: UserError for a folder in use, and for a model that no family can hold.
+      dtype: of the tensors; by default the origin's, or that of the parameters.
+      extras: values that transformers has no key for, written under "rlhf_jax" in config.json.
+      shard_bytes: maximum size of a file.
+
+    Returns:
+      The name of transformers' class.
+
+    Raises:
+      UserError: for a folder in use, and for a model that no family can represent.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: found something there, wanted a new or empty folder")
+        raise UserError(f"{folder}: expected a new or empty folder, got an existing file or a folder with files")
     ids = {} if special_ids is None else special_ids
     scalar, own = "score" in params, origin is None
     if origin is None:
         params, model, origin = as_published(params, model)
     rows = origin["rows"]
     if scalar and rows <= ids.get("pad", 0) < model.vocab_rows:
-        rows = model.vocab_rows  # the class finds a row's last token by its pad, which so needs a row of its own
+        rows = model.vocab_rows  # transformers' class finds the last token by the pad id, which needs an embedding row
     known_ids = {f"{role}_token_id": id for role, id in ids.items() if id < rows}
     kind = jnp.dtype(origin["dtype"] if dtype is None else dtype)
     family = FAMILIES[origin["model_type"]]
@@ -275,7 +297,7 @@ def write_folder(
     table = {tensor.name: tensor for tensor in tensors_of(origin["model_type"], model, scalar=scalar)}
     odd = sorted(set(flat) ^ {path for tensor in table.values() for path in tensor.ours})
     if odd:
-        trouble = "has no place for it" if odd[0] in flat else "wants it"
+        trouble = "has no place for it" if odd[0] in flat else "requires it"
         raise UserError(f"{folder}: parameter {odd[0]!r} ({len(odd)} such): {architecture} {trouble}")
 
     def in_file(name: str) -> np.ndarray:
@@ -294,13 +316,17 @@ def write_folder(
 
 
 def as_published(params: Params, model: ModelConfig) -> tuple[Params, ModelConfig, dict[str, Any]]:
-    """A model of our own as one of a published family: (parameters, config, origin).
+    """Convert a model of this library to a published family.
 
-    Raises: UserError if no family has its parts.
+    Returns:
+      (parameters, configuration, origin).
+
+    Raises:
+      UserError: if no family has all of its parts.
     """
     embedding = np.asarray(params["embedding"])
     if model.embedding_scale != 1.0 and not model.post_norms:
-        # Only Gemma scales embeddings. For the others: a scaled table on the way in, the plain one on the way out.
+        # Only Gemma scales embeddings. For other families, scale the table itself and untie the unembedding.
         params = {**params, "embedding": embedding * np.float32(model.embedding_scale)}
         if model.tied and "score" not in params:
             params["unembedding"] = embedding.T
@@ -317,14 +343,14 @@ def as_published(params: Params, model: ModelConfig) -> tuple[Params, ModelConfi
 
 
 def parameter_shapes(model: ModelConfig, scalar: bool) -> dict[str, tuple[int, ...]]:
-    """Dotted path -> shape of every parameter."""
+    """The shape of every parameter, by dotted path."""
     module = Transformer(model, scalar=scalar)
     tree = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
     return {path: leaf.shape for path, leaf in flattened(tree).items()}
 
 
 def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts as one dict of dotted paths."""
+    """Flatten nested dicts into one dict of dotted paths."""
 
     def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in node.items():
@@ -350,7 +376,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when all is written."""
+    """A temporary folder to write into, which is renamed to `folder` on success."""
     unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -362,20 +388,20 @@ def _appearing(folder: Path) -> Iterator[Path]:
 
 
 def _config_file(where: str) -> str:
-    """What errors about the config begin with."""
+    """Prefix of errors about the config."""
     return f"{where}/config.json" if Path(where).is_dir() else where
 
 
 def _one_label(fields: Fields) -> None:
-    """Raises UserError for a classifier that is no reward model. transformers writes no key for two labels."""
+    """Raise UserError for a classifier with more than one label; transformers writes no key for its default of two."""
     name = "id2label" if "id2label" in fields else "num_labels"
     count = len(fields.inner(name).values) if name == "id2label" else fields.integer(name, 2)
     if count != 1:
-        raise fields.wrong(name, "one label: a reward model has one score")
+        raise fields.wrong(name, "one label (a reward model has one score)")
 
 
 def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names, each shard's sizes at most so much together; a larger tensor has a shard of its own."""
+    """Split names into shards of at most `most` bytes; a larger tensor gets a shard to itself."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

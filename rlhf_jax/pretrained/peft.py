@@ -1,7 +1,8 @@
 """LoRA adapters in PEFT's folder layout: adapter_config.json and adapter_model.safetensors.
 
-Where a published model keeps queries, keys and values in one matrix, PEFT has one adapter: ours are stacked in it, A
-above A and B block-diagonal, at three times the rank, and are cut out again. Nothing is rounded on the way.
+Where a published model has one fused matrix for queries, keys and values, PEFT has one adapter for it. The three
+adapters of this library are stacked into that one (A on top of A, B block-diagonal, at three times the rank) and split
+again on reading, without rounding.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, sync_folder, write
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OURS = "rlhf_jax.json"
-"""What PEFT has no word for: the score's bias. A key in its own file would make PEFT warn, or stop if it is old."""
+"""File for the score's bias, which PEFT has no key for; an extra key in PEFT's file makes it warn, or old ones fail."""
 
 _BASE = "base_model.model."
 _NAME = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
 _SCORE = re.compile(r"score(\.modules_to_save)?(\.default)?\.weight")
-# Fields that are read here, and those that say nothing about what the adapter computes.
+# Fields that are read here, and fields that do not affect what the adapter computes.
 _READ = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
 _NO_MATTER = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"}
 _NO_MATTER |= {"lora_dropout", "fan_in_fan_out", "target_modules", "exclude_modules", "modules_to_save"}
 _NO_MATTER |= {"layers_to_transform", "layers_pattern", "megatron_core", "runtime_config", "qalora_group_size"}
 _NO_MATTER |= {"eva_config", "ensure_weight_tying"}
-# The other ways to start take something from the base's own weights.
+# The other initialisations subtract something from the base's weights.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -55,31 +56,35 @@ def write_adapter(
     base: str,
     dtype: str = "float32",
 ) -> None:
-    """Writes an adapter so that PEFT lays it over the published model `base`.
+    """Write an adapter that PEFT can apply to the published model `base`.
 
     Args:
-      folder: must not exist, or be empty; it appears when it is whole.
-      adapter: lora_a, lora_b of any ranks beside each other, and a score head if it is a reward model's.
+      folder: must not exist, or be empty; it appears once it is complete.
+      adapter: lora_a and lora_b, whose rank may differ between modules, and a score head for a reward model.
+      lora: settings of the adapter.
+      model: configuration of the base.
       model_type: key of FAMILIES.
       base: folder or name of the published model.
       dtype: of the tensors.
-    Raises: UserError for a folder in use, and for parameters that an adapter of PEFT cannot hold.
+
+    Raises:
+      UserError: for a folder in use, and for parameters that PEFT has no place for.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: found something there, wanted a new or empty folder")
+        raise UserError(f"{folder}: expected a new or empty folder, got an existing file or a folder with files")
     flat = {path: np.asarray(leaf) for path, leaf in flattened(adapter).items()}
     sites, scalar = _sites(model_type, model), "score" in adapter
     tensors, ranks, bias = _to_peft(flat, sites, model)
     if flat:
         raise UserError(
-            f"{folder}: parameter {min(flat)!r} has no place in an adapter of a {model_type}; wanted lora_a and lora_b "
-            "of its kernels, and score"
+            f"{folder}: parameter {min(flat)!r} has no place in an adapter of a {model_type}; expected lora_a and "
+            "lora_b of its kernels, and score"
         )
     if not ranks or not lora.rank:
-        raise UserError(f"{folder}: found no LoRA in what is to be written, wanted an adapter of rank 1 or more")
+        raise UserError(f"{folder}: expected an adapter of rank 1 or more, got no LoRA parameters")
     kind = np.dtype(jnp.dtype(dtype))
-    # safetensors writes the memory behind an array as it lies: a transposed view would come out wrong.
+    # safetensors writes an array's buffer and ignores its strides: a transposed view would come out wrong.
     tensors = {_BASE + name: np.ascontiguousarray(value.astype(kind)) for name, value in tensors.items()}
     config = {"base_model_name_or_path": base, **_settings(ranks, lora, sites, scalar)}
 
@@ -97,12 +102,20 @@ def write_adapter(
 
 
 def read_adapter(folder: str | Path, model: ModelConfig, model_type: str) -> tuple[Params, LoraConfig]:
-    """The adapter in a folder for such a model, float32, and its settings; a module's own scale is in its lora_b.
+    """Read an adapter in float32, and its settings.
 
-    Which modules it has is what its tensors say, whatever their config says. Blocks stand one by one; where the model
-    holds them stacked, each has the same modules of the same rank, filled up with zeros.
-    Raises: UserError for files that are missing or cut, for other methods than LoRA, and for tensors that are no pair,
-      of another shape, or of no use to the model.
+    The tensors decide which modules have an adapter, not the config. A scale that differs between modules is folded
+    into lora_b. Blocks are separate; for a model with stacked blocks, all blocks get the same modules and ranks, padded
+    with zeros.
+
+    Args:
+      folder: with PEFT's two files.
+      model: configuration of the base.
+      model_type: key of FAMILIES.
+
+    Raises:
+      UserError: for files that are missing or truncated, for methods other than LoRA, and for tensors that have no
+        partner, another shape, or no place in the model.
     """
     folder = Path(folder)
     fields = _config(folder)
@@ -112,18 +125,18 @@ def read_adapter(folder: str | Path, model: ModelConfig, model_type: str) -> tup
     if alpha <= 0:
         raise fields.wrong("lora_alpha", "more than 0")
     ranks, alphas = fields.inner("rank_pattern"), fields.inner("alpha_pattern")
-    # alpha / sqrt(r) is what others call alpha sqrt(r) / r.
+    # rsLoRA scales by alpha / sqrt(r), which is LoRA's alpha / r with alpha sqrt(r) for alpha.
     lora = LoraConfig(rank=rank, alpha=alpha * math.sqrt(rank) if rooted else alpha)
     pairs, score = _sorted_out(folder / TENSORS, sites, model_type, model)
 
     flat: dict[str, np.ndarray] = {}
     for name, halves in pairs.items():
         site, own = sites[name], ranks.integer(_pattern_of(ranks, name), rank)
-        for half, wanted in (("A", (own, site.inside)), ("B", (site.outside, own))):
-            _check_shape(folder / TENSORS, *halves[half], wanted)
+        for half, expected in (("A", (own, site.inside)), ("B", (site.outside, own))):
+            _check_shape(folder / TENSORS, *halves[half], expected)
         a, b = (halves[half][1].astype(np.float32) for half in "AB")
         scale = alphas.number(_pattern_of(alphas, name), alpha) / (math.sqrt(own) if rooted else own)
-        b = b * np.float32(scale / lora.scale)  # exactly 1 where the module has no scale of its own
+        b = b * np.float32(scale / lora.scale)  # exactly 1 where the module uses the default scale
         for place, (a_place, b_place) in _cut(site, a, b, rank, model):
             flat |= {f"{place}.lora_a": a_place, f"{place}.lora_b": b_place}
     if model.scan_layers:
@@ -134,13 +147,19 @@ def read_adapter(folder: str | Path, model: ModelConfig, model_type: str) -> tup
         bias = Fields(read_json(ours), str(ours)).number("score_bias", 0.0) if ours.exists() else 0.0
         flat |= {"score.kernel": score.astype(np.float32).T, "score.bias": np.full(1, bias, np.float32)}
     elif fields.values.get("task_type") == "SEQ_CLS":
-        raise UserError(f"{folder / TENSORS}: tensor '{_BASE}score.weight' is missing, but {CONFIG} says SEQ_CLS")
+        raise UserError(
+            f"{folder / TENSORS}: tensor '{_BASE}score.weight' is missing, but {CONFIG} has task_type SEQ_CLS"
+        )
     adapter = nested({path: jnp.asarray(leaf) for path, leaf in flat.items()})
     return adapter, dataclasses.replace(lora, targets=tuple(place for place in PLACES if place in found))
 
 
 def base_of(folder: str | Path) -> str:
-    """Folder or name of the published model that an adapter stands beside."""
+    """Folder or name of the published model that an adapter belongs to.
+
+    Raises:
+      UserError: if the config does not name one.
+    """
     fields = _config(Path(folder))
     base = fields.values.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -150,9 +169,14 @@ def base_of(folder: str | Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """A matrix of the published model that may have an adapter, [outside, inside] as PEFT sees it.
+    """A matrix of the published model that may have an adapter, [outside, inside] in PEFT's terms.
 
-    places: of our kernels in it. in_first: the file has it [inside, outside].
+    Attributes:
+      tensor: name and layout in the file.
+      places: dotted paths of the kernels that it holds.
+      in_first: True if the file has it as [inside, outside].
+      inside: input features.
+      outside: output features.
     """
 
     tensor: Tensor
@@ -163,7 +187,7 @@ class _Site:
 
 
 def _sites(model_type: str, model: ModelConfig) -> dict[str, _Site]:
-    """By the name of the module."""
+    """All matrices that may have an adapter, by the name of their module."""
     shapes = parameter_shapes(dataclasses.replace(model, scan_layers=False), False)
     sites = {}
     for tensor in tensors_of(model_type, model, scalar=False):
@@ -179,7 +203,7 @@ def _sites(model_type: str, model: ModelConfig) -> dict[str, _Site]:
 def _to_peft(
     flat: dict[str, np.ndarray], sites: Mapping[str, _Site], model: ModelConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, int], float]:
-    """What PEFT has a place for, taken out of `flat`: (its tensors, rank of each module, the score's bias)."""
+    """Move the parameters that PEFT has a place for out of `flat`: (tensors, rank of each module, the score's bias)."""
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     for name, site in sites.items():
@@ -199,7 +223,7 @@ def _to_peft(
 
 
 def _settings(ranks: Mapping[str, int], lora: LoraConfig, sites: Mapping[str, _Site], scalar: bool) -> dict[str, Any]:
-    """adapter_config.json, but for the base."""
+    """Content of adapter_config.json, except for the base."""
     patterns = {
         end: rank
         for rank in sorted(set(ranks.values()) - {lora.rank})
@@ -212,7 +236,7 @@ def _settings(ranks: Mapping[str, int], lora: LoraConfig, sites: Mapping[str, _S
         "r": lora.rank,
         "lora_alpha": _plain(lora.alpha),
         "rank_pattern": patterns,
-        # A module's product is multiplied by its own alpha / r.
+        # PEFT scales each module by its own alpha / r.
         "alpha_pattern": {end: _plain(lora.alpha * rank / lora.rank) for end, rank in patterns.items()},
         "target_modules": _endings(ranks, sites),
         "modules_to_save": ["score"] if scalar else None,
@@ -225,7 +249,7 @@ def _settings(ranks: Mapping[str, int], lora: LoraConfig, sites: Mapping[str, _S
 def _stacked(
     site: _Site, pairs: list[tuple[np.ndarray, np.ndarray] | None], model: ModelConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A [n r, in] and B [out, n r] of a matrix that holds n kernels, those without an adapter having zeros in both."""
+    """A [n r, in] and B [out, n r] of a matrix that holds n kernels, with zeros for kernels without an adapter."""
     count = len(pairs)
     rank = max(pair[0].shape[1] for pair in pairs if pair is not None)
     a = np.zeros((site.inside, count, rank), np.float32)
@@ -241,9 +265,14 @@ def _stacked(
 def _cut(
     site: _Site, a: np.ndarray, b: np.ndarray, rank: int, model: ModelConfig
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """The inverse of `_stacked`; where B is not block-diagonal, the kernels share their A.
+    """The inverse of `_stacked`; if B is not block-diagonal, all kernels get the whole A.
 
-    rank: of the adapter as a whole. Blocks of zeros are blocks in a matrix of n times that rank, and nothing elsewhere.
+    Args:
+      site: the matrix.
+      a: A, [n r, in].
+      b: B, [out, n r].
+      rank: default rank of the adapter. An all-zero B counts as block-diagonal only at n times this rank.
+      model: configuration of the base.
     """
     parts = split(site.tensor, b.T if site.in_first else b, model)
     own, count = len(a), len(parts)
@@ -253,13 +282,13 @@ def _cut(
     for place, part, row in zip(site.places, parts, rows, strict=True):
         if count == 1 or not blocks:
             yield place, (a.T, part)
-        # Zeros in both A and B would never get a gradient: there is no adapter.
+        # With zeros in both A and B no gradient flows, so this kernel has no adapter.
         elif a[row].any() or part[row].any():
             yield place, (a[row].T, part[row])
 
 
 def _evened(flat: Mapping[str, np.ndarray], layers: int) -> dict[str, np.ndarray]:
-    """The same shapes in every block. Zeros in both A and B change nothing and get no gradient."""
+    """Pad with zeros to the same shapes in every block; zeros in both A and B change nothing and get no gradient."""
     most: dict[str, tuple[int, ...]] = {}
     for path, leaf in flat.items():
         inner = path.partition(".")[2]
@@ -275,7 +304,11 @@ def _evened(flat: Mapping[str, np.ndarray], layers: int) -> dict[str, np.ndarray
 def _sorted_out(
     path: Path, sites: Mapping[str, _Site], model_type: str, model: ModelConfig
 ) -> tuple[dict[str, dict[str, tuple[str, np.ndarray]]], np.ndarray | None]:
-    """A file's tensors: module -> "A" and "B" -> (name in the file, tensor), and the score's weight."""
+    """Group a file's tensors: module -> "A" and "B" -> (name in the file, tensor), and the score's weight.
+
+    Raises:
+      UserError: for tensors that have no partner or no place in the model.
+    """
     prefix = FAMILIES[model_type].prefix
     pairs: dict[str, dict[str, tuple[str, np.ndarray]]] = {}
     score = None
@@ -288,29 +321,31 @@ def _sorted_out(
         match = _NAME.fullmatch(name if name.startswith(prefix) else prefix + name)
         if match is None or match["module"] not in sites:
             known = ", ".join(dict.fromkeys(site.rpartition(".")[2] for site in sites))
-            at = f"no place for it in a {model_type} of {model.layers} layers"
-            raise UserError(f"{path}: tensor {full!r}: found {at}, wanted lora_A and lora_B of {known}, and score")
+            raise UserError(
+                f"{path}: tensor {full!r}: expected lora_A and lora_B of {known}, and score, got a tensor that has no "
+                f"place in a {model_type} of {model.layers} layers"
+            )
         halves = pairs.setdefault(match["module"], {})
         if match["half"] in halves:
-            raise UserError(f"{path}: tensor {full!r}: found {halves[match['half']][0]!r} too, wanted one of them")
+            raise UserError(f"{path}: tensor {full!r}: expected it once, got {halves[match['half']][0]!r} too")
         halves[match["half"]] = full, value
     if not pairs:
-        raise UserError(f"{path}: found no tensor of LoRA")
+        raise UserError(f"{path}: expected LoRA tensors, got none")
     for halves in pairs.values():
         if len(halves) < 2:
             ((half, (full, _)),) = halves.items()
-            raise UserError(f"{path}: tensor {full!r}: found it without its lora_{'B' if half == 'A' else 'A'}")
+            raise UserError(f"{path}: tensor {full!r}: expected its lora_{'B' if half == 'A' else 'A'} too, got none")
     return pairs, score
 
 
 def _refuse_other_methods(fields: Fields, sites: Mapping[str, _Site]) -> None:
     fields.refuse("bias", unless="none")
     if "init_lora_weights" in fields and fields.values["init_lora_weights"] not in _STARTS:
-        raise fields.wrong("init_lora_weights", "true: the others change the base's own weights")
+        raise fields.wrong("init_lora_weights", "true (other values change the base's own weights)")
     for name, value in fields.values.items():
         if name not in _READ | _NO_MATTER and value:
-            raise fields.wrong(name, "nothing: only plain LoRA is supported")
-    # The name of the list of blocks: "layers" in model.layers.0.mlp.up_proj.
+            raise fields.wrong(name, "nothing (only plain LoRA is supported)")
+    # Names of the lists of blocks: "layers" in model.layers.0.mlp.up_proj.
     lists = sorted({found[1] for found in (re.search(r"(\w+)\.\d+\.", name) for name in sites) if found})
     pattern = fields.values.get("layers_pattern") or []
     names = [pattern] if isinstance(pattern, str) else pattern
@@ -319,18 +354,18 @@ def _refuse_other_methods(fields: Fields, sites: Mapping[str, _Site]) -> None:
 
 
 def _pattern_of(patterns: Fields, module: str) -> str:
-    """The first pattern that a module's name ends with, as PEFT matches them; the name itself if none does."""
+    """The first pattern that matches the end of a module's name, as in PEFT; the name itself if none does."""
     for pattern in patterns.values:
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return pattern
         except re.error as error:
-            raise UserError(f"{patterns.where}: found {pattern!r}, wanted a regular expression: {error}") from None
+            raise UserError(f"{patterns.where}: expected a regular expression, got {pattern!r}: {error}") from None
     return module
 
 
 def _endings(chosen: Collection[str], every: Collection[str]) -> list[str]:
-    """The shortest ends of the chosen names that no other name has: PEFT takes one for all modules that end so."""
+    """The shortest suffixes of the chosen names that no other name has; PEFT matches all modules with a suffix."""
     rest = [f".{name}" for name in every if name not in chosen]
     found: dict[str, None] = {}
     for name in sorted(chosen):
@@ -341,15 +376,15 @@ def _endings(chosen: Collection[str], every: Collection[str]) -> list[str]:
 
 
 def _config(folder: Path) -> Fields:
-    """Of an adapter of LoRA."""
+    """Open the adapter_config.json of a LoRA adapter."""
     path = folder / CONFIG
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; wanted one with {CONFIG} and {TENSORS}")
+        raise UserError(f"{folder}: no such folder; expected one with {CONFIG} and {TENSORS}")
     if not path.exists():
-        raise UserError(f"{folder}: no {CONFIG} in it; wanted an adapter's folder in PEFT's layout")
+        raise UserError(f"{folder}: no {CONFIG} in it; expected an adapter's folder in PEFT's layout")
     config = read_json(path)
     if not isinstance(config, dict):
-        raise UserError(f"{path}: found {type(config).__name__}, wanted an object")
+        raise UserError(f"{path}: expected an object, got {type(config).__name__}")
     fields = Fields(config, str(path))
     if config.get("peft_type") != "LORA":
         raise fields.wrong("peft_type", "'LORA'")
@@ -367,24 +402,24 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
         size = path.stat().st_size
-        raise UserError(f"{path}: cut or damaged ({size:,} bytes): {error}; copy it again") from None
+        raise UserError(f"{path}: truncated or damaged ({size:,} bytes): {error}; copy it again") from None
 
 
 def _package(name: str) -> Any:
-    """An optional package."""
+    """Import an optional package."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f'adapters of PEFT want the package {error.name}; install it with: pip install "rlhf_jax[hf]"'
+            f'PEFT adapters require the package {error.name}; install it with: pip install "rlhf_jax[hf]"'
         ) from None
 
 
-def _check_shape(path: Path, name: str, value: np.ndarray, wanted: tuple[int, ...]) -> None:
-    if value.shape != wanted:
-        raise UserError(f"{path}: tensor {name!r}: found shape {list(value.shape)}, wanted {list(wanted)}")
+def _check_shape(path: Path, name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
+    if value.shape != expected:
+        raise UserError(f"{path}: tensor {name!r}: expected shape {list(expected)}, got {list(value.shape)}")
 
 
 def _plain(number: float) -> float:
-    """16 and not 16.0, as PEFT has it."""
+    """Whole numbers as int, as in PEFT: 16 instead of 16.0."""
     return int(number) if float(number).is_integer() else number

@@ -17,7 +17,11 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class SafetensorsFolder:
-    """The tensors of a folder, read one at a time. Raises: UserError for a file that is missing, cut or damaged."""
+    """The tensors of a folder, read one at a time.
+
+    Raises:
+      UserError: for a file that is missing, truncated or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         single, index = folder / SINGLE, folder / INDEX
@@ -34,36 +38,51 @@ class SafetensorsFolder:
         else:
             old = sorted(path.name for path in folder.glob("*.bin"))
             hint = f"; {old[0]} is a pickle, which runs code: save it as safetensors first" if old else ""
-            raise UserError(f"{folder}: found neither {SINGLE} nor {INDEX}{hint}")
+            raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, got neither{hint}")
 
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """Names of all tensors."""
         return list(self._files)
 
     def tensor(self, name: str) -> np.ndarray:
-        """A tensor, in its own memory."""
+        """A copy of a tensor in memory.
+
+        Raises:
+          UserError: if it cannot be read, e.g. because numpy has no such type.
+        """
         file = self._files[name]
         try:
             tensor: np.ndarray = _open(file).get_tensor(name)
         except (
             _module("safetensors").SafetensorError,
             AttributeError,
-        ) as error:  # AttributeError: a type without numpy's
+        ) as error:  # AttributeError: numpy has no such type
             raise UserError(f"{file}: tensor {name!r} is unreadable: {error}") from None
         return tensor
 
     def where(self, name: str) -> str:
-        """The file that a tensor is in."""
+        """Path of the file that holds a tensor."""
         return str(self._files[name])
 
 
 def write_tensors(folder: Path, shards: Sequence[Sequence[str]], tensor: Callable[[str], np.ndarray]) -> None:
-    """Writes a file of each shard's tensors, onto the disk, and an index if there are several. Holds one shard."""
+    """Write one file per shard, and an index if there are several shards.
+
+    Files are flushed to disk. The host holds one shard at a time.
+
+    Args:
+      folder: to write into.
+      shards: names of the tensors of each file.
+      tensor: returns a tensor by its name.
+
+    Raises:
+      UserError: if a file cannot be written.
+    """
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        # safetensors writes the memory behind an array as it lies: a transposed view would come out wrong.
+        # safetensors writes an array's buffer and ignores its strides: a transposed view would come out wrong.
         values = {name: np.ascontiguousarray(tensor(name)) for name in names}
         write_file(folder / file, values)
         weight_map |= dict.fromkeys(names, file)
@@ -74,12 +93,16 @@ def write_tensors(folder: Path, shards: Sequence[Sequence[str]], tensor: Callabl
 
 
 def write_file(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes contiguous tensors onto the disk. Raises: UserError, for example where the disk is full."""
+    """Write contiguous tensors to a file and flush it to disk.
+
+    Raises:
+      UserError: if it cannot be written, e.g. because the disk is full.
+    """
     try:
         _module("safetensors.numpy").save_file(tensors, file, metadata={"format": "pt"})
     except _module("safetensors").SafetensorError as error:
         raise UserError(f"{file}: cannot be written: {error}") from None
-    # safetensors makes files for their owner alone: who may read the folder may read this too.
+    # safetensors makes files that only their owner can read; this file gets the folder's permissions.
     file.chmod(file.parent.stat().st_mode & 0o666)
     with file.open("rb") as written:
         os.fsync(written.fileno())
@@ -89,28 +112,28 @@ def _weight_map(index: Path) -> dict[str, str]:
     listed = read_json(index)
     files = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise UserError(f"{index}: field 'weight_map': found {files!r:.100}, wanted tensor names and their files")
+        raise UserError(f"{index}: field 'weight_map': expected tensor names and their files, got {files!r:.100}")
     return files
 
 
 def _open(path: Path) -> Any:
-    """A file, its header read."""
+    """Open a file, which reads its header."""
     safetensors = _module("safetensors")
     try:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
         size = path.stat().st_size
-        raise UserError(f"{path}: cut or damaged ({size:,} bytes): {error}; copy it again") from None
+        raise UserError(f"{path}: truncated or damaged ({size:,} bytes): {error}; copy it again") from None
     except OSError as error:
         raise UserError(f"{path}: unreadable: {error}") from None
 
 
 def _module(name: str) -> Any:
-    """An optional package."""
+    """Import an optional package."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"reading and writing safetensors wants the package {error.name}; install it with: "
+            f"reading and writing safetensors requires the package {error.name}; install it with: "
             'pip install "rlhf_jax[hf]"'
         ) from None

@@ -1,4 +1,4 @@
-"""What a stage starts from: an earlier run, or a published model in any of four forms."""
+"""Sources of a stage's initial parameters: an earlier run, or a published model in one of four forms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import model_of, released_params
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
-# Layers up to which a published model's blocks are held one by one, which decodes faster; more are one compiled loop.
+# Up to this many layers, a published model's blocks stay separate, which decodes faster; deeper models scan over them.
 MOST_UNROLLED = 8
 LANGUAGE = ("pretrain", "sft", "ppo")
 PUBLISHED = ("hf:", "gguf:", "pypi:", "peft:")
@@ -33,13 +33,20 @@ PUBLISHED = ("hf:", "gguf:", "pypi:", "peft:")
 class Source:
     """A network to start from.
 
-    where: as the user named it. spec: how to open it again, from any folder.
-    stage: of the run that made it, "published" for others.
-    scalar: it has a score head, and no language head.
-    origin: of the published model behind it, if there is one.
-    own: reads the tree that was trained, all parameters or the adapter. identify: SHA-256 of what `own` reads.
-    base, lora: what the adapter stands beside, and its settings.
-    score_mean, score_scale: of a reward model's scores.
+    Attributes:
+      where: the source as the user named it.
+      spec: names the same source from any working directory.
+      stage: stage of the run that made it, "published" for a published model.
+      model: architecture.
+      tokenizer: tokenizer of the model.
+      scalar: True for a score head instead of a language head.
+      origin: record of the published model that it started from, None without one.
+      own: reads the trained tree, which is all parameters or the adapter.
+      identify: SHA-256 of the tree that `own` reads.
+      base: source of the frozen parameters under an adapter, None without an adapter.
+      lora: settings of the adapter.
+      score_mean: mean of a reward model's scores.
+      score_scale: scale of a reward model's scores.
     """
 
     where: str
@@ -58,30 +65,33 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the parameters, where they stand in files; with an adapter, of it and its base."""
+        """SHA-256 of the parameters or of the files that hold them; with an adapter, its own and its base's."""
         return self.identify() if self.base is None else f"{self.identify()}+{self.base.fingerprint}"
 
     @property
     def base_fingerprint(self) -> str | None:
-        """Of what the adapter stands beside."""
+        """Fingerprint of the base of an adapter, None without an adapter."""
         return None if self.base is None else self.base.fingerprint
 
     def params(self) -> Params:
-        """All parameters; an adapter is merged."""
+        """All parameters, with an adapter merged into its base."""
         if self.base is None or self.lora is None:
             return self.own()
         return jax.jit(merge, static_argnums=2)(self.base.params(), self.own(), self.lora.scale)
 
     def network(self) -> Transformer:
-        """The architecture."""
+        """The network without its parameters."""
         return Transformer(self.model, scalar=self.scalar)
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where training starts. params: what is trained. base: what it stands beside, None for a whole network.
+    """The initial state of training.
 
-    record: of the base, for the run's folder.
+    Attributes:
+      params: trainable parameters.
+      base: frozen parameters under an adapter, None if all parameters are trained.
+      record: description of the base for the run's folder.
     """
 
     params: Params
@@ -90,10 +100,12 @@ class Start:
 
 
 def start_from(source: Source, lora: LoraConfig, key: Callable[[], Array]) -> Start:
-    """All parameters of a source, or an adapter beside them: the source's own if it has one of these settings.
+    """Start from all parameters of a source, or from an adapter on them.
 
     Args:
-      key: asked for where an adapter is drawn, and nowhere else: a start has to load the programs that make keys.
+      source: the network.
+      lora: settings of the adapter. The source's adapter is reused if its settings are equal.
+      key: makes the random key for a new adapter. It is called only then, because making a key compiles a program.
     """
     if not lora.rank:
         return Start(source.params(), None, None)
@@ -111,14 +123,18 @@ def _record(source: Source, lora: LoraConfig) -> dict[str, Any]:
 
 
 def open_source(spec: str, *, stages: Collection[str]) -> Source:
-    """What `spec` names: a run's folder, hf:FOLDER, gguf:FILE, pypi:PACKAGE or peft:FOLDER.
+    """Open a run's folder, hf:FOLDER, gguf:FILE, pypi:PACKAGE or peft:FOLDER.
 
     Args:
-      stages: kinds of run that will do. A published model stands for any of them, with a score head for "reward" alone.
-    Raises: UserError for what is not there, not whole, or of another kind.
+      spec: one of these forms.
+      stages: accepted stages of a run. A published model is accepted for any of them; if "reward" is the only one, it
+        must have a score head, otherwise a language head.
+
+    Raises:
+      UserError: if the source is missing, incomplete or of another kind.
     """
     if spec in PUBLISHED:
-        raise UserError(f"{spec}: found nothing after the colon, wanted a folder, a file or a package")
+        raise UserError(f"{spec}: expected a folder, a file or a package, got nothing after the colon")
     if spec.startswith("peft:"):
         return _adapter(spec, want_scalar=set(stages) == {"reward"})
     if spec.startswith(PUBLISHED):
@@ -132,7 +148,7 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
     facts: dict[str, float] = {}
     if run.stage == "reward":
         if not run.finished:
-            raise UserError(f"{run.path}: the reward model is not finished; start its command again to go on with it")
+            raise UserError(f"{run.path}: the reward model is not finished; start its command again to resume it")
         facts = {name: run.summary[name] for name in ("score_mean", "score_scale")}
     return Source(
         where=spec,
@@ -151,17 +167,21 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
 
 
 def stacked(params: Params, model: ModelConfig) -> Params:
-    """Parameters or an adapter, the blocks' as the model wants them."""
+    """Parameters or an adapter with their blocks stacked if the model scans over layers."""
     return stack_blocks(params, model) if model.scan_layers else params
 
 
 def unstacked(params: Params, model: ModelConfig) -> tuple[Params, ModelConfig]:
-    """The inverse of `stacked`: a tree and a model whose blocks stand one by one, as published files have them."""
+    """The inverse of `stacked`: a tree and a model with separate blocks, as in published files."""
     return unstack_blocks(params, model), dataclasses.replace(model, scan_layers=False)
 
 
 def same_tokenizer(first: Source, second: Source) -> None:
-    """Raises UserError unless both read the same token ids."""
+    """Check that two sources have the same tokenizer.
+
+    Raises:
+      UserError: if they differ.
+    """
     if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
         raise UserError(
             f"{second.where}: its vocabulary of {second.tokenizer.vocab_size} tokens is not that of {first.where} "
@@ -174,14 +194,14 @@ def _base(run: RunFolder) -> Source:
     base = open_source(record["init"], stages=("pretrain", "sft", "ppo", "reward"))
     if base.fingerprint != record["fingerprint"]:
         raise UserError(
-            f"{run.path}: its adapter stands beside {record['init']}, whose parameters have changed since: found "
-            f"fingerprint {base.fingerprint[:12]}, wanted {record['fingerprint'][:12]}"
+            f"{run.path}: the parameters of {record['init']}, the base of its adapter, have changed since: expected "
+            f"fingerprint {record['fingerprint'][:12]}, got {base.fingerprint[:12]}"
         )
     return base
 
 
 def _published(spec: str, *, want_scalar: bool) -> Source:
-    # Not needed where a run of our own is opened, which is most often.
+    # Imported here because most sources are runs, which do not need these.
     from rlhf_jax.pretrained.gguf_reader import packaged_gguf, read_gguf
     from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 
@@ -202,7 +222,7 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         spec = spec if kind == "pypi" else f"gguf:{path.absolute()}"
     _refuse_other_head(given, model.scalar, want_scalar)
     model = model.for_tokenizer(tokenizer.vocab_size, tokenizer.pad_id)
-    # Unrolled, thirty blocks in PPO's four networks take minutes to compile.
+    # Without the scan, thirty blocks in PPO's four networks take minutes to compile.
     scanned = dataclasses.replace(model.model, scan_layers=model.model.layers > MOST_UNROLLED)
     ours = model.origin["config"].get(OURS, {})
     return Source(
@@ -221,7 +241,7 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
 
 
 def _adapter(spec: str, *, want_scalar: bool) -> Source:
-    """PEFT's folder, beside the model that it names as its base: a folder of Hugging Face's or of a run."""
+    """Open a PEFT folder and the base that it names, which is a Hugging Face folder or a run's folder."""
     path = Path(spec.removeprefix("peft:"))
     named = base_of(path)
     base = open_source(named if _is_run(named) or named.startswith(PUBLISHED) else f"hf:{named}", stages=LANGUAGE)
@@ -252,16 +272,16 @@ def _is_run(folder: str) -> bool:
 
 
 def _refuse_bare(spec: str) -> None:
-    """Raises UserError for a published model that is named as a run is."""
+    """Raise UserError for a published model without its prefix."""
     path = Path(spec)
     if path.suffix == ".gguf" and path.is_file():
-        raise UserError(f"{spec}: found a GGUF file, wanted a run's folder; for the file, write gguf:{spec}")
+        raise UserError(f"{spec}: expected a run's folder, got a GGUF file; for the file, write gguf:{spec}")
     config = path / "config.json"
     if config.exists() and isinstance(about := read_json(config), dict) and "model_type" in about:
-        raise UserError(f"{spec}: found a published model, wanted a run's folder; for the model, write hf:{spec}")
+        raise UserError(f"{spec}: expected a run's folder, got a published model; for the model, write hf:{spec}")
 
 
 def _refuse_other_head(spec: str, scalar: bool, want_scalar: bool) -> None:
     if scalar != want_scalar:
-        found, wanted = ("a score head", "a language model") if scalar else ("a language model", "a score head")
-        raise UserError(f"{spec}: found {found}, wanted {wanted}")
+        got, expected = ("a score head", "a language model") if scalar else ("a language model", "a score head")
+        raise UserError(f"{spec}: expected {expected}, got {got}")

@@ -1,4 +1,4 @@
-"""Where the tensors of a published model go: a table of names and layouts for each family."""
+"""Tables of the tensor names and layouts of each published family, and conversion between layouts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ Layout = Literal["same", "linear", "gpt2_qkv", "neox_qkv", "rows", "head"]
 class Tensor:
     """One tensor of a file and the parameters that it holds.
 
-    name: in the file. ours: dotted paths; three of them for a fused one.
-    layout: same; linear: [out, in] where ours is [in, out]; gpt2_qkv: [in, q | k | v]; neox_qkv: [heads x (q | k | v),
-      in]; rows: the embedding, which may have more rows here than in the file; head: [rows, width], ours transposed.
+    Attributes:
+      name: name in the file.
+      ours: dotted paths of the parameters, three for a fused tensor.
+      layout: layout in the file. "same": as here; "linear": [out, in] for a kernel [in, out]; "gpt2_qkv":
+        [in, q | k | v]; "neox_qkv": [heads x (q | k | v), in]; "rows": an embedding, which may have more rows here
+        than in the file; "head": [rows, width], transposed here.
     """
 
     name: str
@@ -37,7 +40,7 @@ def _norm(theirs: str, ours: str, model: ModelConfig) -> list[Tensor]:
 
 
 def _llama_tensors(model: ModelConfig) -> list[Tensor]:
-    """Llama's names, which Mistral, Qwen, Gemma and StableLM share."""
+    """Tensors under Llama's names, which Mistral, Qwen, Gemma and StableLM share."""
     table = [Tensor("model.embed_tokens.weight", ("embedding",), "rows")]
     qkv = model.bias if model.qkv_bias is None else model.qkv_bias
     ffn = model.bias if model.ffn_bias is None else model.ffn_bias
@@ -94,17 +97,17 @@ def _neox_tensors(model: ModelConfig) -> list[Tensor]:
     return table + _norm("gpt_neox.final_layer_norm", "final_norm", model)
 
 
-# Constants that older files hold and no model needs.
+# Suffixes of constants in older files, which are not parameters.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
 
 def head_of(model_type: str) -> str:
-    """The name of the language head."""
+    """Name of the language head's tensor."""
     return "embed_out.weight" if model_type == "gpt_neox" else "lm_head.weight"
 
 
 def tensors_of(model_type: str, model: ModelConfig, *, scalar: bool) -> list[Tensor]:
-    """Every tensor of a model's file: the backbone's, then the head's."""
+    """All tensors of a model's file: the backbone's, then the head's."""
     tables = {"gpt2": _gpt2_tensors, "gpt_neox": _neox_tensors}
     table = tables[model_type](model) if model_type in tables else _llama_tensors(model)
     if scalar:
@@ -115,11 +118,11 @@ def tensors_of(model_type: str, model: ModelConfig, *, scalar: bool) -> list[Ten
 
 
 def split(tensor: Tensor, value: np.ndarray, model: ModelConfig) -> tuple[np.ndarray, ...]:
-    """A file's tensor as our parameters, in the order of tensor.ours."""
+    """Convert a file's tensor to parameters, in the order of tensor.ours."""
     if tensor.layout == "linear":
         return (value.T,)
     if tensor.layout in ("rows", "head"):
-        # The rows past the file's, the pad's among them, have no logit and are never trained.
+        # Rows beyond the file's, such as an added pad token's, have no logit and are never trained.
         value = np.pad(value, ((0, model.vocab_rows - len(value)), (0, 0)))
         return (value,) if tensor.layout == "rows" else (value.T,)
     if tensor.layout == "gpt2_qkv":
@@ -132,7 +135,14 @@ def split(tensor: Tensor, value: np.ndarray, model: ModelConfig) -> tuple[np.nda
 
 
 def join(tensor: Tensor, values: tuple[np.ndarray, ...], model: ModelConfig, rows: int) -> np.ndarray:
-    """The inverse of `split`. rows: of the embedding in the file."""
+    """The inverse of `split`.
+
+    Args:
+      tensor: name and layout.
+      values: parameters in the order of tensor.ours.
+      model: configuration.
+      rows: of the embedding in the file.
+    """
     if tensor.layout == "linear":
         return values[0].T
     if tensor.layout == "rows":
@@ -149,7 +159,7 @@ def join(tensor: Tensor, values: tuple[np.ndarray, ...], model: ModelConfig, row
 
 
 def shape_in_file(tensor: Tensor, ours: tuple[tuple[int, ...], ...], rows: int) -> tuple[int, ...]:
-    """The shape that a tensor has in the file, from those of our parameters."""
+    """The shape of a tensor in the file, from the shapes of the parameters that it holds."""
     first = ours[0]
     if tensor.layout == "linear":
         return first[::-1]

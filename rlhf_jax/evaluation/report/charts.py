@@ -1,4 +1,4 @@
-"""Curves and intervals as inline SVG. Colours are the page's CSS variables, so pictures follow light and dark."""
+"""Line charts and intervals as inline SVG, coloured by the page's CSS variables for light and dark mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ TOP, BOTTOM, LEFT, RIGHT = 12, 34, 44, 14
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve. colour: a name of the page's palette. axis: "left" or "right"."""
+    """One curve.
+
+    Attributes:
+      name: in the legend.
+      colour: name in the page's palette.
+      points: (x, y) pairs.
+      axis: "left" or "right".
+      dashed: draw a dashed line.
+      dots: mark the points.
+    """
 
     name: str
     colour: str
@@ -28,12 +37,12 @@ class Line:
 
     @property
     def noisy(self) -> bool:
-        """Drawn twice: as it is, faint, and smoothed."""
+        """True if the curve is drawn twice: raw and faint, and smoothed."""
         return len(self.points) >= SMOOTHED_FROM and not self.dots
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most so many points, each the mean of neighbours."""
+    """Reduce to at most `most` points by averaging neighbours."""
     size = math.ceil(len(points) / most)
     if size <= 1:
         return points
@@ -42,7 +51,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def smoothed(points: Points) -> Points:
-    """Each point the mean over a window of about a tenth of the curve, narrower at the start, one-sided at the end."""
+    """Running mean over about a tenth of the curve, with a narrower window at the start, a one-sided one at the end."""
     reach = max(1, len(points) // 20)
     out = []
     for i, (x, _) in enumerate(points):
@@ -53,7 +62,7 @@ def smoothed(points: Points) -> Points:
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers inside [low, high], at most so many, at steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers in [low, high] at steps of 1, 2 or 5 times a power of ten, about `most` of them at most."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (power * factor) <= most)
@@ -73,11 +82,18 @@ def line_chart(
     height: int = 270,
     legend: bool = True,
 ) -> str:
-    """A figure of curves over steps; "" if no line has a point.
+    """A chart of curves over steps; "" if no line has a point.
 
     Args:
-      x, y, right: what the axes count.
-      references: (name, height) of level lines on the left axis.
+      lines: curves.
+      title: caption.
+      x: label of the horizontal axis.
+      y: unit of the left axis.
+      right: unit of the right axis.
+      references: (name, level) of horizontal lines on the left axis.
+      width: in pixels.
+      height: in pixels.
+      legend: add a legend with the last values.
     """
     lines = [dataclasses.replace(line, points=thinned(line.points)) for line in lines if line.points]
     if not lines:
@@ -118,10 +134,11 @@ def line_chart(
 
 
 def interval_chart(rows: Iterable[tuple[str, str, float, tuple[float, float] | None]], *, width: int = 480) -> str:
-    """Shares with their intervals over an axis from 0 to 1, the even line in the middle; "" without rows.
+    """A chart of shares with their intervals on an axis from 0 to 1, with a line at 0.5; "" without rows.
 
     Args:
       rows: (name, colour, share, (low, high) of its 95% interval or None).
+      width: in pixels.
     """
     rows = list(rows)
     if not rows:
@@ -156,7 +173,7 @@ def interval_chart(rows: Iterable[tuple[str, str, float, tuple[float, float] | N
 
 @dataclasses.dataclass(frozen=True)
 class _Scale:
-    """Takes [low, high] to [start, end]."""
+    """Linear map from [low, high] to [start, end]."""
 
     low: float
     high: float
@@ -202,7 +219,7 @@ def _legend(lines: Sequence[Line], references: Sequence[tuple[str, float]]) -> s
     for line in lines:
         css = f"c-{line.colour}" + (" dashed" if line.dashed else "")
         items.append((css, line.name, (smoothed(line.points) if line.noisy else line.points)[-1][1]))
-    # Levels are named here and not beside their lines, where some curve is always in the way.
+    # Reference levels are named in the legend, since labels next to their lines would overlap curves.
     items += [("level", name, round(level, 3)) for name, level in references]
     parts = []
     for css, name, value in items:

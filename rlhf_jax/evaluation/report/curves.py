@@ -1,4 +1,4 @@
-"""The curves of the four stages, from each run's metrics.jsonl."""
+"""Training curves of the four stages, from each run's metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rlhf_jax.evaluation.report.html import Figures, details, number, section
 
 Rows = Sequence[Mapping[str, Any]]
 
-# What PPO's health is read from: name in metrics.jsonl, title, what the axis counts.
+# Diagnostics of PPO: name in metrics.jsonl, title, unit of the axis.
 HEALTH = (
-    ("entropy", "Entropy", "nats a token"),
+    ("entropy", "Entropy", "nats per token"),
     ("response_tokens", "Length of a response", "tokens"),
     ("missing_end", "Responses without an end", "share"),
-    ("kl_coef", "KL coefficient β", "score units a nat"),
+    ("kl_coef", "KL coefficient β", "score units per nat"),
     ("policy_loss", "Policy loss", ""),
     ("value_loss", "Value loss", ""),
     ("clipped", "Clipped ratios", "share of tokens"),
@@ -26,13 +26,13 @@ HEALTH = (
 
 
 def points(rows: Rows, name: str) -> Points:
-    """(step, value) of every row that has a finite value of that name."""
+    """(step, value) of every row with a finite value of this name."""
     pairs = [(float(row["step"]), number(row[name])) for row in rows if name in row]
     return [(step, value) for step, value in pairs if value is not None]
 
 
 def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
-    """The section of curves; `metrics` holds the rows of each stage, maybe none."""
+    """Section of curves; `metrics` has the rows of each stage, possibly none."""
     pretrain, sft, reward = metrics["pretrain"], metrics["sft"], metrics["reward"]
     bits = points(pretrain, "eval/bits_per_byte")
     small = [
@@ -42,7 +42,7 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
                 Line("held out", "ink", points(pretrain, "eval/loss"), dots=True),
             ],
             title="1 · Pretraining loss",
-            y="nats a token",
+            y="nats per token",
         ),
         line_chart(
             [
@@ -50,7 +50,7 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
                 Line("held out", "ink", points(sft, "eval/loss"), dots=True),
             ],
             title="2 · Fine-tuning loss",
-            y="nats a response token",
+            y="nats per response token",
             references=_levels(figures, ("before SFT, held out", "pretrain.heldout_response_nll")),
         ),
         line_chart(
@@ -68,22 +68,22 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
         fourth = line_chart(
             [Line("held out", "pretrain", bits, dots=True)],
             title="1 · Held-out text",
-            y="bits a byte",
+            y="bits per byte",
             references=_levels(figures, ("token bigrams", "pretrain.bigram_bits_per_byte")),
         )
         small.insert(1, fourth)
     else:
-        # One evaluation makes no curve, and its figure is on the page already.
+        # A single evaluation is not a curve, and its value is already on the page.
         fourth = line_chart(
             [Line("training", "reward", points(reward, "loss"))],
             title="3 · Reward model loss",
-            y="nats a pair",
+            y="nats per pair",
             references=[("chance", math.log(2))],
         )
         small.insert(2, fourth)
     return section(
         "curves",
-        "How training went",
+        "Training curves",
         f'<div class="two">{"".join(small)}</div>',
         ppo(metrics["ppo"]),
         lead="Thin lines are the logged values, thick lines their running mean, dots evaluations on held-out data.",
@@ -91,7 +91,7 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
 
 
 def ppo(rows: Rows) -> str:
-    """Score, gold and KL on one pair of axes, and the curves that tell of PPO's health."""
+    """Reward-model score, gold score and KL in one chart, and PPO's diagnostics."""
     lines = [
         Line("reward model’s score", "reward", points(rows, "score")),
         Line("gold score, held out", "ppo", points(rows, "eval/gold"), dots=True),
@@ -99,10 +99,10 @@ def ppo(rows: Rows) -> str:
     ]
     title = "4 · PPO: score, gold and distance from SFT"
     main = ""
-    # One drawing cannot be readable on both; the style shows the one that fits.
+    # One drawing is not readable at both widths; the style sheet shows the one that fits.
     for css, width, height in (("wide", 980, 360), ("narrow", 420, 320)):
         drawn = line_chart(
-            lines, title=title, x="iteration", y="score", right="nats a response", width=width, height=height
+            lines, title=title, x="iteration", y="score", right="nats per response", width=width, height=height
         )
         main += f'<div class="{css}">{drawn}</div>' if drawn else ""
     small = ""
@@ -112,6 +112,6 @@ def ppo(rows: Rows) -> str:
     return main + details("More of PPO’s curves", f'<div class="three">{small}</div>' if small else "")
 
 
-def _levels(figures: Figures, *wanted: tuple[str, str]) -> list[tuple[str, float]]:
-    found = [(name, figures.number(key)) for name, key in wanted]
-    return [(name, level) for name, level in found if level is not None]
+def _levels(figures: Figures, *keys: tuple[str, str]) -> list[tuple[str, float]]:
+    levels = [(name, figures.number(key)) for name, key in keys]
+    return [(name, level) for name, level in levels if level is not None]

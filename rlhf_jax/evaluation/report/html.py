@@ -1,4 +1,4 @@
-"""The small pieces of the page: escaped text, numbers for people, tables, and a run's figures by dotted key."""
+"""Building blocks of the page: escaped text, formatted numbers, tables, and a run's figures by dotted key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGES = {
 
 
 def text(value: object) -> str:
-    """Any value as text that is safe in the page: markup is escaped, what no page may hold is shown as �."""
+    """Escape a value for HTML; unprintable characters become �."""
     whole = str(value).encode("utf-8", "replace").decode("utf-8")
     return html.escape("".join(c if c.isprintable() or c in "\n " else "\N{REPLACEMENT CHARACTER}" for c in whole))
 
@@ -30,12 +30,12 @@ def number(value: object) -> float | None:
 
 
 def percent(share: float) -> str:
-    """A share with one decimal: 81.6%."""
+    """Format a share as a percentage with one decimal: 81.6%."""
     return f"{100 * share:.1f}%"
 
 
 def short(value: float) -> str:
-    """A number in at most four characters or so: 1,234 or 0.05 or 3.2e-7."""
+    """Format a number in about four characters: 1,234 or 0.05 or 3.2e-7."""
     if value == 0 or (value.is_integer() and abs(value) < 1e9):
         return f"{value:,.0f}"
     if abs(value) < 1e-3 or abs(value) >= 1e9:
@@ -44,7 +44,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """7 min 32 s, or 2 h 5 min."""
+    """Format seconds as 7 min 32 s, or 2 h 5 min."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
@@ -52,7 +52,7 @@ def duration(seconds: float) -> str:
 
 
 class Figures:
-    """summary.json read by dotted key, whether the key is flat or nested. What is missing or no number is None."""
+    """Values of summary.json by dotted key, flat or nested; None for a missing value or one of the wrong type."""
 
     def __init__(self, summary: Mapping[str, Any]) -> None:
         self._summary = summary
@@ -60,12 +60,12 @@ class Figures:
     def value(self, key: str) -> Any:
         if key in self._summary:
             return self._summary[key]
-        found: Any = self._summary
+        value: Any = self._summary
         for part in key.split("."):
-            if not isinstance(found, Mapping) or part not in found:
+            if not isinstance(value, Mapping) or part not in value:
                 return None
-            found = found[part]
-        return found
+            value = value[part]
+        return value
 
     def number(self, key: str) -> float | None:
         return number(self.value(key))
@@ -78,21 +78,24 @@ class Figures:
         return None if low is None or high is None else (low, high)
 
     def shown(self, key: str, form: str = "{:.2f}") -> str | None:
-        """The number as text, or None: `percent` for a form of "%"."""
-        found = self.number(key)
-        if found is None:
+        """The number as text, or None; "%" formats a percentage."""
+        value = self.number(key)
+        if value is None:
             return None
-        return percent(found) if form == "%" else form.format(found)
+        return percent(value) if form == "%" else form.format(value)
 
 
 def table(
     caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1, hidden: bool = False
 ) -> str:
-    """A table of ready HTML cells; the first of each row is its header.
+    """A table of HTML cells, with the first cell of each row as its header.
 
     Args:
-      words: so many columns, from the first, hold words; the others hold numbers and stand to the right.
-      hidden: the caption is for screen readers only.
+      caption: of the table.
+      head: column headers.
+      rows: cells, already escaped.
+      words: number of leading text columns; the others are numeric and right-aligned.
+      hidden: show the caption to screen readers only.
     """
     css = [""] * words + [' class="n"'] * (len(head) - words)
     body = ""
@@ -110,7 +113,7 @@ def table(
 
 
 def section(name: str, title: str, *parts: str, lead: str = "") -> str:
-    """A headed section of the page; nothing if none of its parts has content."""
+    """A section of the page with a heading; "" if all its parts are empty."""
     content = "".join(parts)
     if not content:
         return ""
@@ -119,5 +122,5 @@ def section(name: str, title: str, *parts: str, lead: str = "") -> str:
 
 
 def details(summary: str, content: str) -> str:
-    """Content that is folded until asked for."""
+    """Folded content; "" without content."""
     return f"<details><summary>{summary}</summary>{content}</details>" if content else ""

@@ -1,4 +1,4 @@
-"""What went into the run: the ledger of its data, its time and speed, its settings."""
+"""Inputs of a run: data ledger, time and speed, settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_REASONS = 40
 
 
 def ledgers(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Rows kept, cut and dropped in each stage, by source and by reason."""
+    """Section of the rows kept, cut and dropped in each stage, by source and by reason."""
     totals, reasons, sources = [], [], []
     for stage, ledger in found.items():
         files = _mapping(ledger.get("files"))
@@ -42,11 +42,11 @@ def ledgers(found: Mapping[str, Mapping[str, Any]]) -> str:
     why = [(stage, text(what), text(reason), f"{rows:,.0f}") for rows, stage, what, reason in reasons[:MOST_REASONS]]
     return section(
         "ledger",
-        "The data’s ledger",
+        "Data ledger",
         table("Rows and tokens", ("Stage", "Rows", "Kept", "Cut", "Dropped", "Tokens", "Books"), totals),
-        table("Why rows were cut, dropped or remarked on", ("Stage", "What", "Reason", "Rows"), why, words=3),
+        table("Reasons for rows cut, dropped or noted", ("Stage", "What", "Reason", "Rows"), why, words=3),
         details("Rows by source", "".join(sources)),
-        lead="Every row of data is kept, cut or dropped, and none without a reason. A book is 67,000 tokens.",
+        lead="Every row of data is kept, cut or dropped for a recorded reason. A book is 67,000 tokens.",
     )
 
 
@@ -64,7 +64,7 @@ def _sources(stage: str, files: Mapping[str, Any]) -> str:
 
 
 def time(figures: Figures, metrics: Mapping[str, Rows]) -> str:
-    """Seconds of each stage as bars, with its speed."""
+    """Section of the time of each stage as bars, with its speed."""
     spent = {str(stage): number(s) for stage, s in _mapping(figures.value("stage_seconds")).items()}
     seconds = {stage: s for stage, s in spent.items() if s is not None}
     longest = max(seconds.values(), default=0.0) or 1.0
@@ -84,20 +84,20 @@ def time(figures: Figures, metrics: Mapping[str, Rows]) -> str:
     return section(
         "time",
         "Time and speed",
-        table("Time and speed by stage", ("Stage", "Time", "Tokens a second", "Share of peak"), rows, hidden=True),
+        table("Time and speed by stage", ("Stage", "Time", "Tokens per second", "Share of peak"), rows, hidden=True),
         lead=(f"{duration(whole)} in all. " if whole is not None else "")
-        + "Speeds are medians; the peak is this machine’s fastest matrix product.",
+        + "Speeds are medians; the peak is the measured peak of matrix products on this machine.",
     )
 
 
 def settings(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every setting of every stage, folded."""
+    """Section of all settings of every stage, folded."""
     parts = []
     for stage, config in configs.items():
         rows = [(f"<code>{text(key)}</code>", f"<code>{text(value)}</code>") for key, value in _flat(config)]
         listed = table(STAGES[stage], ("Setting", "Value"), rows, words=2, hidden=True)
         parts.append(details(STAGES[stage], listed))
-    return section("settings", "Settings", *parts, lead="As written in each stage’s config.json.")
+    return section("settings", "Settings", *parts, lead="From each stage’s config.json.")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -106,7 +106,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield from _flat(value, f"{prefix}{key}.")
         else:
             shown = "–" if value in (None, "", [], {}) else str(value)
-            # A fingerprint is 64 characters, of which 12 tell it from any other.
+            # 12 of a fingerprint's 64 characters suffice to tell it from any other.
             yield f"{prefix}{key}", f"{shown[:12]}…" if len(shown) == 64 and shown.isalnum() else shown
 
 
@@ -120,5 +120,5 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _count(counts: Mapping[str, Any], name: str) -> float:
-    found = number(counts.get(name))
-    return found if found is not None else 0.0
+    count = number(counts.get(name))
+    return count if count is not None else 0.0

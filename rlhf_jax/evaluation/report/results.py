@@ -1,4 +1,4 @@
-"""What the run came to: the outcome in words, the key figures, the recipe's picture, win rates, answers and bars."""
+"""Results of a run: headline, key figures, diagram of the recipe, win rates, sampled answers and targets."""
 
 from __future__ import annotations
 
@@ -9,55 +9,55 @@ from rlhf_jax.evaluation.report.charts import interval_chart
 from rlhf_jax.evaluation.report.html import Figures, details, duration, number, percent, section, table, text
 
 LEAST_DISTINCT = 0.8  # of SFT's share of distinct answers
-SHOWN, MOST = 10, 100  # samples that are not folded away, and in all
+SHOWN, MOST = 10, 100  # samples shown unfolded, and in total
 
 
 def distinct_of_sft(figures: Figures) -> float | None:
-    """PPO's share of distinct answers over SFT's."""
+    """Ratio of PPO's share of distinct answers to SFT's."""
     given = figures.number("ppo.distinct_share_of_sft")
     ppo, sft = figures.number("ppo.distinct_share"), figures.number("sft.distinct_share")
     return given if given is not None or ppo is None or not sft else ppo / sft
 
 
 def headline(figures: Figures) -> str:
-    """The outcome in one plain sentence."""
+    """The outcome in one sentence."""
     rate, interval = figures.number("ppo.win_rate_vs_sft"), figures.interval("ppo.win_rate_vs_sft_interval")
     distinct = distinct_of_sft(figures)
     if rate is None:
-        return "What the recipe made"
+        return "Results of the RLHF recipe"
     low, high = interval or (rate, rate)
     if low > 0.5:
-        said = f"After RLHF, answers beat those of SFT on {rate:.0%} of held-out prompts"
+        words = f"After RLHF, answers beat those of SFT on {rate:.0%} of held-out prompts"
     elif high < 0.5:
-        said = f"RLHF made answers worse: they beat those of SFT on only {rate:.0%} of held-out prompts"
+        words = f"RLHF made answers worse: they beat those of SFT on only {rate:.0%} of held-out prompts"
     else:
-        said = f"RLHF changed little: its answers beat those of SFT on {rate:.0%} of held-out prompts, no clear win"
-    return said + (", but it repeats itself" if distinct is not None and distinct < LEAST_DISTINCT else "")
+        words = f"RLHF changed little: its answers beat those of SFT on {rate:.0%} of held-out prompts, no clear win"
+    return words + (", but it repeats itself" if distinct is not None and distinct < LEAST_DISTINCT else "")
 
 
 def lead(figures: Figures) -> str:
-    """Two or three sentences under the headline."""
-    said = [
-        "A language model was trained on plain text, taught to answer by demonstrations (SFT), a reward model learned "
-        "from rankings what is preferred, and PPO trained the answers against that reward model."
+    """Introduction under the headline."""
+    words = [
+        "A language model was pretrained on plain text and fine-tuned on demonstrations (SFT), a reward model was "
+        "trained on rankings, and PPO optimised the policy against that reward model."
     ]
     kl = figures.shown("ppo.kl_nats")
     if kl is not None:
-        said.append(f"The policy ended {kl} nats a response from SFT.")
-    said.append("The judge is a written-down gold score that PPO never sees; ties count half.")
-    return " ".join(said)
+        words.append(f"The policy ended {kl} nats per response from SFT.")
+    words.append("Answers are compared by a rule-based gold score that PPO never sees; ties count half.")
+    return " ".join(words)
 
 
 def cards(figures: Figures) -> str:
-    """The key figures; one that the summary lacks has no card."""
+    """Cards of the key figures, without those that the summary lacks."""
 
     def within(key: str) -> str:
         pair = figures.interval(key)
         return f"95% interval {percent(pair[0])} to {percent(pair[1])}" if pair else ""
 
     def against(words: str, key: str, form: str) -> str:
-        found = figures.shown(key, form)
-        return f"{words} {found}" if found else ""
+        shown = figures.shown(key, form)
+        return f"{words} {shown}" if shown else ""
 
     distinct = distinct_of_sft(figures)
     wanted = (
@@ -65,14 +65,14 @@ def cards(figures: Figures) -> str:
         ("SFT wins over pretrained", "sft.win_rate_vs_pretrained", "%", within("sft.win_rate_vs_pretrained_interval")),
         ("Reward model’s accuracy", "reward.heldout_accuracy", "%",
          against("of held-out pairs; from scratch", "reward.scratch_heldout_accuracy", "%") or "of held-out pairs"),
-        ("KL from SFT", "ppo.kl_nats", "{:.2f}", "nats a response"),
+        ("KL from SFT", "ppo.kl_nats", "{:.2f}", "nats per response"),
         ("Distinct answers, PPO", "ppo.distinct_share", "%",
          f"{percent(distinct)} of SFT’s share" if distinct is not None else ""),
         ("PPO’s answers about the function", "ppo.topic_share", "%", against("SFT’s", "sft.topic_share", "%")),
         ("Gold score of PPO’s answers", "ppo.gold_mean", "{:.2f}", against("of 7; SFT’s", "sft.gold_mean", "{:.2f}")),
-        ("SFT’s nats a response token", "sft.heldout_response_nll", "{:.2f}",
+        ("SFT’s nats per response token", "sft.heldout_response_nll", "{:.2f}",
          against("held out; the pretrained model’s", "pretrain.heldout_response_nll", "{:.2f}")),
-        ("Bits a byte, held out", "pretrain.heldout_bits_per_byte", "{:.2f}",
+        ("Bits per byte, held out", "pretrain.heldout_bits_per_byte", "{:.2f}",
          against("token bigrams need", "pretrain.bigram_bits_per_byte", "{:.2f}")),
     )  # fmt: skip
     out = [
@@ -84,7 +84,7 @@ def cards(figures: Figures) -> str:
 
 
 def recipe(figures: Figures, ledgers: Mapping[str, Mapping[str, Any]]) -> str:
-    """Data → model at each of the four stages, one handing on to the next, with a figure each."""
+    """Diagram of the four stages: data, model and a key figure of each."""
 
     def data(stage: str, name: str, unit: str) -> str:
         ledger = ledgers.get(stage) or {}
@@ -93,12 +93,12 @@ def recipe(figures: Figures, ledgers: Mapping[str, Mapping[str, Any]]) -> str:
 
     steps = (
         ("pretrain", data("pretrain", "Text", "tokens"), "Language model", "predicts the next token",
-         figures.shown("pretrain.heldout_bits_per_byte"), "bits a byte, held out"),
+         figures.shown("pretrain.heldout_bits_per_byte"), "bits per byte, held out"),
         ("sft", data("sft", "Demonstrations", "rows"), "SFT model", "learns to answer",
-         figures.shown("sft.heldout_response_nll"), "nats a response token, held out"),
-        ("reward", data("reward", "Rankings", "rows"), "Reward model", "starts from SFT, learns what is preferred",
+         figures.shown("sft.heldout_response_nll"), "nats per response token, held out"),
+        ("reward", data("reward", "Rankings", "rows"), "Reward model", "starts from SFT, learns preferences",
          figures.shown("reward.heldout_accuracy", "%"), "of held-out pairs right"),
-        ("ppo", data("ppo", "Prompts", "rows"), "PPO policy", "starts from SFT, seeks reward, stays near",
+        ("ppo", data("ppo", "Prompts", "rows"), "PPO policy", "starts from SFT, maximises reward with a KL penalty",
          figures.shown("ppo.win_rate_vs_sft", "%"), "wins over SFT"),
     )  # fmt: skip
     items = "".join(
@@ -112,7 +112,7 @@ def recipe(figures: Figures, ledgers: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def gains(figures: Figures) -> str:
-    """Win rates with their intervals, and each model's figures side by side."""
+    """Section of win rates with their intervals, and a table of metrics by model."""
     prompts = figures.number("ppo.heldout_prompts")
     many = f"{prompts:,.0f} " if prompts else ""
     pairs = (
@@ -133,7 +133,7 @@ def gains(figures: Figures) -> str:
         ("Sensible, and no word twice", "sensible_fluent_share", "%"),
         ("Three to eight words", "concise_share", "%"),
         ("Distinct answers", "distinct_share", "%"),
-        ("Nats a response token", "heldout_response_nll", "{:.2f}"),
+        ("Nats per response token", "heldout_response_nll", "{:.2f}"),
     )
     models = {"pretrain": "Pretrained", "sft": "SFT", "ppo": "PPO"}
     if figures.number("docstrings.gold_mean") is not None:
@@ -146,7 +146,7 @@ def gains(figures: Figures) -> str:
     compared = table("On held-out prompts", ("", *models.values()), lines)
     return section(
         "gains",
-        "What each stage gained",
+        "Win rates and metrics by stage",
         f'<div class="two">{interval_chart(rows)}{compared}</div>' if rows or lines else "",
         lead=f"Share of {many}held-out prompts where the later model’s answer has the higher gold score, ties half; "
         "bars are 95% intervals.",
@@ -154,7 +154,7 @@ def gains(figures: Figures) -> str:
 
 
 def answers(samples: Sequence[Mapping[str, Any]]) -> str:
-    """The three models' answers to the same prompts, with gold scores; the best of a row is marked."""
+    """Section of the three models' answers to the same prompts, with gold scores; the best of a row is marked."""
     documented_first = sorted(samples, key=lambda sample: not sample.get("docstring"))
     rows = [_answer(sample) for sample in documented_first[:MOST]]
     rest = len(rows) - SHOWN
@@ -162,7 +162,7 @@ def answers(samples: Sequence[Mapping[str, Any]]) -> str:
     sampled = f" Sampled at temperature {warmth}; every figure above is at 1." if warmth else ""
     return section(
         "answers",
-        "The same prompts, three models",
+        "Sampled answers",
         _answers(rows[:SHOWN]),
         details(f"{rest} more of {len(samples):,} prompts", _answers(rows[SHOWN:])),
         lead="Held-out prompts: a function’s name and arguments, in words. The last column is its real documentation; "
@@ -210,7 +210,7 @@ def _signed(score: float) -> str:
 
 
 def bars(figures: Figures) -> str:
-    """What the default recipe must show, what this run shows, and whether that holds."""
+    """Section of the default recipe's targets, with this run's values and verdicts."""
     get = figures.number
     seed = get("seed")
     below: Callable[[float, float], bool] = lambda found, bar: found < bar  # noqa: E731
@@ -218,9 +218,9 @@ def bars(figures: Figures) -> str:
     most: Callable[[float, float], bool] = lambda found, bar: found <= bar  # noqa: E731
     least: Callable[[float, float], bool] = lambda found, bar: found >= bar  # noqa: E731
     wanted = (
-        ("Held-out bits a byte, below those of token bigrams", get("pretrain.heldout_bits_per_byte"),
+        ("Held-out bits per byte, below those of token bigrams", get("pretrain.heldout_bits_per_byte"),
          below, get("pretrain.bigram_bits_per_byte"), "below"),
-        ("SFT’s nats a held-out response token, below the pretrained model’s", get("sft.heldout_response_nll"),
+        ("SFT’s nats per held-out response token, below the pretrained model’s", get("sft.heldout_response_nll"),
          below, get("pretrain.heldout_response_nll"), "below"),
         ("Reward model’s accuracy on held-out pairs", get("reward.heldout_accuracy"), least, 0.75, "at least"),
         ("The same, above a reward model from scratch", get("reward.heldout_accuracy"),
@@ -240,21 +240,21 @@ def bars(figures: Figures) -> str:
     one = "" if seed is None else f", seed {seed:.0f}"
     return section(
         "bars",
-        "Which bars hold",
-        table("Bars of the default recipe", ("Bar", "Wanted", f"This run{one}", "Verdict"), rows, hidden=True),
-        lead="The bars are set for the median over seeds 0, 1 and 2 of the default recipe; this page is one run.",
+        "Targets of the default recipe",
+        table("Targets of the default recipe", ("Metric", "Target", f"This run{one}", "Verdict"), rows, hidden=True),
+        lead="The targets are for the median over seeds 0, 1 and 2 of the default recipe; this page is one run.",
     )
 
 
 def _exact(value: float) -> str:
-    """Four digits, so that no rounding carries a figure over its bar."""
+    """Format with four digits, so that rounding does not carry a value over its target."""
     if value and abs(value) < 1e-2:
         return f"{value:.1e}".replace("e-0", "e-")
     return f"{value:.{1 if abs(value) >= 100 else 4}f}".rstrip("0").rstrip(".")
 
 
 def eyebrow(name: str, figures: Figures) -> str:
-    """The run's name, seed and time in one small line."""
+    """The run's name, seed and time in one line."""
     seed, seconds = figures.number("seed"), figures.number("wall_seconds")
     parts = [f"run {text(name)}"] if name else []
     parts += [f"seed {seed:.0f}"] if seed is not None else []

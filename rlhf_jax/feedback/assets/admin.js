@@ -1,4 +1,4 @@
-// The admin's page: figures that are drawn anew every few seconds, links for labellers, disagreements, export.
+// The admin's page: statistics refreshed every few seconds, links for labellers, disagreements, export.
 
 import { ask, newId, post, trouble } from "./api.js";
 import { $, letter, make, show, turns } from "./dom.js";
@@ -6,7 +6,7 @@ import { $, letter, make, show, turns } from "./dom.js";
 const number = (value) => value.toLocaleString("en");
 const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)}%`);
 const fixed = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
-const interval = (one) => (one ? `95%: ${percent(one.low)} to ${percent(one.high)}` : "not enough in common yet");
+const interval = (one) => (one ? `95%: ${percent(one.low)} to ${percent(one.high)}` : "too few shared items yet");
 const range = (one) => (one ? `95%: ${fixed(one.low)} to ${fixed(one.high)}` : "");
 const words = { fails_instruction: "Fails the instruction", hallucination: "Hallucination", harmful: "Harmful", inappropriate: "Inappropriate", bad_advice: "Advice it should not give", other: "Other problem" };
 
@@ -41,7 +41,7 @@ function drawCards() {
   );
   $("progress").max = Math.max(progress.wanted, 1);
   $("progress").value = progress.judged;
-  $("progress-words").textContent = `${number(progress.judged)} of ${number(progress.wanted)} judgements are in`;
+  $("progress-words").textContent = `${number(progress.judged)} of ${number(progress.wanted)} judgements done`;
 }
 
 function drawHours() {
@@ -83,7 +83,7 @@ function drawAgreement() {
   const { matrix, pairs, items } = { ...figures.agreement, items: figures.items };
   show($("agreement"), matrix.labellers.length > 1);
   show($("flagged"), items > 0);
-  $("agreement-words").textContent = `Share of preferences that two labellers share and order alike, ties left out; κ is Cohen’s. From the ${number(items)} items judged last. ${percent(pairs.ties)} of all preferences are ties.`;
+  $("agreement-words").textContent = `Share of pairs that two labellers order the same way, ties left out; κ is Cohen’s. Based on the ${number(items)} most recently judged items. ${percent(pairs.ties)} of all preferences are ties.`;
   const cell = (one, kappa) => {
     if (!one) return "–";
     const level = one.value < 0.6 ? 0 : one.value < 0.73 ? 1 : 2;
@@ -103,7 +103,7 @@ function drawWins() {
     whisker.style.width = `${100 * (one.win_rate.high - one.win_rate.low)}%`;
     dot.style.left = `${100 * (1 - one.win_rate.value)}%`;
     const share = (rate) => (rate ? make("td", {}, percent(rate.value), make("small", {}, ` ${percent(rate.low)}–${percent(rate.high)}`)) : "–");
-    const table = rows(make("table"), ["Flag", `${one.first}’s answers`, `${one.second}’s answers`, "Win rate where it was given"], Object.entries(one.flags).map(([flag, rates]) => [words[flag], share(rates.first), share(rates.second), share(rates.win_rate)]));
+    const table = rows(make("table"), ["Flag", `${one.first}’s answers`, `${one.second}’s answers`, "Win rate where flagged"], Object.entries(one.flags).map(([flag, rates]) => [words[flag], share(rates.first), share(rates.second), share(rates.win_rate)]));
     return [
       make("p", { class: "note" }, `${one.first} is preferred over ${one.second} on ${percent(one.win_rate.value)} of ${number(one.win_rate.items)} items (${interval(one.win_rate)}; ties count half, ${percent(one.ties)} of judgements).`),
       make("div", { class: "rate" }, make("span", {}, one.first), scale, make("span", {}, one.second)),
@@ -122,9 +122,9 @@ function drawDisagreements() {
     });
     const given = one.turns.length ? one.turns : [{ role: "text", content: one.prompt }];
     const summaryLine = make("summary", {}, make("b", {}, percent(one.disagreement)), make("span", {}, given.at(-1).content.trim().slice(0, 200)));
-    return make("details", { class: "case", data: { item: one.id }, open: opened.has(one.id) }, summaryLine, make("div", {}, ...turns(given), make("h3", {}, "Orders given, the best first"), ...people.map((line) => make("p", {}, line)), ...answers));
+    return make("details", { class: "case", data: { item: one.id }, open: opened.has(one.id) }, summaryLine, make("div", {}, ...turns(given), make("h3", {}, "Rankings, best first"), ...people.map((line) => make("p", {}, line)), ...answers));
   });
-  $("disagreements").replaceChildren(...(cases.length ? cases : [make("p", { class: "empty" }, "None: no item that two people ranked is ordered differently by them.")]));
+  $("disagreements").replaceChildren(...(cases.length ? cases : [make("p", { class: "empty" }, "None: no two people rank an item differently.")]));
 }
 
 function order(ranks) {
@@ -150,7 +150,7 @@ async function refresh() {
     [summary, figures] = [first.body, second.body];
     trouble("");
   } catch {
-    return trouble("The server does not answer; this page tries again.");
+    return trouble("The server does not answer; retrying.");
   }
   drawCards();
   drawHours();

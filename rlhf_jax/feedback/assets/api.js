@@ -1,4 +1,4 @@
-// Posts that arrive: each carries an id made here, so that one whose answer was lost is sent again and counted once.
+// Reliable posts: each carries an id made here, so that it can be retried after a lost response and counts once.
 
 import { $, show } from "./dom.js";
 
@@ -27,7 +27,7 @@ export const asPost = (body, more = {}) => ({
   ...more,
 });
 
-// Goes on until the server has answered; a server that is being started again is waited for.
+// Retries until the server answers, e.g. across a restart of the server.
 export async function post(path, body) {
   const options = asPost(body);
   for (let wait = 300; ; wait = Math.min(wait * 2, 8000)) {
@@ -40,7 +40,7 @@ export async function post(path, body) {
     } catch (error) {
       if (!(error instanceof TypeError || error instanceof SyntaxError)) throw error;
     }
-    trouble("The server does not answer. What you did is kept here and sent again until it does.");
+    trouble("The server does not answer. Your work is kept here and sent again until it does.");
     await pause(wait);
   }
 }

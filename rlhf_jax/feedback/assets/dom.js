@@ -1,4 +1,4 @@
-// Elements from names, properties and children. Text is only ever text: nothing here, or anywhere, parses HTML.
+// DOM elements from names, properties and children. Text is never parsed as HTML, here or elsewhere.
 
 export const $ = (id) => document.getElementById(id);
 

@@ -1,6 +1,6 @@
-// Dragging a chip by mouse, pen or finger to whatever lies under it and carries data-drop.
+// Dragging a chip by mouse, pen or touch onto the element with data-drop under it.
 
-const FAR = 6; // pixels before a press is a drag
+const FAR = 6; // pixels after which a press is a drag
 
 export function draggable(chip, { drop, tap }) {
   let start = null;
@@ -42,7 +42,7 @@ export function draggable(chip, { drop, tap }) {
       const before = chip.getBoundingClientRect();
       chip.classList.add("dragged");
       document.body.classList.add("dragging");
-      // The places to drop on grow and push the chip aside; it stays under the finger.
+      // Drop targets grow and shift the chip; compensate so that it stays under the pointer.
       const after = chip.getBoundingClientRect();
       start = { x: start.x + after.x - before.x, y: start.y + after.y - before.y, moved: true };
     }
@@ -59,7 +59,7 @@ export function draggable(chip, { drop, tap }) {
   });
   chip.addEventListener("pointercancel", end);
   chip.addEventListener("lostpointercapture", () => start && end());
-  // A pointer's click was a press already, and a browser may keep it back after a fling; others come from a keyboard or
-  // a screen reader.
+  // A pointer's click is handled on pointerup, since a browser may suppress the click after a fling; clicks with detail 0
+  // come from a keyboard or a screen reader.
   chip.addEventListener("click", (event) => event.detail === 0 && tap());
 }

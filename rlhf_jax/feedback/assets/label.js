@@ -1,4 +1,4 @@
-// The labeller's page: one item at a time, its marks saved as they are made, answered by keyboard, mouse or finger.
+// The labeller's page: one item at a time, saved on every change, usable by keyboard, mouse or touch.
 
 import { ask, asPost, newId, post, trouble } from "./api.js";
 import { $, key, letter, make, show, turns } from "./dom.js";
@@ -13,10 +13,10 @@ const FLAGS = [
   ["bad_advice", "Advice it should not give", "Y"],
   ["other", "Other problem", "U"],
 ];
-const REASONS = ["I do not understand the prompt", "I do not know enough to judge", "It holds private matters", "It is broken or unreadable"];
-const IDLE = 60_000; // milliseconds without a sign of the labeller after which time is not theirs
+const REASONS = ["I do not understand the prompt", "I do not know enough to judge", "It contains private information", "It is broken or unreadable"];
+const IDLE = 60_000; // milliseconds without activity after which time is not counted
 
-let task = null; // what the server gave: id, turns, responses
+let task = null; // the item from the server: id, turns, responses
 let ranking = null;
 let marks = null; // ratings and flags, one for each response
 let revision = 0;
@@ -30,7 +30,7 @@ let tieNext = false;
 const pair = () => task.responses.length === 2;
 const say = (words) => ($("status").textContent = words);
 
-// ---- what is kept of a half-done answer ----
+// ---- drafts ----
 
 const draft = () => ({ tiers: ranking.tiers, ratings: marks.ratings, flags: marks.flags, seconds });
 const slot = () => `draft ${task.id}`;
@@ -49,7 +49,7 @@ async function save(more = {}) {
   try {
     await ask("/api/draft", asPost({ item: task.id, revision, draft: draft() }, more));
   } catch {
-    // It stays in this browser, and the next change sends it again.
+    // The draft is also in this browser, and the next change sends it again.
   }
 }
 
@@ -60,7 +60,7 @@ function restore(given) {
     const own = JSON.parse(localStorage.getItem(slot()));
     if (own && own.revision > kept.revision) kept = own;
   } catch {
-    // Something else wrote there.
+    // Not a draft of this page.
   }
   revision = kept.revision;
   const old = kept.draft ?? {};
@@ -73,7 +73,7 @@ function restore(given) {
   seconds = Number(old.seconds) || 0;
 }
 
-// ---- from item to item ----
+// ---- items ----
 
 async function load() {
   busy = true;
@@ -106,15 +106,15 @@ function progress({ progress: figures }) {
   $("progress").value = quiz ? quiz[0] : judged;
   $("progress-words").textContent = quiz
     ? `Screening question ${Math.min(quiz[0] + 1, quiz[1])} of ${quiz[1]}`
-    : `${judged.toLocaleString("en")} of ${wanted.toLocaleString("en")} in, ${mine.toLocaleString("en")} by you`;
+    : `${judged.toLocaleString("en")} of ${wanted.toLocaleString("en")} done, ${mine.toLocaleString("en")} by you`;
 }
 
 function finished({ labeller, progress: figures }) {
   const failed = labeller.screening === "failed";
   $("done-title").textContent = failed ? "Thank you for trying" : "Nothing more to judge";
   $("done-words").textContent = failed
-    ? "Your answers to the screening questions differ too much from the reference answers, so there is no work for you here. If you think that is a mistake, tell whoever gave you the link."
-    : `You have judged ${figures.mine.toLocaleString("en")}. Thank you. Others may still hold items that come back to you later.`;
+    ? "Your answers to the screening questions differ too much from the reference answers, so there are no items for you. If you think that is a mistake, contact the person who gave you the link."
+    : `You have judged ${figures.mine.toLocaleString("en")}. Thank you. Items held by others may become available later.`;
   $("done-title").tabIndex = -1;
   $("done-title").focus();
 }
@@ -127,7 +127,7 @@ async function send(answer) {
   document.body.classList.add("sending");
   const { status, body } = await post("/api/judgement", { request: newId(), item: task.id, ...answer });
   document.body.classList.remove("sending");
-  // 409: another window of this labeller's was quicker. The next item is right in both cases.
+  // 409: the labeller answered in another window. In both cases, load the next item.
   if (status === 200 || status === 409) {
     localStorage.removeItem(done);
     task = null;
@@ -154,7 +154,7 @@ async function undo() {
   busy = false;
   if (status !== 200) return trouble(body.error);
   await load();
-  say("Undone: your last answer is back, as you left it.");
+  say("Undone: your last answer is back as a draft.");
 }
 
 async function signIn() {
@@ -317,9 +317,9 @@ function table() {
   const ways = task && pair()
     ? [["← or A", "A is better"], ["→ or B", "B is better"], ["↓ or =", "about equal"], ["J K", "next or previous answer, to rate or flag it"]]
     : [
-        [`A … ${last}`, "rank that answer next, the best first"],
+        [`A … ${last}`, "rank that answer next, best first"],
         ["=", "tie the next one with the last"],
-        ["Backspace", "take back the last one ranked"],
+        ["Backspace", "unrank the last answer"],
         ["J K or ↓ ↑", "next or previous answer"],
         ["Shift ↑ ↓", "move the answer one step in the ranking, into and out of ties"],
         ["O", "order by ratings"],
@@ -401,7 +401,7 @@ function openSkip() {
   $("skip-dialog").showModal();
 }
 
-// ---- the beginning ----
+// ---- start ----
 
 $("skip-reasons").append(
   ...REASONS.map((reason) => make("label", { class: "check" }, make("input", { type: "radio", name: "reason", value: reason }), reason)),
@@ -436,7 +436,7 @@ window.addEventListener("pagehide", () => {
 
 async function begin() {
   const token = location.hash.startsWith("#token=") ? location.hash.slice(7) : "";
-  // The token leaves the address at once: neither history nor a look over the shoulder keeps it.
+  // Remove the token from the address bar and the history at once.
   if (token) {
     history.replaceState(null, "", location.pathname);
     await comeIn(token);

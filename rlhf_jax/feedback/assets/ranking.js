@@ -1,4 +1,4 @@
-// A ranking as it grows: tiers of responses, the best first, those in one tier tied; the others wait unplaced.
+// A partial ranking: tiers of tied responses, best first, and unplaced responses.
 
 export class Ranking {
   constructor(count, tiers = []) {
@@ -29,14 +29,14 @@ export class Ranking {
     this.tiers = this.tiers.map((tier) => tier.filter((other) => other !== place)).filter((tier) => tier.length);
   }
 
-  // Behind all others, or tied with the last of them.
+  // Ranks a response last, or tied with the last one.
   append(place, tied = false) {
     this.remove(place);
     if (tied && this.tiers.length) this.tiers.at(-1).push(place);
     else this.tiers.push([place]);
   }
 
-  // Into a tier of the ranking as it is now.
+  // Moves a response into a tier, numbered before the move.
   join(place, tier) {
     if (this.tiers[tier].includes(place)) return;
     const friend = this.tiers[tier][0];
@@ -46,7 +46,7 @@ export class Ranking {
     joined.sort((a, b) => a - b);
   }
 
-  // Between tiers: before the one with this number now.
+  // Moves a response to a tier of its own before tier `before`, numbered before the move.
   insert(place, before) {
     const next = this.tiers.slice(before).find((tier) => tier.some((other) => other !== place));
     this.remove(place);
@@ -54,7 +54,7 @@ export class Ranking {
     this.tiers.splice(at, 0, [place]);
   }
 
-  // One step better (-1) or worse (+1): out of a tie, or into one with the neighbour.
+  // Moves a response one step up (-1) or down (+1): out of a tie, or into a tie with the neighbour.
   move(place, step) {
     const tier = this.tierOf(place);
     if (tier < 0) return this.append(place);
