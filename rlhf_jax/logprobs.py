@@ -152,7 +152,7 @@ def _by_chunks(
 def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array) -> Array:
     """Score [B] of each row from a scalar-head model, read at the row's last real token; 0 for a row without one.
 
-    Reading it at padding after the row would be wrong: padding sees the same tokens but was never trained.
+    The score is read at exactly that token: padding after it sees the same tokens, but its score was never trained.
     """
     last_B1 = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1], axis=1, keepdims=True)
     hidden_B1D = model.apply({"params": params}, tokens_BT, mask_BT, at_BQ=last_B1, method="hidden")

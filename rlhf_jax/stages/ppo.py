@@ -124,7 +124,7 @@ def make_update(
       pad_id: token id of padding.
       axis_name: mapped axis over which the prompts are split.
     """
-    # Scoring uses as many parts as the optimizer steps, which need more memory per row, so it always fits.
+    # As many parts as an optimizer step computes, which needs more memory per row than scoring does.
     rollout = make_rollout(
         networks,
         config.episode,

@@ -43,7 +43,7 @@ from rlhf_jax.runs.lifecycle import (
 )
 from rlhf_jax.stages.reward import STAGE, Config, make_update
 
-# Number of prompts used to estimate mean and scale of the scores: accurate to 1%, in seconds even for many rankings.
+# Number of prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too.
 REFERENCE_PROMPTS = 2048
 
 
