@@ -112,5 +112,5 @@ def test_answers_must_be_one_token_apart(source: Source) -> None:
             return list(text.encode()) * (2 if "B" in text else 1)
 
     odd: Any = Odd()
-    with pytest.raises(UserError, match="tiny: its tokenizer writes the answers A and B as"):
+    with pytest.raises(UserError, match="tiny: expected answers A and B whose token ids differ in the last only"):
         Judge(dataclasses.replace(source, tokenizer=odd))

@@ -557,7 +557,7 @@ REFUSED = [
     (("--data", "none.jsonl"), "none.jsonl:? .*No such file"),
     ((), "found no items, wanted some; give --data FILE"),
     (("--run", "runs/a"), "prompts: found --run without --prompts"),
-    (("--run", "a", "--prompts", "p.jsonl"), "expected 2 to 9 responses to a prompt, got 1 runs with 1 samples each"),
+    (("--run", "a", "--prompts", "p.jsonl"), "found 1 runs with 1 samples each, wanted 2 to 9"),
     (("--pass-mark", "2"), "pass_mark: found 2.0, wanted 0 to 1"),
     (
         ("--origin", "label.example.org", "--data", "ok.jsonl", "--port", "0"),

@@ -659,7 +659,7 @@ NO_TOKENIZER = [
         r"scores: 2 tokens share -1.0, 'ab' among them",
     ),
     (without(sentencepiece(["ab"]), "<0x00>"), r"expected all 256 byte tokens or none, got 255"),
-    (without(sentencepiece(["né"]), "é"), r"'né' holds 'é', no token itself"),
+    (without(sentencepiece(["né"]), "é"), r"'né' contains 'é', which is not a token"),
 ]
 
 
@@ -711,7 +711,7 @@ DAMAGED = [
     (16, struct.pack("<Q", 2**60), r"metadata key \d+ of|value type|truncated"),
     (24, struct.pack("<Q", 2**60), r"metadata key 0 of \d+: the file is truncated"),
     (32, b"\xff\xfe", r"metadata key 0 of \d+: damaged, it is not UTF-8"),
-    (24 + 8 + 20, struct.pack("<I", 99), r"general.architecture: value type 99 is not known"),
+    (24 + 8 + 20, struct.pack("<I", 99), r"general.architecture: value type 99 is unknown"),
 ]
 
 
@@ -728,7 +728,10 @@ def test_damaged_headers(path: Path) -> None:
 def test_tensor_types(path: Path) -> None:
     data = model_file(path).read_bytes()
     entry = b"token_embd.weight" + struct.pack("<IQQI", 2, 32, 267, 0)
-    for kind, message in ((9, "type Q8_1 cannot be dequantised"), (250, "ggml type 250 is new to the installed gguf")):
+    for kind, message in (
+        (9, "type Q8_1 cannot be dequantised"),
+        (250, "ggml type 250 is newer than the installed gguf"),
+    ):
         path.write_bytes(data.replace(entry, entry[:-4] + struct.pack("<I", kind)))
         with pytest.raises(UserError, match=rf"model\.gguf: tensor token_embd.weight: {message}"):
             read_gguf(path)
@@ -754,10 +757,10 @@ def test_other_refusals(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"there is no tensor 'lm_head.weight'; it has model"):
         model.tensor("lm_head.weight")
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"model.gguf: not readable any more"):
+    with pytest.raises(UserError, match=r"model.gguf: no longer readable"):
         model.tensor("model.norm.weight")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r'needs the gguf package; run: pip install "rlhf_jax\[hf\]"'):
+    with pytest.raises(UserError, match=r'requires the gguf package; run: pip install "rlhf_jax\[hf\]"'):
         read_gguf(path)
 
 

@@ -61,8 +61,8 @@ def family_of(model: ModelConfig) -> tuple[str, dict[str, Any]]:
         if _resolved(read) == wanted:
             return model_type, config
     sizes = {"vocab_size", "context", "width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "query_scale"}
-    usual, own = dataclasses.asdict(_resolved(ModelConfig())), dataclasses.asdict(wanted)
-    parts = ", ".join(f"{name}={own[name]}" for name in own if name not in sizes and own[name] != usual[name])
+    defaults, own = dataclasses.asdict(_resolved(ModelConfig())), dataclasses.asdict(wanted)
+    parts = ", ".join(f"{name}={own[name]}" for name in own if name not in sizes and own[name] != defaults[name])
     raise UserError(f"no published family combines these parts of the model: {parts}")
 
 
