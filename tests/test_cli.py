@@ -90,7 +90,7 @@ def test_a_wrong_flag_is_one_line_with_the_right_one() -> None:
 WRONG_FILES = [
     ("x.yaml", "learning_rat: 1", r"x\.yaml: unknown field 'learning_rat'; did you mean 'learning_rate'"),
     ("x.yaml", "model: {width: wide}", r"x\.yaml: field 'model.width': expected a whole number, got 'wide'"),
-    ("x.yaml", "- a", "found list, wanted fields"),
+    ("x.yaml", "- a", "expected a mapping of fields to values, got list"),
     ("x.yaml", "a: [", "unreadable"),
     ("x.yaml", "!!python/object/apply:os.system ['true']", "unreadable"),
     ("x.json", "{", "unreadable"),
@@ -107,8 +107,8 @@ def test_a_wrong_file_names_itself(tmp_path: Path) -> None:
 
 
 WRONG_VALUES = [
-    (["--data", "a", "--steps", "x"], "^--steps: found 'x', wanted a whole number$"),
-    (["--data", "a", "--learning-rate", "x"], "^--learning-rate: found 'x', wanted a number$"),
+    (["--data", "a", "--steps", "x"], "^--steps: expected a whole number, got 'x'$"),
+    (["--data", "a", "--learning-rate", "x"], "^--learning-rate: expected a number, got 'x'$"),
     (["--data", "a", "--model.kind", "bert"], "'bert'.*--model.kind.*'gpt2', 'llama'"),
     (["--data", "a", "--model.width", "12"], "^model: model.width: found 12, wanted a multiple of 8$"),
     (["--data", "a", "--steps"], "Missing value for argument '--steps'"),

@@ -124,5 +124,5 @@ def test_a_folder_in_use_is_refused(runs: Path, tmp_path: Path) -> None:
 
 def test_a_target_that_cannot_be_written_is_refused() -> None:
     for target in ["gguf:out", "pypi:out", "hf:", "peft:", ""]:
-        with case(target), pytest.raises(UserError, match=f"^target: found '{target}'.* wanted .*hf:FOLDER"):
+        with case(target), pytest.raises(UserError, match=f"^target: expected .*hf:FOLDER.* got '{target}'"):
             convert.Config(source="runs/base", target=target)

@@ -54,7 +54,7 @@ def test_no_rows_and_uneven_shares_are_named() -> None:
         batch_at(RaggedRows([], limit=8), batch_size=4, seed=0, step=0)
     with pytest.raises(ValueError, match="batch 10 is not divisible by 4 processes; use --batch 8"):
         batch_at(numbered_rows(9), batch_size=10, seed=0, step=0, processes=4)
-    with pytest.raises(ValueError, match="process 4 is not one of 4"):
+    with pytest.raises(ValueError, match="process: expected 0 to 3, got 4"):
         batch_at(numbered_rows(9), batch_size=8, seed=0, step=0, process=4, processes=4)
 
 
@@ -63,7 +63,7 @@ def test_buckets() -> None:
     assert default_buckets(64) == (16, 32, 48, 64)
     assert default_buckets(10) == (10,)
     assert [bucket_length(n, default_buckets(600)) for n in (1, 16, 17, 129, 513, 600)] == [16, 16, 32, 192, 600, 600]
-    with pytest.raises(ValueError, match="a row of 601 tokens fits no bucket; the longest is 600"):
+    with pytest.raises(ValueError, match="row length: expected at most 600 tokens, the longest bucket, got 601"):
         bucket_length(601, default_buckets(600))
 
 
@@ -75,7 +75,7 @@ def test_ragged_rows() -> None:
     assert batch.loss_mask_BT.tolist() == [[False] * 6, [False, True, True, False, False, False]]
     assert [a.dtype.name for a in vars(batch).values()] == ["int32", "int32", "bool"]
     assert rows.targets == 2
-    with pytest.raises(ValueError, match="row 0: 7 ids"):
+    with pytest.raises(ValueError, match="row 0: expected ids and mask of one length, at most 6, got 7"):
         RaggedRows([([1] * 7, [True] * 7)], limit=6)
 
 
@@ -92,7 +92,7 @@ def test_ranking_rows() -> None:
     assert batch.mask_BK.tolist() == [[True, True, False], [True, True, True]]
     # K belongs to the data set, so that a batch of pairs has the shape of any other.
     assert rows.batch(np.array([0])).tokens_BKT.shape == (1, 3, 4)
-    with pytest.raises(ValueError, match="wanted 2 or more"):
+    with pytest.raises(ValueError, match="expected 2 or more"):
         RankingRows([([[1]], (1,))], limit=4)
 
 
@@ -105,5 +105,5 @@ def test_prompts_are_left_padded_to_one_width() -> None:
         [False, True, True, True],
         [False, False, False, True],
     ]
-    with pytest.raises(ValueError, match="prompt 0: 5 ids, wanted 1 to 4"):
+    with pytest.raises(ValueError, match="prompt 0: expected 1 to 4 ids, got 5"):
         PromptRows([[1] * 5], width=4)

@@ -99,8 +99,8 @@ USELESS = [
     ("text", {"text": " \n"}, "empty text"),
     ("demonstrations", {"prompt": "p", "completion": ""}, "empty completion"),
     ("demonstrations", {"prompt": "p", "response": " "}, "empty response"),
-    ("dialogues", {"messages": [USER]}, "no turn of the assistant's"),
-    ("dialogues", {"messages": [USER, says(" ")]}, "an empty turn of the assistant's"),
+    ("dialogues", {"messages": [USER]}, "no assistant turn"),
+    ("dialogues", {"messages": [USER, says(" ")]}, "an empty assistant turn"),
     ("comparisons", {"prompt": "p", "chosen": "c", "rejected": "c"}, "chosen equals rejected"),
     ("comparisons", {"chosen": "c", "rejected": "c"}, "chosen equals rejected"),
     ("comparisons", {"chosen": HH + " c", "rejected": HH + " c"}, "chosen equals rejected"),
@@ -109,13 +109,13 @@ USELESS = [
     (
         "comparisons",
         {"chosen": "\n\nHuman: x" + HH, "rejected": HH},
-        "chosen and rejected do not part at a turn of the assistant's",
+        "chosen and rejected do not diverge at an assistant turn",
     ),
     ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1]}, "all ranks are tied"),
     ("rankings", {"prompt": "p", "responses": ["a", "a"], "ranks": [1, 2]}, "all responses are equal"),
     ("rankings", {"prompt": "p", "responses": ["a", " "], "ranks": [1, 2]}, "an empty response"),
-    ("rankings", {"prompt": "p", "responses": ["a"], "ranks": [1]}, "1 responses, wanted 2 to 9"),
-    ("rankings", {"prompt": "p", "responses": ["a"] * 10, "ranks": [1] * 10}, "10 responses, wanted 2 to 9"),
+    ("rankings", {"prompt": "p", "responses": ["a"], "ranks": [1]}, "expected 2 to 9 responses, got 1"),
+    ("rankings", {"prompt": "p", "responses": ["a"] * 10, "ranks": [1] * 10}, "expected 2 to 9 responses, got 10"),
     ("prompts", {"prompt": ""}, "empty prompt"),
     ("prompts", {"messages": [says("x")]}, "empty prompt"),
 ]
@@ -131,41 +131,42 @@ def test_rows_that_teach_nothing_are_in_the_ledger(read: Any) -> None:
 
 MALFORMED = [
         ("text", {"body": "x"}, "field 'text': missing; the row's fields are 'body'"),
-        ("text", {"text": 3}, "field 'text': found the number 3, wanted text"),
-        ("text", [1, 2], "found a list of 2, wanted an object"),
+        ("text", {"text": 3}, "field 'text': expected text, got the number 3"),
+        ("text", [1, 2], 'expected an object such as {"prompt": …}, got a list of 2'),
         ("demonstrations", {"prompt": "p"}, "field 'completion': missing; the row's fields are 'prompt'"),
         ("demonstrations", {"completion": "c"}, "field 'prompt': missing"),
-        ("demonstrations", {"prompt": "p", "completion": None}, "field 'completion': found null, wanted text"),
+        ("demonstrations", {"prompt": "p", "completion": None}, "field 'completion': expected text, got null"),
         ("demonstrations", {"prompt": 1.5, "completion": "c"},
-         "field 'prompt': found the number 1.5, wanted text or a list"),
+         "field 'prompt': expected text or a list of messages, got the number 1.5"),
         ("demonstrations", {"prompt": "p", "completion": "c", "response": "c"},
-         "found 'response' beside it, wanted one of"),
+         "'completion': expected either it or 'response', got both"),
         ("demonstrations", {"prompt": [USER], "completion": [USER]},
-         "'completion': found the prompt alone, wanted one message"),
-        ("dialogues", {"messages": "hi"}, 'field \'messages\': found the text "hi", wanted a list of one message'),
-        ("dialogues", {"messages": []}, "field 'messages': found a list of 0, wanted"),
+         "'completion': expected one message of the assistant, got the prompt alone"),
+        ("dialogues", {"messages": "hi"},
+         'field \'messages\': expected a list of at least one message, got the text "hi"'),
+        ("dialogues", {"messages": []}, "field 'messages': expected a list of at least one message, got a list of 0"),
         ("dialogues", {"messages": [{"role": "bot", "content": ""}]},
-         "'messages[0].role': found the text \"bot\", wanted one of"),
+         "'messages[0].role': expected one of system, user, assistant, got the text \"bot\""),
         ("dialogues", {"messages": [USER, {"role": "user"}]}, "'messages[1].content': missing"),
         ("dialogues", {"messages": [USER, {"role": "system", "content": ""}]},
-         "'messages[1].role': found a system message in"),
-        ("dialogues", {"messages": [["user", "x"]]}, "'messages[0]': found a list of 2, wanted a message"),
+         "'messages[1].role': expected a system message only in first place"),
+        ("dialogues", {"messages": [["user", "x"]]}, "'messages[0]': expected a message"),
         ("comparisons", {"prompt": "p", "chosen": "c"}, "field 'rejected': missing"),
         ("comparisons", {"prompt": "p", "chosen": "c", "rejected": True},
-         "'rejected': found the truth value true, wanted"),
-        ("comparisons", {"chosen": [USER, says("x")], "rejected": "x"}, "'chosen': found a list of 2, wanted text"),
+         "got the truth value true"),
+        ("comparisons", {"chosen": [USER, says("x")], "rejected": "x"}, "'chosen': expected text, got a list of 2"),
         ("rankings", {"prompt": "p"}, "field 'chosen' and 'rejected', or 'responses' and 'ranks': missing"),
         ("rankings", {"prompt": "p", "responses": "ab", "ranks": [1, 2]},
-         "'responses': found the text \"ab\", wanted a list"),
+         "'responses': expected a list, got the text \"ab\""),
         ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1]},
-         "'ranks': found a list of 1, wanted a list of 2"),
+         "'ranks': expected a list of 2, one for each response, got a list of 1"),
         ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 0]},
-         "'ranks[1]': found the number 0, wanted a whole"),
-        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1.5]}, "'ranks[1]': found the number 1.5"),
+         "'ranks[1]': expected a whole number from 1, the best, got the number 0"),
+        ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 1.5]}, "got the number 1.5"),
         ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, True]},
-         "'ranks[1]': found the truth value true"),
+         "got the truth value true"),
         ("rankings", {"prompt": "p", "responses": ["a", None], "ranks": [1, 2]},
-         "'responses[1]': found null, wanted text"),
+         "'responses[1]': expected text, got null"),
         ("prompts", {"text": "x"}, "field 'prompt': missing"),
     ]  # fmt: skip
 
@@ -183,24 +184,24 @@ def test_malformed_rows_name_file_line_and_field(read: Any) -> None:
 
 
 HOSTILE = [
-    (b'{"text": "a\xff"}', "bad UTF-8: found byte 0xff at byte 12 of the line"),
-    (b'{"text": "\xed\xa0\x80"}', "bad UTF-8: found byte 0xed at byte 11"),
+    (b'{"text": "a\xff"}', "bad UTF-8: expected a file in UTF-8, got byte 0xff at byte 12 of the line"),
+    (b'{"text": "\xed\xa0\x80"}', "bad UTF-8: expected a file in UTF-8, got byte 0xed at byte 11"),
     (b'{"text": "a"', "not JSON: Expecting ',' delimiter at character 13"),
     (b"{'text': 'a'}", "not JSON: "),
     (b'{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
     (b'{"text": "a\x01"}', "not JSON: Invalid control character"),
-    (b'{"text": "a", "n": NaN}', "found NaN, which is no JSON number"),
-    (b'{"text": "a", "n": -Infinity}', "found -Infinity, which is no JSON number"),
+    (b'{"text": "a", "n": NaN}', "expected a JSON number, got NaN"),
+    (b'{"text": "a", "n": -Infinity}', "expected a JSON number, got -Infinity"),
     (b'{"text": "a", "n": 1e999}', "the number 1e999 is too large"),
     (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not usable JSON: Exceeds the limit"),
     (b'{"text": "a", "text": "b"}', 'the key "text" is given twice'),
     (b'{"text": "a", "n": {"k": 1, "k": 1}}', 'the key "k" is given twice'),
-    (b'{"text": "a\\ud800"}', 'field "text": found the lone surrogate U+D800, wanted whole characters'),
-    (b'{"text": "a", "n": ["\\uDFFF"]}', 'field "n": found the lone surrogate U+DFFF'),
+    (b'{"text": "a\\ud800"}', 'field "text": expected complete characters, got the lone surrogate U+D800'),
+    (b'{"text": "a", "n": ["\\uDFFF"]}', 'field "n": expected complete characters, got the lone surrogate U+DFFF'),
     (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
     (b'{"text": [' + b"[]," * 600_000 + b"[]]}", "more than 500,000 brackets in a line"),
-    (b'"text"', 'found the text "text", wanted an object'),
-    (b"null", "found null, wanted an object"),
+    (b'"text"', 'got the text "text"'),
+    (b"null", "got null"),
 ]
 
 
@@ -259,7 +260,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         read_records(tmp_path, "text", Ledger())
     (tmp_path / "empty.jsonl").write_bytes(b"\n\n")
-    with pytest.raises(UserError, match=r"empty\.jsonl: the file has no rows"):
+    with pytest.raises(
+        UserError, match=r"empty\.jsonl: expected one JSON object on each line, got a file without rows"
+    ):
         read_records([tmp_path / "empty.jsonl"], "text", Ledger())
 
 

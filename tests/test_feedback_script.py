@@ -134,11 +134,11 @@ def test_labels_decide_what_is_asked_next(
 
 MISTAKES = [
     (["agreements"], "unknown command 'agreements'; did you mean agreement?"),
-    (["agreement"], "labels: wanted either --labels FOLDER or --items FILE"),
-    (["active", "--items", "x", "--out", "y", "--run", "z"], "run: found 1 reward model, wanted two or more"),
-    (["active", "--items", "x", "--out", "y"], "features: wanted either --features MODEL or --run FOLDER"),
-    (["active", "--items", "x", "--features", "z"], "out: found nothing, wanted a file for the items"),
-    (["ai", "--items", "x", "--judge", "y"], "out: found nothing, wanted a file for the judgements"),
+    (["agreement"], "labels: expected either --labels FOLDER or --items FILE"),
+    (["active", "--items", "x", "--out", "y", "--run", "z"], "run: expected two or more reward models"),
+    (["active", "--items", "x", "--out", "y"], "features: expected either --features MODEL or --run FOLDER"),
+    (["active", "--items", "x", "--features", "z"], "out: expected a file for the items"),
+    (["ai", "--items", "x", "--judge", "y"], "out: expected a file for the judgements"),
     (["export", "--labels", "/nowhere", "--out", "x"], "got no labels.sqlite in it"),
 ]
 

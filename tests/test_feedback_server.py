@@ -551,21 +551,21 @@ def call(*arguments: str) -> tuple[int, str]:
 
 
 REFUSED = [
-    (("--host", "0.0.0.0"), "host: found 0.0.0.0, which others can reach, wanted labellers with tokens"),
+    (("--host", "0.0.0.0"), "host: expected labellers with tokens, as others can reach the page, got 0.0.0.0"),
     (("--host", "192.0.2.7"), "give --labeller NAME"),
-    (("--host", "::"), "host: found ::, which others can reach"),
+    (("--host", "::"), "as others can reach the page, got ::"),
     (("--data", "none.jsonl"), "none.jsonl:? .*No such file"),
-    ((), "found no items, wanted some; give --data FILE"),
-    (("--run", "runs/a"), "prompts: found --run without --prompts"),
-    (("--run", "a", "--prompts", "p.jsonl"), "found 1 runs with 1 samples each, wanted 2 to 9"),
-    (("--pass-mark", "2"), "pass_mark: found 2.0, wanted 0 to 1"),
+    ((), "expected at least 1 item, got none; give --data FILE"),
+    (("--run", "runs/a"), "prompts: expected both --run and --prompts or neither, got --run without"),
+    (("--run", "a", "--prompts", "p.jsonl"), "expected 2 to 9 responses to a prompt, got 1 runs with 1 samples each"),
+    (("--pass-mark", "2"), "pass_mark: expected 0 to 1, got 2.0"),
     (
         ("--origin", "label.example.org", "--data", "ok.jsonl", "--port", "0"),
         "origin: expected .*, got 'label.example.org'",
     ),
     (
         ("--host", "203.0.113.250", "--labeller", "ann", "--data", "ok.jsonl"),
-        "203.0.113.250:8460, which cannot be had",
+        "expected an address to listen on, got 203.0.113.250:8460",
     ),
 ]
 

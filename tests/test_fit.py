@@ -206,7 +206,7 @@ def lossy(at: set[int], poison: bool = False) -> Any:
 
 def test_three_lost_losses_end_the_run(tmp_path: Path) -> None:
     recorder, checkpoints = Recorder(), Checkpoints(tmp_path)
-    with pytest.raises(UserError, match=r"loss was not finite for 3 steps in a row, last at step 8; .* of step 4"):
+    with pytest.raises(UserError, match=r"loss was not finite for 3 consecutive steps, last at step 8; .* of step 4"):
         options: dict[str, Any] = {"checkpoints": checkpoints, "save_every": 4, "log_every": 5}
         fit(initial(), lossy({2, 3, 6, 7, 8}), batch_at, steps=12, writers=recorder, **options)
     assert [event for event in recorder.events if "recompiled" not in event[1]] == [
@@ -241,7 +241,9 @@ def test_a_state_that_changes_its_types_is_refused() -> None:
         extras = {"kl_coef": state.extras["kl_coef"].astype(jnp.bfloat16)}
         return TrainState(state.step, state.params, state.opt_state, state.key, extras), metrics
 
-    with pytest.raises(TypeError, match=r"extras\['kl_coef'\]: found bfloat16\[\], wanted float32\[\]"):
+    with pytest.raises(
+        TypeError, match=r"extras\['kl_coef'\]: expected float32\[\] as before the step, got bfloat16\[\]"
+    ):
         fit(initial(), drifting, batch_at, steps=8, writers=Recorder())
 
 

@@ -184,7 +184,7 @@ def test_a_model_that_makes_a_special_token_of_text_is_refused() -> None:
     )
     assert tokenizer.encode("a</a") == [2, 3, 4, 2]
     assert tokenizer.encode("b") == [0]
-    with pytest.raises(UserError, match="tokenizer uni: found '</s>' in a text"):
+    with pytest.raises(UserError, match="tokenizer uni: expected a text without '</s>'"):
         tokenizer.encode("a</s>")
 
 
@@ -226,13 +226,13 @@ def test_roles_that_are_missing_or_shared() -> None:
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(UserError, match="m: found no end-of-text token, wanted 'eos_token'"):
+    with pytest.raises(UserError, match=r"m: expected 'eos_token' .* got no end-of-text token"):
         roles({"bos_token": "<s>"})
-    with pytest.raises(UserError, match=r"found id 400 of .*, wanted one below 400, the rows"):
+    with pytest.raises(UserError, match=r"expected an id below 400, the rows .* got 400 of"):
         roles({"eos_token": "</s>"}, rows=400)
-    with pytest.raises(UserError, match="eos_token_id: found 'x'"):
+    with pytest.raises(UserError, match="eos_token_id: expected an id or a list of ids, got 'x'"):
         roles({}, eos="x")
-    with pytest.raises(UserError, match=r"m: tokenizer\.json: KeyError: 'model'; is the file whole\?"):
+    with pytest.raises(UserError, match=r"m: tokenizer\.json: KeyError: 'model'; is the file complete\?"):
         HuggingFaceTokenizer.from_content({}, {}, rows=9, name="m")
     tokenizer = roles({"eos_token": "</s>"})
     with pytest.raises(UserError, match=f"token id {SIZE} is outside the vocabulary of {SIZE} ids"):
@@ -280,7 +280,7 @@ def test_a_damaged_saved_file_is_named(tmp_path: Path) -> None:
     for change, message in (
         ({"fingerprint": "0"}, "does not match its fingerprint"),
         ({"files": {}}, "KeyError"),
-        ({"rows": 5}, "wanted one below 5"),
+        ({"rows": 5}, "expected an id below 5"),
         ({"files": {"tokenizer.json": "{"}}, "not readable JSON"),
     ):
         path.write_text(json.dumps(saved | change))
@@ -371,9 +371,9 @@ def test_our_own_tokenizer_in_hugging_faces_layout() -> None:
 
 def test_a_pattern_that_may_mean_something_else_is_refused() -> None:
     for pattern in (r"a$|(?s).", r"\p{N}{1,2}+|(?s:.)", "^a|[^a]"):
-        with pytest.raises(UserError, match="tokenizer tiny: found the pattern"):
+        with pytest.raises(UserError, match="tokenizer tiny: expected a pattern"):
             to_hugging_face(tiny_ranks(pattern))
-    with pytest.raises(UserError, match=r"found a token '<\|pad\|>'"):
+    with pytest.raises(UserError, match=r"got '<\|pad\|>'"):
         to_hugging_face(Tokenizer("x", WORDS_PATTERN, {bytes([b]): b for b in range(256)} | {b"<|pad|>": 256}))
 
 

@@ -172,7 +172,7 @@ def test_what_does_not_divide_is_refused_with_what_does() -> None:
         shard_rows(batch, make_mesh(8))
     with pytest.raises(UserError, match="batch 13 is not divisible by 4 devices; use --batch 12"):
         pmap_update(lambda state, batch: (state, {}), 4)(new_state({}, None, 0), batch)
-    with pytest.raises(UserError, match="devices: wanted 9, found 8"):
+    with pytest.raises(UserError, match="devices: expected 9, got 8"):
         make_mesh(9)
 
 

@@ -330,7 +330,7 @@ def test_auto_is_the_first_rematerialisation_that_fits(
     assert (first("v5p:2x2x2"), tried) == ("dots", ["dots"])
     assert capsys.readouterr().err == ""
     assert (first("v5e:2x4"), tried) == ("full", ["dots", "full"])
-    assert capsys.readouterr().err == "--remat dots does not fit (20.0 GiB a chip); going on with --remat full\n"
+    assert capsys.readouterr().err == "--remat dots does not fit (20.0 GiB a chip); continuing with --remat full\n"
     assert first("v5p:2x2x2", row_length=16) == "full"
     assert "(update: expected at most 15.75G of HBM a chip, got 19.69G)" in capsys.readouterr().err
     assert (first("v5e:2x4", remat="dots"), tried) == ("dots", ["dots"])
@@ -442,7 +442,10 @@ def test_parts_that_do_not_divide() -> None:
     params, mesh = drawn(SMALL), make_mesh(fsdp=8)
     prompts = PromptBatch(np.ones((8, 4), np.int32), np.ones((8, 4), bool))
     config = EpisodeConfig(response_length=4, decode_parts=3)
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="decode_parts 3 does not divide the axis fsdp of 8"):
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match="decode_parts: expected a divisor of the 8 devices of the axis fsdp, got 3"),
+    ):
         sample(Transformer(SMALL), place(params, mesh), prompts, jax.random.key(0), config, eos_id=0, pad_id=1)
     with pytest.raises(UserError, match=r"decode_parts: expected .*, got -1"):
         EpisodeConfig(decode_parts=-1)

@@ -69,10 +69,10 @@ def test_another_run_is_refused_by_the_field(tmp_path: Path) -> None:
     create(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"steps": 20}, "steps: found 10 from an earlier run, wanted 20"),
-        ({"optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}}, "optim.learning_rate: found 0.001 .* wanted 0.002"),
-        ({"clip": 0.2}, "clip: found nothing .* wanted 0.2"),
-        ({"stage": "reward"}, "found the folder of a sft run, wanted one of reward"),
+        ({"steps": 20}, "steps: expected 10 as in the earlier run, got 20"),
+        ({"optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}}, "optim.learning_rate: expected 0.001 .* got 0.002"),
+        ({"clip": 0.2}, "clip: expected nothing .* got 0.2"),
+        ({"stage": "reward"}, "expected the folder of a reward run, got one of sft"),
     ]
     for change, message in changes:
         with pytest.raises(UserError, match=message) as error:
@@ -85,7 +85,7 @@ def test_other_inputs_are_refused(tmp_path: Path) -> None:
     create(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(about | {"inputs": {"data/a.jsonl": "0000"}}))
-    with pytest.raises(UserError, match=r"inputs.data/a.jsonl: found 0000 .* wanted 1f3c"):
+    with pytest.raises(UserError, match=r"inputs.data/a.jsonl: expected 0000 .* got 1f3c"):
         create(tmp_path)
 
 
@@ -99,14 +99,14 @@ def test_no_folder_of_a_run(tmp_path: Path) -> None:
     about = json.loads((tmp_path / "old" / "config.json").read_text())
     (tmp_path / "old" / "config.json").write_text(json.dumps(about | {"format_version": 0}))
     for path, message in [
-        ("none", "no such folder; wanted the folder of a sft or ppo run"),
-        ("notes", "no config.json in it"),
+        ("none", "expected the folder of a sft or ppo run, got no such folder"),
+        ("notes", "got one without config.json"),
         ("sft", "tokenizer.json is missing"),
-        ("old", "format_version: found 0, wanted 1"),
+        ("old", "format_version: expected 1, got 0"),
     ]:
         with pytest.raises(UserError, match=message):
             RunFolder.open(tmp_path / path, stages=("sft", "ppo"))
-    for path, message in [("notes", "found todo.txt but no config.json"), ("file", "found a file")]:
+    for path, message in [("notes", "got todo.txt but no config.json"), ("file", "got a file")]:
         with pytest.raises(UserError, match=message):
             create(tmp_path / path)
     assert [child.name for child in (tmp_path / "notes").iterdir()] == ["todo.txt"]
@@ -126,7 +126,7 @@ def test_a_spoiled_config_is_one_line(tmp_path: Path) -> None:
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     create(tmp_path)
     Tokenizer.train(["to be or not to be"] * 9, 262).save(tmp_path / "tokenizer.json")
-    with pytest.raises(UserError, match=r"tokenizer\.json: found fingerprint"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected fingerprint"):
         RunFolder.open(tmp_path, stages=("sft",))
 
 

@@ -225,8 +225,8 @@ def test_a_file_of_settings_and_a_flag_over_it(capsys: pytest.CaptureFixture[str
     assert "was finished before" in capsys.readouterr().out
     assert call("sft", "--name", "answers", "--config", "mine.yaml") == 2
     assert capsys.readouterr().err == (
-        "error: runs/answers: steps: found 2 from an earlier run, wanted 7; give the same settings to go on with it, "
-        "or another --name to start anew\n"
+        "error: runs/answers: steps: expected 2 as in the earlier run, got 7; give the same settings to resume it, "
+        "or another --name to start a new run\n"
     )
 
 
@@ -302,7 +302,7 @@ def test_a_dialogue_goes_on_until_quit(capsys: pytest.CaptureFixture[str], monke
     decode = Tokenizer.bytes().decode
     # The context holds 60 tokens beside four new ones, which both exchanges exceed: the first exchange is forgotten.
     assert [decode(ids) for ids in heard] == ["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Ho Ho Ho\n\nAssistant:"]
-    assert said.err.count("\n") == 1 and "forgotten" in said.err
+    assert said.err.count("\n") == 1 and "dropped the oldest message" in said.err
 
 
 BAD_ROWS: dict[str, tuple[str, tuple[str, ...], bytes, str]] = {
@@ -311,10 +311,10 @@ BAD_ROWS: dict[str, tuple[str, tuple[str, ...], bytes, str]] = {
         "pretrain",
         PRETRAIN,
         b'{"text": "a"}\n{"text": 3}',
-        r"bad.jsonl:2: field 'text': found the number 3",
+        r"bad.jsonl:2: field 'text': expected text, got the number 3",
     ),
-    "bad UTF-8": ("reward", REWARD, b'{"prompt": "\xff"}', r"bad.jsonl:1: bad UTF-8: found byte 0xff"),
-    "not JSON": ("ppo", PPO, b"hello", r"bad.jsonl:1: not JSON: .* wanted one JSON object"),
+    "bad UTF-8": ("reward", REWARD, b'{"prompt": "\xff"}', r"bad.jsonl:1: bad UTF-8: .* got byte 0xff"),
+    "not JSON": ("ppo", PPO, b"hello", r"bad.jsonl:1: not JSON: .* expected one JSON object"),
     "no rows": ("sft", SFT, b"\n", r"bad.jsonl: the file has no rows"),
     "only an empty response": (
         "sft",
@@ -369,24 +369,24 @@ MISTAKES = [
     (
         "sft",
         changed(SFT, init="runs/judge"),
-        "runs/judge: found the folder of a reward run, wanted one of pretr",
+        "runs/judge: expected the folder of a pretr",
     ),
     (
         "reward",
         changed(REWARD, init="runs/judge"),
-        "runs/judge: found the folder of a reward run, wanted one of",
+        "runs/judge: expected the folder of a",
     ),
     (
         "ppo",
         changed(PPO, reward="runs/answers"),
-        "runs/answers: found the folder of a sft run, wanted one of rew",
+        "runs/answers: expected the folder of a rew",
     ),
-    ("ppo", changed(PPO, init="nowhere"), "nowhere: no such folder; wanted the folder of a sft or pretrain run"),
+    ("ppo", changed(PPO, init="nowhere"), "nowhere: expected the folder of a sft or pretrain run, got no such folder"),
     ("ppo", changed(PPO, reward="other"), "other: its vocabulary of 300 tokens is not that of runs/answers"),
     (
         "pretrain",
         changed(PRETRAIN, name="judge"),
-        "runs/judge: found the folder of a reward run, wanted one of p",
+        "runs/judge: expected the folder of a p",
     ),
     ("pretrain", changed(PRETRAIN, data="none.jsonl"), "none.jsonl: cannot be read: No such file"),
     ("pretrain", changed(PRETRAIN, devices="3"), "batch 4 is not divisible by devices 3 .* use --batch 3"),
@@ -405,7 +405,7 @@ MISTAKES = [
     (
         "pretrain",
         changed(PRETRAIN, **{"model.vocab-size": "9", "tokenizer": "bpe"}),
-        "vocab_size 9: wanted at le",
+        "vocab_size: expected at le",
     ),
     ("ppo", changed(PPO, **{"episode.temperature": "0"}), "episode: temperature: expected more than 0, got 0.0"),
     (
@@ -417,20 +417,20 @@ MISTAKES = [
     (
         "generate",
         ("runs/judge",),
-        "runs/judge: found the folder of a reward run, wanted one of pretrain or sft or ppo",
+        "runs/judge: expected the folder of a pretrain or sft or ppo run, got one of reward",
     ),
-    ("generate", ("runs/base", "--max-new-tokens", "64"), "leaves no room .* use --max-new-tokens 32"),
+    ("generate", ("runs/base", "--max-new-tokens", "64"), "to leave room .* use --max-new-tokens 32"),
     (
         "generate",
         ("runs/base", "--max-new-tokens", "4", "--prompt", "ok", "--prompt", LONG),
-        "--prompt 2: found 81 tokens, wanted 60 or less: the context of 64 less max_new_tokens 4",
+        "--prompt 2: expected at most 60 tokens, the context of 64 minus max_new_tokens 4, got 81",
     ),
     (
         "generate",
         ("runs/base", "--max-new-tokens", "4", "--prompt", "a\udcff"),
-        "--prompt 1: character 2: found bytes that are not UTF-8",
+        "--prompt 1: character 2: expected UTF-8, got other bytes",
     ),
-    ("generate", ("runs/base", "--top-p", "0"), "top_p: found 0.0, wanted more than 0 and at most 1"),
+    ("generate", ("runs/base", "--top-p", "0"), "top_p: expected more than 0 and at most 1, got 0.0"),
 ]
 
 
@@ -451,7 +451,10 @@ def test_messages_that_are_too_long_or_no_text(
     user: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for said, message in (
-        (LONG.encode(), "standard input:1: found 102 tokens"),
+        (
+            LONG.encode(),
+            "standard input:1: expected at most 60 tokens, the context of 64 minus max_new_tokens 4, got 102",
+        ),
         (b"a\n\xff", "standard input:2: byte 1"),
     ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said)))

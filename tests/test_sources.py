@@ -134,7 +134,7 @@ def test_what_the_stages_have_written_can_be_exported(runs: Path, tmp_path: Path
 
 
 def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="found the folder of a reward run, wanted one of sft"):
+    with pytest.raises(UserError, match="expected the folder of a sft run, got one of reward"):
         open_source(str(runs / "judge"), stages=("sft",))
     with pytest.raises(UserError, match=r"nowhere: no such folder; expected one with a config.json"):
         open_source("hf:nowhere", stages=("pretrain",))
@@ -150,7 +150,7 @@ def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Pat
     moved = tmp_path / "moved"
     (runs / "base").rename(moved)
     try:
-        with pytest.raises(UserError, match="base: no such folder"):
+        with pytest.raises(UserError, match=r"base: expected the folder of .* run, got no such folder"):
             open_source(str(runs / "sft"), stages=("sft",))
     finally:
         moved.rename(runs / "base")

@@ -1,1 +1,1 @@
-"""The command line, `rlhf-jax COMMAND …`: each command is a file with its `Config` and a `run` that imports JAX."""
+"""Command line `rlhf-jax COMMAND …`: one module per command, with its `Config` and a `run` that imports JAX."""

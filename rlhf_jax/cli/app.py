@@ -1,4 +1,4 @@
-"""The program `rlhf-jax`: finds the command, parses its flags, and only then imports JAX and runs it."""
+"""Entry point of `rlhf-jax`: looks up the command, parses its flags, and only then imports JAX and runs it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from rlhf_jax.errors import UserError
 C = TypeVar("C")
 
 COMMANDS = {
-    "recipe": "The four stages on the embedded default, and what they gained.",
+    "recipe": "Run all four stages on the embedded default corpus and measure the improvement.",
     "pretrain": "Stage 1: pretrain a language model on text.",
-    "sft": "Stage 2: fine-tune it on demonstrations or dialogues.",
+    "sft": "Stage 2: fine-tune the pretrained model on demonstrations or dialogues.",
     "reward": "Stage 3.1: train a reward model on comparisons or rankings.",
     "ppo": "Stage 3.2: optimise the fine-tuned model against the reward model.",
-    "generate": "Complete prompts, or chat, with the model of a run or a published one.",
-    "convert": "Export a run to Hugging Face's format, or import a published model.",
-    "label": "Serve the page where people judge answers.",
-    "feedback": "Agreement, export, AI labels and active choice on those judgements.",
-    "plan": "Memory, time and cost of a stage on a TPU pod, without a TPU.",
+    "generate": "Complete prompts, or chat, with a trained or published model.",
+    "convert": "Export a run to the Hugging Face format, or import a published model.",
+    "label": "Serve the web page on which people rate and rank responses.",
+    "feedback": "Measure agreement, export, add AI labels, or choose the next items to label.",
+    "plan": "Estimate memory, time and cost of a stage on a TPU pod, without a TPU.",
 }
 TRAINING = ("recipe", "pretrain", "sft", "reward", "ppo")
 
 
 def console(name: str | None = None) -> NoReturn:
-    """Runs the command of this process's own command line and exits.
+    """Runs the command given on this process's command line and exits.
 
     Args:
-      name: the command, where the program stands for one alone (scripts/NAME.py).
+      name: the command, for a program that runs only that one (scripts/NAME.py).
     """
     _check_environment()
     try:
@@ -45,11 +45,11 @@ def console(name: str | None = None) -> NoReturn:
 
 
 def main(arguments: Sequence[str], *, own_process: bool = False) -> NoReturn:
-    """Runs one command and exits: 0 done, 2 a mistake of the user's, 130 Ctrl-C, 143 SIGTERM.
+    """Runs one command and exits: 0 on success, 2 on a user error, 130 on Ctrl-C, 143 on SIGTERM.
 
     Args:
       arguments: the command and its flags, such as ["sft", "--init", "runs/base"].
-      own_process: whether the process is this command's alone; see `execute`.
+      own_process: True if the process runs nothing but this command; see `execute`.
     """
     try:
         name, command, rest = _find(list(arguments))
@@ -78,13 +78,13 @@ def execute(
     own_process: bool = True,
     training: bool = False,
 ) -> NoReturn:
-    """Parses the flags of a config, runs it and exits.
+    """Parses the flags into a config, runs the command with it and exits.
 
     Args:
-      program: what usage and errors call the program.
-      again: the command line that starts it again; `program` with the arguments if not given.
-      own_process: whether the process is this command's alone, so that the cache of compiled programs may be set.
-      training: whether memory allocator and XLA's flags are set as well, for which the process restarts under its id.
+      program: the program's name in usage and error messages.
+      again: the command line that resumes it; `program` with the arguments if empty.
+      own_process: True if the process runs nothing but this command, so that the compilation cache may be set.
+      training: True to also set the memory allocator and XLA flags, which restarts the process under the same id.
     """
     from rlhf_jax.cli.flags import parse_command
 
@@ -109,8 +109,8 @@ def _refuse(error: UserError) -> NoReturn:
 
 
 def _check_environment() -> None:
-    """Exits with one line where Python is too old or the project's packages are not installed for it."""
-    # The reader's Python, not the project's.
+    """Exits with a one-line error if Python is too old or the required packages are not installed."""
+    # The user's Python, which may be older than the one the project requires.
     if sys.version_info < (3, 11):  # noqa: UP036
         problem = f"Python {sys.version_info[0]}.{sys.version_info[1]} is too old, expected 3.11 or newer"
     else:
@@ -128,7 +128,7 @@ def _check_environment() -> None:
 
 
 def _find(arguments: list[str]) -> tuple[str, Any, list[str]]:
-    """(name of the command, object with Config and run, the rest of the arguments). Exits after --help, --version."""
+    """Returns (command name, object with Config and run, remaining arguments). Exits after --help and --version."""
     found = arguments[0] if arguments else ""
     if found in ("-h", "--help"):
         _print_commands("rlhf-jax", "The recipe behind ChatGPT in JAX.", COMMANDS)
@@ -167,7 +167,7 @@ def _refuse_unknown(program: str, found: str, known: Any) -> None:
 
 
 def _again(arguments: list[str]) -> str:
-    """The command that starts this one again, as a shell reads it, by the way in which it was started."""
+    """The shell command that resumes this run, in the form in which it was started."""
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         return shlex.join(["python", "-m", "rlhf_jax", *arguments])

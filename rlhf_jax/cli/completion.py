@@ -1,4 +1,4 @@
-"""Completions and dialogues on the console: what `rlhf-jax generate` does."""
+"""Completions and dialogues on the console, for `rlhf-jax generate`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_jax.generate import generate, stream, uniform_numbers
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.lifecycle import say
 
-# Responses sampled side by side; of more prompts, so many are read ahead and those of like length go together.
+# ROWS responses are sampled per batch. AHEAD rows are read at once, to batch rows of similar length.
 ROWS, AHEAD = 32, 256
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Speaker:
-    """A run's model and how to sample from it."""
+    """A run's model with its sampling settings."""
 
     def __init__(self, config: Config) -> None:
         source = open_source(config.run, stages=("pretrain", "sft", "ppo"))
@@ -38,8 +38,9 @@ class Speaker:
         self.room = self.context - config.max_new_tokens
         if self.room < 1:
             raise UserError(
-                f"max_new_tokens: found {config.max_new_tokens}, which leaves no room for a prompt in the model's "
-                f"context of {self.context} tokens; use --max-new-tokens {max(self.context // 2, 1)}"
+                f"max_new_tokens: expected at most {self.context - 1}, to leave room for a prompt in the model's "
+                f"context of {self.context} tokens, got {config.max_new_tokens}; use --max-new-tokens "
+                f"{max(self.context // 2, 1)}"
             )
         self.params = source.params()
         self.key = jax.random.key(config.seed)
@@ -55,24 +56,28 @@ class Speaker:
         )
 
     def refuse(self, ids: Sequence[int], where: str) -> None:
-        """Raises UserError if a prompt is nothing, or leaves no room for the response."""
+        """Checks the length of a prompt.
+
+        Raises:
+          UserError: if the prompt is empty, or leaves no room for the response.
+        """
         if not ids:
             raise UserError(
-                f"{where}: found an empty prompt, wanted text: nothing stands before a text of this model's"
+                f"{where}: expected text, got an empty prompt, and this model's tokenizer adds no start token"
             )
         if len(ids) > self.room:
             raise UserError(
-                f"{where}: found {len(ids)} tokens, wanted {self.room} or less: the context of {self.context} less "
-                f"max_new_tokens {self.config.max_new_tokens}"
+                f"{where}: expected at most {self.room} tokens, the context of {self.context} minus max_new_tokens "
+                f"{self.config.max_new_tokens}, got {len(ids)}"
             )
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """The text of one response to each prompt."""
+        """Text of one response to each prompt."""
         numbers = []
         for _ in range(0, len(prompts), ROWS):
             self.key, key = jax.random.split(self.key)
             numbers.append(np.asarray(uniform_numbers(key, ROWS, self.config.max_new_tokens)))
-        # A prompt is answered by the numbers of its place, whatever else is sampled beside it.
+        # Each prompt has its own row of random numbers, so its response does not depend on the others in its batch.
         uniform_NR = np.concatenate(numbers)
         texts = [""] * len(prompts)
         for part in by_length(list(map(len, prompts)), ROWS):
@@ -81,8 +86,8 @@ class Speaker:
         return texts
 
     def side_by_side(self, prompts: Sequence[Sequence[int]], uniform_BR: np.ndarray) -> list[str]:
-        """Responses of one batch, each drawn with its row of numbers."""
-        # Few shapes, each compiled once: widths are buckets, and so are numbers of rows.
+        """Responses of one batch, each sampled with its own row of uniform numbers."""
+        # Widths and row counts are bucketed, so that few shapes are compiled.
         width = bucket_length(max(map(len, prompts)), default_buckets(self.room))
         rows = np.arange(1 << (len(prompts) - 1).bit_length()) % len(prompts)
         batch = PromptRows(list(prompts), width, self.tokenizer.pad_id).batch(rows)
@@ -98,12 +103,12 @@ class Speaker:
         decode = self.tokenizer.decode
         tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
         kept = zip(tokens_BR[: len(prompts)], mask_BR[: len(prompts)])
-        # Decoded alone, a response would lose a space before it, as SentencePiece takes one from the front of a text.
+        # Decoded alone, a response would lose its leading space: SentencePiece strips one at the start of a text.
         wholes = [decode([*ids, *row[mask].tolist()]) for ids, (row, mask) in zip(prompts, kept)]
         return [whole[len(decode(ids)) :] for ids, whole in zip(prompts, wholes)]
 
     def spoken(self, ids: Sequence[int]) -> Iterator[str]:
-        """The text of a response to one prompt, in the pieces in which it is sampled."""
+        """Text of the response to one prompt, streamed as it is sampled."""
         width = bucket_length(len(ids), default_buckets(self.room))
         batch = PromptRows([list(ids)], width, self.tokenizer.pad_id).batch(np.arange(1))
         self.key, key = jax.random.split(self.key)
@@ -113,7 +118,7 @@ class Speaker:
         for token_B, _ in columns:
             before.append(int(token_B[0]))
             text = decode(before)
-            # A character of several tokens is none until its last one is there.
+            # A character made of several tokens decodes only once its last token is there.
             if not text.endswith("\ufffd"):
                 yield text[said:]
                 said = max(said, len(text))
@@ -121,7 +126,7 @@ class Speaker:
 
 
 def run(config: Config) -> None:
-    """Prints completions of the prompts, or holds a dialogue."""
+    """Prints completions of the prompts, or starts a chat."""
     speaker = Speaker(config)
     if config.chat:
         chat(speaker)
@@ -136,7 +141,11 @@ def run(config: Config) -> None:
 
 
 def complete(speaker: Speaker, prompts: Sequence[tuple[str, str]]) -> None:
-    """Prints each prompt with its completions. prompts: (where it came from, text)."""
+    """Prints each prompt with its completions.
+
+    Args:
+      prompts: (source, text) pairs; the source names the prompt in errors.
+    """
     rows = []
     for where, text in prompts:
         ids = [*speaker.tokenizer.start_ids, *speaker.tokenizer.encode(checked(text, where))]
@@ -157,7 +166,7 @@ def complete(speaker: Speaker, prompts: Sequence[tuple[str, str]]) -> None:
 
 
 def chat(speaker: Speaker) -> None:
-    """Answers line by line; what no longer fits the context is forgotten, the oldest exchange first."""
+    """Chats line by line; the oldest exchanges are dropped once the dialogue no longer fits the context."""
     said: list[Message] = []
     for where, text in lines("you> "):
         if text.strip() == "/quit":
@@ -167,11 +176,11 @@ def chat(speaker: Speaker) -> None:
         said.append(Message("user", checked(text, where)))
         while len(said) > 2 and len(chat_ids(said, speaker.tokenizer)) > speaker.room:
             del said[:2]
-            say("(the oldest message and its answer no longer fit the context and are forgotten)")
+            say("(dropped the oldest message and its answer: the dialogue no longer fits the context)")
         ids = chat_ids(said, speaker.tokenizer)
         speaker.refuse(ids, where)
         if speaker.tokenizer.chat_template is None:
-            # A model that never saw the end of a turn goes on with the other side's.
+            # A model that was not trained to end its turn continues with the user's.
             answer = speaker.answers([ids])[0].split(HEADERS["user"])[0].strip()
             print(answer, flush=True)
         else:
@@ -185,7 +194,11 @@ def chat(speaker: Speaker) -> None:
 
 
 def lines(invitation: str) -> Iterator[tuple[str, str]]:
-    """(where, text) of each line of standard input. invitation: shown to a person at a terminal."""
+    """Yields (source, text) for each line of standard input.
+
+    Args:
+      invitation: the prompt shown if standard input is a terminal.
+    """
     if sys.stdin.isatty():
         number = 0
         while True:
@@ -199,15 +212,21 @@ def lines(invitation: str) -> Iterator[tuple[str, str]]:
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"standard input:{number}: byte {error.start + 1}: {error.reason}, wanted UTF-8") from None
+            raise UserError(
+                f"standard input:{number}: byte {error.start + 1}: {error.reason}, expected UTF-8"
+            ) from None
         if text := text.rstrip("\r\n"):
             yield f"standard input:{number}", text
 
 
 def checked(text: str, where: str) -> str:
-    """The text, unless its bytes were not UTF-8: Python hides those in characters of no meaning."""
+    """Returns the text.
+
+    Raises:
+      UserError: if its bytes were not UTF-8, which Python decodes to lone surrogates.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: character {error.start + 1}: found bytes that are not UTF-8") from None
+        raise UserError(f"{where}: character {error.start + 1}: expected UTF-8, got other bytes") from None
     return text

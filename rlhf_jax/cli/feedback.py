@@ -1,4 +1,4 @@
-"""What people's judgements say: agreement, export to training data, a model as labeller, and what to ask next.
+"""Analysis of human judgements: agreement, export to training data, AI labels, and active choice of the next items.
 
 rlhf-jax feedback agreement --labels labels --out agreement.json
 
@@ -27,99 +27,102 @@ from rlhf_jax.feedback.records import PRINCIPLE, Form
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgements:
-    """Where items and judgements are."""
+    """Source of items and judgements."""
 
     labels: str = ""
-    """Folder that `rlhf-jax label` keeps."""
+    """Labelling folder of `rlhf-jax label`."""
     items: tuple[str, ...] = ()
-    """JSONL files of items, or of prompts with responses, in place of the folder."""
+    """JSONL files of items, or of prompts with responses, instead of --labels."""
     judgements: tuple[str, ...] = ()
-    """JSONL files of judgements of these items."""
+    """JSONL files of judgements of the items given by --items."""
 
     def __post_init__(self) -> None:
         if bool(self.labels) == bool(self.items):
-            raise UserError("labels: wanted either --labels FOLDER or --items FILE with --judgements FILE")
+            raise UserError("labels: expected either --labels FOLDER or --items FILE with --judgements FILE")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Agreement(Judgements):
-    """How far labellers agree, and how reliable each of them is."""
+    """Measure inter-annotator agreement and the reliability of each labeller."""
 
     out: str = ""
-    """JSON file for all of it; a summary is printed in any case."""
+    """JSON file for the full report; a summary is always printed."""
     resamples: int = 1000
-    """Of the bootstrap over items behind the intervals."""
+    """Bootstrap resamples (over items) for the confidence intervals."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export(Judgements):
-    """Judgements as training data."""
+    """Export judgements as training data."""
 
     out: str
-    """Folder for the file and its manifest."""
+    """Output folder for the data file and its manifest."""
     form: Form = "rankings"
-    """The project's rankings or comparisons, TRL's preference format, or HH-RLHF's transcripts."""
+    """Output format: rankings or comparisons as `rlhf-jax reward` reads them, TRL's preference format, or HH-RLHF
+    transcripts."""
     consensus: Literal["", "majority", "reliability"] = ""
-    """One ranking an item, each labeller counting alike or by estimated reliability; none: one a judgement."""
+    """Merge the judgements of an item into one ranking, with equal weights (majority) or weighted by estimated
+    reliability; by default one ranking per judgement."""
     models: bool = False
-    """What models judged too, refused unless they agree with people."""
+    """Include AI judgements; an error if the model does not agree well enough with people."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ai(Judgements):
-    """Lets a model judge items."""
+    """Label items with a model as the judge."""
 
     judge: str
-    """A run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
+    """Model that judges: a run folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
     name: str = ""
-    """Its labeller's name after "ai:"; the judge's own if not given."""
+    """Labeller name after the prefix "ai:"; by default the name of the judge."""
     principle: str = PRINCIPLE
-    """What it is to judge by."""
+    """Principle given to the judge in its prompt."""
     batch: int = 8
-    """Questions answered at once."""
+    """Questions per batch."""
     out: str = ""
-    """JSONL file for its judgements; they go into the labelling folder if not given."""
+    """JSONL file for the judgements; by default they are added to the labelling folder."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, "batch", 1)
         if not self.out and not self.labels:
-            raise UserError("out: found nothing, wanted a file for the judgements, as there is no --labels")
+            raise UserError("out: expected a file for the judgements, as --labels is not given, got nothing")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Active(Judgements):
-    """Which items to ask people about next."""
+    """Choose the items to label next."""
 
     features: str = ""
-    """A model whose hidden states are read by all the reward heads that fit the labels so far."""
+    """Model whose hidden states are the features; the posterior over reward heads on them, given the labels so far,
+    decides."""
     run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """In place of --features, folders of two or more reward models, each of its own seed or sample of the labels."""
+    """Run folders of two or more reward models with different seeds or samples of the labels, instead of --features."""
     count: int = 100
-    """Items to choose, among those that nobody has judged."""
+    """Number of items to choose, among those without a judgement."""
     out: str = ""
-    """JSONL file for the items, the most telling first; the labelling folder asks them next if not given."""
+    """JSONL file for the items, most informative first; by default they move to the front of the labelling queue."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, "count", 1)
         if bool(self.features) == bool(self.run):
-            raise UserError("features: wanted either --features MODEL or --run FOLDER, twice or more")
+            raise UserError("features: expected either --features MODEL or --run FOLDER, twice or more")
         if len(self.run) == 1:
-            raise UserError("run: found 1 reward model, wanted two or more to disagree")
+            raise UserError("run: expected two or more reward models, whose disagreement is measured, got 1")
         if not self.out and not self.labels:
-            raise UserError("out: found nothing, wanted a file for the items, as there is no --labels")
+            raise UserError("out: expected a file for the items, as --labels is not given, got nothing")
 
 
 class Command(NamedTuple):
-    """One of the commands, as rlhf_jax.cli.app expects it."""
+    """A subcommand, in the form that rlhf_jax.cli.app expects."""
 
     Config: type
     run: Callable[[Any], None]
 
 
 def _command(config_class: type, function: str) -> Command:
-    """A command whose work is a function of `rlhf_jax.cli.judgements`, imported when it is run."""
+    """A command that runs a function of `rlhf_jax.cli.judgements`, imported only when it runs."""
     return Command(
         config_class, lambda config: getattr(importlib.import_module("rlhf_jax.cli.judgements"), function)(config)
     )

@@ -1,6 +1,7 @@
 """Command-line flags from config dataclasses.
 
-Every field is a flag with the text under it as help. `--config FILE` (YAML or JSON) gives defaults that flags override.
+Every field is a flag, with the string under it as its help text. `--config FILE` (YAML or JSON) gives defaults that
+flags override.
 """
 
 from __future__ import annotations
@@ -26,31 +27,33 @@ C = TypeVar("C")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Flags that say where the other processes are; they are no part of a run's settings."""
+    """Flags that locate the other processes of a multi-process run; not part of the run's settings."""
 
     distributed: bool = False
-    """One of several processes that run this command; on a TPU pod, under Slurm or MPI they find each other."""
+    """Run as one of several processes; on a TPU pod and under Slurm or MPI they find each other automatically."""
     coordinator: str = ""
-    """With --distributed elsewhere: HOST:PORT of process 0, the same for all."""
+    """HOST:PORT of process 0, the same for all processes; needed where --distributed cannot detect it."""
     processes: int | None = None
-    """With --distributed elsewhere: how many processes there are."""
+    """Number of processes; needed where --distributed cannot detect it."""
     process: int | None = None
-    """With --distributed elsewhere: number of this one, from 0."""
+    """Index of this process, from 0; needed where --distributed cannot detect it."""
 
 
 def parse(config_class: type[C], arguments: Sequence[str], description: str = "") -> C:
-    """A config from flags, over the defaults of `--config FILE`, over the class's own. See `parse_command`."""
+    """Parses flags, which override `--config FILE`, which overrides the class defaults. See `parse_command`."""
     return parse_command(config_class, description, arguments)[0]
 
 
 def parse_command(
     config_class: type[C], description: str, arguments: Sequence[str], *, program: str = "rlhf-jax"
 ) -> tuple[C, Cluster]:
-    """What the script is told, and where the other processes are, for scripts whose settings have devices.
+    """Parses flags into (config, cluster); the cluster flags exist only for configs with a field `devices`.
 
     A list may be given as `--data a b` or as `--data a --data b`; it replaces the default.
 
-    Raises: UserError for a file that does not fit and for a wrong flag or value; SystemExit for --help.
+    Raises:
+      UserError: for a config file that does not match, and for a wrong flag or value.
+      SystemExit: for --help.
     """
     arguments = list(arguments)
     fields = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
@@ -66,7 +69,7 @@ def parse_command(
         config_class.__name__,
         [("config", Annotated[str, tyro.conf.arg(help="YAML or JSON file of defaults; flags override them.")], "")],
         bases=bases,
-        # tyro would put a refused config into its own words; the checks run below, and `main` prints their line.
+        # tyro would reword the error of a failed check; the checks run below, and `main` prints their message.
         namespace={"__post_init__": lambda self: None},
         frozen=True,
         kw_only=True,
@@ -91,12 +94,12 @@ def parse_command(
         return config, Cluster()
     cluster = Cluster(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Cluster)})
     if cluster != Cluster() and not cluster.distributed:
-        raise UserError("coordinator, processes, process: found one of them alone, wanted --distributed beside it")
+        raise UserError("coordinator, processes, process: expected --distributed with them, got no --distributed")
     return config, cluster
 
 
 def _without_box(text: str) -> str:
-    """What tyro says in a box of several lines, as one line; a rule in the box ends what matters."""
+    """tyro's error box as one line; the text after a horizontal rule is dropped."""
     words: list[str] = []
     for line in text.splitlines()[text.startswith("╭") :]:
         inside = line.strip("│╰╯ ")
@@ -104,13 +107,13 @@ def _without_box(text: str) -> str:
             break
         words += inside.split()
     said = " ".join(words).removeprefix("Error parsing ")
-    # Python's own words for what is no number.
-    said = re.sub(r"invalid literal for int\(\) with base 10: (.+)", r"found \1, wanted a whole number", said)
-    return re.sub(r"could not convert string to float: (.+)", r"found \1, wanted a number", said)
+    # Python's messages for values that are not numbers.
+    said = re.sub(r"invalid literal for int\(\) with base 10: (.+)", r"expected a whole number, got \1", said)
+    return re.sub(r"could not convert string to float: (.+)", r"expected a number, got \1", said)
 
 
 def _unchecked(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
-    """An instance whose own checks are left to the finished config: flags may still change it."""
+    """An instance without `__post_init__` checks; they run on the finished config, as flags may still change it."""
     instance: Any = object.__new__(cls)
     for name, value in fields.items():
         object.__setattr__(instance, name, tyro.MISSING if value is dataclasses.MISSING else value)
@@ -118,8 +121,8 @@ def _unchecked(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file; hyphens in names are underscores."""
-    import yaml  # a tenth of the time until --help is there
+    """Reads the mapping in a YAML or JSON file; hyphens in names become underscores."""
+    import yaml  # imported here: a tenth of the start-up time of --help
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -133,7 +136,7 @@ def _read(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"--config {path}: found {type(values).__name__}, wanted fields and their values")
+        raise UserError(f"--config {path}: expected a mapping of fields to values, got {type(values).__name__}")
     return _underscored(values)
 
 
@@ -154,7 +157,7 @@ def _config_file(arguments: Sequence[str]) -> str:
 
 
 def _flags(cls: type, prefix: str = "--") -> dict[str, bool]:
-    """Every flag of a config -> whether it takes a list of any length after it."""
+    """Maps every flag of a config to True if it takes a list of any length."""
     flags: dict[str, bool] = {}
     for name, kind in typing.get_type_hints(cls, include_extras=True).items():
         marks: list[Any] = []
@@ -173,7 +176,7 @@ def _flags(cls: type, prefix: str = "--") -> dict[str, bool]:
 
 
 def _refuse_unknown(arguments: Sequence[str], known: Collection[str]) -> None:
-    # Before tyro does, which names what is missing first and then has no suggestion.
+    # Runs before tyro, which reports a missing flag first and then suggests nothing.
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
         if argument.startswith("--") and flag not in known:
@@ -184,7 +187,7 @@ def _refuse_unknown(arguments: Sequence[str], known: Collection[str]) -> None:
 
 
 def _join_repeated(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """`--data a --data b` as `--data a b`, where the first of them stood."""
+    """Merges `--data a --data b` into `--data a b`, at the position of the first."""
     joined: dict[str, list[str]] = {}
     current: list[str] | None = None
     order: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Complete prompts, or chat, with the model of a run's folder or a published one.
+"""Complete prompts, or chat, with the model of a run folder or a published model.
 
 rlhf-jax generate runs/aligned --prompt "The sun" --samples 3
 
@@ -20,31 +20,31 @@ from rlhf_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of sampling."""
+    """Sampling settings."""
 
     run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
-    """Folder of a pretrain, sft or ppo run; or hf:FOLDER, gguf:FILE or pypi:PACKAGE, a published model."""
+    """Model: folder of a pretrain, sft or ppo run, or a published model as hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to complete; may be given more than once. None means the lines of standard input."""
+    """Prompt to complete; may be repeated. By default each line of standard input is a prompt."""
     chat: bool = False
-    """Hold a dialogue: a line is a message; /quit or the end of the input ends it."""
+    """Chat: each line is a message; /quit or end of input ends the chat."""
     max_new_tokens: int = 64
-    """Most tokens of a response."""
+    """Maximum number of tokens in a response."""
     temperature: float = 0.7
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Sampling temperature, which divides the logits; 0 is greedy decoding."""
     top_k: int = 0
-    """Sample among the k likeliest tokens; 0 among all."""
+    """Top-k sampling: sample among the k most likely tokens; 0 disables it."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that have this probability together; 1 among all."""
+    """Top-p (nucleus) sampling: sample among the most likely tokens with this total probability; 1 disables it."""
     samples: int = 1
-    """Responses to each prompt."""
+    """Responses per prompt."""
     segments: int = 1
-    """Lengths that the cache has while sampling, the last with room for max_new_tokens and each half the next: for a
-    large limit that few responses reach. Each is compiled."""
+    """Number of KV cache lengths used while sampling, each half the next, the last with room for max_new_tokens; saves
+    time with a large limit that few responses reach. Each length is compiled."""
     cache_dtype: CacheDtype = "model"
-    """Of keys and values: as the model computes them, or in fewer bytes, which changes what is sampled a little."""
+    """Dtype of the KV cache: the model's own, or a smaller one, which changes the samples slightly."""
     seed: int = 0
-    """Of what is sampled."""
+    """Random seed for sampling."""
 
     def __post_init__(self) -> None:
         for field in ("max_new_tokens", "samples", "segments"):
@@ -52,13 +52,13 @@ class Config:
         for field in ("temperature", "top_k", "seed"):
             at_least(self, field, 0)
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p: found {self.top_p}, wanted more than 0 and at most 1")
+            raise UserError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
         if self.chat and (self.prompt or self.samples > 1):
-            raise UserError("chat: found --prompt or --samples beside it, wanted messages from standard input alone")
+            raise UserError("chat: expected messages from standard input alone, got --prompt or --samples as well")
 
 
 def run(config: Config) -> None:
-    """Prints completions of the prompts, or holds a dialogue."""
+    """Prints completions of the prompts, or starts a chat."""
     from rlhf_jax.cli import completion
 
     completion.run(config)

@@ -1,4 +1,4 @@
-"""The work of `rlhf-jax feedback`: agreement, export, a model as labeller, and what to ask next."""
+"""Implementation of `rlhf-jax feedback`: agreement, export, AI labels, and active choice of the next items."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from rlhf_jax.feedback.trust import agreement_with_people
 from rlhf_jax.runs.atomic_files import write_json
 
 DIMENSIONS = 128
-"""Leading principal components of a backbone's features that `active` keeps."""
+"""Leading principal components of the backbone's features that `active` keeps."""
 
 if TYPE_CHECKING:
     from rlhf_jax.cli.feedback import Active, Agreement, Ai, Export, Judgements
 
 
 def read(config: Judgements) -> tuple[list[Item], list[Judgement]]:
-    """All items and judgements."""
+    """Reads all items and judgements."""
     if not config.labels:
         return read_items(config.items), read_judgements(config.judgements)
     with contextlib.closing(Store(Path(config.labels), read_only=True)) as store:
@@ -62,7 +62,7 @@ def agreement(config: Agreement) -> None:
 
 
 def reliability(judged: Judged) -> dict[str, Any]:
-    """Labellers' estimated reliabilities as plain JSON: of rankings, and of each flag that anybody gave."""
+    """Estimated reliability of each labeller as plain JSON, for rankings and for each flag that was used."""
     found: dict[str, Any] = {
         "labellers": {name: dataclasses.asdict(one) for name, one in estimate(judged).labellers.items()},
         "flags": {},
@@ -77,11 +77,11 @@ def reliability(judged: Judged) -> dict[str, Any]:
 
 
 def export_judgements(config: Export) -> None:
-    """Writes the export and prints its counts."""
+    """Writes the export and prints its row counts."""
     items, judgements = read(config)
     weights = None
     if config.consensus == "reliability":
-        # Who is worse than a guess has no voice; what to do about them is for the reader of the agreement to say.
+        # A labeller worse than chance gets weight 0, not a negative one; the agreement report shows who that is.
         found = estimate(join(items, judgements)).labellers
         weights = {name: max(found[name].precision.value, 0.0) if name in found else 1.0 for name in _names(judgements)}
     manifest = export(
@@ -97,7 +97,7 @@ def export_judgements(config: Export) -> None:
 
 
 def ai(config: Ai) -> None:
-    """Judges what the model has not judged yet, and prints its agreement with people."""
+    """Labels the items that the model has not judged yet, and prints its agreement with people."""
     from rlhf_jax.pretrained.source import open_source
 
     items, judgements = read(config)
@@ -120,7 +120,7 @@ def ai(config: Ai) -> None:
 
 
 def active(config: Active) -> None:
-    """Chooses what to ask next, and writes it down or puts it at the front of the queue."""
+    """Chooses the items to label next, and writes them to a file or moves them to the front of the queue."""
     from rlhf_jax.data.batches import RankingRows
     from rlhf_jax.evaluation.heldout import scores_of
     from rlhf_jax.feedback.features import hidden_states, rows_of, standardized

@@ -1,4 +1,4 @@
-"""Label answers in the browser: people rate, flag and rank responses, and a reward model trains on what they said.
+"""Label responses in the browser: people rate, flag and rank them, as training data for a reward model.
 
 rlhf-jax label labels/first --data candidates.jsonl
 
@@ -6,8 +6,8 @@ rlhf-jax label labels/blind --run runs/sft --run runs/aligned --prompts prompts.
 
 rlhf-jax label labels/team --data candidates.jsonl --labeller ann --labeller bob --labellers-per-item 2
 
-Started again without --data it goes on with what the folder holds. A link with a token is printed for every new
-labeller, and one for the admin at each start. Every answer is on the disk before the page says so.
+Started again without --data, it continues with the items in the folder. A link with a token is printed for every new
+labeller, and one for the admin at each start. Every judgement is on disk before the page confirms it.
 """
 
 from __future__ import annotations
@@ -24,69 +24,69 @@ from rlhf_jax.feedback.records import MOST_RESPONSES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of labelling."""
+    """Labelling settings."""
 
     folder: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FOLDER")]]
-    """Where items and judgements are kept; made if it is not there."""
+    """Labelling folder for items and judgements; created if missing."""
     data: tuple[str, ...] = ()
     """JSONL files of prompts with 2 to 9 responses, or of comparisons."""
     gold: bool = False
-    """Keep the ranks of --data as gold, to measure labellers by."""
+    """Use the ranks in --data as gold labels to score labellers against."""
     calibration: tuple[str, ...] = ()
-    """Files of items that every labeller judges, so that all can be compared."""
+    """JSONL files of items that every labeller judges, to compare all labellers."""
     quiz: tuple[str, ...] = ()
-    """Files of items with ranks that screen labellers before anything else."""
+    """JSONL files of ranked items that each labeller must pass as a quiz before labelling."""
     pass_mark: float = 0.7
-    """Share of the quiz's ordered pairs that a labeller must have right."""
+    """Share of the ordered pairs of the quiz that a labeller must get right, 0 to 1."""
     run: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Run folders or published models that answer --prompts, compared blind; give it once for each."""
+    """Run folder or published model that answers --prompts, compared blind; may be repeated."""
     prompts: tuple[str, ...] = ()
     """JSONL files of prompts for --run."""
     samples: int = 1
-    """Responses of each run to a prompt."""
+    """Responses per prompt from each --run."""
     max_new_tokens: int = 128
-    """Most tokens of a sampled response."""
+    """Maximum number of tokens in a sampled response."""
     temperature: float = 0.7
-    """Divides the logits when responses are sampled."""
+    """Sampling temperature, which divides the logits."""
     seed: int = 0
-    """Of what is sampled."""
+    """Random seed for sampling."""
     labeller: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Names of labellers; each gets a link with a token. None means one person on this machine."""
+    """Name of a labeller, who gets a link with a token; may be repeated. By default one person on this machine."""
     new_link: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Labellers whose link was lost: it is made worthless, and another is printed."""
+    """Name of a labeller who lost their link: the old one is revoked and a new one printed; may be repeated."""
     labellers_per_item: int = 1
-    """How many people judge each item."""
+    """Number of people who judge each item."""
     lease_minutes: float = 30.0
-    """How long an item waits for a labeller who does nothing before it goes to another."""
+    """Minutes that an item is reserved for an idle labeller before it goes to another."""
     host: str = "127.0.0.1"
-    """Address to listen on. One that others can reach needs --labeller."""
+    """Address to listen on; one that other machines can reach requires --labeller."""
     port: int = 8460
-    """Port to listen on; 0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     origin: str = ""
-    """Where the page is seen from outside, such as https://label.example.org, behind a proxy that speaks TLS."""
+    """Public URL of the page behind a TLS proxy, such as https://label.example.org."""
     serve: bool = True
-    """Serve the page; --no-serve only fills the folder."""
+    """Serve the web page; --no-serve only adds the items to the folder."""
 
     def __post_init__(self) -> None:
         for field, low in (("samples", 1), ("max_new_tokens", 1), ("labellers_per_item", 1), ("port", 0), ("seed", 0)):
             at_least(self, field, low)
         at_least(self, "temperature", 0)
         if not 0 <= self.pass_mark <= 1:
-            raise UserError(f"pass_mark: found {self.pass_mark}, wanted 0 to 1")
+            raise UserError(f"pass_mark: expected 0 to 1, got {self.pass_mark}")
         if not self.lease_minutes > 0:
-            raise UserError(f"lease_minutes: found {self.lease_minutes}, wanted more than 0")
+            raise UserError(f"lease_minutes: expected more than 0, got {self.lease_minutes}")
         if bool(self.run) != bool(self.prompts):
-            found, wanted = ("--run", "--prompts") if self.run else ("--prompts", "--run")
-            raise UserError(f"{wanted[2:]}: found {found} without {wanted}, wanted both or neither")
+            got, missing = ("--run", "--prompts") if self.run else ("--prompts", "--run")
+            raise UserError(f"{missing[2:]}: expected both --run and --prompts or neither, got {got} without {missing}")
         if self.run and not 2 <= len(self.run) * self.samples <= MOST_RESPONSES:
             raise UserError(
-                f"samples: found {len(self.run)} runs with {self.samples} samples each, wanted 2 to {MOST_RESPONSES} "
-                "responses to a prompt"
+                f"samples: expected 2 to {MOST_RESPONSES} responses to a prompt, got {len(self.run)} runs with "
+                f"{self.samples} samples each"
             )
 
 
 def run(config: Config) -> None:
-    """Fills the folder and serves it until it is told to stop."""
+    """Adds the items to the folder and serves the page until SIGINT or SIGTERM."""
     from rlhf_jax.cli import labelling
 
     labelling.run(config)

@@ -1,4 +1,4 @@
-"""Fills a labelling folder and serves its page: what `rlhf-jax label` does."""
+"""Adds items to a labelling folder and serves its web page, for `rlhf-jax label`."""
 
 from __future__ import annotations
 
@@ -27,32 +27,35 @@ if TYPE_CHECKING:
 
 
 def run(config: Config) -> None:
-    """Fills the folder and serves it until it is told to stop."""
+    """Adds the items to the folder and serves the page until SIGINT or SIGTERM."""
     if config.serve and not is_loopback(config.host) and not config.labeller and not _has_people(config):
         raise UserError(
-            f"host: found {config.host}, which others can reach, wanted labellers with tokens; give --labeller NAME"
+            f"host: expected labellers with tokens, as others can reach the page, got {config.host} without; give "
+            "--labeller NAME"
         )
     folder = Path(config.folder)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: found a file, wanted a folder for labels")
+        raise UserError(f"{folder}: expected a labelling folder, got a file")
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder), contextlib.closing(Store(folder)) as store:
         added = store.add_items(items_of(config))
         total = len(store.items())
         say(f"{folder}: {total:,} items, {added:,} of them new")
         if not total:
-            raise UserError(f"{folder}: found no items, wanted some; give --data FILE or --run, --run and --prompts")
+            raise UserError(
+                f"{folder}: expected at least 1 item, got none; give --data FILE or --run, --run and --prompts"
+            )
         if config.serve:
             serve(config, store)
 
 
 def items_of(config: Config) -> Iterator[Item]:
-    """What the command line asks to label."""
+    """Items that the command line adds."""
     yield from read_tasks(config.quiz, kind="quiz", gold=True)
     yield from read_tasks(config.calibration, kind="calibration", gold=config.gold)
     yield from read_tasks(config.data, gold=config.gold)
     if config.run:
-        # Models take seconds to import.
+        # Imported here: the model code takes seconds to import.
         from rlhf_jax.feedback.sampled import sample_items
         from rlhf_jax.pretrained.source import LANGUAGE, open_source
 
@@ -67,13 +70,13 @@ def items_of(config: Config) -> Iterator[Item]:
 
 
 def serve(config: Config, store: Store) -> None:
-    """Serves until SIGINT or SIGTERM; what is being answered then is answered."""
+    """Serves until SIGINT or SIGTERM; requests in flight are completed."""
     try:
         import uvicorn
 
         from rlhf_jax.feedback.server import Service, link, make_app
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; wanted the extra: pip install 'rlhf_jax[ui]'") from None
+        raise UserError(f"{error.name} is not installed; install the extra: pip install 'rlhf_jax[ui]'") from None
 
     with listen(config.host, config.port) as listening:
         address = Address(config.host, listening.getsockname()[1], config.origin)
@@ -95,7 +98,7 @@ def serve(config: Config, store: Store) -> None:
                 timeout_graceful_shutdown=5,
             )
         )
-        # uvicorn raises the signal that stopped it once more when it is done: that is no accident here.
+        # uvicorn re-raises the signal that stopped it when it is done; here a stop by signal is a normal exit.
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             server.run(sockets=[listening])
@@ -106,18 +109,18 @@ def serve(config: Config, store: Store) -> None:
 
 
 def new_tokens(config: Config, store: Store) -> Iterator[tuple[str, str]]:
-    """(name, token) of whoever gets a new one at this start."""
+    """Yields (name, token) for everyone who gets a new token at this start."""
     known = {labeller.name: labeller for labeller in store.labellers()}
     for name in config.new_link:
         if name not in known:
             raise UserError(
-                f"new_link: found {name!r}, wanted one of the folder's labellers: {', '.join(known) or 'none'}"
+                f"new_link: expected one of the folder's labellers: {', '.join(known) or 'none'}, got {name!r}"
             )
         store.revoke(known[name])
     people = [store.add_labeller(name) for name in config.labeller if name != ADMIN]
     if not people and not any(labeller.role == "labeller" for labeller in known.values()):
         people = [store.add_labeller(ALONE)]
-    # Alone on this machine, one link at each start is what a person looks for.
+    # A single labeller on this machine gets a new link at each start.
     for person in {labeller.name: labeller for labeller in (*people, *known.values())}.values():
         if person.role == "labeller" and (not store.has_token(person) or person.name in (ALONE, *config.new_link)):
             yield person.name, store.new_token(person)
@@ -125,7 +128,11 @@ def new_tokens(config: Config, store: Store) -> Iterator[tuple[str, str]]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections. Raises: UserError if the address cannot be had."""
+    """Opens a socket that accepts connections.
+
+    Raises:
+      UserError: if the address is not available.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -136,13 +143,13 @@ def listen(host: str, port: int) -> socket.socket:
         listening.close()
         reason: Any = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"host, port: found {host}:{port}, which cannot be had: {reason}; give another --port"
+            f"host, port: expected an address to listen on, got {host}:{port}: {reason}; give another --port"
         ) from None
     return listening
 
 
 def _has_people(config: Config) -> bool:
-    """Whether the folder has labellers with tokens, of whom none is the one that stands for whoever sits here."""
+    """True if the folder has a labeller with a token, other than the default one for a person on this machine."""
     folder = Path(config.folder)
     if not (folder / "labels.sqlite").exists():
         return False

@@ -1,8 +1,8 @@
-"""Size and price a stage on a TPU pod, from its programs compiled for that pod on this machine. No TPU is needed.
+"""Estimate memory, time and cost of a stage on a TPU pod, by compiling its programs for that pod. No TPU is needed.
 
 .venv-pods/bin/rlhf-jax plan --model llama3-8b --stage ppo --topology v5e:16x16 --mesh fsdp=256
 
-libtpu, the compiler, is in an environment of its own: `sh .ci/setup-pods` makes it.
+The compiler, libtpu, is installed in a separate environment by `sh .ci/setup-pods`.
 """
 
 from __future__ import annotations
@@ -16,55 +16,55 @@ from rlhf_jax.config import CacheDtype, at_least
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings of a plan."""
+    """Settings of the estimate."""
 
     model: str
-    """llama3-8b, llama3-70b, gpt2, smollm2-135m, a config.json of ours or of Hugging Face, or hf:FOLDER."""
+    """Model: llama3-8b, llama3-70b, gpt2, smollm2-135m, a config.json (of a run or of Hugging Face), or hf:FOLDER."""
     stage: Literal["pretrain", "sft", "reward", "ppo"] = "ppo"
-    """Which stage."""
+    """Stage to estimate."""
     topology: str
-    """Kind of chip and chips along each axis, such as v5e:16x16 or v5p:4x4x8."""
+    """Chip type and chips along each axis, such as v5e:16x16 or v5p:4x4x8."""
     mesh: str = ""
-    """Axes of devices, such as data=2,fsdp=128; fsdp over all chips if not given."""
+    """Mesh axes, such as data=2,fsdp=128; by default fsdp over all chips."""
     batch: int = 0
-    """Rows of a step over all chips (PPO: episodes of an iteration); one row (PPO: two) a chip and part if 0."""
+    """Rows per step over all chips (PPO: episodes per iteration); 0 means 1 (PPO: 2) per chip and microbatch."""
     row_length: int = 0
-    """Tokens of a row outside PPO; up to 2,048 if 0."""
+    """Tokens per row, except in PPO; 0 means the model's context, at most 2,048."""
     prompt_length: int = 512
-    """Tokens of a prompt of PPO."""
+    """Tokens per prompt in PPO."""
     response_length: int = 512
-    """Tokens of a response of PPO; every response is taken to be that long."""
+    """Tokens per response in PPO; every response is assumed to be this long."""
     responses: int = 2
-    """Responses to a prompt of the reward model."""
+    """Responses per prompt in the reward model's data."""
     pretraining_batch: int = -1
-    """Rows of pretraining text in an iteration of PPO, as long as its episodes; as many as episodes if -1."""
+    """Rows of pretraining text per PPO iteration, each as long as an episode; -1 means one per episode."""
     minibatches: int = 2
-    """Optimizer steps of an epoch of PPO."""
+    """Optimizer steps per PPO epoch."""
     microbatches: int = 1
-    """Parts of each, one after the other."""
+    """Microbatches per optimizer step, accumulated one after the other."""
     epochs: int = 1
-    """Of PPO."""
+    """PPO epochs per rollout batch."""
     remat: Literal["auto", "none", "full", "dots"] = "auto"
-    """What a layer computes anew in the backward pass; auto: all but matrix products (dots) if that fits, else all
-    (full)."""
+    """Rematerialisation: activations that a layer recomputes in the backward pass. dots: all but matrix products; full:
+    all; auto: dots if that fits in memory, else full."""
     head_chunk: int = 512
-    """Positions of a row whose logits are held at a time; 0 holds all."""
+    """Positions of a row whose logits are held in memory at a time; 0 holds all."""
     decode_parts: int = -1
-    """Devices of the axis fsdp among which one copy of the weights lies while sampling; 0 leaves them cut by fsdp; one
-    for each key head if -1."""
+    """Devices of the fsdp axis over which one copy of the weights is sharded while sampling; 0 keeps the fsdp sharding;
+    -1 means one device per key head."""
     cache_dtype: CacheDtype = "model"
-    """Of keys and values while sampling: as the model computes them, or fewer bytes."""
+    """Dtype of the KV cache while sampling: the model's own, or a smaller one."""
     price: float = 0.0
-    """Of a chip for an hour, in any currency."""
+    """Price per chip-hour, in any currency."""
     tokens: float = 0.0
-    """Tokens of the whole run, prompts and padding included; for chip-hours and the bill."""
+    """Tokens of the full run, including prompts and padding; gives chip-hours and the total cost."""
     json: str = ""
-    """File for the figures."""
+    """JSON file for the estimate."""
     search: bool = False
-    """Try meshes, and with --remat auto rematerialisations, and rank those that fit."""
+    """Try several meshes (and remat settings, with --remat auto) and rank those that fit in memory."""
     only: Literal["", "memory", "time"] = ""
-    """Leave out the other half of the compilations; empty for both. memory gives the time of the whole programs'
-    schedules as well, but nothing of decoding."""
+    """Estimate only memory or only time, for half of the compilations; by default both. memory also gives the scheduled
+    time of the full programs, but none for decoding."""
 
     def __post_init__(self) -> None:
         for field in ("batch", "row_length", "price", "tokens", "head_chunk"):
@@ -76,11 +76,11 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Plans and prints."""
-    # Before jax is imported: the compiler is asked for a pod that is not there, and nobody for its address.
+    """Prints the estimate."""
+    # Set before jax is imported: the pod is only a compilation target, so its metadata server must not be queried.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    # No chip is opened, so two plans need not wait for each other.
+    # No chip is opened, so several plans may run at once.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     from rlhf_jax.cli import planning
 

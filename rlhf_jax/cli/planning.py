@@ -1,4 +1,4 @@
-"""Plans for TPU pods as tables on the console: what `rlhf-jax plan` does."""
+"""Estimates for TPU pods as tables on the console, for `rlhf-jax plan`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rlhf_jax.pods.estimate import GIB, TooLarge, bill, make_plan
 from rlhf_jax.pods.models import read_model
 from rlhf_jax.pods.programs import Work
 
-# In the order of their speed: --search tries both, --remat auto the next where one does not fit.
+# Fastest first: --search tries both, --remat auto falls back to the next if one does not fit.
 REMAT: tuple[Literal["dots", "full"], ...] = ("dots", "full")
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def work_of(config: Config, mesh: dict[str, int], remat: Literal["none", "full", "dots"]) -> Work:
-    """What is planned, on a mesh."""
+    """The work to estimate on a mesh."""
     model = dataclasses.replace(
         read_model(config.model),
         dtype="bfloat16",
@@ -45,7 +45,7 @@ def work_of(config: Config, mesh: dict[str, int], remat: Literal["none", "full",
 
 
 def meshes(chips: int) -> Iterator[dict[str, int]]:
-    """Those worth a try: fsdp over all chips, or tensor over a few neighbours, or whole replicas."""
+    """Meshes worth trying: fsdp over all chips, tensor parallelism over a few neighbours, or full replicas."""
     for tensor in (1, 4, 8):
         for data in (1, 4, 16):
             if chips % (tensor * data) == 0 and chips // (tensor * data) >= 1:
@@ -53,7 +53,7 @@ def meshes(chips: int) -> Iterator[dict[str, int]]:
 
 
 def run(config: Config) -> None:
-    """Plans and prints."""
+    """Prints the estimate."""
     topology = read_topology(config.topology)
     chosen = RunConfig(batch=1, steps=1).mesh_shape | {"fsdp": topology.chips}
     if config.mesh:
@@ -75,15 +75,15 @@ def run(config: Config) -> None:
         worst = max(plan["programs"], key=lambda name: plan["programs"][name]["hbm_bytes"])
         found = plan["programs"][worst]["hbm_bytes"] / GIB
         raise UserError(
-            f"{worst}: found {found:.1f} GiB a chip, wanted at most {topology.chip.memory / GIB:.0f}; use "
+            f"{worst}: expected at most {topology.chip.memory / GIB:.0f} GiB per chip, got {found:.1f}; use "
             f"--microbatches {2 * config.microbatches}, --remat full, a smaller --batch, or more chips"
         )
 
 
 def first_that_fits(config: Config, mesh: dict[str, int], topology: Topology) -> tuple[str, dict[str, Any]]:
-    """(rematerialisation, plan) of the one that is asked for, or of the first that fits; of the last where none does.
+    """Returns (rematerialisation, plan) of the requested setting, or of the first that fits, else of the last.
 
-    Without memory nothing tells what fits: then it is the last, which takes least.
+    Without memory estimates there is nothing to compare: the last is taken, which needs least memory.
     """
     tried = REMAT if config.remat == "auto" else (config.remat,)
     if config.only == "time":
@@ -96,12 +96,12 @@ def first_that_fits(config: Config, mesh: dict[str, int], topology: Topology) ->
             reason = f"{_most(plan) / GIB:.1f} GiB a chip"
         except TooLarge as error:
             reason = str(error).partition(";")[0]
-        _say(f"--remat {remat} does not fit ({reason}); going on with --remat {tried[-1]}")
+        _say(f"--remat {remat} does not fit ({reason}); continuing with --remat {tried[-1]}")
     return tried[-1], make_plan(work_of(config, mesh, tried[-1]), topology, only=config.only, say=_say)
 
 
 def search(config: Config, topology: Topology) -> None:
-    """Plans each mesh and rematerialisation, and prints those that fit, the fastest first."""
+    """Estimates each mesh and rematerialisation, and prints those that fit, fastest first."""
     found: list[tuple[float, str, dict[str, Any]]] = []
     for mesh in meshes(topology.chips):
         for remat in REMAT if config.remat == "auto" else (config.remat,):
@@ -135,7 +135,7 @@ def search(config: Config, topology: Topology) -> None:
 
 
 def _mesh(text: str) -> dict[str, int]:
-    """Devices along each axis, by the same rules as a run's --mesh."""
+    """Devices along each axis, parsed by the rules of a run's --mesh."""
     config: Any = object.__new__(RunConfig)
     object.__setattr__(config, "mesh", text)
     object.__setattr__(config, "devices", 1)
@@ -144,7 +144,7 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def _most(plan: dict[str, Any]) -> float:
-    """Bytes of a chip in the program that takes most."""
+    """Bytes per chip of the program that needs most."""
     return max((row["hbm_bytes"] for row in plan["programs"].values() if "hbm_bytes" in row), default=0)
 
 
@@ -153,7 +153,7 @@ def _say(line: str) -> None:
 
 
 def _show(plan: dict[str, Any]) -> None:
-    """Two tables and the figures of a step."""
+    """Prints two tables and the figures per step."""
     console = Console(highlight=False)
     held = ", ".join(
         f"{name} {plan[f'{name}_bytes'] / GIB:.2f}"

@@ -1,4 +1,4 @@
-"""How a command runs and ends: exit status and last line, compiled programs kept, the table of a stage's figures."""
+"""Running a command: exit status and final message, the compilation cache, and the summary table of a stage."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ INTERRUPTED = "interrupted; the same command starts again, from its last checkpo
 
 
 def run(work: Callable[[C], object], config: C, cluster: Cluster | None = None, *, again: str = "") -> NoReturn:
-    """Runs a command's work and exits: 0 done, 2 a mistake of the user's, 130 Ctrl-C, 143 SIGTERM.
+    """Runs a command's work and exits: 0 on success, 2 on a user error, 130 on Ctrl-C, 143 on SIGTERM.
 
     Args:
-      again: the command line that starts it again.
+      again: the command line that resumes it.
     """
     try:
         with _interrupted_anywhere():
@@ -45,13 +45,13 @@ def run(work: Callable[[C], object], config: C, cluster: Cluster | None = None, 
     except UserError as error:
         _exit(2, f"error: {error}")
     except BrokenPipeError:
-        # Whoever read the output has gone, such as `head`; nothing is left to be said to them at exit either.
+        # The reader of the output, such as `head`, has exited; devnull avoids a second error at the flush on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.filename is None:
             raise
-        # A file that the user named, or a disk that is full: the system's words say it.
+        # A file that the user named, or a full disk: the system's message is clear.
         _exit(2, f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         _exit(130, INTERRUPTED)
@@ -62,7 +62,7 @@ def run(work: Callable[[C], object], config: C, cluster: Cluster | None = None, 
 
 
 def run_stage(work: Callable[[S], Finished], config: S) -> None:
-    """Runs a stage and prints the figures of its summary."""
+    """Runs a stage and prints its summary as a table."""
     again = processes.from_first((config.folder / "summary.json").exists)
     use_cpu_devices(config.device_count)
     finished = work(config)
@@ -80,16 +80,16 @@ def run_stage(work: Callable[[S], Finished], config: S) -> None:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has held in the host's memory so far."""
+    """Peak resident memory of this process so far, in bytes of host memory."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the next start need not compile them again.
+    """Enables the persistent compilation cache, so that the next start does not recompile.
 
-    They lie in JAX_COMPILATION_CACHE_DIR if that is set, else below the user's cache folder. The memory that compiling
-    took goes back to the system.
+    It is in JAX_COMPILATION_CACHE_DIR if that is set, else below the user's cache folder. The memory used by
+    compilation is returned to the system.
     """
     give_back_what_compiling_took()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -99,10 +99,10 @@ def use_compilation_cache() -> None:
 
 
 def give_back_what_compiling_took() -> None:
-    """After each longer compilation, returns the memory that XLA's compiler has freed to the system.
+    """Returns the memory that XLA's compiler has freed to the system, after each longer compilation.
 
-    With the settings of `rlhf_jax.cli.startup` malloc would keep it, and arrays would come on top of it: a third of a
-    small run's memory.
+    With the settings of `rlhf_jax.cli.startup` malloc would keep it, in addition to the arrays: a third of the memory
+    of a small run.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -116,7 +116,12 @@ def give_back_what_compiling_took() -> None:
 
 
 def join(cluster: Cluster, config: Any) -> None:
-    """Finds the other processes. config: the command's; a CPU then counts as a part of its devices."""
+    """Connects to the other processes.
+
+    Args:
+      cluster: the flags that locate them.
+      config: the command's config; on a CPU each process gets an equal share of its devices.
+    """
     if cluster.processes:
         devices: int = config.device_count if isinstance(config, RunConfig) else config.devices
         use_cpu_devices(devices // cluster.processes)
@@ -125,9 +130,9 @@ def join(cluster: Cluster, config: Any) -> None:
 
 @contextlib.contextmanager
 def _interrupted_anywhere() -> Iterator[None]:
-    """Ends the process where Ctrl-C falls into a callback, such as JAX's of the garbage collector.
+    """Exits on a Ctrl-C that arrives inside a callback, such as JAX's garbage collection callback.
 
-    Python would print a traceback there and go on.
+    Python would print a traceback there and continue.
     """
     before = sys.unraisablehook
 

@@ -1,8 +1,8 @@
-"""The whole recipe with one command: pretrain → SFT → reward model → PPO on the embedded corpus, and what it gained.
+"""Run the full recipe: pretrain → SFT → reward model → PPO on the embedded corpus, and measure the improvement.
 
-Each stage is a run of its own under runs/NAME, as the stage's own command makes it; stopped at any point, the same
-command resumes. People are simulated by a written-down gold score with noise (rlhf_jax/demo/gold_score.py); the
-held-out figures are by the gold score itself.
+Each stage is a separate run under runs/NAME, the same as the stage's own command makes; if interrupted, the same
+command resumes. Human labellers are simulated by a gold score with noise (rlhf_jax/demo/gold_score.py); the held-out
+figures are measured with the gold score itself.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from rlhf_jax.config import SFTConfig as Config
 
 
 def run(config: Config) -> None:
-    """Runs the stage and prints its figures."""
+    """Runs the stage and prints its summary."""
     from rlhf_jax.cli.process import run_stage
     from rlhf_jax.trainers import sft
 

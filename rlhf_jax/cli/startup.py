@@ -1,9 +1,8 @@
 """Memory allocator and XLA flags for a training process on a CPU, set before anything is loaded.
 
-Without huge pages a training step spends a third of its time on page faults: XLA takes the memory of a step's
-intermediate arrays anew at each step, and glibc hands blocks of that size back to the system in between, so that every
-page faults again. glibc reads its settings when a process starts, hence the restart. docs/lab-notebook.md has the
-figures.
+Without huge pages a training step spends a third of its time on page faults: XLA allocates a step's intermediate
+arrays again at each step, and glibc returns blocks of that size to the system in between, so that every page faults
+again. glibc reads its settings when a process starts, hence the restart. docs/lab-notebook.md has the figures.
 """
 
 from __future__ import annotations
@@ -23,25 +22,26 @@ TUNABLES = ":".join(
     (
         "glibc.malloc.hugetlb=1",  # madvise(MADV_HUGEPAGE)
         "glibc.malloc.mmap_threshold=4294967296",  # blocks up to 4 GiB come from the heap,
-        "glibc.malloc.trim_threshold=8589934592",  # which keeps up to 8 GiB at its top;
-        "glibc.malloc.arena_max=1",  # and all threads share it: a heap of another thread holds no more than 64 MiB.
+        "glibc.malloc.trim_threshold=8589934592",  # which keeps up to 8 GiB of free memory at its top;
+        "glibc.malloc.arena_max=1",  # and all threads share it: the heap of a further arena is limited to 64 MiB.
     )
 )
-# A tenth less time for a training step: YNNPACK computes products, and XLA's own loops what stands between them; fewer
-# copies of arrays that an update changes.
+# A training step takes a tenth less time: YNNPACK computes the matrix products and XLA's own loops the operations in
+# between; and arrays that an update changes are copied less often.
 XLA_FLAGS = (
     "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     "--xla_cpu_copy_insertion_use_region_analysis=true",
 )
-# The cheapest thing that reads XLA_FLAGS; jaxlib ends the process at a flag that it does not know.
+# The cheapest program that parses XLA_FLAGS; jaxlib aborts the process on an unknown flag.
 PROBE = "import jaxlib.xla_client as c; c.make_cpu_client()"
 
 
 def known_flags(flags: Iterable[str]) -> list[str]:
-    """Those XLA flags that this jaxlib knows on this processor, in their order.
+    """Returns the XLA flags that this jaxlib accepts on this processor, in their order.
 
-    A child process tries all of them at once, and one by one if it dies. The answers are kept in the user's cache
-    folder, for each jaxlib and processor. Where jaxlib does not start even without flags, none is known.
+    A child process tries all of them at once, and one by one if that fails. The results are cached in the user's cache
+    folder, per jaxlib version and processor. If jaxlib does not start even without flags, the untested ones are left
+    out.
     """
     wanted = list(flags)
     machine = f"jaxlib {importlib.metadata.version('jaxlib')}, {processor()}"
@@ -66,14 +66,14 @@ def known_flags(flags: Iterable[str]) -> list[str]:
 
 
 def _starts(flags: list[str]) -> bool:
-    """Whether jaxlib's CPU client starts under these flags."""
+    """True if jaxlib's CPU client starts with these flags."""
     environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     tried = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True)
     return tried.returncode == 0
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """Name of the processor, as reported by the system."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -84,10 +84,10 @@ def processor() -> str:
 
 
 def use_fast_settings() -> None:
-    """Restarts this process, under the same id, with malloc's huge pages; returns where that changes nothing.
+    """Restarts this process, under the same id, with huge pages for malloc; returns if that changes nothing.
 
-    That is on a system other than Linux with glibc, and where GLIBC_TUNABLES is set already. XLA_FLAGS get those of
-    `XLA_FLAGS` that this jaxlib knows, before what the user has set, so that the user's count.
+    It changes nothing on systems without glibc, and if GLIBC_TUNABLES is set already. The environment's XLA_FLAGS get
+    those of `XLA_FLAGS` that this jaxlib accepts, placed before the user's own so that the user's take precedence.
     """
     given = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(dict.fromkeys((*known_flags(XLA_FLAGS), *given)))

@@ -1,4 +1,4 @@
-"""From files to batches: records, the ledger, dialogues, encoding, packing, batches."""
+"""Data pipeline from files to batches: records, ledger, dialogues, encoding, packing and batching."""
 
 from rlhf_jax.data.batches import (
     PromptRows,

@@ -1,7 +1,7 @@
-"""Data sets in memory, and batches as a pure function of (seed, step, process).
+"""In-memory data sets, and batches as a pure function of (seed, step, process).
 
-Nothing here has a position: the step of the training state is the position in the data, so a run that is stopped and
-started again, or that goes on with another number of processes, sees the same rows in the same order.
+Nothing here keeps an iterator state: the step of the training state is the position in the data, so a run that resumes,
+even with a different number of processes, sees the same rows in the same order.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from rlhf_jax.errors import UserError
 
 Batch = TypeVar("Batch", covariant=True)
 Indices = NDArray[np.int64]
-IGNORED = 0  # the id where a caller names no pad id: masks and segment 0, never the id, say what is padding
+IGNORED = 0  # the default pad id: padding is defined by masks and segment 0, never by the id
 
 
 class Rows(Protocol[Batch]):
-    """A data set: how many rows, and the batch of some of them."""
+    """A data set with a length, and batches of given rows."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Indices, among: Indices | None = None) -> Batch:
-        """The rows at `indices`, padded to the bucket that the rows `among` (by default the same) need.
+        """Returns the rows at `indices`, padded to the bucket that the rows `among` (by default the same) need.
 
-        Every process passes the whole global batch as `among`, so that all compile and run the same shape.
+        Every process passes the full global batch as `among`, so that all compile and run the same shape.
         """
         ...
 
     def row_length(self, indices: Indices) -> int:
-        """Tokens of a row in the batch of the rows at `indices`."""
+        """Padded row length, in tokens, of the batch of the rows at `indices`."""
         ...
 
 
 def default_buckets(limit: int) -> tuple[int, ...]:
     """Row lengths to pad to: multiples of 16 up to 128, then 1.5 and 2 times a power of two, and `limit` itself last.
 
-    Few enough that a run compiles each, close enough that at most a third of a long row is padding.
+    Few enough for a run to compile each, close enough that at most a third of a long row is padding.
     """
     lengths = list(range(16, 129, 16))
     while lengths[-1] < limit:
@@ -51,15 +51,19 @@ def default_buckets(limit: int) -> tuple[int, ...]:
 
 
 def bucket_length(length: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds `length` tokens. Raises: ValueError if none does."""
+    """Returns the smallest bucket that holds `length` tokens.
+
+    Raises:
+      ValueError: if none does.
+    """
     for bucket in sorted(buckets):
         if length <= bucket:
             return bucket
-    raise ValueError(f"a row of {length} tokens fits no bucket; the longest is {max(buckets)}")
+    raise ValueError(f"row length: expected at most {max(buckets)} tokens, the longest bucket, got {length}")
 
 
 def by_length(lengths: Sequence[int], rows: int) -> list[Indices]:
-    """Numbers of the rows, in parts of so many that are next to each other by length: little of a part is padding."""
+    """Groups row indices by similar length, `rows` to a group, so that little of a batch is padding."""
     shortest_first = np.argsort(lengths, kind="stable")
     return [shortest_first[start : start + rows] for start in range(0, len(shortest_first), rows)]
 
@@ -68,14 +72,14 @@ def by_length(lengths: Sequence[int], rows: int) -> list[Indices]:
 def order(rows: int, seed: int, epoch: int) -> Indices:
     """The permutation of 0 … rows - 1 in which an epoch visits the rows."""
     permutation = np.random.default_rng([seed, epoch]).permutation(rows).astype(np.int64)
-    permutation.flags.writeable = False  # cached: a caller that changed it would change every later epoch
+    permutation.flags.writeable = False  # cached: a change by one caller would reach all others
     return permutation
 
 
 def global_indices(rows: int, *, batch_size: int, seed: int, step: int) -> Indices:
-    """Rows of the global batch of a step: place g = step * batch_size + j takes order(rows, seed, g // rows)[g % rows].
+    """Rows of a step's global batch: place g = step * batch_size + j takes order(rows, seed, g // rows)[g % rows].
 
-    Every row is seen once before any is seen twice, also where a batch runs across the end of an epoch.
+    Every row is seen once before any is seen twice, even if a batch crosses the end of an epoch.
     """
     places = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, offsets = np.divmod(places, rows)
@@ -96,19 +100,22 @@ def batch_at(
 
     Args:
       batch_size: rows of the global batch, over all processes.
-      seed: of the order of the rows, 0 or more.
+      seed: seed of the row order, 0 or more.
       step: updates done so far.
-      places: rows of the global batch -> the places in it that are wanted, in place of a contiguous block; the devices
-        of a process may hold others (`parallel.row_places`).
-    Raises: UserError if there are no rows; ValueError if the batch does not divide among the processes.
+      places: rows of the global batch -> the places to return instead of a contiguous block; the devices of a process
+        may hold other rows (`parallel.row_places`).
+
+    Raises:
+      UserError: if there are no rows.
+      ValueError: if the batch is not divisible by the number of processes.
     """
     if len(rows) == 0:
         raise UserError("no rows to train on: the data is empty, or every row was dropped; see ledger.json for why")
     if batch_size % processes:
-        wanted = max(processes, batch_size - batch_size % processes)
-        raise ValueError(f"batch {batch_size} is not divisible by {processes} processes; use --batch {wanted}")
+        divisible = max(processes, batch_size - batch_size % processes)
+        raise ValueError(f"batch {batch_size} is not divisible by {processes} processes; use --batch {divisible}")
     if not 0 <= process < processes:
-        raise ValueError(f"process {process} is not one of {processes}")
+        raise ValueError(f"process: expected 0 to {processes - 1}, got {process}")
     everyone = global_indices(len(rows), batch_size=batch_size, seed=seed, step=step)
     if places is not None:
         return rows.batch(everyone[places(batch_size)], among=everyone)
@@ -117,7 +124,7 @@ def batch_at(
 
 
 def new_lengths(rows: Rows[Any], *, batch_size: int, seed: int, first: int, steps: int) -> list[int]:
-    """Steps from `first` to before `steps` whose rows are of a length that no earlier one of them has."""
+    """Steps in range(first, steps) at which a padded row length occurs for the first time."""
     found: dict[int, int] = {}
     for step in range(first, steps):
         found.setdefault(rows.row_length(global_indices(len(rows), batch_size=batch_size, seed=seed, step=step)), step)
@@ -126,7 +133,7 @@ def new_lengths(rows: Rows[Any], *, batch_size: int, seed: int, first: int, step
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """Rows of one fixed length N x T, as packing makes them: int32 tokens, int32 segment ids, bool loss mask."""
+    """Rows of one fixed length, as made by packing: int32 tokens, int32 segment ids, bool loss mask, all [N, T]."""
 
     tokens: NDArray[np.int32]
     segment_ids: NDArray[np.int32]
@@ -135,7 +142,7 @@ class TokenRows:
     def __post_init__(self) -> None:
         shapes = {self.tokens.shape, self.segment_ids.shape, self.loss_mask.shape}
         if len(shapes) != 1 or self.tokens.ndim != 2:
-            raise ValueError(f"token rows want three arrays of one shape [N, T], found {sorted(shapes)}")
+            raise ValueError(f"token rows: expected three arrays of one shape [N, T], got {sorted(shapes)}")
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -158,8 +165,8 @@ class TokenRows:
 class RaggedRows:
     """Rows of different lengths, one segment each, right-padded to the bucket of the longest row of a batch.
 
-    rows: (ids, loss mask) of the same length. limit: the longest row allowed, usually the model's context.
-    buckets: lengths to pad to; default_buckets(limit) if empty. sources: the record of each row, or nothing.
+    rows: (ids, loss mask) of the same length. limit: maximum row length, usually the model's context.
+    buckets: lengths to pad to; default_buckets(limit) if empty. sources: the record of each row, or empty.
     """
 
     rows: Sequence[tuple[Sequence[int], Sequence[bool]]]
@@ -171,7 +178,10 @@ class RaggedRows:
     def __post_init__(self) -> None:
         for number, (ids, mask) in enumerate(self.rows):
             if len(ids) != len(mask) or len(ids) > self.limit:
-                raise ValueError(f"row {number}: {len(ids)} ids, {len(mask)} mask values, limit {self.limit}")
+                raise ValueError(
+                    f"row {number}: expected ids and mask of one length, at most {self.limit}, got {len(ids)} and "
+                    f"{len(mask)}"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -206,7 +216,7 @@ class RaggedRows:
 class RankingRows:
     """Prompts with K ranked responses each, K ragged.
 
-    rows: (one row of ids for each response, one rank each; 1 is best). The other fields as in RaggedRows.
+    rows: (one row of ids per response, one rank per response; 1 is best). The other fields are as in RaggedRows.
     """
 
     rows: Sequence[tuple[Sequence[Sequence[int]], Sequence[int]]]
@@ -219,10 +229,13 @@ class RankingRows:
         for number, (responses, ranks) in enumerate(self.rows):
             if len(responses) != len(ranks) or len(ranks) < 2 or min(ranks) < 1:
                 raise ValueError(
-                    f"row {number}: {len(responses)} responses, ranks {list(ranks)}; wanted 2 or more, from 1 up"
+                    f"row {number}: expected 2 or more responses with ranks from 1 up, got {len(responses)} with ranks "
+                    f"{list(ranks)}"
                 )
             if not all(0 < len(ids) <= self.limit for ids in responses):
-                raise ValueError(f"row {number}: lengths {[len(ids) for ids in responses]}, wanted 1 to {self.limit}")
+                raise ValueError(
+                    f"row {number}: expected lengths 1 to {self.limit}, got {[len(ids) for ids in responses]}"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -259,7 +272,7 @@ class RankingRows:
 
 @dataclasses.dataclass(frozen=True)
 class SharedRankingRows:
-    """The same prompts, with what the responses to one have in common written once, as a `SharedRankingBatch`."""
+    """The same prompts as a `SharedRankingBatch`, with the common prefix of the responses to a prompt stored once."""
 
     rankings: RankingRows
 
@@ -273,7 +286,7 @@ class SharedRankingRows:
 
     @functools.cached_property
     def common(self) -> list[int]:
-        """Tokens that all responses to a prompt begin with, itself included."""
+        """Length of the common prefix of the responses to each prompt, in tokens, the prompt included."""
         return [_common(responses) for responses, _ in self.rankings.rows]
 
     @functools.cached_property
@@ -304,7 +317,7 @@ class SharedRankingRows:
                 tokens[place, used : used + len(own)] = own
                 segment_ids[place, used : used + len(own)] = k + 2
                 used += len(own)
-                # A response that another one only goes on from ends within the common part.
+                # A response that is a prefix of the others ends within the common part.
                 at[place, k] = used - 1 if len(own) else len(ids) - 1
             ranks[place, : len(row_ranks)] = row_ranks
             exists[place, : len(row_ranks)] = True
@@ -314,7 +327,7 @@ class SharedRankingRows:
 
 @dataclasses.dataclass(frozen=True)
 class PromptRows:
-    """Prompts, left-padded to one width. sources: the record of each row, or nothing."""
+    """Prompts, left-padded to one width. sources: the record of each row, or empty."""
 
     rows: Sequence[Sequence[int]]
     width: int
@@ -324,7 +337,7 @@ class PromptRows:
     def __post_init__(self) -> None:
         for number, ids in enumerate(self.rows):
             if not 0 < len(ids) <= self.width:
-                raise ValueError(f"prompt {number}: {len(ids)} ids, wanted 1 to {self.width}")
+                raise ValueError(f"prompt {number}: expected 1 to {self.width} ids, got {len(ids)}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -346,10 +359,10 @@ class PromptRows:
 
 
 def _common(rows: Sequence[Sequence[int]]) -> int:
-    columns = zip(*rows, strict=False)  # as long as the shortest row
+    columns = zip(*rows, strict=False)  # zip stops at the shortest row
     return next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, rows)))
 
 
 def _token_batch(tokens: Any, segment_ids: Any, loss_mask: Any) -> TokenBatch:
-    # NumPy arrays where the pytree says jax.Array: the batch reaches the device when the step is called.
+    # NumPy arrays despite the type jax.Array: the batch is transferred to the device when the step is called.
     return TokenBatch(tokens, segment_ids, loss_mask)

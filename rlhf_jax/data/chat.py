@@ -1,8 +1,8 @@
-"""Messages as token ids and targets, by the chat template of a published model.
+"""Token ids and loss masks of messages, rendered with the chat template of a published model.
 
-Special tokens are those that the template itself writes. The text of one in a message stays text: its first character
-is replaced, before the template runs, by a stand-in that occurs nowhere, and put back once the rendering has been cut
-at its special tokens.
+Only what the template itself writes becomes a special token. The text of a special token inside a message stays text:
+its first character is replaced, before the template runs, by a stand-in character that occurs nowhere else, and
+restored once the rendering has been split at its special tokens.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.chat_template import SpecialTexts, Turns
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
-Section = tuple[str, bool]  # text, and whether it is a target
+Section = tuple[str, bool]  # text, and True if it is a target
 
-_PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that no text is meant to hold
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that ordinary text does not contain
 
 
 def chat_ids(messages: Turns, tokenizer: TextTokenizer) -> list[int]:
-    """The prompt: messages up to the place where the assistant answers."""
+    """Ids of the prompt: the messages and the header of the assistant's turn."""
     talk = _Talk(messages, tokenizer)
     return talk.ids([talk.render(len(messages), prompt=True)])[0]
 
 
 def chat_response_ids(messages: Turns, response: str, tokenizer: TextTokenizer, *, ended: bool = True) -> list[int]:
-    """What the assistant answers to `chat_ids(messages)`, and the end of its turn if it `ended`.
+    """Ids of the assistant's response to `chat_ids(messages)`, with the end of its turn if it `ended`.
 
-    Raises: UserError if the template renders an answer otherwise than after its own prompt.
+    Raises:
+      UserError: if the template does not render the response directly after its generation prompt.
     """
     talk = _Talk([*messages, ("assistant", response)], tokenizer)
     answer = talk.answer(len(messages))
@@ -39,13 +40,14 @@ def chat_response_ids(messages: Turns, response: str, tokenizer: TextTokenizer, 
 
 
 def chat_row(messages: Turns, tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:
-    """(ids, loss mask) of a whole dialogue: the assistant's answers and the ends of its turns are targets.
+    """(ids, loss mask) of a full dialogue: the assistant's answers and the ends of its turns are targets.
 
-    The template's {% generation %} blocks say what they are. Without any, an answer is what follows the prompt of the
-    turns before it, up to the special token that ends the turn. A template may render an answer otherwise once others
-    follow (Qwen3 drops its thoughts); what the model is never asked to write after that prompt is no target.
+    The template's {% generation %} blocks define the answers. Without any, an answer is the text after the generation
+    prompt of the turns before it, up to the special token that ends the turn. A template may render an earlier answer
+    differently (Qwen3 drops its thoughts); text that the model never has to generate after that prompt is no target.
 
-    Raises: UserError if no answer is left.
+    Raises:
+      UserError: if no answer is left.
     """
     talk = _Talk(messages, tokenizer)
     sections = talk.marked_sections() if talk.template.marks_answers else talk.answered_sections()
@@ -60,13 +62,13 @@ def chat_row(messages: Turns, tokenizer: TextTokenizer) -> tuple[list[int], list
 
 
 _NOT_AFTER_PROMPT = (
-    "chat template: found no answer of the assistant's that is rendered as it would follow the generation prompt; "
-    "wanted messages with one (a template that opens with <think> wants it in the answer)"
+    "chat template: expected messages with an assistant answer that is rendered as it follows the generation prompt, "
+    "got none (a template that opens with <think> needs it in the answer)"
 )
 
 
 class _Answer(NamedTuple):
-    """One of the assistant's turns. prompt: all before it. end: the special tokens that end it, "" if none do."""
+    """An assistant turn. prompt: everything before it. end: the special tokens that end it, "" if there are none."""
 
     prompt: str
     text: str
@@ -74,11 +76,11 @@ class _Answer(NamedTuple):
 
 
 class _Talk:
-    """Messages and a tokenizer; renderings hold stand-ins until `ids` puts back what they stand for."""
+    """Messages with a tokenizer; renderings contain stand-in characters until `ids` restores the originals."""
 
     def __init__(self, messages: Turns, tokenizer: TextTokenizer):
         if tokenizer.chat_template is None:
-            raise UserError(f"tokenizer {tokenizer.name}: found no chat template, wanted one to render messages with")
+            raise UserError(f"tokenizer {tokenizer.name}: expected a chat template to render messages with, got none")
         self.tokenizer = tokenizer
         self.template = tokenizer.chat_template
         self.tokens = SpecialTexts.of(tuple(tokenizer.special_tokens))
@@ -98,7 +100,7 @@ class _Talk:
         ]
 
     def render(self, count: int, *, prompt: bool = False) -> str:
-        """The first `count` messages; with `prompt`, up to the assistant's answer to them."""
+        """Renders the first `count` messages; with `prompt`, followed by the header of the assistant's answer."""
         return self.template.render(self.messages[:count], add_generation_prompt=prompt)
 
     def ids(self, sections: Sequence[str]) -> list[list[int]]:
@@ -106,14 +108,14 @@ class _Talk:
         return self.tokenizer.encode_sections(sections, back)
 
     def answer(self, at: int) -> _Answer | None:
-        """The turn of message `at`, the assistant's, when it was the last; None if it does not follow the prompt."""
+        """The assistant turn `at`, rendered as the last message; None if it does not follow the generation prompt."""
         prompt, whole = self.render(at, prompt=True), self.render(at + 1)
         if not whole.startswith(prompt):
             return None
         return _Answer(prompt, *self.tokens.split_end(whole[len(prompt) :]))
 
     def answered_sections(self) -> list[Section]:
-        """Sections of the whole rendering, with targets where an answer stands as it follows its prompt."""
+        """Sections of the full rendering; answers rendered as they follow their generation prompt are targets."""
         whole = self.render(len(self.messages))
         sections, done = [], 0
         for at, (role, _) in enumerate(self.messages):
@@ -125,7 +127,7 @@ class _Talk:
         return [*sections, (whole[done:], False)]
 
     def marked_sections(self) -> list[Section]:
-        """Sections of the whole rendering, with targets in its {% generation %} blocks."""
+        """Sections of the full rendering; its {% generation %} blocks are targets."""
         whole = self.template.render(self.messages, generation_marks=self._marks)
         parts = re.split("[" + "".join(self._marks) + "]", whole)
         return [(part, at % 2 == 1) for at, part in enumerate(parts)]

@@ -1,6 +1,6 @@
-"""Dialogues as messages and as text: the Human / Assistant template, HH-RLHF transcripts, and Gopher's heuristic.
+"""Dialogues as messages and as text: the Human / Assistant template and HH-RLHF transcripts.
 
-The template is Anthropic's (Bai et al. 2022), so that their transcripts and anybody's messages read alike:
+The template is that of HH-RLHF (Bai et al. 2022), so that its transcripts and a user's messages get the same text:
 
     system text
 
@@ -21,35 +21,35 @@ _HEADER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
 class Message(NamedTuple):
-    """One turn. role: "system" (the first turn only), "user" or "assistant"."""
+    """A turn of a dialogue. role: "system" (the first turn only), "user" or "assistant"."""
 
     role: str
     content: str
 
 
 def render_message(message: Message) -> str:
-    """Header, space, content; a system text stands alone."""
+    """Renders header, space and content; a system message has no header."""
     return message.content if message.role == "system" else f"{HEADERS[message.role]} {message.content}"
 
 
 def render(messages: Sequence[Message]) -> str:
-    """The dialogue as text."""
+    """Renders the dialogue as text."""
     return "".join(render_message(message) for message in messages)
 
 
 def render_prompt(messages: Sequence[Message]) -> str:
-    """The dialogue up to the place where the assistant answers; the answer starts with a space."""
+    """Renders the dialogue with the header of the assistant's answer, which starts with a space."""
     return render(messages) + HEADERS["assistant"]
 
 
 def is_hh(text: str) -> bool:
-    """Whether text is an HH-RLHF transcript: it starts with a turn of the human's and has one of the assistant's."""
+    """True for an HH-RLHF transcript: it starts with a human turn and has an assistant turn."""
     headers = [match.group(1) for match in _HEADER.finditer(text)]
     return text.lstrip().startswith("Human:") and "Assistant" in headers
 
 
 def split_hh(transcript: str) -> list[Message]:
-    """The turns of an HH-RLHF transcript; text before the first is the system's. Undone by `render`."""
+    """Splits an HH-RLHF transcript into turns; text before the first is a system message. The inverse of `render`."""
     before, *parts = _HEADER.split(transcript)
     messages = [Message("system", before)] if before.strip() else []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
@@ -58,9 +58,9 @@ def split_hh(transcript: str) -> list[Message]:
 
 
 def split_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[list[Message], str, str] | None:
-    """(shared turns, rest of chosen, rest of rejected) of two dialogues that part at a turn of the assistant's.
+    """Splits two dialogues that diverge at an assistant turn into (shared turns, rest of chosen, rest of rejected).
 
-    The rests are text to stand after `render_prompt(shared)`. None if the two do not part at such a turn.
+    The rests are text that continues `render_prompt(shared)`. None if the two do not diverge at an assistant turn.
     """
     limit = min(len(chosen), len(rejected)) - 1
     shared = 0

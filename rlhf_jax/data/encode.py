@@ -1,11 +1,11 @@
-"""Records to token ids, and which of them carry loss.
+"""Encoding of records to token ids and loss masks.
 
-A row is `[bos] prompt response [eos]`, with prompt and response tokenised apart so that the boundary is exact: the same
-row for a demonstration, for a response that the reward model scores, and for one that was sampled. A row that is too
-long is dropped and named in the ledger; nothing is cut.
+A row is `[bos] prompt response [eos]`, with prompt and response tokenized separately so that the boundary is exact. The
+row is the same for a demonstration, for a response scored by the reward model, and for a sampled one. A row that is too
+long is dropped and recorded in the ledger; nothing is cut.
 
-Messages are written by the tokenizer's chat template (chat_template.py), where a published model brought one; else by
-the Human / Assistant template. A prompt that was given as text stays as it is.
+Messages are rendered with the tokenizer's chat template (chat_template.py), if a published model has one, else with the
+Human / Assistant template. A prompt given as text is used unchanged.
 """
 
 from __future__ import annotations
@@ -27,38 +27,42 @@ Row = tuple[list[int], list[bool]]
 def response_row(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Row:
     """(ids, loss mask) of a prompt and a response to it; the response's tokens are the targets.
 
-    prompt_ids start with bos. response_ids end with eos, unless the response never ended.
+    Args:
+      prompt_ids: start with bos.
+      response_ids: end with eos, unless the response did not end.
     """
     return [*prompt_ids, *response_ids], [False] * len(prompt_ids) + [True] * len(response_ids)
 
 
 def ranking_rows(prompt_ids: Sequence[int], responses: Iterable[Sequence[int]]) -> list[list[int]]:
-    """One row of ids for each response to a prompt, as `response_row` has them, for scoring or for RankingRows."""
+    """One row of ids per response to a prompt, as in `response_row`, for scoring or for RankingRows."""
     return [[*prompt_ids, *response_ids] for response_ids in responses]
 
 
 def prompt_ids(prompt: Prompted, tokenizer: TextTokenizer) -> list[int]:
-    """`[bos] prompt`; a prompt given as messages has the end of a turn after each of the assistant's."""
+    """Ids of `[bos] prompt`; a prompt given as messages has an end-of-turn token after each assistant turn."""
     if not prompt.turns:
         return [*tokenizer.start_ids, *tokenizer.encode(prompt.prompt)]
     return chat_ids(prompt.turns, tokenizer)
 
 
 def chat_ids(messages: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
-    """`[bos] messages` up to the place where the assistant answers, as `dialogue_row` trains it."""
+    """Ids of `[bos] messages` with the header of the assistant's answer, as in the rows of `dialogue_row`."""
     if tokenizer.chat_template is not None:
         return chat.chat_ids(messages, tokenizer)
     ids, _, pending = _turns(messages, tokenizer)
-    return ids + _said(pending + HEADERS["assistant"], ids, tokenizer)
+    return ids + _continuation_ids(pending + HEADERS["assistant"], ids, tokenizer)
 
 
 def response_ids(
     response: str, tokenizer: TextTokenizer, *, turns: Sequence[Message] = (), ended: bool = True
 ) -> list[int]:
-    """Ids of a response; eos follows if it `ended`, rather than ran out of room.
+    """Ids of a response, with eos if it `ended` rather than reached the length limit.
 
-    turns: the prompt's, if it was given as messages; a chat template writes the response, less the space before it, as
-    the assistant's next message, all of it, and ends it as it ends a turn.
+    Args:
+      turns: the prompt's messages, if it was given as messages. A chat template then renders the full response, without
+        its leading space, as the assistant's next message, and ends it with its end of turn.
+      ended: False for a response that was cut off at the length limit.
     """
     if turns and tokenizer.chat_template is not None:
         return chat.chat_response_ids(turns, response.removeprefix(" "), tokenizer, ended=ended)
@@ -67,21 +71,21 @@ def response_ids(
 
 
 def dialogue_row(messages: Sequence[Message], tokenizer: TextTokenizer) -> Row:
-    """(ids, loss mask): the content of each of the assistant's turns and the end of it are targets, nothing else.
+    """(ids, loss mask) of a dialogue: only the content and the end of each assistant turn are targets.
 
-    Where a chat template writes the row, some answers may carry no loss (`chat.chat_row`), and messages after the last
-    answer are left out, since nothing is learned from them.
+    With a chat template, some answers may carry no loss (`chat.chat_row`), and messages after the last answer are left
+    out, since nothing is learned from them.
     """
     if tokenizer.chat_template is not None:
         last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=len(messages))
         return chat.chat_row(messages[: last + 1], tokenizer)
     ids, mask, pending = _turns(messages, tokenizer)
-    rest = _said(pending, ids, tokenizer)
+    rest = _continuation_ids(pending, ids, tokenizer)
     return ids + rest, mask + [False] * len(rest)
 
 
 def encode_text(records: Iterable[Text], tokenizer: TextTokenizer, *, ledger: Ledger) -> list[list[int]]:
-    """The documents' ids, without special ids, for `pack_text`; the ledger counts those that `pack_text` adds."""
+    """Ids of the documents, without special ids, for `pack_text`; the ledger also counts those that it adds."""
     docs = []
     for record in records:
         ids = tokenizer.encode(record.text)
@@ -98,7 +102,7 @@ def encode_demonstrations(
     ledger: Ledger,
     buckets: tuple[int, ...] = (),
 ) -> RaggedRows:
-    """Rows for supervised fine-tuning, of at most `max_tokens` ids each."""
+    """Encodes rows for supervised fine-tuning, of at most `max_tokens` ids each."""
     rows, kept = [], []
     for record in records:
         with _named(record.where):
@@ -128,7 +132,7 @@ def encode_rankings(
     ledger: Ledger,
     buckets: tuple[int, ...] = (),
 ) -> RankingRows:
-    """Rows for the reward model; a prompt is dropped whole if one of its responses does not fit `max_tokens`."""
+    """Encodes rows for the reward model; a prompt is dropped if any of its responses exceeds `max_tokens`."""
     rows, kept = [], []
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -154,7 +158,7 @@ def encode_rankings(
 def encode_prompts(
     records: Iterable[Prompted], tokenizer: TextTokenizer, *, max_tokens: int, ledger: Ledger
 ) -> PromptRows:
-    """Prompts to sample responses for, left-padded to `max_tokens`, which counts bos."""
+    """Encodes prompts to sample responses for, left-padded to `max_tokens`, which includes bos."""
     rows, kept = [], []
     for record in records:
         with _named(record.where):
@@ -169,14 +173,14 @@ def encode_prompts(
 
 
 def _turns(messages: Sequence[Message], tokenizer: TextTokenizer) -> tuple[list[int], list[bool], str]:
-    """Ids and mask up to the last assistant turn, and the text after it, which goes on as the caller says."""
+    """Ids and mask up to the last assistant turn, and the text after it, which the caller continues."""
     ids = list(tokenizer.start_ids)
     mask, pending = [False] * len(ids), ""
     for message in messages:
         if message.role != "assistant":
             pending += render_message(message)
             continue
-        header = _said(pending + HEADERS["assistant"], ids, tokenizer)
+        header = _continuation_ids(pending + HEADERS["assistant"], ids, tokenizer)
         content = [*tokenizer.encode_continuation(f" {message.content}"), tokenizer.eos_id]
         ids += header + content
         mask += [False] * len(header) + [True] * len(content)
@@ -184,8 +188,8 @@ def _turns(messages: Sequence[Message], tokenizer: TextTokenizer) -> tuple[list[
     return ids, mask, pending
 
 
-def _said(text: str, before: Sequence[int], tokenizer: TextTokenizer) -> list[int]:
-    """Ids of text after `before`, which may be no more than what any text starts with."""
+def _continuation_ids(text: str, before: Sequence[int], tokenizer: TextTokenizer) -> list[int]:
+    """Ids of text that continues `before`; if `before` holds no more than start ids, the text is encoded as a start."""
     return tokenizer.encode_continuation(text) if len(before) > len(tokenizer.start_ids) else tokenizer.encode(text)
 
 
@@ -194,13 +198,13 @@ def _answers(record: Demonstration | Dialogue) -> int:
 
 
 def _targets(mask: Sequence[bool]) -> int:
-    """Runs of targets in a row."""
+    """Number of contiguous runs of targets in a row."""
     return sum(here and not before for before, here in zip([False, *mask], mask))
 
 
 @contextlib.contextmanager
 def _named(where: str) -> Iterator[None]:
-    """Puts the record's place before what is wrong with it."""
+    """Prefixes errors with the record's source."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,7 @@
-"""Dialogues found in web text by Gopher's heuristic (Rae et al. 2021, arXiv:2112.11446, appendix on dialogue data)."""
+"""Extraction of dialogues from web text by Gopher's heuristic.
+
+Source: Rae et al. 2021, appendix on dialogue data (arXiv:2112.11446).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from rlhf_jax.data.dialogues import Message
 MIN_TURNS = 6
 MAX_PREFIX = 48  # characters; longer ones are sentences, not names
 
-# Where a prefix can end, surest first: "Gopher:", "Dr Smith -", "Q.". A colon in "12:30" or "http://" is none.
+# Separators that end a prefix, most reliable first: "Gopher:", "Dr Smith -", "Q.". The colon in "12:30" or "http://"
+# does not count.
 _SEPARATORS = (re.compile(r":(?![/\d])"), re.compile(r"\s[-–—](?=\s|$)"), re.compile(r"\.(?=\s|$)"))
 
 
@@ -24,7 +28,7 @@ class Turn(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """A dialogue, and the characters of the document that it stands on."""
+    """A dialogue with its character range in the document."""
 
     start: int
     end: int
@@ -32,22 +36,22 @@ class _Run(NamedTuple):
 
 
 class _Paragraph(NamedTuple):
-    """text without white space around it, and the place of its first character in the document."""
+    """A paragraph, stripped, with the offset of its first character in the document."""
 
     start: int
     text: str
 
 
 def extract_dialogues(text: str) -> list[list[Turn]]:
-    """All runs of at least 6 consecutive paragraphs that read as two people taking turns, in the order of the text.
+    """Extracts all runs of at least 6 consecutive paragraphs in which two speakers alternate, in text order.
 
     Every paragraph of a run has a prefix that ends in a separator, as in "Gopher: …", "Dr Smith - …", "Q. …"; the even
-    ones share one prefix, the odd ones another. Paragraphs are parted by blank lines, or stand one to a line; where the
-    two readings overlap, the longer run counts.
+    ones share one prefix, the odd ones another. Paragraphs are separated by blank lines, or are single lines; where the
+    two readings overlap, the longer run is kept.
     """
     runs = [*_runs(_paragraphs(text, r"\n[^\S\n]*\n")), *_runs(_paragraphs(text, r"\n"))]
-    taken: list[_Run] = []  # in the order of the text, none overlapping another
-    for run in sorted(runs, key=lambda run: -len(run.turns)):  # stable: between equals, blank lines part
+    taken: list[_Run] = []  # in text order, without overlaps
+    for run in sorted(runs, key=lambda run: -len(run.turns)):  # stable sort: among equals, the blank-line reading wins
         place = bisect.bisect(taken, run.start, key=lambda other: other.start)
         if (place == 0 or taken[place - 1].end <= run.start) and (place == len(taken) or run.end <= taken[place].start):
             taken.insert(place, run)
@@ -55,7 +59,7 @@ def extract_dialogues(text: str) -> list[list[Turn]]:
 
 
 def as_messages(dialogue: Sequence[tuple[str, str]]) -> list[Message]:
-    """The dialogue with its first speaker as the user, the second as the assistant."""
+    """Converts a dialogue to messages, with its first speaker as the user and the second as the assistant."""
     return [Message("assistant" if place % 2 else "user", text) for place, (_, text) in enumerate(dialogue)]
 
 
@@ -70,11 +74,11 @@ def _paragraphs(text: str, boundary: str) -> list[_Paragraph]:
 
 
 def _runs(paragraphs: Sequence[_Paragraph]) -> Iterator[_Run]:
-    """The maximal runs, left to right; no paragraph is in two."""
+    """Yields the maximal runs, left to right, without overlaps."""
     prefixes = [_prefixes(paragraph.text) for paragraph in paragraphs]
     first = 0
     while first + MIN_TURNS <= len(paragraphs):
-        shared = [prefixes[first], prefixes[first + 1]]  # of the even and of the odd paragraphs
+        shared = [prefixes[first], prefixes[first + 1]]  # candidate prefixes of the even and of the odd paragraphs
         end = first + 2
         while _differ(shared) and end < len(paragraphs):
             parity = (end - first) % 2
@@ -93,7 +97,7 @@ def _runs(paragraphs: Sequence[_Paragraph]) -> Iterator[_Run]:
 
 
 def _prefixes(text: str) -> list[str]:
-    """Everything that the prefix of a paragraph may be, likeliest first."""
+    """Candidate prefixes of a paragraph, most likely first."""
     head = text.partition("\n")[0][: MAX_PREFIX + 2]
     ends = [match.end() for separator in _SEPARATORS for match in separator.finditer(head)]
     return [head[:end] for end in ends if end <= MAX_PREFIX and any(map(str.isalpha, head[:end]))]

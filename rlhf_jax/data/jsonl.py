@@ -1,4 +1,4 @@
-"""JSONL files, plain or gzipped, as a stream of JSON objects: strict, and in bounded memory whatever the file holds."""
+"""Strict streaming reader of JSONL files, plain or gzipped, in bounded memory whatever the file contains."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from typing import Any, BinaryIO, cast
 
 from rlhf_jax.errors import UserError
 
-MAX_LINE_BYTES = 8 * 2**20  # the longest document of a file of ours; read before it is known to be too long
-MAX_BRACKETS = 500_000  # lists and objects in a line, each some 60 bytes once read
+MAX_LINE_BYTES = 8 * 2**20  # longer than any document we use; a line is read up to this size before it is refused
+MAX_BRACKETS = 500_000  # lists and objects per line, each about 60 bytes once parsed
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of each line that is not blank; only a line feed ends a line.
+    """Yields ("file:line", object) for each line that is not blank; only a line feed ends a line.
 
-    Raises: UserError with file and line for anything that is not one JSON object in UTF-8: bad bytes, NaN, a number too
-      large, a lone surrogate, a key given twice, too deep nesting, a line of more than MAX_LINE_BYTES, a damaged gzip.
+    Raises:
+      UserError: with file and line for anything that is not one JSON object in UTF-8: bad bytes, NaN, a number too
+        large, a lone surrogate, a duplicate key, too deep nesting, a line of more than MAX_LINE_BYTES, a damaged gzip.
     """
     number = 0
     try:
-        # Bytes, since text may be split at U+2028 and its like, and a whole line is read before its length is known.
+        # Read as bytes: text mode splits at U+2028 and similar, and reads a full line before its length is known.
         with _open(Path(path)) as file:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
@@ -46,31 +47,35 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object of a line. Raises: UserError starting with `where`, see `read_rows`."""
+    """Parses the JSON object of a line.
+
+    Raises:
+      UserError: starting with `where`, see `read_rows`.
+    """
     if line.count(b"[") + line.count(b"{") > MAX_BRACKETS:
         raise UserError(f"{where}: more than {MAX_BRACKETS:,} brackets in a line; split the document it holds")
     try:
         row = _DECODER.decode(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
-        found = f"byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
-        raise UserError(f"{where}: bad UTF-8: found {found}; wanted a file in UTF-8") from None
+        got = f"byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
+        raise UserError(f"{where}: bad UTF-8: expected a file in UTF-8, got {got}") from None
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}: not JSON: {error.msg} at character {error.pos + 1}; wanted one JSON object on each line"
+            f"{where}: not JSON: {error.msg} at character {error.pos + 1}; expected one JSON object on each line"
         ) from None
     except RecursionError:
         raise UserError(f"{where}: not usable JSON: nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{where}: not usable JSON: {error}") from None
     if not isinstance(row, dict):
-        raise UserError(f'{where}: found {describe(row)}, wanted an object such as {{"prompt": …}}')
+        raise UserError(f'{where}: expected an object such as {{"prompt": …}}, got {describe(row)}')
     if _SURROGATE_ESCAPE.search(line):
         _refuse_surrogates(row, where)
     return row
 
 
 def describe(value: object) -> str:
-    """A JSON value in an error message: its kind and its beginning, in printable ASCII."""
+    """Describes a JSON value for an error message: its type and its beginning, in printable ASCII."""
     match value:
         case None:
             return "null"
@@ -102,7 +107,7 @@ def _refuse_surrogates(row: dict[str, Any], where: str) -> None:
         except UnicodeEncodeError as error:
             lone = f"U+{ord(error.object[error.start]):04X}"
             raise UserError(
-                f"{where}: field {_begin(name)}: found the lone surrogate {lone}, wanted whole characters"
+                f"{where}: field {_begin(name)}: expected complete characters, got the lone surrogate {lone}"
             ) from None
 
 
@@ -116,7 +121,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"found {name}, which is no JSON number")
+    raise ValueError(f"expected a JSON number, got {name}")
 
 
 def _finite(digits: str) -> float:

@@ -1,4 +1,4 @@
-"""What became of every row of the data: kept, cut or dropped, and why. Nothing disappears without a line here."""
+"""Record of every data row that was kept, cut or dropped, with the reason. No row disappears without an entry."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ TOKENS_PER_BOOK = 67_000  # 50,000 words at 0.75 words a token
 
 
 class Decision(NamedTuple):
-    """One row that is not simply kept. where: "file:line". what: "cut", "dropped" or "remarked" (kept as it is)."""
+    """A row that is not simply kept.
+
+    where: "file:line". what: "cut", "dropped" or "remarked" (kept unchanged).
+    """
 
     where: str
     what: str
@@ -19,7 +22,7 @@ class Decision(NamedTuple):
 
 
 class Ledger:
-    """Counts rows by file. Kept + cut + dropped = rows read, once every row is decided; `undecided` says if not.
+    """Row counts by file. Kept + cut + dropped = rows read, once every row is decided; `undecided` counts the rest.
 
     `where` is "file:line"; embedded data names its source in the same way.
     """
@@ -29,29 +32,33 @@ class Ledger:
         self._counts: dict[str, collections.Counter[str]] = {}
 
     def read(self, where: str) -> None:
-        """A row was found; it must be kept, cut or dropped later. A reader calls it, other sources need not."""
+        """Counts a row read, to be kept, cut or dropped later. Called by readers; optional for other sources."""
         self._count(where)["read"] += 1
 
     def keep(self, where: str, tokens: int = 0) -> None:
-        """The row is used whole."""
+        """Records a row that is used in full."""
         counts = self._count(where)
         counts["kept"] += 1
         counts["tokens"] += tokens
 
     def cut(self, where: str, reason: str, tokens: int = 0) -> None:
-        """Part of the row is used. tokens: of the part that is."""
+        """Records a row of which only a part is used.
+
+        Args:
+          tokens: number of tokens in the part used.
+        """
         counts = self._count(where)
         counts["cut"] += 1
         counts["tokens"] += tokens
         self.decisions.append(Decision(where, "cut", reason))
 
     def drop(self, where: str, reason: str) -> None:
-        """The row is not used."""
+        """Records a row that is not used."""
         self._count(where)["dropped"] += 1
         self.decisions.append(Decision(where, "dropped", reason))
 
     def remark(self, where: str, reason: str) -> None:
-        """Something worth knowing about a row that is used; the row is counted by `keep` or `cut`."""
+        """Records a note about a row that is used; the row itself is counted by `keep` or `cut`."""
         self._count(where)["remarked"] += 1
         self.decisions.append(Decision(where, "remarked", reason))
 
@@ -65,12 +72,12 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """Rows seen: those a reader found, and those of sources that have none."""
+        """Rows seen: those counted by `read`, and those of sources that do not call it."""
         return sum(max(c["read"], c["kept"] + c["cut"] + c["dropped"]) for c in self._counts.values())
 
     @property
     def undecided(self) -> int:
-        """Rows read and neither accepted nor rejected (yet); 0 when the books balance."""
+        """Rows read but neither accepted nor rejected yet; 0 once all rows are accounted for."""
         return self.total - self.accepted - self.rejected
 
     @property
@@ -78,14 +85,14 @@ class Ledger:
         return self._sum("tokens")
 
     def reasons(self) -> dict[str, dict[str, int]]:
-        """{"dropped": {reason: rows}, …}, the most frequent first."""
+        """Returns {"dropped": {reason: rows}, …}, most frequent first."""
         table: dict[str, collections.Counter[str]] = {}
         for decision in self.decisions:
             table.setdefault(decision.what, collections.Counter())[decision.reason] += 1
         return {what: dict(counter.most_common()) for what, counter in table.items()}
 
     def to_dict(self) -> dict[str, object]:
-        """Plain JSON: totals, counts by file, counts by reason, and every row cut, dropped or remarked on."""
+        """Returns plain JSON: totals, counts by file, counts by reason, and every row cut, dropped or remarked on."""
         names = ("read", "kept", "cut", "dropped", "remarked", "tokens")
         return {
             "total": self.total,
@@ -100,7 +107,7 @@ class Ledger:
         }
 
     def save(self, path: str | Path) -> None:
-        """Writes `to_dict` as JSON, one decision a line so that grep finds a row."""
+        """Writes `to_dict` as JSON, one decision per line so that grep finds a row."""
         content = self.to_dict()
         rows = ",\n".join(json.dumps(decision._asdict()) for decision in self.decisions)
         head = json.dumps({**content, "rows": []}, indent=1).removesuffix('"rows": []\n}')
@@ -109,10 +116,10 @@ class Ledger:
         partial.replace(path)
 
     def summary(self, parameters: int | None = None) -> str:
-        """A few lines for a person: rows, tokens, books of 67,000 tokens, tokens per parameter, reasons.
+        """Human-readable summary: rows, tokens, books of 67,000 tokens, tokens per parameter, reasons.
 
         Args:
-          parameters: of the model that trains on the data.
+          parameters: number of parameters of the model that trains on the data.
         """
         rows = f"{self.total:,} rows: {self._sum('kept'):,} kept, {self._sum('cut'):,} cut, {self.rejected:,} dropped"
         if self.undecided:
@@ -134,5 +141,5 @@ class Ledger:
 
 
 def _short(value: float, decimals: int) -> str:
-    """A figure with so many decimals, or two digits where those would hide it."""
+    """Formats a number with the given decimals, or with two significant digits if those would round it away."""
     return f"{value:,.{decimals}f}" if value >= 10**-decimals else f"{value:.2g}"

@@ -1,4 +1,4 @@
-"""Documents and demonstrations laid end to end in rows of one length, without one attending to another."""
+"""Packing of documents and demonstrations into rows of one length, with block-diagonal attention."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ def pack_text(
 ) -> TokenRows:
     """Packs documents, each as bos … eos, into rows of `length` tokens; every token but a document's first is a target.
 
-    Each document is a segment of its own (1, 2, … in a row; 0 is padding). One that reaches the end of a row goes on in
-    the next; the last token there stands again as the first here, since the first token of a segment is no target.
-    A row is padded only at its end: the last row, and a last place where a document could show no target.
+    Each document is a separate segment (1, 2, … in a row; 0 is padding). One that reaches the end of a row continues in
+    the next, which repeats the last token as its first, since the first token of a segment is not a target. Only the
+    end of a row is padded: in the last row, and in a single last position, where no target would fit.
 
     Args:
       docs: token ids without special ids.
-      length: tokens of a row, at least 2.
-      start_ids: what every document begins with: bos, or nothing for a model that knows none.
+      length: tokens per row, at least 2.
+      start_ids: ids at the start of every document: bos, or empty for a model without one.
+      eos_id: id at the end of every document.
+
+    Raises:
+      ValueError: if length is less than 2.
     """
     if length < 2:
-        raise ValueError(f"rows of {length} tokens hold no target; wanted length 2 or more")
+        raise ValueError(f"length: expected at least 2, as the first token is not a target, got {length}")
     tokens: list[np.ndarray] = []
     segments: list[np.ndarray] = []
-    used, segment = length, 0  # of the row being filled; no row yet counts as a full one
+    used, segment = length, 0  # tokens and segments in the current row; starts as if a full row came before
     for doc in docs:
         ids = np.array([*start_ids, *doc, eos_id], np.int32)
         start = 0
@@ -51,18 +55,20 @@ def pack_text(
 
 
 def pack_rows(rows: RaggedRows, *, length: int) -> TokenRows:
-    """Whole rows in rows of `length` tokens, each a segment of its own: best fit, the longest first.
+    """Packs whole rows into rows of `length` tokens, each a separate segment: best fit, longest first.
 
-    Nothing is cut; where rows are equally long the order of the data decides.
-    Raises: ValueError for a row longer than `length`.
+    Nothing is cut; rows of equal length keep the order of the data.
+
+    Raises:
+      ValueError: for a row longer than `length`.
     """
-    room: list[list[int]] = [[] for _ in range(length + 1)]  # by tokens left: rows that have so many
+    room: list[list[int]] = [[] for _ in range(length + 1)]  # by tokens left: the rows with that many
     packed: list[list[int]] = []
     order = sorted(range(len(rows)), key=lambda i: -len(rows.rows[i][0]))
     for index in order:
         size = len(rows.rows[index][0])
         if size > length:
-            raise ValueError(f"row {index}: {size} tokens, wanted at most {length}")
+            raise ValueError(f"row {index}: expected at most {length} tokens, got {size}")
         left = next((left for left in range(size, length + 1) if room[left]), None)
         if left is None:
             packed.append([])
@@ -80,7 +86,7 @@ def pack_rows(rows: RaggedRows, *, length: int) -> TokenRows:
             ids, mask = rows.rows[index]
             part = slice(used, used + len(ids))
             tokens[place, part], segment_ids[place, part], loss_mask[place, part] = ids, segment, mask
-            # The first token of a segment is never a target.
+            # The first token of a segment has no preceding token to be predicted from.
             loss_mask[place, used] = False
             used += len(ids)
     return TokenRows(tokens, segment_ids, loss_mask)

@@ -4,13 +4,13 @@ kind            fields of a row
 text            text (or messages)
 demonstrations  prompt, completion (or response); or messages
 dialogues       messages
-comparisons     prompt, chosen, rejected; or chosen and rejected that begin alike; or HH-RLHF transcripts
-rankings        prompt, responses, ranks (comparisons may stand among them, and they among comparisons)
+comparisons     prompt, chosen, rejected; or chosen and rejected with a common prefix; or HH-RLHF transcripts
+rankings        prompt, responses, ranks (a file may mix rankings and comparisons, for either kind)
 prompts         prompt; or the prompt of a comparison, or messages up to the last answer
 
 A prompt may be text or a list of messages, {"role": "system" | "user" | "assistant", "content": text}; so may a
-response. A row that is not what it should be is an error; one from which nothing can be learned is dropped and named in
-the ledger. Every row that is read is later kept, cut or dropped there, by this file or by encode.py.
+response. A malformed row is an error; one from which nothing can be learned is dropped and recorded in the ledger.
+Every row that is read is later recorded there as kept, cut or dropped, by this file or by encode.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rlhf_jax.errors import UserError
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
 Paths = str | Path | Iterable[str | Path]
 MAX_RESPONSES = 9
-_Exchange = tuple[str, tuple[Message, ...], list[str]]  # prompt, its turns if it is made of messages, responses
+_Exchange = tuple[str, tuple[Message, ...], list[str]]  # prompt, its turns if given as messages, responses
 
 
 @overload
@@ -45,9 +45,10 @@ def read_records(
 @overload
 def read_records(paths: Paths, kind: Literal["prompts"], ledger: Ledger) -> list[Prompt]: ...
 def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
-    """All rows of the files as records of a kind, in order. A row that stands twice is kept twice, with a remark.
+    """Reads all rows of the files as records of a kind, in order. A duplicate row is kept, with a remark in the ledger.
 
-    Raises: UserError `file:line: field 'x': found …, wanted …` for a malformed row, and for a file without rows.
+    Raises:
+      UserError: `file:line: field 'x': expected …, got …` for a malformed row, and for a file without rows.
     """
     records: list[Record] = []
     seen: set[Record] = set()
@@ -66,12 +67,12 @@ def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
             seen.add(record)
             records.append(record)
         if empty:
-            raise UserError(f"{path}: the file has no rows, wanted one JSON object on each line")
+            raise UserError(f"{path}: expected one JSON object on each line, got a file without rows")
     return records
 
 
 class _Useless(Exception):
-    """A well-formed row that nothing can be learned from; the message is the reason."""
+    """A well-formed row from which nothing can be learned; the message is the reason."""
 
 
 class _Row:
@@ -84,12 +85,12 @@ class _Row:
     def __contains__(self, name: str) -> bool:
         return name in self.fields
 
-    def missing(self, wanted: str) -> UserError:
+    def missing(self, expected: str) -> UserError:
         there = ", ".join(map(repr, list(self.fields)[:12])) or "none"
-        return UserError(f"{self.where}: field {wanted}: missing; the row's fields are {there}")
+        return UserError(f"{self.where}: field {expected}: missing; the row's fields are {there}")
 
-    def wrong(self, name: str, found: str, wanted: str) -> UserError:
-        return UserError(f"{self.where}: field {name!r}: found {found}, wanted {wanted}")
+    def wrong(self, name: str, got: str, expected: str) -> UserError:
+        return UserError(f"{self.where}: field {name!r}: expected {expected}, got {got}")
 
     def value(self, name: str) -> Any:
         if name not in self.fields:
@@ -106,9 +107,13 @@ class _Row:
         return self.as_messages(name, self.value(name))
 
     def as_messages(self, name: str, value: Any) -> tuple[Message, ...]:
-        """The messages that a field, or a part of one, holds. name: what an error calls it."""
+        """Parses the messages in a field, or in a part of one.
+
+        Args:
+          name: the field's name in errors.
+        """
         if not isinstance(value, list) or not value:
-            raise self.wrong(name, describe(value), "a list of one message or more")
+            raise self.wrong(name, describe(value), "a list of at least one message")
         messages = []
         for number, message in enumerate(value):
             place = f"{name}[{number}]"
@@ -122,7 +127,9 @@ class _Row:
             if message["role"] not in ROLES:
                 raise self.wrong(f"{place}.role", describe(message["role"]), f"one of {', '.join(ROLES)}")
             if message["role"] == "system" and number:
-                raise self.wrong(f"{place}.role", "a system message in the middle", "it first, or not at all")
+                raise self.wrong(
+                    f"{place}.role", "a system message in the middle", "a system message only in first place"
+                )
             messages.append(Message(message["role"], message["content"]))
         return tuple(messages)
 
@@ -144,7 +151,9 @@ def _record(row: _Row, kind: Kind) -> Record:
         case "prompts":
             return _prompt(row)
         case _:
-            raise ValueError(f"kind {kind!r}, wanted text, demonstrations, dialogues, comparisons, rankings or prompts")
+            raise ValueError(
+                f"kind: expected text, demonstrations, dialogues, comparisons, rankings or prompts, got {kind!r}"
+            )
 
 
 def _text(row: _Row) -> Text:
@@ -158,9 +167,9 @@ def _dialogue(row: _Row) -> Dialogue:
     messages = row.messages("messages")
     answers = [message.content for message in messages if message.role == "assistant"]
     if not answers:
-        raise _Useless("no turn of the assistant's")
+        raise _Useless("no assistant turn")
     if not all(answer.strip() for answer in answers):
-        raise _Useless("an empty turn of the assistant's")
+        raise _Useless("an empty assistant turn")
     return Dialogue(messages, row.where)
 
 
@@ -168,7 +177,7 @@ def _demonstration(row: _Row) -> Demonstration:
     names = [name for name in ("completion", "response") if name in row]
     if len(names) != 1:
         if names:
-            raise row.wrong("completion", "'response' beside it", "one of the two")
+            raise row.wrong("completion", "both", "either it or 'response'")
         raise row.missing("'completion'")
     prompt, turns, (completion,) = _exchange(row, [(names[0], row.value(names[0]))])
     if not completion.strip():
@@ -187,7 +196,7 @@ def _comparison(row: _Row) -> Comparison:
 
 
 def _pair(row: _Row) -> _Exchange:
-    """Prompt and both responses of a comparison in any of its forms."""
+    """Prompt and both responses of a comparison, in any of its formats."""
     chosen, rejected = row.value("chosen"), row.value("rejected")
     transcripts = isinstance(chosen, str) and isinstance(rejected, str) and is_hh(chosen) and is_hh(rejected)
     if "prompt" in row and not (transcripts and row.fields["prompt"] == ""):
@@ -200,7 +209,7 @@ def _pair(row: _Row) -> _Exchange:
     if texts[0] == texts[1]:
         raise _Useless("chosen equals rejected")
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
-    # The prompt ends before the last white space that both share, so that no word is parted.
+    # The prompt ends before the last white space that both share, so that no word is split.
     cut = max((place for place, (character, _) in enumerate(alike) if character.isspace()), default=0)
     return texts[0][:cut], (), [text[cut:] for text in texts]
 
@@ -216,14 +225,16 @@ def _ranking(row: _Row) -> Ranking:
             raise row.wrong(f"ranks[{number}]", describe(rank), "a whole number from 1, the best")
     prompt, turns, texts = _exchange(row, [(f"responses[{n}]", value) for n, value in enumerate(responses)])
     if not 2 <= len(texts) <= MAX_RESPONSES:
-        raise _Useless(f"{len(texts)} responses, wanted 2 to {MAX_RESPONSES}")
+        raise _Useless(f"expected 2 to {MAX_RESPONSES} responses, got {len(texts)}")
     if len(set(ranks)) == 1:
         raise _Useless("all ranks are tied")
     if len(set(texts)) == 1:
         raise _Useless("all responses are equal")
     if not all(text.strip() for text in texts):
         raise _Useless("an empty response")
-    places = sorted(set(ranks))  # 1, 2, … without gaps: the order is all that counts, and any integer may stand there
+    places = sorted(
+        set(ranks)
+    )  # renumbered 1, 2, … without gaps: only the order counts, and a file may use any integers
     return Ranking(prompt, tuple(texts), tuple(places.index(rank) + 1 for rank in ranks), row.where, turns)
 
 
@@ -245,7 +256,7 @@ def _prompt(row: _Row) -> Prompt:
 
 
 def _exchange(row: _Row, responses: Sequence[tuple[str, Any]]) -> _Exchange:
-    """Prompt and responses of a row that has a field of its own for the prompt."""
+    """Prompt and responses of a row with a separate field for the prompt."""
     prompt = row.value("prompt")
     if isinstance(prompt, str) and not any(isinstance(value, list) for _, value in responses):
         texts = []
@@ -253,7 +264,7 @@ def _exchange(row: _Row, responses: Sequence[tuple[str, Any]]) -> _Exchange:
             if not isinstance(value, str):
                 raise row.wrong(name, describe(value), "text")
             texts.append(value)
-        # Whole transcripts beside the prompt that they begin with.
+        # Full transcripts that begin with the prompt, given next to it.
         if prompt and all(is_hh(text) and text.startswith(prompt) for text in texts):
             texts = [text.removeprefix(prompt) for text in texts]
         return prompt, (), texts
@@ -264,24 +275,24 @@ def _exchange(row: _Row, responses: Sequence[tuple[str, Any]]) -> _Exchange:
 
 
 def _answer(row: _Row, name: str, value: Any, turns: tuple[Message, ...]) -> str:
-    """The text of a response to messages: text, or the assistant's message, or the whole dialogue that ends in it."""
+    """Text of a response to messages, given as text, as the assistant's message, or as the full dialogue."""
     if isinstance(value, str):
         return f" {value}"
     messages = row.as_messages(name, value)
     if messages[: len(turns)] == turns:
         messages = messages[len(turns) :]
     if len(messages) != 1 or messages[0].role != "assistant":
-        found = "messages of " + ", ".join(message.role for message in messages) if messages else "the prompt alone"
-        raise row.wrong(name, found, "one message of the assistant's")
+        got = "messages of " + ", ".join(message.role for message in messages) if messages else "the prompt alone"
+        raise row.wrong(name, got, "one message of the assistant")
     return f" {messages[0].content}"
 
 
 def _shared_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> _Exchange:
-    """Prompt and the two responses of two whole dialogues."""
+    """Prompt and the two responses of two full dialogues."""
     if chosen == rejected:
         raise _Useless("chosen equals rejected")
     parts = split_shared(chosen, rejected)
     if parts is None:
-        raise _Useless("chosen and rejected do not part at a turn of the assistant's")
+        raise _Useless("chosen and rejected do not diverge at an assistant turn")
     shared, *texts = parts
     return render_prompt(shared), tuple(shared), texts

@@ -1,9 +1,9 @@
-"""The six kinds of record that the stages learn from, whatever file or program they came from.
+"""The six kinds of record that the stages train on, whatever file or program they come from.
 
-In each, `where` is "file:line" or the name of another source, for the ledger and for errors; two records with the same
-content are equal wherever they came from. `prompt` is text that a response follows with nothing between. `turns` is the
-same prompt as messages, where it was given so: then every assistant turn in it ends with eos, as it does in training,
-which text cannot say.
+In each, `where` is "file:line" or the name of another source, for the ledger and for errors; it is ignored in
+comparisons, so records with the same content are equal. `prompt` is text that the response follows directly. `turns` is
+the same prompt as messages, if it was given that way: then every assistant turn in it ends with eos, as in training,
+which text cannot express.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A simulated labeller for the embedded corpus: a written-down gold score, and rankings by it with Bradley-Terry noise.
+"""Simulated labeller for the embedded corpus: a rule-based gold score, and rankings by it with Bradley-Terry noise.
 
-It stands where InstructGPT had people, who rated on a scale from 1 to 7. Everything it prefers can be read off
-`gold_score`, so that what RLHF gained is measured against what was wanted, and not only against the reward model. The
-noise is such that two labellers agree on 73% of the pairs whose scores differ, as often as InstructGPT's did (Ouyang et
-al. 2022, section 3.4); pairs of equal score they order by chance.
+It replaces the people of InstructGPT, who rated on a scale from 1 to 7. `gold_score` defines everything it prefers, so
+that the improvement by RLHF is measured against the true preference, and not only against the reward model. The noise
+is such that two labellers agree on 73% of the pairs whose scores differ, as InstructGPT's did (Ouyang et al. 2022,
+section 3.4); pairs of equal score are ordered at random.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ SHORTEST_CONCISE, LONGEST_CONCISE = 3, 8  # words
 
 
 class Virtues(NamedTuple):
-    """What the labelling instructions want of a response about a function."""
+    """Criteria of the labelling instructions for a response about a function."""
 
     finished: bool
-    """It is one sentence, from a capital to a full stop, and has its end."""
+    """One sentence, from a capital to a full stop, followed by EOS."""
     topic: bool
-    """It is about the function: it says a word of the name, or one that goes with such names (relevance.py)."""
+    """About the function: it has a word of the name, or one that goes with such names (relevance.py)."""
     known: bool
-    """All its words are words of the corpus or of the question: a name may hold what no text does, as `fqname`."""
+    """All words occur in the corpus or in the prompt: a name may contain words that no text does, such as `fqname`."""
     concise: bool
-    """It says enough and no more: three to eight words, as half of the docstrings."""
+    """Three to eight words, as in half of the docstrings."""
     fluent: bool
-    """It says no word twice, stop words aside, as nine in ten docstrings."""
+    """No word twice, stop words aside, as in nine of ten docstrings."""
 
 
 def virtues_of(prompt: str, response: str, usage: Usage, *, ended: bool = True) -> Virtues:
-    """Which of them a response has; one without a word has none. Args: as in `gold_score`."""
+    """Criteria that a response meets; none if it has no word. The arguments are those of `gold_score`."""
     text = response.strip()
     words = words_in(text)
     given = frozenset(words_in(prompt))
@@ -50,31 +50,32 @@ def virtues_of(prompt: str, response: str, usage: Usage, *, ended: bool = True) 
 
 
 def gold_score(prompt: str, response: str, usage: Usage, *, ended: bool = True) -> float:
-    """The rating from 1 to 7 that the labelling instructions of the default recipe give a response about a function.
+    """Rating from 1 to 7 of a response about a function, by the labelling instructions of the default recipe.
 
-    It is 1, and 1.2 more for each of these:
+    It is 1, plus 1.2 for each of these:
       it is one finished sentence, from a capital to a full stop;
       it is about the function;
-      all its words are words (those of the question are);
+      all its words occur in the corpus or in the prompt;
       it has 3 to 8 words;
-      it says no word twice.
+      it has no word twice.
 
     Args:
-      prompt: as `prompt_of` writes it, ` use posix spawn (args) ->`.
+      prompt: as written by `prompt_of`, ` use posix spawn (args) ->`.
       response: the decoded response.
-      usage: the words of the documentation.
-      ended: the response has its end-of-text token; one without is not finished, whatever it looks like.
+      usage: word statistics of the documentation.
+      ended: True if the response has its EOS token; one without it is not finished, whatever its text.
     """
     return 1 + 6 * sum(virtues_of(prompt, response, usage, ended=ended)) / len(Virtues._fields)
 
 
 def noise_for_agreement(scores: NDArray[np.float64], agreement: float = AGREEMENT) -> float:
-    """The temperature τ at which two labellers agree on that share of pairs, by bisection.
+    """Temperature τ at which two labellers agree on the given share of pairs, found by bisection.
 
     A labeller prefers i to j with p = σ((g_i - g_j) / τ), so two agree with p² + (1 - p)².
 
     Args:
-      scores: gold scores [prompts, K]; pairs are those of one prompt whose scores differ.
+      scores: gold scores [prompts, K]; pairs are two responses to one prompt whose scores differ.
+      agreement: the share, 0.5 to 1.
     """
     first, second = np.triu_indices(scores.shape[1], 1)
     gaps = np.abs(scores[:, first] - scores[:, second]).ravel()
@@ -90,7 +91,7 @@ def noise_for_agreement(scores: NDArray[np.float64], agreement: float = AGREEMEN
 def rank(scores: NDArray[np.float64], noise: float, random: np.random.Generator) -> NDArray[np.int64]:
     """A labeller's ranks [prompts, K], 1 is best: the order of gold / τ plus Gumbel noise.
 
-    That is Plackett-Luce, whose pairs are Bradley-Terry's.
+    This is the Plackett-Luce model, whose pairs follow Bradley-Terry.
     """
     utility = scores / noise + random.gumbel(size=scores.shape)
     return np.argsort(np.argsort(-utility, axis=1), axis=1) + 1

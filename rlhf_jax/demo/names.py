@@ -1,4 +1,4 @@
-"""The words of an identifier as people read them: of `use_posixSpawn2`, and of `getdefaulttimeout` where known."""
+"""Splitting of identifiers into words: `use_posixSpawn2` by its form, `getdefaulttimeout` by a vocabulary."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import functools
 import re
 from collections.abc import Iterable
 
-# A word of the language is one that so many descriptions have as a word, not in a name as `getpid()` or `os.getpid`.
+# Minimum number of descriptions in which a word must occur, outside names such as `getpid()` or `os.getpid`.
 _LEAST_DESCRIPTIONS = 5
-# Of words with less than three letters, those that names are run together with: `asdict`, `isdir`.
+# Words with fewer than three letters that occur in unseparated names: `asdict`, `isdir`.
 _SHORT = frozenset("as at by do id if in is no of on or os to up".split())
 
 
 def known_words(descriptions: Iterable[str]) -> frozenset[str]:
-    """The words of three letters or more, lower case, that several descriptions have."""
+    """Words of three letters or more, in lower case, that occur in several descriptions."""
     found: collections.Counter[str] = collections.Counter()
     for description in descriptions:
         found.update({word.lower() for word in re.findall(r"(?<![\w.])[A-Za-z][a-z]{2,}(?![\w(])", description)})
@@ -23,10 +23,10 @@ def known_words(descriptions: Iterable[str]) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def words_of(name: str, known: frozenset[str] = frozenset()) -> tuple[str, ...]:
-    """The words of an identifier, lower case: `use_posixSpawn2` gives use, posix, spawn2.
+    """Splits an identifier into lower-case words: `use_posixSpawn2` gives use, posix, spawn2.
 
     Args:
-      known: words that a part without any break is cut into, if it is none of them and consists of nothing else:
+      known: words into which an unseparated part is split, if it is not one of them and consists of them entirely:
         `getdefaulttimeout` gives get, default, timeout.
     """
     spaced = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
@@ -36,10 +36,10 @@ def words_of(name: str, known: frozenset[str] = frozenset()) -> tuple[str, ...]:
 
 
 def _cut(part: str, known: frozenset[str]) -> tuple[str, ...]:
-    """The fewest known words that a part consists of, no two short ones in a row; the part itself if there are none."""
+    """Splits a part into the fewest known words, no two short ones in a row; returns the part if that is impossible."""
     if part in known:
         return (part,)
-    best: list[tuple[str, ...] | None] = [(), *([None] * len(part))]  # by how many letters are read
+    best: list[tuple[str, ...] | None] = [(), *([None] * len(part))]  # best split of each prefix, by its length
     for end in range(1, len(part) + 1):
         for start in range(end):
             before, word = best[start], part[start:end]

@@ -1,11 +1,11 @@
-"""The default corpus, carried by every Python: the language's own documentation.
+"""The embedded default corpus: Python's own documentation, included in every installation.
 
-Text to pretrain on is `pydoc_data.topics` and the docstrings of the standard library, each under its function's name
-and signature as help() shows it. Demonstrations are pairs of a function's name and signature, written as words, and the
-first sentence of its docstring, where that says most words of the name, as six in ten do: the simulated labeller
-wants what is about the function (labeller.py), and who writes demonstrations is told what labellers want. Functions
-without a docstring give further prompts, and pages of name and signature alone. Sources are parsed, never imported, so
-nothing of theirs runs.
+The pretraining text is `pydoc_data.topics` and the docstrings of the standard library, each below its function's name
+and signature as help() shows them. Demonstrations are pairs of a function's name and signature, written as words, and
+the first sentence of its docstring, if that has most words of the name, as six in ten do: the simulated labeller
+prefers responses about the function (gold_score.py), and people who write demonstrations know the labelling criteria.
+Functions without a docstring give further prompts, and pages of name and signature alone. Source files are parsed,
+never imported, so that none of their code runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf_jax.demo.relevance import words_mentioned
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.atomic_files import read_json, user_cache, write_json
 
-# Written in C, so that no source file of theirs carries a docstring; importing them has no side effect.
+# C modules have no source file with docstrings; importing these has no side effect.
 _C_MODULES = ("builtins", "math", "itertools", "time", "_collections", "_functools", "_operator", "array", "zlib",
               "_struct", "select", "unicodedata", "binascii", "_bisect", "_heapq", "_random", "cmath", "_socket",
               "_datetime", "_io", "_json", "_csv", "posix", "gc", "signal", "faulthandler", "mmap")  # fmt: skip
@@ -43,18 +43,18 @@ _SKIPPED_FOLDERS = {
     "turtledemo",
 }
 _LEAST_DEMONSTRATIONS = 1000
-# Of a name's words that a demonstration says. One alone would do for the labeller; from sentences that say most of them
-# a small model learns better to speak of what it was asked (docs/lab-notebook.md).
+# Minimum share of the name's words in a demonstration. One word would satisfy the labeller; but from sentences with
+# most of them a small model learns better to stay on topic (docs/lab-notebook.md).
 _LEAST_SAID = 0.6
-_READ_AS = 1  # counted up when _functions_of_source finds other things than before
-# What help() says of a function without a docstring is its name and its signature, and the second repeats the first.
-# Seen twice, these pages make a small model learn within minutes to speak of what it was asked (docs/lab-notebook.md).
+_READ_AS = 1  # version of the cache; increased when _functions_of_source returns other results
+# help() of a function without a docstring is its name and its signature, which repeats the name. Including these pages
+# twice makes a small model learn within minutes to stay on topic (docs/lab-notebook.md).
 _TIMES_UNDOCUMENTED = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A named function or class of the standard library: its words, and the first sentence of its docstring, if any."""
+    """A named function or class of the standard library, with its prompt and the first sentence of its docstring."""
 
     where: str
     prompt: str
@@ -66,9 +66,9 @@ class Corpus:
     """The embedded corpus, split by a hash of the prompt or text, so that the split is the same for every seed.
 
     texts, heldout_texts: for pretraining, about 24 to 1. demonstrations, heldout_demonstrations: (prompt, first
-    sentence), about 9 to 1. prompts, heldout_prompts: all prompts of either side, with or without a demonstration.
-    heldout_sentences: by held-out prompt, the first sentence of its docstring, whether or not it is a demonstration.
-    descriptions: (prompt, first paragraph of its docstring) of the functions that texts are about.
+    sentence), about 9 to 1. prompts, heldout_prompts: all prompts of each split, with or without a demonstration.
+    heldout_sentences: held-out prompt -> first sentence of its docstring, whether or not it is a demonstration.
+    descriptions: (prompt, first paragraph of the docstring) of the functions in texts.
     """
 
     texts: list[Text]
@@ -82,10 +82,10 @@ class Corpus:
 
 
 def signature_of(name: str, arguments: list[str], known: frozenset[str] = frozenset()) -> str:
-    """A function's name and up to four arguments as words: ` use posix spawn (args)`.
+    """Writes a function's name and up to four arguments as words: ` use posix spawn (args)`.
 
-    The leading space makes the words the same tokens as in the middle of a sentence, so that a model can copy them.
-    For that, too, names that run words together are cut into those that are known.
+    The leading space gives the words the same tokens as in the middle of a sentence, so that a model can copy them.
+    For the same reason unseparated names are split into known words.
     """
     inner = [" ".join(words_of(argument, known)) for argument in arguments if argument not in ("self", "cls")]
     signature = f" ({', '.join(a for a in inner[:4] if a)})" if any(inner) else ""
@@ -93,26 +93,25 @@ def signature_of(name: str, arguments: list[str], known: frozenset[str] = frozen
 
 
 def prompt_of(name: str, arguments: list[str], known: frozenset[str] = frozenset()) -> str:
-    """The question about a function: ` use posix spawn (args) ->`."""
+    """Writes the prompt about a function: ` use posix spawn (args) ->`."""
     return f"{signature_of(name, arguments, known)} ->"
 
 
 def help_page(name: str, arguments: list[str], docstring: str = "", known: frozenset[str] = frozenset()) -> str:
-    """What help() shows of a function: ` use posix spawn: use posix spawn (args)`, and its docstring below."""
+    """Writes a page like help(): ` use posix spawn: use posix spawn (args)`, with the docstring below."""
     page = f" {' '.join(words_of(name, known))}:{signature_of(name, arguments, known)}"
     return f"{page}\n\n {docstring}" if docstring else page
 
 
 def first_paragraph(docstring: str) -> str:
-    """What stands above a docstring's first empty line."""
+    """The text before a docstring's first empty line."""
     return docstring.strip().partition("\n\n")[0]
 
 
 def first_sentence(docstring: str) -> str | None:
-    """A docstring's first sentence if it reads as one: a capital to a full stop, 15 to 120 characters, no markup.
+    """A docstring's first sentence, from a capital to a full stop, with 15 to 120 characters and no markup; else None.
 
-    A signature that stands above it is passed over; a capital and a full stop are set, and marks around a name taken
-    off, where the writer did otherwise.
+    A signature above it is skipped. A missing capital or full stop is added, and markup around a name is removed.
     """
     paragraphs = [" ".join(paragraph.split()) for paragraph in docstring.strip().split("\n\n")]
     if re.match(r"[\w.]+\([^)]*\)? ?(--?>|$)", paragraphs[0]):
@@ -126,23 +125,23 @@ def first_sentence(docstring: str) -> str | None:
     if match is None:
         return None
     sentence = f"{match[0][0].upper()}{match[0][1:]}."
-    # Other markup, and stops that end no sentence.
+    # Other markup, and full stops that do not end a sentence.
     if re.search(r"[`*<>|{}=\\_]|->|\.\.|::| :\w|\b(?:etc|vs|cf|[A-Za-z]\.[A-Za-z])\.$", sentence):
         return None
     return sentence if 15 <= len(sentence) <= 120 else None
 
 
 def _says_most_of(prompt: str, sentence: str) -> bool:
-    """Whether a sentence says most words of the function's name, and one at least."""
+    """True if a sentence has most words of the function's name, and at least one."""
     said, asked = words_mentioned(prompt, sentence)
     return said > 0 and said >= _LEAST_SAID * asked
 
 
 def _functions_of_source(path: Path, name: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
-    """(where, docstring, name, arguments) of a module and of everything defined in it."""
+    """Yields (where, docstring, name, arguments) for a module and everything defined in it."""
     try:
         tree = ast.parse(path.read_bytes())
-    except SyntaxError:  # files of the standard library that hold deliberate mistakes
+    except SyntaxError:  # the standard library has files with deliberate errors
         return
     yield f"{name}:1", ast.get_docstring(tree), "", []
     for node in ast.walk(tree):
@@ -176,7 +175,7 @@ def _share(text: str) -> float:
 
 
 def _functions_of_library(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
-    """(where, docstring, name, arguments) of everything that the standard library's sources define."""
+    """Lists (where, docstring, name, arguments) of everything that the standard library's source files define."""
     found: list[tuple[str, str | None, str, list[str]]] = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -186,7 +185,7 @@ def _functions_of_library(root: Path) -> list[tuple[str, str | None, str, list[s
 
 
 def _remembered(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
-    """The same, from the user's cache where an earlier start has left it: parsing takes seconds."""
+    """`_functions_of_library`, cached in the user's cache folder, since parsing takes seconds."""
     key = hashlib.sha256(f"{_READ_AS} {sys.version} {root}".encode()).hexdigest()
     try:
         path = user_cache() / f"library-{key[:16]}.json"
@@ -196,9 +195,9 @@ def _remembered(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
         rows = read_json(path)["functions"]
         return [(str(where), docstring, str(name), list(arguments)) for where, docstring, name, arguments in rows]
     except (UserError, KeyError, TypeError, ValueError):
-        pass  # not there, or not whole
+        pass  # missing or damaged
     found = _functions_of_library(root)
-    # A cache that cannot be written (a read-only home) is none.
+    # The cache is optional: a read-only home cannot hold one.
     with contextlib.suppress(OSError, ValueError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"functions": found})
@@ -206,12 +205,13 @@ def _remembered(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
 
 
 def load_corpus() -> Corpus:
-    """Reads the corpus from the running Python: in a few seconds, later in one.
+    """Reads the corpus from the running Python, in a few seconds at first, in one later.
 
-    Raises: UserError where this Python has been stripped of its documentation.
+    Raises:
+      UserError: if this Python was installed without its documentation.
     """
-    documents: dict[str, tuple[str, str]] = {}  # text: where it stands, the prompt of its function
-    undocumented: dict[str, Text] = {}  # by prompt
+    documents: dict[str, tuple[str, str]] = {}  # text -> (source, prompt of its function)
+    undocumented: dict[str, Text] = {}  # prompt -> page
     functions: dict[str, Function] = {}
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
@@ -223,7 +223,7 @@ def load_corpus() -> Corpus:
     found = _remembered(root)
     for module in _C_MODULES:
         found.extend(_functions_of_c_module(module))
-    # A bare list of words, those of held-out docstrings among them: nothing that an answer could be learnt from.
+    # The words of held-out docstrings are included: a bare list of words does not leak an answer.
     known = known_words(first_paragraph(docstring) for _, docstring, _, _ in found if docstring)
     for where, docstring, name, arguments in found:
         named = bool(name) and not name.startswith("__") and bool(words_of(name))
@@ -245,13 +245,13 @@ def load_corpus() -> Corpus:
     ]
     if len(demonstrations) < _LEAST_DEMONSTRATIONS:
         raise UserError(
-            f"the embedded corpus: {len(demonstrations)} docstrings that say what a function does found in {root} "
-            f"({sys.version.split()[0]}), wanted at least {_LEAST_DEMONSTRATIONS}; this Python was installed without "
-            "its documentation, pass files with --data"
+            f"the embedded corpus: expected at least {_LEAST_DEMONSTRATIONS} docstrings that describe a function in "
+            f"{root} ({sys.version.split()[0]}), got {len(demonstrations)}; this Python was installed without its "
+            "documentation, pass files with --data"
         )
     prompts = [Prompt(f.prompt, f.where) for f in functions.values()]
     pages = [(Text(text, where), prompt) for text, (where, prompt) in documents.items() if len(text) >= 40]
-    # Nothing of a held-out function is pretrained on: no page of its own, and none that opens with the same sentence.
+    # Nothing of a held-out function is in the pretraining text: neither its page nor one with the same first sentence.
     unseen = {prompt for prompt in functions if _share(prompt) < 0.1}
     heldout_sentences = {f.sentence for f in functions.values() if f.sentence and f.prompt in unseen}
 
@@ -261,7 +261,7 @@ def load_corpus() -> Corpus:
 
     demonstrated = [d for d in demonstrations if d.prompt not in unseen]
     training = [(text, prompt) for text, prompt in pages if not held_out(text.text, prompt)]
-    # A method overridden under another signature has the same sentence: not held out if it was shown.
+    # A method overridden with another signature has the same sentence, which is not held-out if it is in training.
     shown = {d.completion for d in demonstrated}
     return Corpus(
         texts=[text for text, _ in training]

@@ -1,1 +1,1 @@
-"""Devices and processes: meshes, shardings, several processes as one run. The only code that knows them."""
+"""Devices and processes: meshes, shardings, and multi-process runs. No other code depends on them."""

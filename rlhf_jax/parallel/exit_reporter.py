@@ -1,8 +1,8 @@
-"""The last word on a process that ends without one: a process beside it, which knows where it was.
+"""Error report for a process that dies without one, from a small process started with it.
 
-Where the coordinating process is lost, jax ends the others from C++, before Python can say a word; and a process that
-the system kills for its memory says nothing either. So each of several processes starts this file, writes down what it
-is about to do, and a full stop when it ends as it should. It imports little, since it starts with each of them.
+If the coordinating process is lost, jax ends the others from C++, before Python can print an error; a process that the
+system kills for its memory prints nothing either. So each process of a multi-process run starts this file, and writes
+to it what it is about to do, and a full stop when it ends normally. It imports little, since every process starts it.
 """
 
 import sys
@@ -11,7 +11,7 @@ SILENT = "."
 
 
 def watch(name: str) -> None:
-    """Reads lines until there are no more; unless the last was a full stop, says where `name` was."""
+    """Reads lines until the end of input; unless the last was a full stop, reports what `name` was doing."""
     last = "its start"
     for line in sys.stdin:
         last = line.rstrip("\n")

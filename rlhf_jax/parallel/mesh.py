@@ -1,4 +1,4 @@
-"""The only file that knows devices: the mesh, and two ways of running one update body on many of them."""
+"""Device meshes, placement of arrays on them, and two ways (jit, pmap) to run an update on many devices."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Update = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 class CompiledUpdate(Protocol):
-    """update(state, batch, *frozen) for one mesh."""
+    """A compiled update(state, batch, *frozen) for one mesh."""
 
     def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]: ...
 
     def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
-        """Compiles what a call with these arguments would, and runs nothing: no array is given away.
+        """Compiles for these arguments without running: no array is donated.
 
         Args:
-          state: the arrays themselves or, from `outline`, only their shapes.
+          state: the arrays, or only their shapes from `outline`.
         """
         ...
 
 
 def use_cpu_devices(count: int) -> None:
-    """Lets a CPU count as `count` devices, which --devices asks for; other machines have the devices they have."""
+    """Makes a CPU count as `count` devices, as --devices requests; other platforms are unaffected."""
     if (
         count > 1
         and processes.count() == 1
@@ -45,36 +45,37 @@ def use_cpu_devices(count: int) -> None:
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of the first devices: `data` replicas, `fsdp` parts of each width, `tensor` parts of heads and vocabulary.
+    """Makes a mesh of the first devices: `data` replicas, widths in `fsdp` shards, heads and vocabulary in `tensor`.
 
-    Raises: UserError where there are fewer devices.
+    Raises:
+      UserError: if there are fewer devices.
     """
-    found, wanted = jax.devices(), data * fsdp * tensor
-    if wanted > len(found):
+    devices, needed = jax.devices(), data * fsdp * tensor
+    if needed > len(devices):
         hint = (
-            " (on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=N)" if found[0].platform == "cpu" else ""
+            "; on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=N" if devices[0].platform == "cpu" else ""
         )
-        raise UserError(f"devices: wanted {wanted}, found {len(found)} of kind {found[0].device_kind}{hint}")
+        raise UserError(f"devices: expected {needed}, got {len(devices)} of kind {devices[0].device_kind}{hint}")
     shape = (data, fsdp, tensor)
-    # Auto: the compiler places what the shardings of the inputs leave open. The default since jax 0.9 is Explicit.
-    if wanted == len(found):
-        # On a pod the order of the devices decides which of them are neighbours.
+    # Auto: the compiler chooses shardings that the inputs leave open. The default since jax 0.9 is Explicit.
+    if needed == len(devices):
+        # On a pod, make_mesh orders the devices so that neighbours on the mesh are neighbours on the pod.
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
-    return Mesh(np.array(found[:wanted]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(devices[:needed]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def is_replicated(mesh: Mesh) -> bool:
-    """Whether every device holds the whole model."""
+    """True if every device holds the full model."""
     return all(size == 1 for name, size in mesh.shape.items() if name != DATA)
 
 
 def sharding_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Where a parameter, or a moment of it, lies on the mesh, by its dotted path."""
+    """Sharding of a parameter, or of a moment of it, on the mesh, by its dotted path."""
     return NamedSharding(mesh, spec(parameter_axes(path, len(shape)), shape, dict(mesh.shape)))
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a state, of parameters or of an optimizer's state."""
+    """Shardings of all leaves of a training state, of parameters or of an optimizer state."""
 
     def one(path: Any, leaf: Any) -> NamedSharding:
         return sharding_of(jax.tree_util.keystr(path, simple=True, separator="."), tuple(leaf.shape), mesh)
@@ -83,22 +84,22 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """A state, or parameters, laid out on the mesh."""
+    """Places a state, or parameters, on the mesh by `shardings`."""
     return _put(tree, shardings(tree, mesh))
 
 
 def copied(state: TrainState, mesh: Mesh) -> TrainState:
-    """Arrays of their own, laid out alike: an update is given the state's, which a frozen network may share.
+    """Copies the arrays of a state: an update donates them, and a frozen network may share some.
 
-    By one program, since a start has to load each.
+    One program copies all, since every program has to be loaded at start-up.
     """
     copies = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings(state, mesh))
-    found: TrainState = copies(state)
-    return found
+    copy: TrainState = copies(state)
+    return copy
 
 
 def outline(make: Callable[[], TrainState], mesh: Mesh) -> TrainState:
-    """What `place(make(), mesh)` would be, for `CompiledUpdate.prepare`: its step, and else shapes without arrays."""
+    """The shapes of `place(make(), mesh)` without its arrays, except for the step; for `CompiledUpdate.prepare`."""
     state = jax.eval_shape(make)
 
     def one(leaf: Any, layout: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -109,24 +110,24 @@ def outline(make: Callable[[], TrainState], mesh: Mesh) -> TrainState:
 
 
 def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
-    """(dotted path, host array) -> the array on the mesh: how a reader of files puts one tensor after the other."""
+    """Returns (dotted path, host array) -> array on the mesh, with which a file reader places tensors one by one."""
     return lambda path, host: _put(host, sharding_of(path, host.shape, mesh))
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Every array of a tree whole on every device of the mesh."""
+    """Replicates every array of a tree over all devices of the mesh."""
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def near(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every device holds whole, on one device of this process: evaluation wants no more of them."""
+    """Copies of replicated arrays on one device of this process, which is all that evaluation needs."""
     if processes.count() == 1:
         return jax.device_put(tree, mesh.devices.flat[0])
     return jax.tree.map(lambda leaf: leaf if leaf.is_fully_addressable else leaf.addressable_data(0), tree)
 
 
 def _put(tree: Any, layout: Any) -> Any:
-    """`jax.device_put`, where other processes may hold a part of the devices; they put the same values."""
+    """`jax.device_put` that also works with several processes; each passes the same values."""
     if processes.count() == 1:
         return jax.device_put(tree, layout)
 
@@ -139,12 +140,16 @@ def _put(tree: Any, layout: Any) -> Any:
 
 
 def use_all(mesh: Mesh) -> None:
-    """Raises: UserError where one of several processes has no part in the mesh, or has an idle device."""
+    """Checks that a multi-process mesh uses all devices.
+
+    Raises:
+      UserError: if some device of a process is not in the mesh.
+    """
     idle = set(jax.devices()) - set(mesh.devices.flat)
     if processes.count() > 1 and idle:
         raise UserError(
-            f"mesh: found {mesh.devices.size} devices in {dict(mesh.shape)}, wanted all {len(jax.devices())} of "
-            f"{processes.count()} processes; use --devices {len(jax.devices())}"
+            f"mesh: expected all {len(jax.devices())} devices of {processes.count()} processes, got "
+            f"{mesh.devices.size} in {dict(mesh.shape)}; use --devices {len(jax.devices())}"
         )
 
 
@@ -153,7 +158,7 @@ def _row_layout(mesh: Mesh) -> NamedSharding:
 
 
 def row_places(mesh: Mesh) -> Callable[[int], np.ndarray] | None:
-    """Rows of the batch -> places of those that this process's devices hold, ascending; None if it is all of them."""
+    """Returns batch rows -> sorted places of the rows on this process's devices; None with a single process."""
     if processes.count() == 1:
         return None
 
@@ -165,9 +170,10 @@ def row_places(mesh: Mesh) -> Callable[[int], np.ndarray] | None:
 
 
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
-    """A batch spread by rows over the axes `data` and `fsdp`; of several processes, each gives its rows (`row_places`).
+    """Shards a batch by rows over the axes `data` and `fsdp`; each process passes its own rows (`row_places`).
 
-    Raises: UserError where the rows do not divide.
+    Raises:
+      UserError: if the number of rows is not divisible.
     """
     if processes.count() > 1:
         return _gather_rows(batch, mesh)
@@ -180,7 +186,7 @@ def shard_rows(batch: Any, mesh: Mesh) -> Any:
 
 
 def _gather_rows(batch: Any, mesh: Mesh) -> Any:
-    """The global batch of which every process gives its rows."""
+    """Assembles the global batch from the rows that each process passes."""
     shards, places = mesh.shape[DATA] * mesh.shape[FSDP], row_places(mesh)
     own = range(shards) if places is None else places(shards).tolist()
 
@@ -190,7 +196,7 @@ def _gather_rows(batch: Any, mesh: Mesh) -> Any:
         shape = (size * shards, *local.shape[1:])
 
         def part(index: Any) -> np.ndarray:
-            # The number of a shard, and where it stands among those that this process has read.
+            # The shard's index among all, then its position among those that this process has read.
             at = own.index((index[0].start or 0) // size) * size
             return local[at : at + size]
 
@@ -200,7 +206,7 @@ def _gather_rows(batch: Any, mesh: Mesh) -> Any:
 
 
 class _Jitted:
-    """What `jit_update` returns."""
+    """The result of `jit_update`."""
 
     def __init__(self, update: Update, mesh: Mesh) -> None:
         self._update = update
@@ -209,10 +215,10 @@ class _Jitted:
 
     def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         with jax.set_mesh(self._mesh):
-            found: tuple[TrainState, dict[str, jax.Array]] = self._jit(state)(
+            result: tuple[TrainState, dict[str, jax.Array]] = self._jit(state)(
                 state, shard_rows(batch, self._mesh), *frozen
             )
-            return found
+            return result
 
     def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
         with jax.set_mesh(self._mesh):
@@ -220,23 +226,23 @@ class _Jitted:
 
     def _jit(self, state: TrainState) -> Any:
         if self._compiled is None:
-            # Without this the compiler might return a state that lies otherwise, and the next step compile anew.
+            # Otherwise the compiler might return a state with other shardings, and the next step would recompile.
             out = (shardings(state, self._mesh), None)
             self._compiled = jax.jit(self._update, donate_argnums=0, out_shardings=out)
         return self._compiled
 
 
 def jit_update(update: Update, mesh: Mesh) -> CompiledUpdate:
-    """Compiles update(state, batch, *frozen) for a mesh: state and frozen networks by the table, the batch by rows.
+    """Compiles update(state, batch, *frozen) for a mesh: the state is sharded by the table, the batch by rows.
 
-    The arrays of `state` are given to the program (donated): use what it returns. The batch is global here, so the body
-    needs no axis name.
+    The arrays of `state` are donated: use the returned state. The update sees the global batch, so it needs no axis
+    name.
     """
     return _Jitted(update, mesh)
 
 
 class _Mapped:
-    """What `pmap_update` returns."""
+    """The result of `pmap_update`."""
 
     def __init__(self, update: Update, mesh: Mesh) -> None:
         self._update = update
@@ -245,7 +251,7 @@ class _Mapped:
 
     def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         state, metrics = self._pmap(len(frozen))(state, self._split(batch), *frozen)
-        # Laid out as the first state was: pmap compiles anew for another layout.
+        # Same sharding as the first state: pmap recompiles for another one.
         return replicate(state, self._mesh), metrics
 
     def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
@@ -272,9 +278,11 @@ class _Mapped:
 
 
 def pmap_update(update: Update, devices: int) -> CompiledUpdate:
-    """Compiles update(state, batch, *frozen), made with axis_name="data", for one model replica a device.
+    """Compiles update(state, batch, *frozen), made with axis_name="data", for one model replica per device.
 
-    Takes and returns the same unmapped state as `jit_update`, so that checkpoints do not know which of them ran.
-    Raises: UserError where there are fewer devices or the rows do not divide.
+    Takes and returns the same unmapped state as `jit_update`, so that checkpoints do not depend on which of them ran.
+
+    Raises:
+      UserError: if there are fewer devices, or the number of rows is not divisible.
     """
     return _Mapped(update, make_mesh(devices))

@@ -1,7 +1,7 @@
-"""Several processes as one: how they start, who is the first, how they wait for each other, how one leaves.
+"""Multi-process runs: initialization, barriers, values from the first process, and exit.
 
-Without `initialize`, everything here is as in the one process there is, at no cost. All processes run the same program
-on the same settings and see the same folders; the first alone writes there, except for the arrays of a checkpoint.
+Without `initialize`, all functions behave as in a single process, at no cost. All processes run the same program with
+the same settings and see the same folders; only the first writes there, except for the arrays of a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from rlhf_jax.parallel.watchdog import BEAT, FIRST_TIME, STUCK, Watchdog
 T = TypeVar("T")
 
 PEER_LOST = 75
-"""Exit status of a process that ends because another is lost: start all again (EX_TEMPFAIL)."""
+"""Exit status of a process that ends because another is lost: restart all (EX_TEMPFAIL)."""
 HEARTBEAT = 15
-"""Seconds after which jax's own heartbeats, which need no Python, end the others."""
+"""Timeout in seconds of jax's own heartbeats, which do not need Python."""
 _FOREVER = 24 * 3600 * 1000  # milliseconds; the watchdog ends a wait sooner
 
 
 class _Cluster:
-    """The processes, once they have found each other."""
+    """The connected processes."""
 
     def __init__(self) -> None:
-        # The table of keys and values has no public name; Orbax and others use it in the same way.
+        # The key-value store has no public API; Orbax and others use it in the same way.
         from jax._src import distributed
 
         self.process, self.processes = jax.process_index(), jax.process_count()
@@ -56,32 +56,34 @@ class _Cluster:
         return {key.rpartition("/")[2]: text for key, text in found}
 
     def _lost(self, why: str) -> NoReturn:
-        leave(PEER_LOST, f"error: {why}; start all processes again to go on from the last checkpoint")
+        leave(PEER_LOST, f"error: {why}; restart all processes to resume from the last checkpoint")
 
 
 _cluster: _Cluster | None = None
 
 
 def initialize(coordinator: str = "", processes: int | None = None, process: int | None = None) -> None:
-    """Joins the other processes; to be called before anything else asks jax for devices.
+    """Connects to the other processes; must be called before anything else asks jax for devices.
 
     Args:
-      coordinator: host and port of process 0. On a TPU pod, under Slurm or MPI all three are found.
-      processes: how many there are.
-      process: number of this one, from 0.
-    Raises: UserError where something is missing or does not fit.
+      coordinator: host and port of process 0. On a TPU pod, under Slurm or MPI all three are detected.
+      processes: number of processes.
+      process: index of this process, from 0.
+
+    Raises:
+      UserError: if an argument is missing or invalid, or the connection fails.
     """
     global _cluster
     given = (bool(coordinator), processes is not None, process is not None)
     if any(given) and not all(given):
         raise UserError(
-            f"distributed: found coordinator {coordinator or None}, processes {processes}, process {process}; wanted "
-            f"all three, or none on a pod"
+            f"distributed: expected all three of coordinator, processes and process, or none on a pod, got "
+            f"{coordinator or None}, {processes} and {process}"
         )
     if processes is not None and process is not None and not 0 <= process < processes:
-        raise UserError(f"process: found {process}, wanted a number from 0 to {processes - 1}")
+        raise UserError(f"process: expected a number from 0 to {processes - 1}, got {process}")
     if coordinator and not coordinator.rpartition(":")[2].isdecimal():
-        raise UserError(f"coordinator: found {coordinator!r}, wanted HOST:PORT")
+        raise UserError(f"coordinator: expected HOST:PORT, got {coordinator!r}")
     try:
         jax.distributed.initialize(
             coordinator or None,
@@ -94,7 +96,7 @@ def initialize(coordinator: str = "", processes: int | None = None, process: int
         )
     except ValueError as error:
         raise UserError(
-            f"distributed: {error} Found no pod, Slurm or MPI around; give --coordinator HOST:PORT --processes N "
+            f"distributed: {error} Detected no pod, Slurm or MPI; give --coordinator HOST:PORT --processes N "
             f"--process I"
         ) from None
     except RuntimeError as error:
@@ -106,17 +108,17 @@ def initialize(coordinator: str = "", processes: int | None = None, process: int
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return 1 if _cluster is None else _cluster.processes
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """True in the first process, the one that writes files."""
     return _cluster is None or _cluster.process == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have reached this point."""
     if _cluster is not None:
         _cluster.calls += 1
         with _cluster.watchdog.waiting(name):
@@ -124,7 +126,7 @@ def barrier(name: str) -> None:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, plain JSON, in all processes."""
+    """Returns in all processes the value that `make` returns in the first; it must be plain JSON."""
     if _cluster is None:
         return make()
     _cluster.calls += 1
@@ -138,24 +140,28 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def by_first(work: Callable[[], object]) -> None:
-    """Lets the first process do something that the others wait for."""
+    """Runs `work` in the first process while the others wait."""
     from_first(lambda: [work(), None][1])
 
 
 def slowest(seconds: float | None) -> float:
-    """The limit, in seconds, of what is known to take some; None where it is not."""
+    """Time limit in seconds for work of a known duration.
+
+    Args:
+      seconds: the duration; None if unknown.
+    """
     return FIRST_TIME if seconds is None else max(STUCK, 10 * seconds)
 
 
 def phase(what: str, step: int, *, waits: bool = False, limit: float | None = None, may_compile: bool = False) -> None:
-    """Tells the watchdogs what this process is about to do in a step; see Watchdog.enter."""
+    """Reports to the watchdogs what this process is about to do in a step; see Watchdog.enter."""
     if _cluster is not None:
         _cluster.watchdog.enter(what, step, waits=waits, limit=limit, may_compile=may_compile)
 
 
 @contextlib.contextmanager
 def steps() -> Iterator[None]:
-    """Within it this process is in a training loop; behind it nobody asks how long anything takes."""
+    """Context of a training loop; after it the watchdogs impose no time limits."""
     try:
         yield
     finally:
@@ -164,10 +170,10 @@ def steps() -> Iterator[None]:
 
 
 def stop_asked(step: int) -> bool:
-    """Whether any process has got SIGTERM; the answer is the same in all of them at the same step.
+    """True if any process has received SIGTERM; all processes get the same answer at the same step.
 
     Args:
-      step: one more than at the call before; every process asks at every step.
+      step: one more than in the previous call; every process must call it at every step.
     """
     if _cluster is None:
         return False
@@ -177,7 +183,7 @@ def stop_asked(step: int) -> bool:
 
 
 def everywhere(leaf: jax.Array) -> jax.Array:
-    """An array that every process has whole, as one array over all devices, as Orbax wants them; others as they are."""
+    """Makes an array local to each process a replicated global array, as Orbax needs; global arrays are unchanged."""
     if _cluster is None or not leaf.is_fully_addressable:
         return leaf
     mesh = Mesh(np.array(jax.devices()), ("everyone",))
@@ -185,7 +191,7 @@ def everywhere(leaf: jax.Array) -> jax.Array:
 
 
 def spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """A value that every process has whole, laid out over devices of all processes."""
+    """Shards a value that every process holds in full over the devices of all processes."""
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = spread(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
@@ -194,7 +200,7 @@ def spread(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """The whole of an array on the host, also where other processes hold parts of it; all processes call it."""
+    """Copies a full array to the host, even if other processes hold parts of it; called by all processes."""
     if _cluster is None or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils
@@ -203,12 +209,14 @@ def fetch(x: jax.Array) -> np.ndarray:
 
 
 def leave(status: int, line: str = "", *, together: bool = False) -> NoReturn:
-    """Ends this process at once, says why, and tells the others, who end too.
+    """Ends this process at once with a message, and notifies the others, which end too.
 
-    Python's own way out would wait for the others, and they might wait for this one.
+    Python's normal exit would wait for the others, and they might wait for this one.
 
     Args:
-      together: all processes leave for the same reason; the first says it.
+      status: exit status.
+      line: message, printed to standard error.
+      together: True if all processes leave for the same reason; only the first prints it.
     """
     if together:
         barrier("leaving")
@@ -238,7 +246,7 @@ def _tell_the_others(cluster: _Cluster, text: str) -> None:
     teller.start()
     teller.join(2.0)
     if cluster.process == 0:
-        # With it goes the board, and jax ends whoever still looks at it without a word.
+        # The key-value store ends with process 0, and jax then ends the others silently: let them read it first.
         time.sleep(3 * BEAT)
 
 

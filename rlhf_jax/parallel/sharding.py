@@ -1,4 +1,4 @@
-"""One table: which axes of which array lie along which axis of the device mesh. It knows no device."""
+"""The sharding table: which logical axes of each array are sharded over which mesh axes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rlhf_jax.arrays import Array
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
 
-# Logical axis -> mesh axes. Rows are spread over both axes of data parallelism; a width is cut by fsdp, where each
-# device keeps a part and gathers a layer when it needs it; heads, hidden units and vocabulary by tensor, where each
-# device computes its part.
+# Logical axis -> mesh axes. Rows are sharded over both axes of data parallelism; the width over fsdp, where each device
+# stores a shard and gathers a layer when it needs it; heads, hidden units and vocabulary over tensor, where each device
+# computes its shard.
 MESH_AXES: dict[str, tuple[str, ...]] = {
     "batch": (DATA, FSDP),
-    # Of what no device needs to see two rows of, and whose other axes are cut badly: sampling, some caches.
+    # For arrays whose rows are independent and whose other axes shard badly: sampling, some KV caches.
     "rows": (DATA, FSDP, TENSOR),
     "width": (FSDP,),
     "heads": (TENSOR,),
@@ -31,8 +31,8 @@ MESH_AXES: dict[str, tuple[str, ...]] = {
     "none": (),
 }
 
-# End of a parameter's path -> its last axes; the first that fits counts. An axis before them (stacked layers) is whole.
-# The optimizer's moments end with the same paths.
+# End of a parameter's path -> its last axes; the first match counts. Leading axes (stacked layers) are not sharded. The
+# paths of the optimizer's moments end in the same way.
 PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"position_embedding", ("none", "width")),
     (r"unembedding", ("width", "vocabulary")),
@@ -53,7 +53,7 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def parameter_axes(path: str, rank: int) -> tuple[str, ...]:
-    """Logical axes of a parameter (or of a moment of it) by its dotted path; what the table does not name is whole."""
+    """Logical axes of a parameter, or of a moment of it, by its dotted path; all "none" if the table has no match."""
     for pattern, axes in PARAMETERS:
         if re.search(rf"(^|\.){pattern}$", path) and rank >= len(axes):
             return ("none",) * (rank - len(axes)) + axes
@@ -66,10 +66,10 @@ def spec(
     sizes: dict[str, int],
     table: dict[str, tuple[str, ...]] = MESH_AXES,
 ) -> PartitionSpec:
-    """Where an array of these logical axes lies; an axis whose length the mesh axes do not divide stays whole.
+    """PartitionSpec of an array with these logical axes; an axis not divisible by its mesh axes is not sharded.
 
     Args:
-      sizes: of the mesh's axes.
+      sizes: sizes of the mesh axes.
     """
     parts: list[Any] = []
     for axis, length in zip(axes, shape, strict=True):
@@ -82,15 +82,15 @@ def spec(
 
 
 def on_a_mesh() -> bool:
-    """Whether the program being traced is for several devices by jit."""
+    """True while tracing a program that jit shards over several devices."""
     return any(size > 1 for size in dict(jax.sharding.get_abstract_mesh().shape).values())
 
 
 def constrain(x: Array, *axes: str) -> Array:
-    """The array, laid out by its logical axes on the mesh that is set (`jax.set_mesh`); itself without one.
+    """Constrains the array's sharding to its logical axes on the current mesh (`jax.set_mesh`), if there is one.
 
-    The compiler chooses most layouts from those of the parameters. This says it where a wrong choice costs: rows stay
-    spread over the devices, rather than widths.
+    The compiler derives most shardings from those of the parameters. This fixes it where a wrong choice is expensive:
+    rows stay sharded over the devices, rather than widths.
     """
     mesh = _mesh()
     if mesh is None:
@@ -99,42 +99,46 @@ def constrain(x: Array, *axes: str) -> Array:
 
 
 def parts_are_known() -> bool:
-    """Whether `on_each_device` knows each device's part: a mesh is set, or each device computes for itself (pmap)."""
+    """True if `on_each_device` can tell each device's shard: a mesh is set, or the program is per device (pmap)."""
     return _mesh() is not None or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def on_each_device(
     function: Callable[..., Array], arrays: Sequence[tuple[Array, tuple[str, ...]]], *, out: int
 ) -> Array:
-    """function(*arrays), on the part that each device has by their logical axes: for what the compiler cannot cut.
+    """Applies function(*arrays) to each device's shards, for operations that the compiler cannot partition.
 
-    The result lies as the array of number `out`, with as many axes. Without a mesh it is function(*arrays).
+    Without a mesh it is function(*arrays).
+
+    Args:
+      arrays: (array, its logical axes).
+      out: index of the array whose sharding and number of axes the result has.
     """
     mesh = _mesh()
     given = [x for x, _ in arrays]
     if mesh is None:
         return function(*given)
     places = tuple(spec(axes, x.shape, dict(mesh.shape)) for x, axes in arrays)
-    # The check of what varies between devices wants kernels to say so of their results; theirs do not.
+    # check_vma needs kernels to declare which outputs vary between devices; ours do not.
     mapped = jax.shard_map(function, mesh=mesh, in_specs=places, out_specs=places[out], check_vma=False)
     result: Array = mapped(*given)
     return result
 
 
 def constrain_rows(x: Array) -> Array:
-    """The array with its first axis spread over all devices, and the others whole; over fewer where it must."""
+    """Shards the first axis over all devices, or over fewer if it is not divisible; the others are not sharded."""
     mesh = _mesh()
     devices = 1 if mesh is None else math.prod(mesh.shape[name] for name in MESH_AXES["rows"])
     return constrain(x, "batch" if x.shape[0] % devices else "rows", *("none",) * (x.ndim - 1))
 
 
 def constrain_cache(x: Array, key_heads: int | None = None) -> Array:
-    """Keys or values of a cache, [..., B, key heads, S, head]: rows as in a batch, key heads over the axis `tensor`.
+    """Shards a KV cache [..., B, key heads, S, head]: rows as in a batch, key heads over the axis `tensor`.
 
-    Where the key heads do not divide, rows are spread over that axis as well rather than held by all of it.
+    If the key heads are not divisible, rows are sharded over that axis as well rather than replicated over it.
 
     Args:
-      key_heads: where `x` are queries instead, which lie as their keys do.
+      key_heads: number of key heads if `x` are queries, which are sharded like their keys.
     """
     mesh = _mesh()
     if mesh is None:
@@ -144,7 +148,7 @@ def constrain_cache(x: Array, key_heads: int | None = None) -> Array:
 
 
 def cache_axes(rows: int, heads: int, sizes: dict[str, int]) -> tuple[str, str, str, str]:
-    """Logical axes of keys or values [B, key heads, S, head] on a mesh of these sizes."""
+    """Logical axes of keys or values [B, key heads, S, head] on a mesh with these axis sizes."""
     if heads % sizes[TENSOR] and not rows % math.prod(sizes[name] for name in MESH_AXES["rows"]):
         return "rows", "none", "none", "none"
     return "batch", "heads", "none", "none"
@@ -152,7 +156,7 @@ def cache_axes(rows: int, heads: int, sizes: dict[str, int]) -> tuple[str, str, 
 
 @contextlib.contextmanager
 def decoding(parts: int) -> Iterator[None]:
-    """Within it, `parts` neighbours of the axis fsdp count as that many of the axis tensor; 0 changes nothing."""
+    """Context in which groups of `parts` neighbours on the fsdp axis act as tensor axis; 0 changes nothing."""
     mesh = _mesh()
     if mesh is None or not parts:
         yield
@@ -165,11 +169,13 @@ def decoding(parts: int) -> Iterator[None]:
 
 
 def decoding_params(params: Any, parts: int, dtype: str) -> Any:
-    """Parameters for `decoding`: those that are cut in `dtype`, a whole copy for every `parts` × tensor devices.
+    """Parameters for `decoding`: one full copy per `parts` × tensor devices, with sharded parameters in `dtype`.
 
-    What fsdp cuts is gathered once, here, and not at each token. First the parts of a group change from a part of the
-    width to a part of the heads, by an exchange, so that no device ever holds a whole matrix.
-    Raises: ValueError where parts does not divide the axis fsdp.
+    The fsdp shards are gathered once, here, and not at each token. First an all-to-all within each group changes the
+    shards from the width to the heads, so that no device ever holds a full matrix.
+
+    Raises:
+      ValueError: if parts does not divide the fsdp axis.
     """
     mesh = _mesh()
     if mesh is None or not parts:
@@ -190,15 +196,15 @@ def decoding_params(params: Any, parts: int, dtype: str) -> Any:
 
 
 _PART = "part"
-# The mesh of `decoding`; JAX's own stays set, for arrays that came in under it may not meet another.
+# The mesh of `decoding`; JAX's current mesh stays set, as arrays created under it may not be mixed with another.
 _REGROUPED: contextvars.ContextVar[AbstractMesh | None] = contextvars.ContextVar("regrouped", default=None)
 
 
 def _regrouped(sizes: dict[str, int], parts: int, *, named: bool) -> AbstractMesh:
-    """The same devices with fsdp cut in two, the parts an axis of their own (`named`) or of tensor."""
+    """The mesh with fsdp split in two; the parts become a separate axis (`named`) or join the tensor axis."""
     data, fsdp, tensor = (sizes[name] for name in AXES)
     if fsdp % parts:
-        raise ValueError(f"decode_parts {parts} does not divide the axis fsdp of {fsdp} devices")
+        raise ValueError(f"decode_parts: expected a divisor of the {fsdp} devices of the axis fsdp, got {parts}")
     if named:
         return AbstractMesh(
             (data, fsdp // parts, parts, tensor), (DATA, FSDP, _PART, TENSOR), axis_types=(AxisType.Auto,) * 4
@@ -207,7 +213,7 @@ def _regrouped(sizes: dict[str, int], parts: int, *, named: bool) -> AbstractMes
 
 
 def _mesh() -> AbstractMesh | None:
-    """The mesh that is set, None where there is none of ours or each device computes for itself."""
+    """The current mesh; None if it is not one of ours, or the program is per device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(AXES) - set(mesh.axis_names) or mesh.manual_axes:
         return None

@@ -1,9 +1,9 @@
-"""Notices a process that is lost, dead or alive but stuck, where one of several waits for ever otherwise.
+"""Detection of a dead or hung process in a multi-process run, where the others would wait forever.
 
-Every process tells all others once a second where it is: in which step, at what, since when, and how long that may
-take. Each of them judges by itself. To wait for the devices, or for another process, is no fault: a process is stuck
-that keeps the others waiting, at something of its own that takes too long. How long is too long is learned, ten times
-the longest so far; what happens for the first time may compile, and has an hour.
+Once a second every process publishes its state: its step, its activity, since when, and for how long that may last.
+Each process evaluates the states by itself. Waiting for the devices or for another process is not a fault: a process is
+hung if its own work keeps the others waiting for too long. The limit is learned, as ten times the longest duration so
+far; an activity that happens for the first time may compile, and has an hour.
 """
 
 from __future__ import annotations
@@ -23,32 +23,40 @@ from typing import Protocol
 from rlhf_jax.parallel import exit_reporter
 
 BEAT = 1.0
-"""Seconds between two beats."""
+"""Seconds between two heartbeats."""
 SILENT = 10.0
-"""Seconds without a beat after which a process within a step is lost."""
+"""Seconds without a heartbeat after which a process within a step counts as lost."""
 STUCK = 20.0
-"""The least number of seconds after which a process is stuck."""
+"""Minimum number of seconds after which a process counts as hung."""
 FIRST_TIME = 3600.0
-"""Seconds for what may have to compile."""
+"""Time limit in seconds for work that may have to compile."""
 OUTSIDE = "the work outside its steps"
 
 
 class Board(Protocol):
-    """What all processes write on and read from, such as the coordinator's table of keys and values."""
+    """Key-value store shared by all processes, such as that of the coordinator."""
 
     def write(self, key: str, text: str) -> None:
-        """Puts a text under a key, over the one before. Raises: RuntimeError if the board is lost."""
+        """Stores a text under a key, replacing the previous one.
+
+        Raises:
+          RuntimeError: if the store is lost.
+        """
 
     def read(self, folder: str) -> Mapping[str, str]:
-        """All texts under keys `folder/NAME`, by NAME. Raises: RuntimeError if the board is lost."""
+        """Returns all texts under keys `folder/NAME`, by NAME.
+
+        Raises:
+          RuntimeError: if the store is lost.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """Where a process is.
+    """The state of a process.
 
-    what: it does. step: None outside the training loop. waits: for others or the devices. age: seconds so far.
-    limit: seconds this may take. compiles: Python may stand still meanwhile.
+    what: its activity. step: None outside the training loop. waits: True while it waits for other processes or the
+    devices. age: seconds so far. limit: seconds it may take. compiles: True if Python threads may be blocked meanwhile.
     """
 
     what: str = OUTSIDE
@@ -60,25 +68,29 @@ class Beat:
 
     @property
     def where(self) -> str:
-        """For a person."""
+        """Human-readable description."""
         return self.what if self.step is None else f"step {self.step} ({self.what})"
 
 
 def verdict(beats: Mapping[int, Beat], silence: Mapping[int, float]) -> str | None:
-    """What is wrong with which process, in words; None as long as nothing is.
+    """Returns a message about a lost or hung process; None if all are well.
 
     Args:
-      beats: process -> its last beat.
-      silence: process -> seconds since that came.
+      beats: process -> its last heartbeat.
+      silence: process -> seconds since that arrived.
     """
     for process, seconds in silence.items():
-        # Where Python may stand still there are jax's own heartbeats, which need none.
+        # While Python may be blocked, jax's own heartbeats, which do not need it, do the job.
         if seconds > SILENT and not beats[process].compiles:
-            return f"process {process} has said nothing for {seconds:.0f} s, the last thing in {beats[process].where}"
+            return (
+                f"process {process} has sent no heartbeat for {seconds:.0f} s, the last one in {beats[process].where}"
+            )
     late = {process: beat for process, beat in beats.items() if beat.age > beat.limit}
     for process, beat in late.items():
         if not beat.waits:
-            return f"process {process} is stuck in {beat.where} for {beat.age:.0f} s, wanted {beat.limit:.0f} or less"
+            return (
+                f"process {process} is stuck in {beat.where}: expected {beat.limit:.0f} s or less, got {beat.age:.0f} s"
+            )
     if late and all(beat.waits for beat in beats.values()):
         process, beat = min(late.items(), key=lambda item: item[1].step or 0)
         return f"the devices are stuck in {beat.where} of process {process} for {beat.age:.0f} s"
@@ -86,10 +98,13 @@ def verdict(beats: Mapping[int, Beat], silence: Mapping[int, float]) -> str | No
 
 
 class Watchdog:
-    """Beats for this process, and calls `lost` from a thread of its own when the verdict on any process is not None.
+    """Sends the heartbeats of this process, and calls `lost` from a separate thread when the verdict is not None.
 
     Args:
-      process, processes: this one's number, and of how many.
+      board: the store shared by all processes.
+      process: index of this process.
+      processes: number of processes.
+      lost: called with the message; expected to end the process.
     """
 
     def __init__(self, board: Board, process: int, processes: int, lost: Callable[[str], object]) -> None:
@@ -99,7 +114,7 @@ class Watchdog:
         self._answered = time.monotonic()
         self._over = threading.Event()
         name = f"process {process} of {processes}"
-        # Not by import: it starts with each process, and shall cost a few milliseconds.
+        # Run as a file and not with -m, which would import the package: it should start in a few milliseconds.
         self._witness = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(exit_reporter.__file__)), name],
             stdin=subprocess.PIPE,
@@ -108,12 +123,12 @@ class Watchdog:
         )
 
     def start(self) -> None:
-        """Begins to beat and to listen."""
+        """Starts the heartbeat and listener threads."""
         for work in (self._beat, self._listen_to_the_board):
             threading.Thread(target=work, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
-        """The process ends as it should, or has said why not."""
+        """Stops the threads and the exit reporter: the process ends normally, or has reported why not."""
         self._over.set()
         self._write_down(exit_reporter.SILENT)
         with contextlib.suppress(OSError):
@@ -124,7 +139,7 @@ class Watchdog:
 
     @property
     def now(self) -> Beat:
-        """Where this process is."""
+        """The current state of this process."""
         return dataclasses.replace(self._now, age=time.monotonic() - self._since)
 
     def enter(
@@ -136,16 +151,17 @@ class Watchdog:
         limit: float | None = None,
         may_compile: bool = False,
     ) -> None:
-        """This process turns to something else.
+        """Starts a new activity of this process.
 
         Args:
-          what: it is about to do; what has the same name takes about as long.
-          waits: for other processes or the devices.
-          limit: seconds that it may take; None for what is learned.
-          may_compile: and Python may stand still meanwhile.
+          what: its name; activities with the same name are expected to take about as long.
+          step: the training step; None outside the loop.
+          waits: True if it waits for other processes or the devices.
+          limit: seconds that it may take; None for the learned limit.
+          may_compile: True if it may compile, during which Python threads may be blocked.
         """
         before, now = self._now, time.monotonic()
-        # What was done for the first time took longer than it will again; that it was done counts all the same.
+        # A first time, which may have compiled, counts as 0 s: it took longer than later ones will.
         self._longest[before.what] = max(
             self._longest.get(before.what, 0.0), 0.0 if before.compiles else now - self._since
         )
@@ -158,17 +174,17 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Within it, this process waits for others, for as long as they need."""
+        """Context in which this process waits for others, without a limit."""
         before, since = self._now, self._since
         self._now = Beat(f"waits: {what}", before.step, True, 0.0, math.inf, compiles=before.compiles)
         self._since = time.monotonic()
         self._write_down(self._now.where)
         yield
-        # What was interrupted goes on, without the time that others took.
+        # The interrupted activity resumes; the time spent waiting is not counted.
         self._now, self._since = before, since + time.monotonic() - self._since
 
     def outside(self) -> None:
-        """This process is in no step: how long anything takes there is nobody's business."""
+        """Marks this process as outside any step, where nothing has a time limit."""
         self.enter(OUTSIDE, limit=math.inf, may_compile=True)
 
     def _write_down(self, where: str) -> None:
@@ -203,7 +219,7 @@ class Watchdog:
                 return
 
     def _listen_to_the_board(self) -> None:
-        """A coordinator that is stopped answers no call, and a call may wait for ever."""
+        """Detects a suspended coordinator: it answers no call, so `_beat` may wait forever."""
         while not self._over.wait(BEAT):
             seconds = time.monotonic() - self._answered
             if seconds > SILENT and not self._now.compiles:
@@ -216,7 +232,7 @@ class Watchdog:
 
 
 def _written(number: int, beat: Beat) -> str:
-    """JSON, which knows no infinity."""
+    """A heartbeat as JSON, with an infinite limit as null, since JSON has no infinity."""
     limit = beat.limit if math.isfinite(beat.limit) else None
     return json.dumps(dataclasses.asdict(beat) | {"limit": limit, "age": round(beat.age, 1), "number": number})
 

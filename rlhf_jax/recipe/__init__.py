@@ -1,1 +1,1 @@
-"""The recipe as one program on the embedded default: sizes, simulated labels, figures, tables."""
+"""The full recipe as one program on the embedded corpus: sizes, simulated labels, measurements, tables."""

@@ -1,4 +1,4 @@
-"""What stands where the recipe would have people: responses sampled from its models, judged and ranked."""
+"""Simulated human labels of the recipe: responses sampled from its models, scored and ranked by a gold labeller."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ from rlhf_jax.model import Transformer
 from rlhf_jax.parallel import processes
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
-RESPONSES = 4  # that a labeller ranks, K
-# Responses in a batch where there are so many: one that has ended gives its place to the next, a quarter less time on a
-# CPU. Of the default's 32,000 and 4,388, one in 33 and one in 360 are sampled in vain to fill the last batch.
+RESPONSES = 4  # K, responses to a prompt that a labeller ranks
+# Batch size of continuous batching, used from this number of responses on: a finished response frees its slot for the
+# next, which takes a quarter less time on a CPU. Of the default's 32,000 and 4,388 responses, the padding of the last
+# batch wastes one in 33 and one in 360.
 MANY = 2200
 
 
 class Judge:
-    """The simulated labeller: gold scores of sampled token ids."""
+    """Gold scorer of the simulated labeller, for sampled token ids."""
 
     def __init__(self, corpus: Corpus, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
         self.usage = Usage.of((text.text for text in corpus.texts), corpus.descriptions)
 
     def scores(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> np.ndarray:
-        """Gold scores [prompts, K]; a response without an end never finished, whatever it looks like."""
+        """Gold scores [prompts, K]; a response without EOS counts as unfinished, whatever its text."""
         return self._each(gold_score, prompts, responses)
 
     def shares(self, prompts: list[Prompt], responses: list[list[list[int]]]) -> dict[str, float]:
-        """Shares of the responses that have each virtue; that are sensible; and that are so and say no word twice.
+        """Shares of responses that meet each criterion, that are sensible, and that are sensible and fluent.
 
-        Sensible are finished sentences of words that are words, about what was asked, as far as a rule can tell.
+        A sensible response is a finished sentence of known words about the function, as far as a rule can tell.
         """
         has_NKV = self._each(virtues_of, prompts, responses)
         has = {name: has_NKV[..., i] for i, name in enumerate(Virtues._fields)}
@@ -56,12 +57,12 @@ class Judge:
         )
 
     def ended(self, ids: list[int]) -> bool:
-        """Whether a response has its end-of-text token."""
+        """True if a response has its EOS token."""
         return bool(ids) and ids[-1] == self.tokenizer.eos_id
 
 
 class Sampler:
-    """Responses of a run's model, by the pure distribution; at temperature 1 unless said."""
+    """Sampler of responses from a model, without top-k or top-p; at temperature 1 by default."""
 
     def __init__(self, model: Transformer, tokenizer: TextTokenizer, response_tokens: int) -> None:
         self.model, self.response_tokens = model, response_tokens
@@ -90,13 +91,13 @@ class Sampler:
 
 
 def prompt_rows(prompts: list[Prompt], tokenizer: TextTokenizer, width: int) -> PromptRows:
-    """The prompts that fit in `width` tokens, in the order of a fixed shuffle."""
+    """Encodes the prompts that fit in `width` tokens, in a fixed shuffled order."""
     order = np.random.default_rng(0).permutation(len(prompts))
     return encode_prompts([prompts[i] for i in order], tokenizer, max_tokens=width, ledger=Ledger())
 
 
 def some(prompts: PromptRows, count: int) -> PromptRows:
-    """The first `count` prompts, and where there are fewer, again from the first."""
+    """The first `count` prompts, starting over if there are fewer."""
     places = [i % len(prompts) for i in range(count)]
     return PromptRows(
         [prompts.rows[i] for i in places], prompts.width, prompts.pad_id, [prompts.sources[i] for i in places]
@@ -106,12 +107,15 @@ def some(prompts: PromptRows, count: int) -> PromptRows:
 def label(
     sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, *, rankings: int, seed: int, folder: Path
 ) -> tuple[RankingRows, float]:
-    """(rankings of sampled responses by a noisy labeller, how often two of them agree on a pair).
+    """Samples responses and ranks them with a noisy labeller.
 
-    The labeller's rankings also stand in rankings.jsonl, as a person's would; training reads the sampled ids.
+    The rankings are also written to rankings.jsonl, in the format for human rankings; training reads the sampled ids.
 
     Args:
-      rankings: how many; where prompts are fewer, they are asked again and the new responses ranked.
+      rankings: number of rankings; with fewer prompts, prompts are sampled again and the new responses ranked.
+
+    Returns:
+      (rankings, share of pairs with different gold scores on which two such labellers agree).
     """
     chosen = some(prompts, rankings)
     responses = sampler(params, chosen, seed + 1, RESPONSES)
@@ -134,7 +138,7 @@ def label(
 def ranked(
     sampler: Sampler, judge: Judge, prompts: PromptRows, responses: list[list[list[int]]], ranks: np.ndarray
 ) -> RankingRows:
-    """Rows of ranked responses, in batches of one length, or with the prompt shared of one of two: each is compiled."""
+    """Rows of ranked responses. Few buckets, as each is compiled: one for separate rows, two for shared prompts."""
     rows = [
         (ranking_rows(ids, row), row_ranks.tolist())
         for ids, row, row_ranks in zip(prompts.rows, responses, ranks, strict=True)
@@ -145,7 +149,7 @@ def ranked(
 
 
 def gold_rankings(sampler: Sampler, judge: Judge, params: Any, prompts: PromptRows, seed: int) -> RankingRows:
-    """Held-out rankings by the noise-free gold score; equal scores are ties."""
+    """Samples responses to held-out prompts and ranks them by the noise-free gold score; equal scores are ties."""
     responses = sampler(params, prompts, seed + 2, RESPONSES)
     gold = judge.scores(list(prompts.sources), responses)
     ranks = 1 + (gold[:, None, :] > gold[:, :, None]).sum(axis=2)

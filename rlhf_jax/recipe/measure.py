@@ -1,4 +1,4 @@
-"""The figures that the recipe stands by, all on held-out text and prompts."""
+"""Evaluation of the recipe, all on held-out text and prompts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rlhf_jax.recipe.labels import Judge, Sampler
 from rlhf_jax.runs.lifecycle import Finished, released_params
 from rlhf_jax.trainers import pretrain
 
-# Of the answers that the table and the report show.
+# Sampling temperature of the responses shown in the table and the report.
 SHOWN_TEMPERATURE = 0.7
-# Answers to each held-out prompt behind a win rate: one more or less good draw moves it by little.
+# Responses per held-out prompt for the win rates, to reduce the variance from sampling.
 ANSWERS = 4
 
 
@@ -34,12 +34,15 @@ def measure(
     seed: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """The figures by their dotted names; answers side by side go to samples.json.
+    """Measures the runs, and writes responses side by side to samples.json.
 
     Args:
       runs: pretrain, sft, reward, reward_scratch and ppo.
-      prompts: held out.
-      row_length: of the pretraining rows, which the bigram model is counted on as well.
+      prompts: held-out prompts.
+      row_length: tokens per pretraining row, on which the bigram model is fitted too.
+
+    Returns:
+      The figures by their dotted names.
     """
     tokenizer = judge.tokenizer
     params = {name: released_params(runs[name].run) for name in ("pretrain", "sft", "ppo")}
@@ -62,7 +65,7 @@ def measure(
         pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)
     )
     heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
-    # What people read, they sample cooler. All figures but *_shown are at 1, the distribution that PPO trained.
+    # Responses to read are sampled at a lower temperature. All figures but *_shown are at 1, as in PPO training.
     shown = {name: sampler(params[name], prompts, seed + 5, temperature=SHOWN_TEMPERATURE) for name in params}
     shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
     samples = [
@@ -80,15 +83,15 @@ def measure(
     shares: dict[str, float] = {}
     for name in params:
         for suffix, sampled in (("", answers[name]), ("_shown", shown[name])):
-            found = judge.shares(list(prompts.sources), sampled)
-            shares |= {f"{name}.{key}{suffix}": value for key, value in found.items()}
-    # What people wrote about the same functions, by the same rules: as much as a model can be expected to have.
+            of_one = judge.shares(list(prompts.sources), sampled)
+            shares |= {f"{name}.{key}{suffix}": value for key, value in of_one.items()}
+    # Docstrings that people wrote for the same functions, by the same rules: an upper bound to expect of a model.
     documented = [p for p in prompts.sources if p.prompt in corpus.heldout_sentences]
     written = [[[*tokenizer.encode(corpus.heldout_sentences[p.prompt]), tokenizer.eos_id]] for p in documented]
     if documented:
         shares |= {f"docstrings.{key}": value for key, value in judge.shares(documented, written).items()}
         shares["docstrings.gold_mean"] = float(judge.scores(documented, written).mean())
-        # How often the rule takes a sentence about another function for one about this.
+        # False positive rate of the topic rule: docstrings of other functions that pass.
         half = len(written) // 2
         others = judge.shares(documented, written[half:] + written[:half])
         shares["docstrings.topic_share_of_others"] = others["topic_share"]
@@ -121,7 +124,7 @@ def measure(
 
 
 def nested(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The dotted keys once more as a dict for each stage."""
+    """The values with dotted keys, as one dict per stage."""
     stages: dict[str, dict[str, Any]] = {}
     for key, value in summary.items():
         stage, dot, name = key.partition(".")

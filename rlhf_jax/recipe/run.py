@@ -1,4 +1,4 @@
-"""The whole recipe on the embedded default: pretrain → SFT → reward model → PPO, and what it gained."""
+"""The full recipe on the embedded corpus: pretrain → SFT → reward model → PPO, and its measurement."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 
 def stage_settings(config: RecipeConfig, name: str, *, save_every: int) -> dict[str, Any]:
-    """What every stage's config takes from the recipe's."""
+    """Settings that every stage's config takes from the recipe's."""
     return {
         "out": str(config.folder / name),
         "seed": config.seed,
@@ -41,12 +41,12 @@ def stage_settings(config: RecipeConfig, name: str, *, save_every: int) -> dict[
 
 
 def cosine(rate: float, **changes: Any) -> OptimConfig:
-    """AdamW from a learning rate down to a tenth."""
+    """AdamW with a cosine schedule from a learning rate down to a tenth of it."""
     return OptimConfig(**({"learning_rate": rate} | changes))
 
 
 def run(config: RecipeConfig) -> None:
-    """The recipe with one seed, or with several and the medians of their figures."""
+    """Runs the recipe with one seed, or with several and reports the medians."""
     use_cpu_devices(config.devices)
     if config.seeds == 1:
         run_seed(config)
@@ -68,7 +68,7 @@ def run(config: RecipeConfig) -> None:
 
 
 def run_seed(config: RecipeConfig) -> None:
-    """Runs what is not done yet, then tells what came out."""
+    """Runs the stages that are not finished yet, then reports the results."""
     size, console = SIZES[config.size], rich.console.Console(quiet=not processes.is_first())
     config.folder.mkdir(parents=True, exist_ok=True)
     clock = Clock(config.folder / "seconds.json")
@@ -192,7 +192,7 @@ def run_seed(config: RecipeConfig) -> None:
 
 
 def tell(config: RecipeConfig, console: rich.console.Console, clock: Clock, summary: dict[str, Any]) -> None:
-    """Writes and prints what came out."""
+    """Writes and prints the results."""
     summary |= {"wall_seconds": clock.total, "stage_seconds": clock.seconds}
     write_json(config.folder / "summary.json", summary | nested(summary))
     print_summary(console, config.folder, summary)
@@ -201,7 +201,7 @@ def tell(config: RecipeConfig, console: rich.console.Console, clock: Clock, summ
 
 
 class Clock:
-    """Seconds spent in each part, kept over restarts: a part that an earlier start finished keeps its time."""
+    """Seconds spent in each part, kept over restarts: a part finished by an earlier start keeps its time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -211,7 +211,7 @@ class Clock:
         self._last = time.monotonic()
 
     def lap(self, part: str) -> None:
-        """The part ends now."""
+        """Marks the end of a part."""
         now = time.monotonic()
         self.seconds[part] = max(self.seconds.get(part, 0.0), now - self._last)
         self._last = now
@@ -220,7 +220,7 @@ class Clock:
 
     @property
     def total(self) -> float:
-        """Of all parts."""
+        """Seconds spent in all parts."""
         return sum(self.seconds.values())
 
 
@@ -234,7 +234,7 @@ def train_reward(
     name: str,
     backbone: Literal["init", "scratch"],
 ) -> Finished:
-    """A reward model on the SFT model's backbone or on a fresh one."""
+    """Trains a reward model on the SFT model's backbone or on a fresh one."""
     return reward.run(
         reward.Config(
             **stage_settings(config, name, save_every=0),

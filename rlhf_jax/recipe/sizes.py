@@ -1,4 +1,4 @@
-"""What --size of the recipe sets."""
+"""Sizes of the recipe (--size): model shapes and hyperparameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_jax.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What a size sets; small is tuned for two CPU cores, the larger ones are for a GPU."""
+    """Model and hyperparameters of a size; small is tuned for two CPU cores, the larger ones are for a GPU."""
 
     model: ModelConfig
     prompt_tokens: int
@@ -21,17 +21,17 @@ class Size:
     row_length: int
     pretrain_rate: float
     sft_steps: int
-    sft_batch: int  # rows of row_length, each with as many demonstrations as fit
+    sft_batch: int  # packed rows of row_length, each with as many demonstrations as fit
     sft_rate: float
     sft_dropout: float
-    rankings: int  # where prompts are fewer, they are asked again
+    rankings: int  # with fewer prompts, prompts are sampled again
     reward_batch: int
     reward_rate: float
     iterations: int
     episodes: int
     minibatches: int
     epochs: int
-    pack: int  # rows at a time with episodes laid end to end, on one device; 0 pads each episode
+    pack: int  # packed rows of episodes per pass, on one device; 0 pads each episode instead
     policy_rate: float
     critic_rate: float
     kl_coef: float
@@ -39,9 +39,9 @@ class Size:
 
 
 def shape(vocab_size: int, context: int, width: int, layers: int, heads: int, **changes: Any) -> ModelConfig:
-    """Llama's block with Gemma's embedding scale, Qwen3's norm of queries and keys, and a rotary base for short rows.
+    """Llama block with Gemma's embedding scale, Qwen3's query-key norm, and a rotary base for short rows.
 
-    What each brings is measured in docs/lab-notebook.md.
+    The effect of each is measured in docs/lab-notebook.md.
     """
     return ModelConfig(
         vocab_size=vocab_size,

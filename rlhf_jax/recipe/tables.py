@@ -1,4 +1,4 @@
-"""What the recipe prints at its end: answers of each stage side by side, and its figures beside those asked for."""
+"""Tables printed at the end of the recipe: responses of each stage side by side, and figures with their targets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN_PROMPTS = 8
 
 
 def print_summary(console: rich.console.Console, folder: Path, summary: dict[str, Any]) -> None:
-    """Answers side by side, then the figures."""
+    """Prints responses side by side, then the figures."""
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:SHOWN_PROMPTS]
     table = rich.table.Table(
         title=f"the same held-out prompts, answered after each stage (temperature {samples[0]['temperature']})",
@@ -30,12 +30,12 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
 
 
 def stages(s: dict[str, Any], share: str) -> str:
-    """A share of the answers after pretraining, SFT and PPO."""
+    """A share of the responses after pretraining, SFT and PPO, as text."""
     return " to ".join(f"{s[f'{stage}.{share}']:.2f}" for stage in ("pretrain", "sft", "ppo"))
 
 
 def docstrings(s: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The true docstrings by the same rules, a row; none where a summary does not have them."""
+    """Table row of the true docstrings by the same rules; no row if the summary does not have them."""
     if "docstrings.sensible_share" not in s:
         return []
     shares = (s[f"docstrings.{name}_share"] for name in ("topic", "sensible", "sensible_fluent"))
@@ -44,7 +44,7 @@ def docstrings(s: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
-    """The figures of a summary beside what was asked of them."""
+    """Table of the figures of a summary with their targets."""
     interval = s.get("ppo.win_rate_vs_sft_interval")
     spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     rows = [
@@ -72,7 +72,7 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
         ("minutes", f"{s['wall_seconds'] / 60:.1f}", "at most 8 on two CPU cores"),
     ]  # fmt: skip
     figures = rich.table.Table(title=title)
-    for title in ("figure", "measured", "wanted"):
+    for title in ("figure", "measured", "target"):
         figures.add_column(title)
     for row in rows:
         figures.add_row(*(rich.text.Text(cell) for cell in row))

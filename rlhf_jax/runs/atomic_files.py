@@ -1,7 +1,7 @@
-"""Files that are whole, on the disk, and as they were written, whenever the process or the machine dies.
+"""Atomic writes and checksummed folders, safe against a crash of the process or the machine at any time.
 
 A file is written under another name, synced and renamed. A sealed folder holds a manifest with the SHA-256 of each of
-its files and of the manifest itself, so that no flipped bit, cut or missing file goes unseen.
+its files and of the manifest itself, so that a flipped bit, a truncated or a missing file is always detected.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ UNFINISHED = ".unfinished"
 
 
 class Damaged(Exception):
-    """A sealed folder whose files are not those that were written."""
+    """A sealed folder whose files differ from those that were written."""
 
 
 def user_cache() -> Path:
-    """The folder for what can be made again: rlhf_jax below XDG_CACHE_HOME or ~/.cache."""
+    """Cache folder, for files that can be regenerated: rlhf_jax below XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_jax"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all.
+    """Writes a JSON file atomically.
 
-    Raises: ValueError for an infinite or undefined number, TypeError for what JSON cannot hold.
+    Raises:
+      ValueError: for an infinity or NaN.
+      TypeError: for a value that JSON cannot represent.
     """
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     unfinished = path.with_name(path.name + UNFINISHED)
@@ -44,7 +46,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file. Raises: UserError naming the file."""
+    """Reads a JSON file.
+
+    Raises:
+      UserError: naming the file, if it cannot be read or parsed.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -54,7 +60,7 @@ def read_json(path: Path) -> Any:
 
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
-    """Syncs every file and folder below to the disk and writes their manifest, with `about` in it."""
+    """Syncs every file and folder below to disk and writes their manifest, which includes `about`."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
@@ -68,25 +74,36 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def verify(folder: Path, part: str = "") -> dict[str, Any]:
-    """Checks a sealed folder, or the files in one folder of it, against the manifest, which it returns.
+    """Checks a sealed folder, or one subfolder of it, against its manifest.
 
-    Raises: Damaged, with the first file that is missing or differs.
+    Args:
+      part: name of a subfolder; all files if empty.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      Damaged: with the first file that is missing or differs.
     """
     manifest = read_manifest(folder)
     for name, sha256 in manifest["files"].items():
         if part and not name.startswith(part + "/"):
             continue
         try:
-            found = _sha256(folder / name)
+            actual = _sha256(folder / name)
         except OSError as error:
             raise Damaged(f"{name}: {error.strerror}") from None
-        if found != sha256:
-            raise Damaged(f"{name} has other content than was written")
+        if actual != sha256:
+            raise Damaged(f"{name} differs from what was written")
     return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a sealed folder, proven by its own hash. Raises: Damaged."""
+    """Reads the manifest of a sealed folder and checks its own hash.
+
+    Raises:
+      Damaged: if it is missing, unreadable or differs from what was written.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,12 +111,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise Damaged(f"{MANIFEST} is unreadable") from None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash_of(manifest):
-        raise Damaged(f"{MANIFEST} has other content than was written")
+        raise Damaged(f"{MANIFEST} differs from what was written")
     return manifest
 
 
 def sync_folder(path: Path) -> None:
-    """Puts the names in a folder on the disk: without it a rename may be forgotten."""
+    """Syncs the entries of a folder to disk: without it a rename may be lost in a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""Checkpoints: a run's state on disk, complete and proven, or not there at all.
+"""Checkpoints of a run's state, written atomically and verified when restored.
 
-A step is a sealed folder `00000200/` (durable.py) with Orbax's `params/`, what a later stage takes, and `training/`,
-the rest of the state. It is written under another name and renamed, and a deletion renames first: whenever the
-process is killed, what is listed is whole. Orbax itself sees neither a flipped bit nor another dtype, so the manifest
-is checked before it reads. One run writes; of its processes, each writes the parts of arrays that its devices hold,
-and the first does all else.
+A step is a sealed folder `00000200/` (atomic_files.py) with two Orbax checkpoints: `params/`, which later stages read,
+and `training/`, the rest of the state. It is written under another name and renamed, and a deletion renames first:
+whenever the process is killed, every listed step is complete. Orbax itself detects neither a flipped bit nor a changed
+dtype, so the manifest is checked before it reads. Only one run writes; each of its processes writes the shards of its
+own devices, and the first process does the rest.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Checkpoints:
     """The checkpoints of one run: the last few and the best.
 
     Args:
-      folder: where the steps are.
-      keep_last: how many of the newest steps stay.
-      best_metric: name of the metric by which one more step stays, the best; None for no such step.
-      best_mode: whether the best is the lowest ("min") or the highest ("max").
+      folder: folder of the steps.
+      keep_last: number of newest steps to keep.
+      best_metric: metric by which the best step is kept as well; None to keep only the newest.
+      best_mode: "min" if a lower metric is better, "max" if a higher one is.
     """
 
     def __init__(
@@ -53,29 +53,31 @@ class Checkpoints:
         best_mode: Literal["min", "max"] = "min",
     ) -> None:
         if keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}; a run needs at least 1 checkpoint to go on from")
+            raise ValueError(f"keep_last: expected at least 1, to resume from, got {keep_last}")
         self.folder = Path(folder).absolute()
         self.keep_last = keep_last
         self.best_metric = best_metric
         self.best_mode = best_mode
 
     def steps(self) -> list[int]:
-        """The finished steps, oldest first; a damaged one is among them until `restore` meets it."""
+        """The saved steps, oldest first; a damaged one is included until `restore` detects it."""
         return saved_steps(self.folder)
 
     def latest(self) -> int | None:
-        """The newest finished step."""
+        """The newest saved step, or None."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the best value of the metric, the newest of equals; None if no step has a value."""
+        """The step with the best metric, the newest among equals; None if no step has the metric."""
         return best_step(self.folder)
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
-        """Writes a step, in place of an earlier one of that number, then deletes those no longer kept.
+        """Saves a step, replacing an earlier one of that number, then deletes those no longer kept.
 
-        All processes call it. Returns when everything is on the disk.
-        Raises: UserError if the disk is full or refuses; the steps before are then untouched.
+        Called by all processes. Returns when everything is on disk.
+
+        Raises:
+          UserError: if the disk is full or refuses the write; earlier steps are then unchanged.
         """
         leaves = _leaves(state)
         needed = sum(leaf.nbytes for leaf in leaves.values())
@@ -86,7 +88,9 @@ class Checkpoints:
             self._sweep()
             free = shutil.disk_usage(self.folder).free
             if free < needed:
-                raise UserError(f"{self.folder}: step {step} needs {needed:,} bytes, the disk has {free:,}; make room")
+                raise UserError(
+                    f"{self.folder}: step {step} needs {needed:,} bytes, the disk has {free:,} free; free disk space"
+                )
 
         def finish() -> None:
             seal(unfinished, about)
@@ -122,14 +126,19 @@ class Checkpoints:
         processes.by_first(self._prune)
 
     def restore(self, template: TrainState, step: int | None = None) -> TrainState:
-        """The saved state, laid out over devices as the template is; the template itself if nothing is saved yet.
+        """Restores the saved state, sharded like the template.
 
-        A damaged newest step is set aside, named in a warning, and the one before is used.
+        A damaged newest step is renamed with a warning, and the step before it is used.
 
         Args:
-          template: a state of the wanted structure, shapes, dtypes and shardings; its values do not matter.
-          step: a certain step, instead of the newest; then damage is an error.
-        Raises: UserError if no saved step is intact, or if the saved state has other leaves, shapes or dtypes.
+          template: a state with the expected structure, shapes, dtypes and shardings; its values do not matter.
+          step: a specific step instead of the newest; damage is then an error.
+
+        Returns:
+          The restored state, or the template itself if nothing is saved yet.
+
+        Raises:
+          UserError: if no saved step is intact, or if the saved state has other leaves, shapes or dtypes.
         """
         chosen = processes.from_first(lambda: self._intact(step))
         if chosen is None:
@@ -138,10 +147,10 @@ class Checkpoints:
         return _restore(path, _manifest(path), template)
 
     def _intact(self, step: int | None) -> int | None:
-        """The newest intact step, or the one asked for; None if nothing is saved yet. See `restore`."""
+        """The newest intact step, or the requested one; None if nothing is saved yet. See `restore`."""
         steps = self.steps()
         if step is not None and step not in steps:
-            raise UserError(f"{self.folder}: no checkpoint of step {step}; there are {steps}")
+            raise UserError(f"{self.folder}: step: expected one of the saved steps {steps}, got {step}")
         if not steps:
             return None
         for candidate in [step] if step is not None else reversed(steps):
@@ -165,7 +174,7 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Removes what a killed process left behind."""
+        """Removes the unfinished files of killed processes."""
         if self.folder.is_dir() and processes.is_first():
             self._sweep()
 
@@ -178,7 +187,7 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         for path in self.folder.glob("*" + _REPLACED):
-            # Killed between the two renames, the new one did not get its name: the old one is the checkpoint again.
+            # The process was killed between the two renames, before the new step got its name: restore the old one.
             whole = path.with_suffix("")
             path.rename(path.with_suffix(_DELETED) if whole.exists() else whole)
         for path in self.folder.iterdir():
@@ -187,14 +196,14 @@ class Checkpoints:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The finished steps in a folder of checkpoints, oldest first."""
+    """The saved steps in a folder of checkpoints, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def best_step(folder: Path) -> int | None:
-    """The best step by the metric that the newest readable manifest names, the newest of equals; None without one."""
+    """The best step by the metric named in the newest readable manifest, the newest among equals; None without one."""
     manifests = []
     for step in saved_steps(folder):
         try:
@@ -210,10 +219,12 @@ def best_step(folder: Path) -> int | None:
 
 
 def load_params(folder: Path, which: Literal["last", "best"] = "last") -> dict[str, Any]:
-    """The parameters of the last or best step, as nested dicts of numpy arrays; where there is no best, of the last.
+    """Loads the parameters of the last or best step, as nested dicts of numpy arrays.
 
-    A damaged step is named in a warning, and the newest intact one is used.
-    Raises: UserError if there is none.
+    A damaged step is reported in a warning, and the newest intact one is used. Without a best step the last is used.
+
+    Raises:
+      UserError: if there is no intact step.
     """
     folder = folder.absolute()
     steps = saved_steps(folder)
@@ -226,17 +237,17 @@ def load_params(folder: Path, which: Literal["last", "best"] = "last") -> dict[s
         except Damaged as damage:
             _log.warning("warning: %s is damaged (%s); trying another", path, damage)
             continue
-        wanted = {name: jax.ShapeDtypeStruct(d["shape"], jnp.dtype(d["dtype"])) for name, d in described.items()}
-        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
+        abstract = {name: jax.ShapeDtypeStruct(d["shape"], jnp.dtype(d["dtype"])) for name, d in described.items()}
+        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in abstract}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy)
+            arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=as_numpy)
             flat = checkpointer.restore(path / "params", args=arguments)
         return _nested({name: np.asarray(leaf) for name, leaf in flat.items()})
     raise UserError(f"{folder}: no intact checkpoint to take parameters from; the steps there are {steps}")
 
 
 def fingerprint(tree: Any) -> str:
-    """SHA-256 in hex over the path, dtype, shape and bytes of every leaf."""
+    """Hex SHA-256 over the path, dtype, shape and bytes of every leaf."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         array = np.asarray(leaf)
@@ -247,18 +258,18 @@ def fingerprint(tree: Any) -> str:
 
 def _restore(path: Path, manifest: dict[str, Any], template: TrainState) -> TrainState:
     _check_version(path, manifest)
-    wanted = _leaves(template)
-    saved, described = manifest["arrays"], _describe(wanted)
-    # The parameters first: what differs in them differs in the optimizer too.
+    leaves_of_template = _leaves(template)
+    saved, described = manifest["arrays"], _describe(leaves_of_template)
+    # Parameters first: a difference in them shows in the optimizer state too, where it is harder to understand.
     for name in sorted({*saved, *described}, key=lambda name: (not name.startswith("params."), name)):
         if saved.get(name) != described.get(name):
-            found, want = _show(saved.get(name)), _show(described.get(name))
-            raise UserError(f"{path}: {name}: found {found}, wanted {want}; it was saved with other settings")
+            got, expected = _show(saved.get(name)), _show(described.get(name))
+            raise UserError(f"{path}: {name}: expected {expected}, got {got}; it was saved with other settings")
     restored: dict[str, jax.Array] = {}
     for part in _PARTS:
         abstract = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in _part(wanted, part).items()
+            for name, leaf in _part(leaves_of_template, part).items()
         }
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
             restored |= checkpointer.restore(path / part, args=ocp.args.StandardRestore(abstract))
@@ -268,23 +279,23 @@ def _restore(path: Path, manifest: dict[str, Any], template: TrainState) -> Trai
 
 
 def _leaves(state: TrainState) -> dict[str, jax.Array]:
-    """Name -> leaf, random keys as their data: "params.layer.kernel", "opt_state.0.count"."""
+    """Maps names such as "params.layer.kernel" and "opt_state.0.count" to leaves; random keys become their data."""
     leaves: dict[str, jax.Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = _leaf_name(path)
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-            raise TypeError(f"{name}: a state holds arrays only, found {type(leaf).__name__}")
+            raise TypeError(f"{name}: expected an array, got {type(leaf).__name__}")
         array = jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
         if array.dtype != leaf.dtype and not _is_key(leaf):
             raise TypeError(f"{name}: {leaf.dtype} would be saved as {array.dtype}")
         if array.weak_type:
-            # A restored array is never weakly typed; the resumed run would promote, and so round, differently.
+            # A restored array is never weakly typed, so the resumed run would promote, and so round, differently.
             raise TypeError(f"{name}: weakly typed; make it with jnp.{array.dtype}(…)")
         if name in leaves:
             raise TypeError(f"{name}: two leaves of the state have this name")
         leaves[name] = processes.everywhere(array)
     for path, _ in jax.tree_util.tree_leaves_with_path(state.params):
-        # A later stage reads the parameters without a template, from their names.
+        # Later stages rebuild the parameters from these names, without a template.
         if not all(isinstance(key, jax.tree_util.DictKey) and "." not in str(key.key) for key in path):
             raise TypeError(f"params{jax.tree_util.keystr(path)}: parameters are nested dicts with no dots in the keys")
     return leaves
@@ -334,16 +345,16 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _check_version(path: Path, manifest: Mapping[str, Any]) -> None:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version: found {manifest.get('format_version')}, wanted {FORMAT_VERSION}; use the "
+            f"{path}: format_version: expected {FORMAT_VERSION}, got {manifest.get('format_version')}; use the "
             f"release of rlhf_jax that wrote it"
         )
 
 
 def _refusal(error: OSError | ValueError) -> str | None:
-    """What the system said when it refused to write; None for an error of another kind."""
+    """The system's message when it refused to write; None for an error of another kind."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    # The array library raises ValueError with the system's number in its text.
+    # TensorStore raises ValueError with the system's error number in its text.
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return None if code is None else os.strerror(int(code[1]))
 

@@ -1,7 +1,7 @@
-"""A run is a folder: config.json, tokenizer.json, metrics.jsonl, ledger.json, checkpoints/, at its end summary.json.
+"""Run folder: config.json, tokenizer.json, metrics.jsonl, ledger.json, checkpoints/ and, once finished, summary.json.
 
-A later stage takes the folder of an earlier one by path, and the folder says what it is: its stage, its settings, and
-the fingerprints of all that went in.
+A later stage takes the folder of an earlier one by path. The folder is self-describing: it holds its stage, its
+settings, and the fingerprints of all its inputs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 FORMAT_VERSION = 1
 _ABSENT = "nothing"
-# What a start that was killed may have left in a folder.
+# Files that a killed start may have left in a folder.
 _BEFORE_CONFIG = {"run.lock", "tokenizer.json", "tokenizer.json" + UNFINISHED, "config.json" + UNFINISHED}
 
 
 class RunFolder:
-    """One run on disk. Made by `create` (the run itself) or `open` (whoever uses its result)."""
+    """A run on disk, made by `create` (for the run itself) or `open` (to read its results)."""
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path = path
@@ -48,16 +48,19 @@ class RunFolder:
         base: Mapping[str, Any] | None = None,
         may_change: Collection[str] = MAY_CHANGE,
     ) -> RunFolder:
-        """The folder of a new run, or of the same run started again.
+        """Creates the folder of a new run, or opens that of the same run to resume it.
 
         Args:
-          config, model: the stage's and the model's whole config as plain JSON (`config.to_plain`).
-          inputs: name -> fingerprint of everything else that goes in: data files, folders of earlier stages.
-          origin: of the published model that the run started from (huggingface.py), to write it back as it was.
-          base: where the parameters are that the run's adapter stands beside (sources.py); None for a whole network.
-          may_change: fields of config that a resumed run may give other values.
-        Raises: UserError if the folder is of another stage or of a run with other settings or inputs, naming the
-          first field, or is in use.
+          config, model: the full config of the stage and of the model as plain JSON (`config.to_plain`).
+          inputs: name -> fingerprint of every other input: data files, folders of earlier stages.
+          origin: description of the published model that the run started from (huggingface.py), for exporting it in the
+            same form.
+          base: location of the base parameters of the run's adapter (sources.py); None for a full network.
+          may_change: config fields that may differ when a run resumes.
+
+        Raises:
+          UserError: if the folder is in use, or belongs to another stage or to a run with other settings or inputs; the
+            message names the first field that differs.
         """
         path = Path(path)
         about = json.loads(
@@ -76,9 +79,9 @@ class RunFolder:
             )
         )
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path}: found a file, wanted a folder for the run; give another --name or --out")
+            raise UserError(f"{path}: expected a run folder, got a file; give another --name or --out")
         path.mkdir(parents=True, exist_ok=True)
-        # Before the lock, whose file would stay behind in a folder of someone else's.
+        # Checked before the lock too, which would leave its file in a folder that is not a run.
         _refuse_foreign(path)
         run = cls(path, about)
         with run.lock():
@@ -86,37 +89,38 @@ class RunFolder:
             if (path / "config.json").exists():
                 saved = _read(path)
                 _refuse_other_stage(path, saved, (stage,))
-                for field, found, wanted in _differences(saved, about, may_change):
+                for field, earlier, now in _differences(saved, about, may_change):
                     raise UserError(
-                        f"{path}: {field}: found {found} from an earlier run, wanted {wanted}; give the same settings "
-                        f"to go on with it, or another --name to start anew"
+                        f"{path}: {field}: expected {earlier} as in the earlier run, got {now}; give the same settings "
+                        f"to resume it, or another --name to start a new run"
                     )
-            # The tokenizer first: a folder with a config.json is whole.
+            # The tokenizer first: a folder with a config.json is complete.
             tokenizer.save(path / "tokenizer.json")
             write_json(path / "config.json", about)
         return run
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, stages: tuple[str, ...]) -> RunFolder:
-        """The folder of an earlier run, if it is of one of the given stages.
+        """Opens the folder of an earlier run of one of the given stages.
 
-        Raises: UserError if it is no run's folder, of another stage, or without something that belongs to it.
+        Raises:
+          UserError: if it is not a run folder, is of another stage, or is incomplete.
         """
         path = Path(path)
         if not path.is_dir():
-            found = "found a file" if path.exists() else "no such folder"
-            raise UserError(f"{path}: {found}; wanted the folder of a {' or '.join(stages)} run")
+            got = "a file" if path.exists() else "no such folder"
+            raise UserError(f"{path}: expected the folder of a {' or '.join(stages)} run, got {got}")
         if not (path / "config.json").exists():
-            raise UserError(f"{path}: no config.json in it; wanted the folder of a {' or '.join(stages)} run")
+            raise UserError(f"{path}: expected the folder of a {' or '.join(stages)} run, got one without config.json")
         about = _read(path)
         _refuse_other_stage(path, about, stages)
         if not (path / "tokenizer.json").exists():
-            raise UserError(f"{path}: tokenizer.json is missing; the folder is not whole, copy it again")
+            raise UserError(f"{path}: tokenizer.json is missing; the folder is incomplete, copy it again")
         run = cls(path, about)
         if run.tokenizer.fingerprint != about["tokenizer"]:
             raise UserError(
-                f"{path}: tokenizer.json: found fingerprint {run.tokenizer.fingerprint[:12]}, wanted "
-                f"{about['tokenizer'][:12]} as in config.json; the folder is not whole, copy it again"
+                f"{path}: tokenizer.json: expected fingerprint {about['tokenizer'][:12]} as in config.json, got "
+                f"{run.tokenizer.fingerprint[:12]}; the folder is incomplete, copy it again"
             )
         return run
 
@@ -127,7 +131,7 @@ class RunFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The stage's whole config as plain JSON."""
+        """The stage's full config as plain JSON."""
         return dict(self._about["config"])
 
     @property
@@ -137,40 +141,41 @@ class RunFolder:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Fingerprints of what went in."""
+        """Fingerprints of the inputs."""
         return dict(self._about["inputs"])
 
     @property
     def origin(self) -> dict[str, Any] | None:
-        """What the published model was that the run started from, or its own start did."""
+        """Description of the published model that the run started from, directly or through earlier runs; else None."""
         return dict(self._about["origin"]) if "origin" in self._about else None
 
     @property
     def base(self) -> dict[str, Any] | None:
-        """Where the parameters are that the run's adapter stands beside; None for a whole network."""
+        """Location of the base parameters of the run's adapter; None for a full network."""
         return dict(self._about["base"]) if "base" in self._about else None
 
     @functools.cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer kept in the folder."""
+        """The tokenizer stored in the folder."""
         return load_tokenizer(self.path / "tokenizer.json")
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints are."""
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
-        """The file of metrics."""
+        """Path of the metrics file."""
         return self.path / "metrics.jsonl"
 
     def load_params(self, which: Literal["last", "best"] = "last") -> dict[str, Any]:
-        """The parameters as nested dicts of numpy arrays, from the last or best intact checkpoint.
+        """Loads the parameters of the last or best intact checkpoint, as nested dicts of numpy arrays.
 
-        Raises: UserError if there is none.
+        Raises:
+          UserError: if there is none.
         """
-        # Orbax takes half a second to import; who only reads a config does not wait for it.
+        # Imported here: Orbax takes half a second to import, which reading only a config should not cost.
         from rlhf_jax.runs import checkpoint
 
         return checkpoint.load_params(self.checkpoints, which)
@@ -184,9 +189,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the folder for this process alone; the system lets go when the process ends, however it ends.
+        """Locks the folder for this process; the system releases the lock whenever and however the process ends.
 
-        Raises: UserError at once if another process holds it, with that process's id.
+        Raises:
+          UserError: immediately, with the id of the process that holds it, if the folder is locked.
         """
         with (self.path / "run.lock").open("a+", encoding="utf-8") as file:
             try:
@@ -208,47 +214,47 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is complete."""
+        """True if the run is complete."""
         return (self.path / "summary.json").exists()
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What `finish` wrote."""
+        """The content of summary.json."""
         summary: dict[str, Any] = read_json(self.path / "summary.json")
         return summary
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """config.json, its version and fields checked."""
+    """Reads config.json and checks its version and fields."""
     about = read_json(path / "config.json")
     if not isinstance(about, dict) or "format_version" not in about:
-        raise UserError(f"{path}: config.json is not that of a run: it has no field 'format_version'")
+        raise UserError(f"{path}: config.json: expected that of a run, got one without a field 'format_version'")
     if about["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format_version: found {about['format_version']}, wanted {FORMAT_VERSION}; use the release of "
+            f"{path}: format_version: expected {FORMAT_VERSION}, got {about['format_version']}; use the release of "
             f"rlhf_jax that wrote the folder"
         )
     kinds = {"stage": str, "config": dict, "model": dict, "tokenizer": str, "inputs": dict}
     for field, kind in kinds.items():
         if not isinstance(about.get(field), kind):
-            raise UserError(f"{path}: config.json: field {field!r}: found {about.get(field)!r}, wanted {kind.__name__}")
+            raise UserError(f"{path}: config.json: field {field!r}: expected {kind.__name__}, got {about.get(field)!r}")
     return about
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raises UserError for a folder that holds other files and is no run's."""
-    found = {child.name for child in path.iterdir()}
-    if "config.json" not in found and (others := sorted(found - _BEFORE_CONFIG)):
-        raise UserError(f"{path}: found {others[0]} but no config.json, wanted an empty folder; give another --name")
+    """Raises UserError for a folder that is not a run but holds other files."""
+    names = {child.name for child in path.iterdir()}
+    if "config.json" not in names and (others := sorted(names - _BEFORE_CONFIG)):
+        raise UserError(f"{path}: expected an empty folder, got {others[0]} but no config.json; give another --name")
 
 
 def _refuse_other_stage(path: Path, about: Mapping[str, Any], stages: tuple[str, ...]) -> None:
     if about["stage"] not in stages:
-        raise UserError(f"{path}: found the folder of a {about['stage']} run, wanted one of {' or '.join(stages)}")
+        raise UserError(f"{path}: expected the folder of a {' or '.join(stages)} run, got one of {about['stage']}")
 
 
 def _differences(saved: Any, given: Any, may_change: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted field, saved value, given value) of every field that differs and is not allowed to."""
+    """Yields (dotted field, saved value, given value) for every field that differs and must not."""
 
     def walk(a: Any, b: Any, field: str) -> Iterator[tuple[str, Any, Any]]:
         if isinstance(a, dict) and isinstance(b, dict):

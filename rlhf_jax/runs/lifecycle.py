@@ -1,4 +1,4 @@
-"""From a stage's state and update to a finished run folder: devices, resume, metrics, checkpoints."""
+"""Lifecycle of a run, from a stage's state and update to a finished folder: devices, resume, metrics, checkpoints."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _RELEASED = "released"
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A run that is complete: its folder, and the figures of summary.json."""
+    """A complete run: its folder, and the content of summary.json."""
 
     run: RunFolder
     summary: dict[str, Any]
@@ -59,9 +59,10 @@ def create_run(
     origin: Mapping[str, Any] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> RunFolder:
-    """The folder of a stage's run, new or to be gone on with.
+    """Creates the run folder of a stage, or opens it to resume the run.
 
-    Raises: UserError as `RunFolder.create`, and where processes of one run have not read the same.
+    Raises:
+      UserError: as `RunFolder.create`, and if the processes of a run have read different inputs.
     """
     created: list[RunFolder] = []
 
@@ -83,18 +84,18 @@ def create_run(
     if created:
         return created[0]
     run = RunFolder.open(config.folder, stages=(stage,))
-    for name, found in inputs.items():
-        wanted = run.inputs.get(name, "nothing")
-        if found != wanted:
+    for name, got in inputs.items():
+        expected = run.inputs.get(name, "nothing")
+        if got != expected:
             raise UserError(
-                f"inputs.{name}: found {found[:12]} in this process, wanted {wanted[:12]} as in the first; all "
-                "processes of a run read the same files"
+                f"inputs.{name}: expected {expected[:12]} as in the first process, got {got[:12]}; all processes of a "
+                "run must read the same files"
             )
     return run
 
 
 def model_of(run: RunFolder) -> ModelConfig:
-    """The model's configuration in a run's folder."""
+    """Model config stored in a run folder."""
     return from_plain(ModelConfig, run.model, where=f"{run.path}/config.json: model")
 
 
@@ -114,23 +115,30 @@ def train(
     best_mode: Literal["min", "max"] = "min",
     writers: Sequence[Writer] = (),
 ) -> TrainState:
-    """Takes the state from wherever the run's folder left it to config.steps.
+    """Trains until config.steps, resuming from the run's last checkpoint if there is one.
 
     Args:
-      make_state: makes the state before the first step; called only once the programs are compiled, so that what the
-        compiler needs and what the optimizer holds never take memory together.
+      make_state: makes the initial state; called only after compilation, so that the compiler's memory and the
+        optimizer state are never held together.
       make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
-      batch_at: step -> its batch; of several processes, with places=… -> the rows of it that are this one's.
-      frozen: networks that the update reads; they lie on every device and are not saved.
-      new_shapes: first step -> the steps whose batch is of a shape that none from there on had; None: all have one.
-      writers: further writers beside the console and metrics.jsonl.
-    Raises: UserError for a setting that does not fit the devices; Stopped after SIGTERM, with the state saved.
+      batch_at: step -> its batch; with several processes, called with places=… for this process's rows.
+      frozen: networks that the update reads; placed on the mesh and not saved.
+      new_shapes: first step -> the steps at which a batch shape occurs for the first time; None if all batches have one
+        shape.
+      writers: writers in addition to the console and metrics.jsonl.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: for a setting that does not fit the devices.
+      Stopped: after SIGTERM, with the state saved.
     """
     mesh = make_mesh(**config.mesh_shape)
     use_all(mesh)
     places = row_places(mesh)
     if config.pmap and places is not None:
-        raise UserError("pmap: found it with several processes, wanted --no-pmap, which gives the same results")
+        raise UserError("pmap: expected --no-pmap with several processes, which gives the same results, got --pmap")
     if config.pmap:
         update = pmap_update(make_update(DATA), config.device_count)
     else:
@@ -145,7 +153,7 @@ def train(
     replicated = is_replicated(mesh)
 
     def figures(state: TrainState) -> Mapping[str, Any]:
-        # Each process for itself, where it can: the others would only wait.
+        # With a replicated model each process evaluates its own copy: the others would only wait.
         here = near(state, mesh) if replicated and places is not None else state
         return {} if evaluate is None else evaluate(here)
 
@@ -155,7 +163,7 @@ def train(
         return checkpoints.restore(copied(place(make_state(), mesh), mesh))
 
     with run.lock() if processes.is_first() else contextlib.nullcontext():
-        # A run that goes on refuses a checkpoint that does not fit before it compiles anything.
+        # A resumed run restores before it compiles, so that a checkpoint that does not match fails early.
         fresh = config.steps > 0 and processes.from_first(lambda: not checkpoints.steps())
         state = outline(make_state, mesh) if fresh else begin()
 
@@ -185,12 +193,12 @@ def train(
         )
         checkpoints.close()
     processes.barrier("trained")
-    # One copy on the first device is what evaluation and the next stage want, where it has room for it.
+    # Evaluation and the next stage need only one copy on the first device, if it fits there.
     return near(state, mesh) if replicated else state
 
 
 def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger) -> Finished:
-    """Marks a run as finished, with its figures and its ledger."""
+    """Marks a run as finished, with its summary and ledger."""
 
     def write() -> None:
         ledger.save(run.path / "ledger.json")
@@ -201,7 +209,7 @@ def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger) -> Fini
 
 
 def fingerprint_of(records: Iterable[Any]) -> str:
-    """SHA-256 of records by content, wherever they came from."""
+    """Hex SHA-256 over the content of the records, regardless of their source."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(_content(record))
@@ -209,10 +217,11 @@ def fingerprint_of(records: Iterable[Any]) -> str:
 
 
 def hold_out(records: Sequence[Any], fraction: float, ledger: Ledger | None = None) -> tuple[list[Any], list[Any]]:
-    """(kept, held out): about a fraction of the records, chosen by a hash of their content alone.
+    """Splits records into (kept, held-out), chosen by a hash of their content alone.
 
     Args:
-      ledger: of the training data, in which the rows held out are dropped.
+      fraction: approximate share of the records to hold out.
+      ledger: ledger of the training data, in which held-out rows are recorded as dropped.
     """
     out = [int.from_bytes(hashlib.sha256(_content(record)).digest()[:6]) < fraction * 2**48 for record in records]
     if ledger is not None:
@@ -223,21 +232,21 @@ def hold_out(records: Sequence[Any], fraction: float, ledger: Ledger | None = No
 
 
 def longest_row(max_tokens: int | None, buckets: Sequence[int], context: int) -> int:
-    """Tokens of the longest row that can be trained on: what the user allows, the largest bucket, the context."""
+    """Maximum row length in tokens: the least of the user's limit, the largest bucket and the context."""
     allowed = context if max_tokens is None else max_tokens
     return min(allowed, context, max(buckets, default=context))
 
 
 def refuse_empty(rows: Sized, what: str, ledger: Ledger) -> None:
-    """Raises UserError if no row is left to train on, with the commonest reason in the ledger."""
+    """Raises UserError if no row is left to train on, with the most common reason in the ledger."""
     if len(rows):
         return
     dropped = ledger.reasons().get("dropped", {})
     if not dropped:
-        raise UserError(f"data: found no {what}, wanted 1 or more")
+        raise UserError(f"data: expected at least 1 of the {what}, got none")
     reason, count = next(iter(dropped.items()))
     first = next(decision.where for decision in ledger.decisions if decision.reason == reason)
-    # A chat template alone, with its system message, can be longer than the default.
+    # A chat template with its default system message can exceed the default limit by itself.
     hint = "; --prompt-length allows more" if what == "prompts" and reason.startswith("longer than") else ""
     raise UserError(
         f"data: none of {ledger.total:,} {what} is left to train on; {count:,} dropped, the first at {first}: "
@@ -251,13 +260,13 @@ def _content(record: Any) -> bytes:
 
 
 def say(text: str) -> None:
-    """A line for the person at the console, on standard error like the progress."""
+    """Prints a line for the user on standard error, where the progress is shown."""
     if processes.is_first():
         rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
 
 
 def release(run: RunFolder, params: Params, step: int) -> None:
-    """Stores the parameters that later stages take, where they are not those of the last checkpoint."""
+    """Saves the parameters for later stages, if they differ from those of the last checkpoint."""
     state = TrainState(jnp.asarray(step, jnp.int32), params, {}, jax.random.key(0), {})
     released = Checkpoints(run.path / _RELEASED, keep_last=1)
     if processes.from_first(lambda: step not in released.steps()):
@@ -265,9 +274,9 @@ def release(run: RunFolder, params: Params, step: int) -> None:
 
 
 def released_params(run: RunFolder) -> Params:
-    """The parameters a run hands on: the released ones, else the last checkpoint's; of a PPO run the policy's.
+    """Loads a run's final parameters: the released ones, else those of the last checkpoint (PPO: the policy's).
 
-    Of a run with an adapter they are the adapter: `sources.open_source` knows what it stands beside.
+    For a run with an adapter these are the adapter alone: `sources.open_source` finds its base.
     """
     if (run.path / _RELEASED).exists():
         params = load_params(run.path / _RELEASED)

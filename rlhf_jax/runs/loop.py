@@ -1,4 +1,4 @@
-"""The one training loop. It knows `update(state, batch) -> (state, metrics)` and nothing of the stage behind it."""
+"""The training loop of all stages, around a function `update(state, batch) -> (state, metrics)`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ if TYPE_CHECKING:
     from rlhf_jax.runs.checkpoint import Checkpoints
 
 Metrics = Mapping[str, Any]
-# Steps in a row whose loss or reward may be lost before the run ends, and how such metrics' names end.
+# Consecutive steps with a non-finite loss or reward after which the run ends, and the endings of such metrics' names.
 PATIENCE = 3
 GUARDED = ("loss", "reward")
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGINT ended the run at a step boundary. signal: its number. step: updates done, all of them saved
-    if `saved`."""
+    """Raised when SIGTERM or SIGINT ended the run at a step boundary.
+
+    signal: its number. step: updates done. saved: True if a checkpoint has all of them.
+    """
 
     def __init__(self, signal: int, step: int, saved: bool) -> None:
         super().__init__(f"stopped by signal {signal} after step {step}")
@@ -57,21 +59,26 @@ def fit(
 ) -> TrainState:
     """Updates the state until its step is `steps`.
 
-    A row of metrics is written every `log_every` steps, and wherever a checkpoint is, so that a resumed run goes on
-    between two rows: the mean of each metric over the steps since the row before. Between rows the host reads nothing
-    back and runs ahead of the devices.
+    A row of metrics is written every `log_every` steps and at each checkpoint, so that a resumed run continues between
+    two rows: the mean of each metric over the steps since the previous row. Between rows the host reads nothing back
+    and runs ahead of the devices.
 
     Args:
-      update: one compiled step, counting state.step up by one; metrics are scalars. If "tokens" is among them (tokens
-        of this batch), rows have tokens_per_second, and with `flops_per_token` peak_share.
-      batch_at: the batch of a step, a pure function of it.
-      save_every, eval_every: 0 means at the end only.
-      evaluate: figures of a state, written as "eval/…"; those of a checkpoint's step are saved with it.
-      prepare: called with `state` before the first step, it compiles what is to come, so that no step waits, and
-        returns the state to begin with; of the one it is given only the step need be an array (`parallel.outline`).
-    Returns: the last state.
-    Raises: Stopped after SIGTERM or SIGINT, at the next step, once the state is saved. UserError if the state is no
-      longer finite, or if a loss or a reward was not for 3 steps in a row.
+      update: one compiled step, which increments state.step by one; metrics are scalars. If "tokens" is among them
+        (tokens in this batch), rows have tokens_per_second, and with `flops_per_token` peak_share.
+      batch_at: the batch of a step, a pure function of the step.
+      save_every, eval_every: interval in steps; 0 means at the end only.
+      evaluate: metrics of a state, written as "eval/…"; those of a checkpoint's step are saved with it.
+      flops_per_token: floating point operations per trained token.
+      prepare: called with `state` before the first step to compile the programs, so that no step waits for it; returns
+        the state to begin with. In the state it gets, only the step must be an array (`parallel.outline`).
+
+    Returns:
+      The last state.
+
+    Raises:
+      Stopped: after SIGTERM or SIGINT, at the next step, once the state is saved.
+      UserError: if the state is not finite, or if a loss or reward was not finite for 3 consecutive steps.
     """
     step = int(state.step)
     if step >= steps:
@@ -154,7 +161,7 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 class _Guard:
-    """Ends a run that has lost its numbers, before they are saved."""
+    """Ends a run whose loss, reward or state is not finite, before the state is saved."""
 
     def __init__(self, writers: Writer, checkpoints: Checkpoints | None) -> None:
         self.writers = writers
@@ -162,14 +169,14 @@ class _Guard:
         self.in_a_row = 0
 
     def check_metrics(self, step: int, rows: list[dict[str, float]]) -> None:
-        """Looks at each step's losses and rewards; `rows` are those of the steps up to `step`."""
+        """Checks the losses and rewards of each step; `rows` are those of the steps up to `step`."""
         for at, row in enumerate(rows, start=step - len(rows) + 1):
             lost = [name for name, value in row.items() if name.endswith(GUARDED) and not math.isfinite(value)]
             self.in_a_row = self.in_a_row + 1 if lost else 0
             if lost:
                 self.writers.event(at, f"{lost[0]} is {row[lost[0]]}")
             if self.in_a_row == PATIENCE:
-                self._end(f"{lost[0]} was not finite for {PATIENCE} steps in a row, last at step {at}")
+                self._end(f"{lost[0]} was not finite for {PATIENCE} consecutive steps, last at step {at}")
 
     def check_start(self, state: TrainState) -> None:
         """Raises UserError if training would start from a parameter that is not finite."""
@@ -177,7 +184,7 @@ class _Guard:
             raise UserError("a parameter is not finite before the first step; the model to start from is damaged")
 
     def check_state(self, step: int, state: TrainState) -> None:
-        """Raises UserError if a parameter is not finite or anything else in the state is undefined."""
+        """Raises UserError if a parameter is not finite or anything else in the state is NaN."""
         params_finite, rest_defined = jax.device_get(_sound(state))
         if not params_finite:
             self._end(f"a parameter is not finite after step {step}; this state is not saved")
@@ -196,16 +203,16 @@ def _sound(state: TrainState) -> tuple[jax.Array, jax.Array]:
         floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         return jnp.all(jnp.asarray([jnp.all(keep(leaf)) for leaf in floats], bool))
 
-    # An optimizer may hold an infinity by design, such as the best loss seen before the first.
+    # An optimizer may hold an infinity by design, such as the initial best loss.
     return every(jnp.isfinite, state.params), every(lambda x: ~jnp.isnan(x), (state.opt_state, state.extras))
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. At the end the handlers from before are back.
+    """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. The previous handlers are restored at the end.
 
-    Of several processes each may be asked at another step, so jax's own handler of SIGTERM stays and agrees on one
-    (processes.stop_asked); Ctrl-C is handed to it.
+    With several processes the signal may arrive at different steps, so jax's own SIGTERM handler stays installed and
+    agrees on one step (processes.stop_asked); Ctrl-C is forwarded to it.
     """
     received: list[int] = []
     interrupted: list[int] = []
@@ -220,7 +227,7 @@ def _signals() -> Iterator[list[int]]:
             os.kill(os.getpid(), signal.SIGTERM)
         os.write(2, b"\nstopping after this step\n")
 
-    # Elsewhere Python allows no handlers, and signals go to the main thread anyway.
+    # Python allows signal handlers only in the main thread.
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
@@ -235,7 +242,7 @@ def _signals() -> Iterator[list[int]]:
 
 @functools.cache
 def _compile_clock() -> list[float]:
-    """[seconds spent in the compiler so far], counted from the first call on."""
+    """[seconds spent in the compiler], counted from the first call on."""
     total = [0.0]
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
@@ -252,7 +259,7 @@ def compile_seconds() -> float:
 
 
 def _machines(state: TrainState) -> int:
-    """How many times the peak of one device the state's devices have; on a CPU one device has all cores."""
+    """Number of devices that hold the state, for the peak FLOP/s; 1 on a CPU, where one device has all cores."""
     if jax.default_backend() == "cpu":
         return 1
     leaves = [leaf for leaf in jax.tree.leaves(state.params) if isinstance(leaf, jax.Array)]
@@ -260,47 +267,58 @@ def _machines(state: TrainState) -> int:
 
 
 def _kind(state: TrainState) -> dict[str, str]:
-    """Path -> type of each leaf of the state."""
+    """Maps the path of each leaf of the state to its type."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     avals = {jax.tree_util.keystr(path): jax.typeof(leaf) for path, leaf in leaves}
     return {path: f"{a.dtype}{list(a.shape)}{' (weakly typed)' if a.weak_type else ''}" for path, a in avals.items()}
 
 
 def _refuse_drift(before: dict[str, str], after: dict[str, str]) -> None:
-    """A state whose types change compiles the update twice, and a resumed run would round differently."""
+    """Raises TypeError if an update changed the types of the state.
+
+    The update would be compiled twice, and a resumed run would round differently.
+    """
     for path in sorted({*before, *after}):
-        found, wanted = after.get(path, "nothing"), before.get(path, "nothing")
-        if found != wanted:
-            raise TypeError(f"update changed state{path}: found {found}, wanted {wanted} as before the step")
+        got, expected = after.get(path, "nothing"), before.get(path, "nothing")
+        if got != expected:
+            raise TypeError(f"update changed state{path}: expected {expected} as before the step, got {got}")
 
 
 class _Pace:
-    """How long the devices take for a step at most, and so how long waiting for them may last."""
+    """The longest time per step so far, and the time limits for the watchdog derived from it."""
 
     def __init__(self) -> None:
         self.slowest: float | None = None
         self._since: float | None = None
 
     def begin(self, compiled: float) -> None:
-        """A step is on its way. compiled: seconds that went into the compiler first."""
+        """Marks a step as dispatched.
+
+        Args:
+          compiled: seconds spent in the compiler before it.
+        """
         if self._since is None:
             self._since = time.monotonic()
         elif compiled > 0:
             self._since += compiled
 
     def lap(self, steps: int) -> None:
-        """So many steps are done."""
+        """Marks the given number of steps as done."""
         if self._since is not None:
             self.slowest = max(self.slowest or 0.0, (time.monotonic() - self._since) / steps)
         self._since = None
 
     def limit(self, steps: int, new: bool = False) -> float:
-        """Seconds for so many steps. new: one of them has to be compiled."""
+        """Time limit in seconds for a number of steps.
+
+        Args:
+          new: True if one of them may have to be compiled.
+        """
         return processes.slowest(None if new or self.slowest is None else self.slowest * steps)
 
 
 def _saving_limit(state: TrainState) -> float:
-    """Seconds that writing, syncing and hashing a state may take, on a disk of a tenth of today's speed."""
+    """Time limit in seconds for writing, syncing and hashing a state, at a tenth of the speed of a current disk."""
     return 300.0 + sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 20e6
 
 

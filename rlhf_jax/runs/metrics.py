@@ -1,7 +1,7 @@
-"""Where the figures of a run go: the console, metrics.jsonl, TensorBoard; and how fast the machine could be.
+"""Metric writers (console, metrics.jsonl, TensorBoard), throughput, and the peak FLOP/s of a device.
 
-Every writer has the same four methods: `start` before the first step, `row` for figures, `event` for a line of text,
-`close` at the end. After `close` a writer can start again.
+Every writer has the same four methods: `start` before the first step, `row` for metrics, `event` for a line of text,
+`close` at the end. After `close` a writer can be started again.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from rlhf_jax.runs.atomic_files import UNFINISHED
 
 
 class Writer(Protocol):
-    """What `fit` writes to."""
+    """Interface of the metric writers of `fit`."""
 
     def start(self, step: int, steps: int) -> None:
-        """A run goes on after `step` of its `steps`; what was written for later steps is void."""
+        """Starts or resumes after `step` of `steps`; rows written earlier for later steps are discarded."""
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Figures after a step."""
+        """Writes metrics after a step."""
 
     def event(self, step: int, message: str) -> None:
-        """Something that happened at a step, in words."""
+        """Writes a message about something that happened at a step."""
 
     def close(self) -> None:
-        """Everything is on its way to the disk, the terminal is as before."""
+        """Flushes everything to the system and restores the terminal."""
 
 
 class Writers:
-    """Several writers as one."""
+    """A writer that forwards to several writers."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
         self.writers = tuple(writers)
@@ -66,7 +66,7 @@ class Writers:
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line, {"step": …, "time": …, name: number}; an event has "event": its words.
+    """Writer of metrics.jsonl: one object per line, {"step": …, "time": …, name: number}, or "event": text.
 
     time is in seconds since 1970; a number that is not finite is null.
     """
@@ -79,7 +79,7 @@ class JsonLines:
         self.close()
         if not self.path.exists():
             return
-        # A killed run has rows after its last checkpoint, the last of them perhaps torn; the same steps come again.
+        # A killed run leaves rows after its last checkpoint, the last one possibly truncated; those steps run again.
         kept = [line for line, row in _lines(self.path) if row["step"] <= step]
         unfinished = self.path.with_name(self.path.name + UNFINISHED)
         unfinished.write_text("".join(kept), encoding="utf-8")
@@ -100,13 +100,13 @@ class JsonLines:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
-        # One write a row, handed to the system at once: a killed process loses none.
+        # Each row is flushed to the system at once, so that a killed process loses none.
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of figures in a metrics.jsonl, without events and without a torn last line; [] if there is no file."""
+    """Reads the rows of a metrics.jsonl, without events and without a truncated last line; [] if there is no file."""
     path = Path(path)
     return [row for _, row in _lines(path) if "event" not in row] if path.exists() else []
 
@@ -129,13 +129,19 @@ def _number(value: float) -> float | None:
 
 
 class TensorBoard:
-    """Event files for TensorBoard. Raises: UserError if tensorboardX is not installed."""
+    """Writer of TensorBoard event files.
+
+    Raises:
+      UserError: if tensorboardX is not installed.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:
             import tensorboardX
         except ImportError:
-            raise UserError("tensorboard: tensorboardX is not installed; pip install 'rlhf_jax[tensorboard]'") from None
+            raise UserError(
+                "tensorboard: tensorboardX is not installed; install it with pip install 'rlhf_jax[tensorboard]'"
+            ) from None
         self.folder = Path(folder)
         self._make = tensorboardX.SummaryWriter
         self._writer: Any = None
@@ -163,22 +169,22 @@ class TensorBoard:
             self._opened += 1
             self._writer = self._make(
                 str(self.folder),
-                # TensorBoard itself hides what an earlier start wrote for later steps.
+                # TensorBoard hides what an earlier start wrote for these steps.
                 purge_step=self._after + 1 if self._after else None,
-                # The names hold the time in whole seconds; within one, a second file would replace the first.
+                # File names contain the time in seconds; a second file within one second would replace the first.
                 filename_suffix=f".{os.getpid()}.{self._opened}",
             )
         return self._writer
 
 
 class Console:
-    """Progress with time left: a bar and the figures on a terminal, in a log a line every `interval` seconds.
+    """Progress with time left: a bar and metrics on a terminal, a line every `interval` seconds in a log.
 
     Args:
-      title: what the line begins with, e.g. the stage's name.
-      show: names of the figures worth a place in the line, in this order; the latest value of each is shown.
-      interval: seconds between lines when the output is no terminal.
-      file: where to write; None for standard error.
+      title: start of the line, e.g. the stage's name.
+      show: names of the metrics to show, in this order; the latest value of each is shown.
+      interval: seconds between lines if the output is not a terminal.
+      file: output stream; None for standard error.
     """
 
     def __init__(
@@ -212,7 +218,7 @@ class Console:
             self._live = rich.live.Live(get_renderable=self._lines, console=self._console, refresh_per_second=4)
             self._live.start()
         elif step:
-            self._console.print(f"{self.title} goes on after step {step}", markup=False)
+            self._console.print(f"{self.title} resumes after step {step}", markup=False)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self._latest.update(values)
@@ -241,7 +247,7 @@ class Console:
 
 
 class _Clock:
-    """Time left, from the pace since the first row after the start, which waited for the compiler."""
+    """Estimate of the time left, from the pace since the first row; the time before it is mostly compilation."""
 
     def __init__(self) -> None:
         self.first: tuple[int, float] | None = None
@@ -270,11 +276,11 @@ def _figure(name: str, value: float) -> str:
 
 
 class Throughput:
-    """Tokens a second and the share of the machine's peak they use, over the time since the last lap.
+    """Tokens per second and the share of peak FLOP/s (MFU), over the time since the last lap.
 
     Args:
-      flops_per_token: floating point operations a token costs in training; None leaves the share out.
-      peak: floating point operations a second to compare with, e.g. `matmul_peak`; asked at a lap and not before.
+      flops_per_token: floating point operations per token in training; None leaves out the share.
+      peak: peak FLOP/s to compare with, e.g. `matmul_peak`; called at a lap and not before.
     """
 
     def __init__(self, flops_per_token: float | None = None, peak: Callable[[], float] | None = None) -> None:
@@ -283,15 +289,15 @@ class Throughput:
         self._since = time.perf_counter()
 
     def restart(self) -> None:
-        """The time until now was spent on something else."""
+        """Restarts the clock: the time since the last lap is not counted."""
         self._since = time.perf_counter()
 
     def exclude(self, seconds: float) -> None:
-        """So many seconds of this lap went elsewhere, e.g. into the compiler."""
+        """Excludes seconds from this lap that were spent elsewhere, e.g. in the compiler."""
         self._since += seconds
 
     def lap(self, tokens: float) -> dict[str, float]:
-        """tokens_per_second and peak_share for `tokens` since the last lap."""
+        """Returns tokens_per_second and peak_share for `tokens` since the last lap."""
         seconds = time.perf_counter() - self._since
         row = {"tokens_per_second": tokens / seconds}
         if self.flops_per_token is not None and self.peak is not None:
@@ -302,9 +308,9 @@ class Throughput:
 
 @functools.cache
 def matmul_peak() -> float:
-    """FLOP/s of the fastest large matrix product on one device, measured once in a process, in under half a second.
+    """FLOP/s of the fastest large matrix product on one device, measured once per process, in under half a second.
 
-    float32 on a CPU, where one device has all cores; bfloat16 elsewhere, the faster of the two that training may use.
+    float32 on a CPU, where one device has all cores; bfloat16 elsewhere, the faster of the two training dtypes.
     """
     device = jax.local_devices()[0]
     size, dtype = (1024, jnp.float32) if device.platform == "cpu" else (8192, jnp.bfloat16)

@@ -1,1 +1,1 @@
-"""Text to token ids and back: byte-pair encodings in tiktoken, tokenizers of published models, chat templates."""
+"""Tokenizers: byte-pair encodings in tiktoken, tokenizers of published models, chat templates."""

@@ -1,7 +1,7 @@
-"""Text to token ids and back: bytes, a byte-pair encoding trained on the user's corpus, or a named tiktoken encoding.
+"""Byte-level tokenizers: raw bytes, a byte-pair encoding trained on the user's corpus, or a named tiktoken encoding.
 
-Whatever the encoding, a tokenizer adds three ids of its own above the encoding's ranks: end of text (eos), begin of
-text (bos) and padding (pad). No text is ever encoded to one of them, so no text can end, begin or hide a row.
+Every tokenizer adds three special ids above the encoding's ranks: end of text (eos), begin of text (bos) and padding
+(pad). No text is ever encoded to one of them, so no text can end, begin or mask a row.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf_jax.tokenizers.protocol import Token, one_line, write_saved
 
 SPECIAL_IDS = 3
 
-# Pieces that a token never crosses. Bytes: any cut will do, short ones are fast. Words: GPT-4's pattern.
+# Pieces that a token never crosses. Bytes: any split is correct, short ones are fast. Words: GPT-4's pattern.
 BYTES_PATTERN = r"(?s).{1,64}"
 WORDS_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -33,58 +33,69 @@ WORDS_PATTERN = (
 # The regex engine below tiktoken backtracks over white space and overflows its stack near a million characters.
 MAX_SPACE_RUN = 4096
 
-# tiktoken asks for "gpt2" under other addresses than for "r50k_base", which is the same encoding.
+# tiktoken downloads "gpt2" from other addresses than "r50k_base", which is the same encoding.
 _SAME_ENCODING = {"gpt2": "r50k_base"}
 
 
 class Tokenizer:
-    """A tiktoken encoding with pad, bos and eos ids of its own; immutable, equal when its fingerprint is."""
+    """A tiktoken encoding with additional eos, bos and pad ids; immutable, equal if the fingerprints are."""
 
     def __init__(self, name: str, pattern: str, ranks: dict[Token, int]):
-        """Args:
-          name: what a report calls it; not part of the fingerprint.
-          pattern: the regular expression that cuts text into pieces.
-          ranks: token bytes -> id; all 256 single bytes must be there, so that any text can be encoded.
-        Raises: UserError if a byte is missing or two tokens share an id.
+        """Makes a tokenizer from a table of ranks.
+
+        Args:
+          name: name for reports; not part of the fingerprint.
+          pattern: regular expression that splits text into pieces.
+          ranks: token bytes -> id; must contain all 256 single bytes, so that any text can be encoded.
+
+        Raises:
+          UserError: if a byte is missing or two tokens share an id.
         """
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise UserError(
-                f"tokenizer {name}: {len(missing)} of 256 bytes have no token, the first is {missing[0]:#04x}"
+                f"tokenizer {name}: expected a token for each of 256 bytes, got none for {len(missing)}, the first is "
+                f"{missing[0]:#04x}"
             )
         if len(set(ranks.values())) != len(ranks) or min(ranks.values()) < 0:
             raise UserError(
-                f"tokenizer {name}: {len(ranks)} tokens have {len(set(ranks.values()))} different ids from 0"
+                f"tokenizer {name}: expected {len(ranks)} different ids from 0, one per token, got "
+                f"{len(set(ranks.values()))} from {min(ranks.values())}"
             )
         self.name = name
         self.pattern = pattern
         self._ranks = dict(ranks)
         self._bytes = {id: token for token, id in ranks.items()}
-        # No special tokens here: what the encoding's makers call special is plain text to us.
+        # No special tokens here: the texts of the encoding's own special tokens are encoded as plain text.
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={})
-        # The end comes first: for GPT-2 it is then 50256, the id that its pretrained weights know.
+        # eos comes first: for GPT-2 it is then 50256, the id that its pretrained weights use.
         first = max(ranks.values()) + 1
         self.eos_id, self.bos_id, self.pad_id = first, first + 1, first + 2
         self.start_ids, self.stop_ids = (self.bos_id,), (self.eos_id,)
-        self.special_tokens: Mapping[str, int] = {}  # no text names one
+        self.special_tokens: Mapping[str, int] = {}  # no text is a special token
         self.chat_template: ChatTemplate | None = None
 
     @classmethod
     def bytes(cls) -> Tokenizer:
-        """Every byte of UTF-8 is a token; the id is the byte."""
+        """Makes the byte tokenizer: every byte of UTF-8 is a token, and the byte is its id."""
         return cls("bytes", BYTES_PATTERN, {bytes([byte]): byte for byte in range(256)})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Byte-pair encoding of a corpus (Sennrich et al. 2016), the same for the same texts.
+        """Trains a byte-pair encoding on a corpus, deterministically.
 
         Args:
           texts: the corpus; streamed.
-          vocab_size: all ids: 256 bytes, the merges, 3 special ids. A small corpus may have fewer merges to give.
+          vocab_size: number of ids: 256 bytes, the merges, 3 special ids. A small corpus may give fewer merges.
+
+        Raises:
+          UserError: if vocab_size is less than 259.
+
+        Source: Sennrich et al. 2016 (arXiv:1508.07909).
         """
         if vocab_size < 256 + SPECIAL_IDS:
             raise UserError(
-                f"vocab_size {vocab_size}: wanted at least {256 + SPECIAL_IDS} (256 bytes and 3 special ids)"
+                f"vocab_size: expected at least {256 + SPECIAL_IDS} (256 bytes and 3 special ids), got {vocab_size}"
             )
         trainer = rustbpe.Tokenizer()
         parts = (piece for text in texts for piece in pieces(text))
@@ -93,13 +104,17 @@ class Tokenizer:
 
     @classmethod
     def named(cls, name: str) -> Tokenizer:
-        """An encoding that tiktoken knows, such as "gpt2" or "cl100k_base"; downloaded once, then read from its cache.
+        """Loads a tiktoken encoding, such as "gpt2" or "cl100k_base"; downloaded once, then read from the cache.
 
-        Raises: UserError for an unknown name, and without network and cache, saying what to do instead.
+        Raises:
+          UserError: for an unknown name; and if neither network nor cache has it, with the alternatives.
         """
         known = sorted(tiktoken.list_encoding_names())
         if name not in known:
-            raise UserError(f"tokenizer {name!r}: tiktoken knows {', '.join(known)}; or use 'bytes' or a trained one")
+            raise UserError(
+                f"tokenizer: expected one of tiktoken's {', '.join(known)}, got {name!r}; or use 'bytes' or a trained "
+                "one"
+            )
         candidates = [name, _SAME_ENCODING[name]] if name in _SAME_ENCODING else [name]
         problems = []
         for candidate in candidates:
@@ -108,7 +123,7 @@ class Tokenizer:
             except (OSError, ValueError) as error:  # requests' errors are OSErrors; a damaged file is a ValueError
                 problems.append(f"{type(error).__name__}: {one_line(error)}")
                 continue
-            # tiktoken has no public name for these two, and a run folder must hold them.
+            # tiktoken has no public API for these two, and a run folder must store them.
             return cls(name, encoding._pat_str, encoding._mergeable_ranks)
         cache = os.environ.get("TIKTOKEN_CACHE_DIR", "unset")
         raise UserError(
@@ -118,12 +133,12 @@ class Tokenizer:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes everything it is as one JSON text; `load_tokenizer` needs nothing else, no network and no cache."""
+        """Writes the full tokenizer as JSON; `load_tokenizer` needs nothing else, no network and no cache."""
         write_saved(path, self, self._content())
 
     @property
     def vocab_size(self) -> int:
-        """All ids, the three special ones included: what a model's embedding needs."""
+        """Number of ids, including the three special ones: the rows that a model's embedding needs."""
         return self.pad_id + 1
 
     @property
@@ -132,24 +147,25 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of pattern and tokens, in hexadecimal: equal exactly when every text gets the same ids."""
+        """Hex SHA-256 of pattern and tokens; equal exactly if every text gets the same ids."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode("ascii")).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; "<|endoftext|>" in it is encoded as those 13 characters.
 
-        Raises: UserError if text holds a lone surrogate, which no UTF-8 text does.
+        Raises:
+          UserError: if text contains a lone surrogate, which is not valid in UTF-8.
         """
         if len(text) <= MAX_SPACE_RUN and text.isascii():
             return self._encoding.encode_ordinary(text)
         return [id for piece in pieces(text) for id in self._encoding.encode_ordinary(piece)]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """The same as `encode`."""
+        """Same as `encode`."""
         return self.encode(text)
 
     def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
-        """`encode` of each section, with the characters put back that stand_ins names; no text is a special token's."""
+        """`encode` of each section, with the characters in stand_ins restored; no text is a special token."""
         return [self.encode(section.translate(stand_ins)) for section in sections]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
@@ -157,9 +173,10 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, special ids dropped; bytes that are no UTF-8 become U+FFFD.
+        """Text of the ids, without special ids; bytes that are not UTF-8 become U+FFFD.
 
-        Raises: UserError for an id outside the vocabulary.
+        Raises:
+          UserError: for an id outside the vocabulary.
         """
         return b"".join(self.token_bytes(id) for id in ids).decode("utf-8", errors="replace")
 
@@ -167,7 +184,7 @@ class Tokenizer:
         return [self.decode(row) for row in rows]
 
     def token_bytes(self, id: int) -> Token:
-        """The bytes of one token, b"" for a special id and for an id that a named encoding leaves out."""
+        """Bytes of a token; b"" for a special id and for an id that a named encoding leaves unused."""
         id = int(id)
         if not 0 <= id < self.vocab_size:
             raise UserError(f"token id {id} is outside the vocabulary of {self.vocab_size} ids")
@@ -188,15 +205,16 @@ class Tokenizer:
 
 
 def pieces(text: str, longest: int = MAX_SPACE_RUN) -> Iterator[str]:
-    """The text, cut where white space runs on for more than `longest` characters.
+    """Splits text inside runs of white space of more than `longest` characters.
 
-    Raises: UserError if text holds a lone surrogate.
+    Raises:
+      UserError: if text contains a lone surrogate.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"text holds a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+            f"text: expected UTF-8, got a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
         ) from None
     if len(text) <= longest:
         yield text

@@ -1,6 +1,6 @@
-"""Chat templates: messages as the text that a published model was trained on.
+"""Chat templates: rendering of messages in the format that a published model was trained on.
 
-A template is a Jinja program that came with a model: it runs in a sandbox.
+A template is a Jinja program from an external source, so it runs in a sandbox.
 """
 
 from __future__ import annotations
@@ -21,43 +21,47 @@ Turns = Sequence[tuple[str, str]]  # (role, content) of each message
 
 _NO_MARKS = ("", "")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# What a template's own lines may raise, beside jinja2's errors.
+# Errors that the code in a template may raise, in addition to jinja2's own.
 _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class ChatTemplate:
-    """A model's template of messages; two are equal if they render alike."""
+    """Chat template of a model; equal if source and special tokens are equal."""
 
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None):
-        """Args:
-        source: the Jinja template.
-        tokens: variables that it may use for the texts of special tokens, such as "eos_token".
+        """Stores the template, which is compiled when it is first used.
+
+        Args:
+          source: the Jinja template.
+          tokens: variables for the texts of special tokens, such as "eos_token".
         """
         self.source = source
         self.tokens = dict(tokens or {})
 
     @classmethod
     def named(cls, templates: Iterable[Mapping[str, str]], tokens: Mapping[str, str] | None = None) -> ChatTemplate:
-        """Of several, [{"name": …, "template": …}, …], the one called "default"."""
+        """Selects the template named "default" from several, [{"name": …, "template": …}, …]."""
         sources = {entry["name"]: entry["template"] for entry in templates}
         if "default" not in sources:
-            raise UserError(f"chat_template: found templates named {', '.join(sources)}, wanted one named default")
+            raise UserError(f"chat_template: expected one named default, got templates named {', '.join(sources)}")
         return cls(sources["default"], tokens)
 
     @property
     def marks_answers(self) -> bool:
-        """Whether the template says itself what of an answer is a target, in {% generation %} blocks."""
+        """True if the template marks the targets itself, with {% generation %} blocks."""
         return _GENERATION.search(self.source) is not None
 
     def render(
         self, messages: Turns, *, add_generation_prompt: bool = False, generation_marks: tuple[str, str] = _NO_MARKS
     ) -> str:
-        """The messages as text.
+        """Renders the messages as text.
 
         Args:
-          add_generation_prompt: go on to the place where the assistant answers.
-          generation_marks: what is put before and after each {% generation %} block.
-        Raises: UserError with the template's own words if it refuses the messages, or is no template.
+          add_generation_prompt: append the header of the assistant's answer.
+          generation_marks: texts placed before and after each {% generation %} block.
+
+        Raises:
+          UserError: if the template rejects the messages (with its own message), or is not a valid template.
         """
         template = self._compiled
         import jinja2
@@ -75,7 +79,7 @@ class ChatTemplate:
             raise UserError(f"chat template: {_one_line(error)}") from None
 
     def turn_end(self, special: Collection[str]) -> str | None:
-        """The first of the special tokens that end an answer; None if none does, or the template refuses to say."""
+        """The first of the special tokens that end an answer; None if there is none, or if rendering fails."""
         try:
             prompt = self.render([("user", "a")], add_generation_prompt=True)
             whole = self.render([("user", "a"), ("assistant", "b")])
@@ -101,7 +105,7 @@ class ChatTemplate:
 
 
 class SpecialTexts:
-    """The texts of special tokens, and where they stand or may come to stand."""
+    """Matcher for the texts of special tokens, including those that could form across the edges of a message."""
 
     def __init__(self, texts: Collection[str]):
         longest_first = sorted(filter(None, texts), key=len, reverse=True)
@@ -120,7 +124,7 @@ class SpecialTexts:
         return cls(texts)
 
     def openings(self, text: str) -> set[int]:
-        """Places of a text whose characters must be hidden, or it, or it and what stands beside it, name a token."""
+        """Positions of characters to hide, so that the text names no token, alone or with its surroundings."""
         places = {match.start() for match in self._opening.finditer(text)}
         for size in range(1, min(self._longest, len(text) + 1)):
             if text[-size:] in self._heads:
@@ -133,7 +137,7 @@ class SpecialTexts:
         return places
 
     def split_end(self, text: str) -> tuple[str, str]:
-        """(what was said, the special tokens at the end); white space that a template puts after them is left out."""
+        """Splits into (answer, special tokens at its end); white space after those is dropped."""
         match = self._end.fullmatch(text)
         return (match["text"], match["end"]) if match else (text, "")
 
@@ -144,7 +148,7 @@ class SpecialTexts:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """Where templates run, with the names that transformers gives them."""
+    """Sandboxed environment for templates, with the names that transformers provides."""
     try:
         import jinja2.ext
         import jinja2.sandbox
@@ -152,7 +156,7 @@ def _environment() -> jinja2.Environment:
         raise UserError('chat templates need jinja2; install it with: pip install "rlhf_jax[hf]"') from None
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} … {% endgeneration %} renders its body between the two marks."""
+        """Tag {% generation %} … {% endgeneration %}, which renders its body between the two marks."""
 
         tags = {"generation"}  # noqa: RUF012, jinja2 declares it so
 
@@ -171,10 +175,10 @@ def _environment() -> jinja2.Environment:
     def to_json(
         value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
-        # Jinja's own escapes what is special in HTML.
+        # Jinja's own filter escapes HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    # One moment for the whole run: a row must not change at midnight.
+    # One time for the whole process: the ids of a row must not change at midnight.
     now = datetime.datetime.now()
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]

@@ -1,6 +1,6 @@
-"""Two ways to encode by a tokenizer.json: tiktoken, where `byte_bpe` shows it exact, and the package `tokenizers`.
+"""Two encoders for a tokenizer.json: tiktoken, if `merges.table_of` shows it to be exact, and the package `tokenizers`.
 
-Both leave the texts of special tokens as they are: they look for added tokens that are not special only.
+Both treat the texts of special tokens as plain text: they match only added tokens that are not special.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 Content = Mapping[str, Any]
-Place = Literal["start", "special", "text"]  # what stands before a text: nothing, a special token, other text
+Place = Literal["start", "special", "text"]  # what precedes a text: nothing, a special token, other text
 
 
 class Added(NamedTuple):
-    """An entry of "added_tokens": text that is found before anything is merged."""
+    """An entry of "added_tokens": text that is matched before any merge."""
 
     id: int
     content: str
@@ -39,14 +39,18 @@ class Added(NamedTuple):
 
 
 def steps(part: Content | None, name: str) -> list[Content]:
-    """The steps of a normalizer, decoder, …, in order. name: the field of a sequence that holds them."""
+    """Lists the steps of a normalizer, decoder, …, in order.
+
+    Args:
+      name: the field in which a sequence holds its steps.
+    """
     if part is None:
         return []
     return [step for inner in part[name] for step in steps(inner, name)] if part["type"] == "Sequence" else [part]
 
 
 def bytes_of(text: str, decoder: Sequence[Content]) -> bytes:
-    """The bytes of one token of a vocabulary, by the decoder's steps."""
+    """Bytes of a token of a vocabulary, by the decoder's steps."""
     for step in decoder:
         kind = step["type"]
         if kind == "ByteLevel":
@@ -62,9 +66,9 @@ def bytes_of(text: str, decoder: Sequence[Content]) -> bytes:
 
 
 class RankEncoder:
-    """tiktoken, with a table of ids beside it: ranks say which merge comes first, ids need not.
+    """tiktoken encoder with a table from ranks to ids: ranks give the order of merges, which ids need not.
 
-    A text with a character that has no token (SmolLM2 lacks seven control characters) is for the package.
+    A text with a character that has no token (SmolLM2 lacks seven control characters) is encoded by the package.
     """
 
     def __init__(
@@ -81,12 +85,12 @@ class RankEncoder:
         self._ids = [id for _, id in table]
         self._unknown, self._package = unknown_characters(ranks.keys()), package
         self._compose = nfc if composes else str
-        # Some are looked for in the text as it is, then others in what has been composed.
+        # Tokens that are not normalized are matched in the original text, the others then in the composed text.
         self._first = _finder([token for token in added if not token.normalized], str)
         self._then = _finder([token for token in added if token.normalized], self._compose)
 
     def encode(self, text: str, place: Place) -> list[int]:
-        """Ids of the text, wherever it stands."""
+        """Ids of the text; the same at every place."""
         if self._unknown.search(self._compose(text)):
             return self._package().encode(text, place)
         ids: list[int] = []
@@ -100,7 +104,7 @@ class RankEncoder:
 
 
 def _finder(added: Sequence[Added], compose: Callable[[str], str]) -> Callable[[str], Iterable[str | int]]:
-    """Cuts a text at the added tokens in it, each given as its id; the longest of several that start together."""
+    """Returns a function that splits a text at added tokens, each given as its id; the longest match wins."""
     ids = {compose(token.content): None if token.special else token.id for token in added}
     if not any(id is not None for id in ids.values()):
         return lambda text: [text]
@@ -110,7 +114,7 @@ def _finder(added: Sequence[Added], compose: Callable[[str], str]) -> Callable[[
         start = 0
         for match in pattern.finditer(text):
             id = ids[match[0]]
-            # A special token is passed over, and with it what else might be found inside.
+            # A special token is skipped, and with it any added token inside its text.
             if id is not None:
                 yield from (text[start : match.start()], id)
                 start = match.end()
@@ -120,7 +124,7 @@ def _finder(added: Sequence[Added], compose: Callable[[str], str]) -> Callable[[
 
 
 class PackageEncoder:
-    """The package `tokenizers`, for all that tiktoken cannot do: SentencePiece's BPE, Unigram, other patterns."""
+    """Encoder with the package `tokenizers`, for SentencePiece's BPE, Unigram and other patterns."""
 
     def __init__(self, content: Content, name: str):
         self._content = {**content, "truncation": None, "padding": None, "post_processor": None}
@@ -129,9 +133,10 @@ class PackageEncoder:
         self.at("start")
 
     def at(self, place: Place) -> tokenizers.Tokenizer:
-        """The tokenizer for text at a place: only a text's start gets a space put before it.
+        """Tokenizer for text at a place: a leading space is added only at the start of a text.
 
-        Raises: UserError if the package is not installed or cannot read the file.
+        Raises:
+          UserError: if the package is not installed or cannot read the file.
         """
         if place in self._made:
             return self._made[place]
@@ -149,7 +154,7 @@ class PackageEncoder:
         }
         try:
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-        # The package raises no narrower one.
+        # The package raises nothing more specific.
         except Exception as error:  # noqa: BLE001
             raise UserError(f"{self._name}: tokenizer.json: {' '.join(str(error).split())[:200]}") from None
         tokenizer.encode_special_tokens = True
@@ -157,18 +162,18 @@ class PackageEncoder:
         return tokenizer
 
     def encode(self, text: str, place: Place) -> list[int]:
-        """Ids of the text at a place of a running text."""
+        """Ids of text at a place."""
         return list(self.at(place).encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The package's own decoding of a row."""
+        """Decodes a row with the package."""
         return str(self.at("start").decode(ids, skip_special_tokens=True))
 
 
 def _placed(part: Content | None, place: Place) -> Content | None:
-    """A normalizer or pre-tokenizer for text at a place, without the space that is not put before it there.
+    """A normalizer or pre-tokenizer for text at a place, without the leading space if none is added there.
 
-    Prepend and ByteLevel put one after each special token, too; Metaspace does if its scheme is "always".
+    Prepend and ByteLevel also add one after each special token; Metaspace does if its scheme is "always".
     """
     if part is None or place == "start":
         return part

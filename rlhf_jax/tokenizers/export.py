@@ -1,4 +1,4 @@
-"""Our own tokenizer as Hugging Face's libraries read one: tokenizer.json and tokenizer_config.json."""
+"""Export of a `Tokenizer` to the Hugging Face format: tokenizer.json and tokenizer_config.json."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of a tokenizer.json that gives our ids in transformers, bos before a text.
+    """Content of a tokenizer.json that gives the same ids in transformers, with bos at the start of a text.
 
-    Raises: UserError if the pattern may mean something else to Hugging Face's regex engine, or a token is named as one
-      of our special ones.
+    Raises:
+      UserError: if the pattern may mean something else to Hugging Face's regex engine, or a token has the text of a
+        special one.
     """
     ids = {tokenizer.token_bytes(id): id for id in range(tokenizer.eos_id)}
     ids.pop(b"", None)
@@ -30,17 +31,17 @@ def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
     taken = [name for name in special if name in vocab]
     if taken:
         raise UserError(
-            f"tokenizer {tokenizer.name}: found a token {taken[0]!r}, wanted none: a special one is so called"
+            f"tokenizer {tokenizer.name}: expected no token with the text of a special one, got {taken[0]!r}"
         )
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     pre_tokenizer: dict[str, Any] = level
-    # Where nothing is merged, any cut will do.
+    # Without merges, any split gives the same ids.
     if tokenizer.pattern != BYTES_PATTERN or merges:
         pattern = to_oniguruma(tokenizer.pattern)
         if pattern is None:
             raise UserError(
-                f"tokenizer {tokenizer.name}: found the pattern {tokenizer.pattern!r}, wanted one that Hugging Face's "
-                "regex engine reads as tiktoken's does"
+                f"tokenizer {tokenizer.name}: expected a pattern that Hugging Face's regex engine reads as tiktoken's "
+                f"does, got {tokenizer.pattern!r}"
             )
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, level]}
@@ -68,7 +69,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            # tiktoken finds a piece of text that is a token without merging anything.
+            # tiktoken encodes a piece that is itself a token without merging.
             "ignore_merges": not all_made,
             "vocab": vocab | special,
             "merges": [[to_letters(left), to_letters(right)] for left, right in merges],
@@ -77,7 +78,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def to_hugging_face_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of the tokenizer_config.json beside it."""
+    """Content of the matching tokenizer_config.json."""
     ids = {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -88,7 +89,7 @@ def to_hugging_face_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_folder(tokenizer: TextTokenizer, folder: str | Path) -> None:
-    """Writes a tokenizer of either kind as the files that transformers reads."""
+    """Writes a tokenizer of either kind in the files that transformers reads."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.write_folder(folder)
     elif isinstance(tokenizer, Tokenizer):
@@ -99,4 +100,4 @@ def write_folder(tokenizer: TextTokenizer, folder: str | Path) -> None:
             text = json.dumps(part, ensure_ascii=False, indent=2) + "\n"
             (Path(folder) / name).write_bytes(text.encode("utf-8"))
     else:
-        raise TypeError(f"{type(tokenizer).__name__}, wanted a Tokenizer or a HuggingFaceTokenizer")
+        raise TypeError(f"tokenizer: expected a Tokenizer or a HuggingFaceTokenizer, got {type(tokenizer).__name__}")

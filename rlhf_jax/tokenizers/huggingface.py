@@ -1,8 +1,8 @@
-"""A published model's tokenizer, from the files that Hugging Face's libraries keep: tokenizer.json and those beside it.
+"""Tokenizer of a published model, from Hugging Face files: tokenizer.json, tokenizer_config.json and others.
 
-Where a tiktoken encoding gives the same ids for every text (`byte_bpe.table_of`), tiktoken encodes; else the package
-`tokenizers` does. Two things differ from transformers on purpose. The text of a special token is plain text, always.
-And pad is never eos: a model that has no pad of its own gets an id above its embedding.
+If a tiktoken encoding gives the same ids for every text (`merges.table_of`), tiktoken encodes; else the package
+`tokenizers` does. Two things differ from transformers on purpose. The text of a special token is always plain text. And
+pad is never eos: a model without a separate pad token gets a pad id above its embedding.
 """
 
 from __future__ import annotations
@@ -30,20 +30,24 @@ _LONGEST_SPACE = 250_000
 
 
 class HuggingFaceTokenizer:
-    """A published model's tokenizer; immutable, equal when its fingerprint is.
+    """Tokenizer of a published model; immutable, equal if the fingerprints are.
 
-    vocab_size is the largest id that has a token, plus one: rows of the embedding above it, which only round it up, are
-    never sampled. pad_id may be `rows`, one above the embedding: it needs a row of its own and has no logit.
+    vocab_size is the largest id with a token, plus one: embedding rows above it, which only round up the size, are
+    never sampled. pad_id may be `rows`, one above the embedding: it has no embedding row in the model and no logit.
     """
 
     def __init__(self, files: Mapping[str, str], *, rows: int, name: str, ids: Ids):
-        """Args:
+        """Makes a tokenizer from the content of its files.
+
+        Args:
           files: name -> text: tokenizer.json, and tokenizer_config.json, special_tokens_map.json, chat_template.jinja.
           rows: rows of the model's embedding.
-          name: what a report calls it; not part of the fingerprint.
-          ids: "bos", "eos" and "pad" as the model's configuration has them, for what the files do not say; a list
-            of several eos ids adds to stop_ids, as does the end of a turn in the chat template.
-        Raises: UserError naming the file and what is missing or wrong in it.
+          name: name for reports; not part of the fingerprint.
+          ids: "bos", "eos" and "pad" from the model's config, used if the files do not specify them; several eos ids
+            are added to stop_ids, as is the end of a turn in the chat template.
+
+        Raises:
+          UserError: naming the file and what is missing or wrong in it.
         """
         self.name = name
         self.rows = rows
@@ -60,11 +64,18 @@ class HuggingFaceTokenizer:
         except UserError:
             raise
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise UserError(f"{name}: tokenizer.json: {type(error).__name__}: {error}; is the file whole?") from None
+            raise UserError(f"{name}: tokenizer.json: {type(error).__name__}: {error}; is the file complete?") from None
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, rows: int) -> HuggingFaceTokenizer:
-        """The tokenizer of a model's folder, as `save_pretrained` and the Hub lay it out. rows: of its embedding."""
+        """Loads the tokenizer of a model folder, in the layout of `save_pretrained` and the Hub.
+
+        Args:
+          rows: rows of the model's embedding.
+
+        Raises:
+          UserError: if tokenizer.json is missing, or a file is damaged.
+        """
         folder = Path(folder)
         files = {name: text for name in _FILES if (text := _read(folder / name)) is not None}
         if "tokenizer.json" not in files:
@@ -73,11 +84,11 @@ class HuggingFaceTokenizer:
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
         ids: dict[str, Any] = {}
-        # What is said for sampling goes before what is said for the model.
+        # generation_config.json, read last, takes precedence over config.json.
         for name in ("config.json", "generation_config.json"):
             text = _read(folder / name)
-            found = _parse({name: text}, name, str(folder)) if text is not None else {}
-            ids |= {role: found[f"{role}_token_id"] for role in ROLES if found.get(f"{role}_token_id") is not None}
+            config = _parse({name: text}, name, str(folder)) if text is not None else {}
+            ids |= {role: config[f"{role}_token_id"] for role in ROLES if config.get(f"{role}_token_id") is not None}
         return cls(files, rows=rows, name=folder.resolve().name, ids=ids)
 
     @classmethod
@@ -90,7 +101,7 @@ class HuggingFaceTokenizer:
         name: str,
         ids: Ids | None = None,
     ) -> HuggingFaceTokenizer:
-        """The same of the parsed content of tokenizer.json and tokenizer_config.json, whoever made it."""
+        """Makes a tokenizer from the parsed content of tokenizer.json and tokenizer_config.json."""
         files = {
             "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
@@ -99,7 +110,11 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], path: str | Path) -> HuggingFaceTokenizer:
-        """What `save` wrote, parsed; `load_tokenizer` calls it. Raises: UserError naming path."""
+        """Makes a tokenizer from the parsed file of `save`; called by `load_tokenizer`.
+
+        Raises:
+          UserError: naming the path, if the file is damaged.
+        """
         try:
             tokenizer = cls(dict(saved["files"]), rows=saved["rows"], name=saved["name"], ids=saved["ids"])
         except UserError as error:
@@ -111,20 +126,20 @@ class HuggingFaceTokenizer:
         return tokenizer
 
     def save(self, path: str | Path) -> None:
-        """Writes everything it is as one JSON text; `load_tokenizer` needs nothing else."""
+        """Writes the full tokenizer as JSON; `load_tokenizer` needs nothing else."""
         ids = self._ids | {"eos": list(self.stop_ids)}
         content = {"kind": "huggingface", "backend": self.backend, "rows": self.rows, "ids": ids}
         write_saved(path, self, {**content, "files": self.files})
 
     def write_folder(self, folder: str | Path) -> None:
-        """Writes the files that it was made of, byte for byte, for transformers to read."""
+        """Writes the original files, byte for byte, for transformers to read."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
             (Path(folder) / name).write_bytes(text.encode("utf-8"))
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of all that decides the ids of a text or of messages."""
+        """Hex SHA-256 of everything that determines the ids of a text or of messages."""
         content = {key: value for key, value in self._content.items() if key not in ("truncation", "padding")}
         template = self.chat_template
         parts = [content, self.eos_id, self.bos_id, self.pad_id, self.start_ids, self.stop_ids, self.special_tokens]
@@ -132,21 +147,24 @@ class HuggingFaceTokenizer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("ascii")).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, as transformers has them with `add_special_tokens=False, split_special_tokens=True`.
+        """Ids of plain text, as in transformers with `add_special_tokens=False, split_special_tokens=True`.
 
-        Only white space of more than 250,000 characters, which tiktoken must be given in parts, may be cut elsewhere.
-        Raises: UserError if text holds a lone surrogate, or something that the model itself makes a special token of.
+        Only white space of more than 250,000 characters, which is passed to tiktoken in parts, may be split elsewhere.
+
+        Raises:
+          UserError: if text contains a lone surrogate, or a text that the model's own table makes a special token.
         """
         return self._encode(text, "start")
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of text that goes on after other text: without the space that SentencePiece puts before a text."""
+        """Ids of text that continues other text, without the leading space that SentencePiece adds to a text."""
         return self._encode(text, "text")
 
     def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
-        """Ids of each section of one running text, tokenised apart, where a special token's text is that token.
+        """Ids of each section of one text, tokenized separately; the text of a special token becomes that token.
 
-        stand_ins: characters to put back once special tokens are found, as `str.translate` takes them.
+        Args:
+          stand_ins: characters to restore once special tokens are found, as for `str.translate`.
         """
         rows: list[list[int]] = []
         place: Place = "start"
@@ -166,10 +184,12 @@ class HuggingFaceTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, special ids dropped; bytes that are no UTF-8 become U+FFFD.
+        """Text of the ids, without special ids; bytes that are not UTF-8 become U+FFFD.
 
-        A tokenizer that puts a space before a text takes it away again from the row's front, whatever stands there.
-        Raises: UserError for an id outside the vocabulary.
+        A tokenizer that adds a leading space to a text also strips one from the front of any row.
+
+        Raises:
+          UserError: for an id outside the vocabulary.
         """
         plain = [id for id in map(self._checked, ids) if id not in self.special_ids]
         if isinstance(self._encoder, PackageEncoder):
@@ -180,7 +200,7 @@ class HuggingFaceTokenizer:
         return [self.decode(row) for row in rows]
 
     def token_bytes(self, id: int) -> Token:
-        """The bytes of one token wherever it stands, b"" for a special id and for an id without a token."""
+        """Bytes of a token, the same at every place; b"" for a special id and for an id without a token."""
         id = self._checked(id)
         return b"" if id in self.special_ids else self._bytes.get(id, b"")
 
@@ -193,25 +213,29 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def _bytes(self) -> dict[int, Token]:
         decoder = steps(self._content.get("decoder"), "decoders")
-        found = {id: bytes_of(text, decoder) for text, id in self._vocab.items()}
-        return found | {added.id: added.content.encode("utf-8") for added in self._added}
+        tokens = {id: bytes_of(text, decoder) for text, id in self._vocab.items()}
+        return tokens | {added.id: added.content.encode("utf-8") for added in self._added}
 
     def _encode(self, text: str, place: Place) -> list[int]:
         longest = _LONGEST_SPACE if self.backend == "tiktoken" else max(len(text), 1)
         return [id for piece in pieces(text, longest) for id in self._refused(self._encoder.encode(piece, place))]
 
     def _refused(self, ids: list[int]) -> list[int]:
-        """The ids. Raises: UserError if there is a special one among them, which only some models' own tables make."""
+        """Returns the ids.
+
+        Raises:
+          UserError: if a special one is among them, which only the tables of some models produce.
+        """
         if not self._never.isdisjoint(ids):
             id = next(id for id in ids if id in self._never)
             name = next(name for name, special in self.special_tokens.items() if special == id)
             raise UserError(
-                f"tokenizer {self.name}: found {name!r} in a text, wanted none: it would be a special token"
+                f"tokenizer {self.name}: expected a text without {name!r}, which would become a special token"
             )
         return ids
 
     def _cut(self, text: str) -> Iterator[str | int]:
-        """The text, cut at the special tokens that it names; they may take the white space beside them away."""
+        """Splits the text at special tokens, given as their ids; some strip the white space next to them."""
         start = 0
         for match in self._special_pattern.finditer(text):
             yield text[start : match.start()]
@@ -230,15 +254,15 @@ class HuggingFaceTokenizer:
         return re.compile("|".join(parts) if parts else "(?!)")
 
     def _roles(self, config: Mapping[str, Any]) -> None:
-        """Sets the ids that have a part to play, and the chat template."""
+        """Sets the special ids and the chat template."""
         names = {**self._vocab, **{added.content: added.id for added in self._added}}
         texts = {id: text for text, id in names.items()}
         variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}
         eos, bos, pad = (self._role(role, config, names.get(variables.get(f"{role}_token", ""))) for role in ROLES)
         if eos is None or eos not in texts:
             raise UserError(
-                f"{self.name}: found no end-of-text token, wanted 'eos_token' in tokenizer_config.json or "
-                "'eos_token_id' in config.json"
+                f"{self.name}: expected 'eos_token' in tokenizer_config.json or 'eos_token_id' in config.json, got no "
+                "end-of-text token"
             )
         self.eos_id: int = eos
         self.bos_id: int | None = bos if bos is not None and bos in texts else None
@@ -250,7 +274,7 @@ class HuggingFaceTokenizer:
         marked = {added.id for added in self._added if added.special}
         stops = [eos, *(id for id in self._ids["eos"] if id in texts)]
         if self.chat_template is not None:
-            # Gemma's turns end otherwise than its texts, and not every file says so.
+            # Gemma ends turns with another token than texts, and not every file lists it.
             end = self.chat_template.turn_end([texts[id] for id in sorted(texts) if id in marked or id == eos])
             stops += [names[end]] if end is not None else []
         self.stop_ids = tuple(dict.fromkeys(stops))
@@ -258,29 +282,29 @@ class HuggingFaceTokenizer:
         above = [id for id in texts if id >= self.rows and (id not in marked or id in taken)]
         if above:
             raise UserError(
-                f"{self.name}: tokenizer.json: found id {above[0]} of {texts[above[0]]!r}, wanted one below "
-                f"{self.rows}, the rows of the model's embedding"
+                f"{self.name}: tokenizer.json: expected an id below {self.rows}, the rows of the model's embedding, "
+                f"got {above[0]} of {texts[above[0]]!r}"
             )
         self.vocab_size = max(id for id in texts if id < self.rows) + 1
-        # Some models pad with a token of ordinary text; it is no pad to us.
+        # Some models pad with a token that also occurs in text; it cannot be used as pad.
         self.pad_id = self.rows if pad is None or pad not in marked - taken or pad >= self.rows else pad
         special = marked | taken
         self.special_tokens = {texts[id]: id for id in sorted(texts) if id in special and id < self.rows}
         self.special_ids = frozenset(self.special_tokens.values()) | {self.pad_id}
-        # A character that the model does not know is its <unk>, which is no way to end or hide anything.
+        # An unknown character becomes <unk>, which is allowed: it neither ends nor masks anything.
         model = self._content["model"]
         unknown = model.get("unk_id") if model.get("unk_token") is None else names.get(model["unk_token"])
         self._never = frozenset(special) - ({unknown} - taken)
 
     def _role(self, role: str, config: Mapping[str, Any], named: int | None) -> int | None:
-        """The id that tokenizer_config.json names, else the one of the model's configuration."""
-        # A null is an answer for bos: Qwen's config.json names a bos that the model never saw.
+        """The id named in tokenizer_config.json, else that of the model's config."""
+        # A null bos_token means no bos: Qwen's config.json has a bos id with which the model was never trained.
         if named is not None or (role == "bos" and "bos_token" in config) or not self._ids[role]:
             return named
         return self._ids[role][0]
 
     def _starts(self) -> tuple[int, ...]:
-        """What tokenizer.json puts before a text. transformers, too, asks no `add_bos_token` beside it."""
+        """Ids that tokenizer.json adds before a text. Like transformers, this ignores `add_bos_token`."""
         starts: list[int] = []
         for step in steps(self._content.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
@@ -299,7 +323,7 @@ class HuggingFaceTokenizer:
         return ChatTemplate(source, variables) if isinstance(source, str) else ChatTemplate.named(source, variables)
 
     def _choose_encoder(self) -> RankEncoder | PackageEncoder:
-        """tiktoken where it is exact, which sets `backend`."""
+        """Chooses tiktoken if it is exact, and sets `backend`."""
         package = functools.cache(lambda: PackageEncoder(self._content, self.name))
         normalizer = self._content.get("normalizer")
         pattern = pattern_of(self._content.get("pre_tokenizer"))
@@ -322,7 +346,7 @@ class HuggingFaceTokenizer:
 
 
 def _read(path: Path) -> str | None:
-    """The file's text, byte for byte; None if there is no such file."""
+    """Reads a file without newline conversion; None if it does not exist."""
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -332,7 +356,7 @@ def _read(path: Path) -> str | None:
 
 
 def _parse(files: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
-    """The JSON object that a file holds; {} if there is no such file."""
+    """Parses the JSON object in a file; {} if it does not exist."""
     if name not in files:
         return {}
     try:
@@ -340,25 +364,25 @@ def _parse(files: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {name}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{where}: {name}: found {type(content).__name__}, wanted a JSON object")
+        raise UserError(f"{where}: {name}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
 def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
     vocab = content["model"]["vocab"]
-    # Unigram lists [token, score]; the place is the id.
+    # Unigram lists [token, score]; the index is the id.
     return dict(vocab) if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
 
 
 def _as_list(role: str, ids: int | Sequence[int] | None) -> list[int]:
-    found = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in found):
-        raise UserError(f"{role}_token_id: found {ids!r}, wanted an id or a list of ids")
-    return found
+    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in listed):
+        raise UserError(f"{role}_token_id: expected an id or a list of ids, got {ids!r}")
+    return listed
 
 
 def _text(value: object) -> str | None:
-    """The text of a token in tokenizer_config.json, where it is a string or an object with its "content"."""
+    """Text of a token in tokenizer_config.json, given as a string or as an object with "content"."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else None

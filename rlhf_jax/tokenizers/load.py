@@ -1,4 +1,4 @@
-"""Tokenizers of run folders, read back."""
+"""Loading of the tokenizers of run folders."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from rlhf_jax.tokenizers.protocol import FORMAT, FORMAT_VERSION, TextTokenizer, 
 
 
 def load_tokenizer(path: str | Path) -> TextTokenizer:
-    """The tokenizer that `save` wrote, of either kind.
+    """Loads a tokenizer of either kind that `save` wrote.
 
-    Raises: UserError naming the file and what is wrong with it.
+    Raises:
+      UserError: naming the file and the problem.
     """
     try:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable tokenizer file: {one_line(error)}") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UserError(f"{path}: not a tokenizer file; wanted the tokenizer.json of a run folder")
+        raise UserError(f"{path}: expected the tokenizer.json of a run folder, got another file")
     if saved.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version {saved.get('format_version')!r}, wanted {FORMAT_VERSION}")
+        raise UserError(f"{path}: format_version: expected {FORMAT_VERSION}, got {saved.get('format_version')!r}")
     if saved.get("kind") == "huggingface":
-        # Only models from Hugging Face need its packages.
+        # Imported here: only models from Hugging Face need its packages.
         from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer.from_saved(saved, path)

@@ -1,11 +1,11 @@
-"""Byte-level BPE: Hugging Face's list of merges and tiktoken's table of ranks, and when both are one tokenizer.
+"""Byte-level BPE: conversion between Hugging Face's list of merges and tiktoken's table of ranks.
 
-A list merges the pairs that it names, the earliest first. A table merges any two neighbours whose bytes together are a
-token, the lowest rank first. They agree on every text if each token of the table, encoded alone, comes down to two
-parts that the list merges into it, at that token's place in the order. For let x and y be neighbours in some text whose
-bytes together are token m. Nothing was ever merged across the two ends of xy, or one of the ends would be gone; so what
-is inside was merged as if it stood alone, and x, y are the two parts that m comes down to alone. Hence a table only
-ever has the choices that the list has, and takes the same.
+A list merges the pairs that it contains, earliest first. A table merges any two neighbours whose joined bytes are a
+token, lowest rank first. They agree on every text if each token of the table, encoded alone, reduces to two parts that
+the list merges into it, with the merges in the same order as the ranks. Proof: let x and y be neighbours in some text
+whose joined bytes are token m. Nothing was ever merged across the two ends of xy, or one of the ends would no longer
+exist; so the inside was merged as it is when m stands alone, and x, y are the two parts to which m alone reduces.
+Hence the table only ever has the choices of the list, and makes the same ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 Pair = tuple[bytes, bytes]
 
-# How text is cut before anything is merged; the names are those of the models that brought the patterns up.
+# Patterns that split text before merging, named after the models that introduced them.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -31,21 +31,21 @@ O200K = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _OURS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-# They match every character, so nothing is lost between two matches, and mean the same to Oniguruma, which Hugging
-# Face uses, as to the Rust engine below tiktoken.
+# Each matches every character, so nothing is lost between two matches, and means the same to Oniguruma, which Hugging
+# Face uses, as to tiktoken's Rust engine.
 PATTERNS = frozenset((GPT2, LLAMA3, QWEN2, O200K, _OURS))
-# GPT-2's pattern where each digit was cut off before: a digit ends a run of white space as the end of the text does.
-# Hugging Face counts as digits a few that are too new for the engine's \p{N}.
+# GPT-2's pattern after digits were split off: a digit ends a run of white space as the end of the text does. Hugging
+# Face counts a few characters as digits that are too new for the engine's \p{N}.
 _DIGIT = r"\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}"
 _GPT2_DIGITS = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+|[{_DIGIT}]| ?[^\s\p{{L}}{_DIGIT}]+|\s+(?![^\s{_DIGIT}])|\s+"
-# What tiktoken's named encodings write otherwise than Oniguruma reads it.
+# Syntax in tiktoken's named encodings -> equivalent syntax for Oniguruma.
 _TO_ONIGURUMA = {
     r"\s++$": r"\s++\z",
     r"\p{N}{1,3}+": r"(?>\p{N}{1,3})",
     r"(?s).{1,64}": r"(?m:.{1,64})",
 }
 
-# Marks that are newer than the Unicode 9 by which Hugging Face normalises: it neither moves nor composes them.
+# Combining marks newer than Unicode 9, which Hugging Face normalizes by: it neither reorders nor composes them.
 _NEW_MARKS = re.compile(
     "([\u05c8-\u05c9\u07fd\u0897-\u089f\u08ca-\u08d3\u09fe\u0c3c\u0d3b-\u0d3c\u0eba\u1715\u1abf-\u1af0\u1df6-\u1dfa\ua82c"
     "\U000105c9\U000105d2\U000105da\U000105e4\U00010d24-\U00010d27\U00010d69-\U00010d6d\U00010eab-\U00010eac"
@@ -59,7 +59,7 @@ _NEW_MARKS = re.compile(
 
 @functools.cache
 def _letters() -> list[str]:
-    """The letter that stands for each byte in a vocabulary: itself if it prints, else the next from U+0100."""
+    """The letter for each byte in a vocabulary: itself if printable, else the next from U+0100."""
     prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in prints else next(others)) for byte in range(256)]
@@ -71,13 +71,13 @@ def _bytes_of_letters() -> dict[str, int]:
 
 
 def to_letters(token: bytes) -> str:
-    """A token as vocabularies write it: b" a" is "Ġa"."""
+    """Writes a token as in vocabularies: b" a" is "Ġa"."""
     letters = _letters()
     return "".join(letters[byte] for byte in token)
 
 
 def from_letters(text: str) -> bytes | None:
-    """The token that `to_letters` wrote; None if some character stands for no byte."""
+    """Inverse of `to_letters`; None if a character does not represent a byte."""
     table = _bytes_of_letters()
     try:
         return bytes([table[letter] for letter in text])
@@ -85,11 +85,11 @@ def from_letters(text: str) -> bytes | None:
         return None
 
 
-_NEVER = 1 << 62  # the rank of what is no token
+_NEVER = 1 << 62  # the rank of bytes that are not a token
 
 
 def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> Pair | None:
-    """The two parts that a token of two bytes or more comes down to alone; None if it stays in three or more."""
+    """The two parts to which a token of two or more bytes reduces alone; None if three or more parts remain."""
     ends = list(range(len(token) + 1))
     order = [ranks.get(token[at : at + 2], _NEVER) for at in range(len(token) - 1)]
     while len(ends) > 3:
@@ -106,9 +106,9 @@ def last_pair(token: bytes, ranks: Mapping[bytes, int]) -> Pair | None:
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> tuple[list[Pair], bool]:
-    """(the list of merges of a table, whether it makes every token).
+    """Returns (list of merges of a table, True if it makes every token).
 
-    A token that the list does not make is found only where it is a piece of text by itself.
+    A token that the list does not make is used only if it is a full piece of text.
     """
     pairs = [last_pair(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
     made = [pair for pair in pairs if pair is not None]
@@ -116,12 +116,15 @@ def merges_of(ranks: Mapping[bytes, int]) -> tuple[list[Pair], bool]:
 
 
 def table_of(model: Mapping[str, Any], special: Collection[int]) -> list[tuple[bytes, int]] | None:
-    """(token, id) in the order of their ranks, of the table that gives what a `tokenizer.json`'s model gives.
+    """Table of ranks that encodes like the model in a `tokenizer.json`.
 
     Args:
       model: its field "model".
-      special: ids that no text may be given; their tokens are left out.
-    Returns: None where no table does, or none was shown to. A byte may be without a token: `unknown_characters`.
+      special: ids that no text may encode to; their tokens are left out.
+
+    Returns:
+      (token, id) in the order of the ranks; None unless the table is shown to be exact. A byte may have no token, see
+      `unknown_characters`.
     """
     plain = model.get("type") == "BPE" and not model.get("dropout") and not model.get("byte_fallback")
     if not plain or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -135,7 +138,7 @@ def table_of(model: Mapping[str, Any], special: Collection[int]) -> list[tuple[b
     ranks = {bytes([byte]): byte for byte in range(256) if bytes([byte]) in ids}
     for made, places in rules.items():
         ranks[made] = 256 + min(places.values())
-    # The model takes a piece of text that is a token as that token before it merges anything; tiktoken always does.
+    # With ignore_merges, a piece that is itself a token is encoded as that token without merging, as in tiktoken.
     if model.get("ignore_merges"):
         last = 256 + len(model["merges"])
         ranks.update((token, last + n) for n, token in enumerate(sorted(ids.keys() - ranks.keys())))
@@ -153,13 +156,13 @@ def table_of(model: Mapping[str, Any], special: Collection[int]) -> list[tuple[b
     order = sorted(place, key=ranks.__getitem__)
     if order != sorted(place, key=place.__getitem__):
         return None
-    # As a piece of its own is the only way left to such a token.
+    # A token in `never` can only be used as a full piece, which needs ignore_merges.
     kept = [token for token in sorted(ranks, key=ranks.__getitem__) if token not in never or model.get("ignore_merges")]
     return [(token, ids[token]) for token in kept]
 
 
 def unknown_characters(tokens: Collection[bytes]) -> re.Pattern[str]:
-    """Matches a character whose first byte in UTF-8 is none of the tokens."""
+    """Pattern that matches a character whose first byte in UTF-8 is not a token."""
     parts = []
     for byte in (*range(0x80), *range(0xC2, 0xF5)):
         if bytes([byte]) not in tokens:
@@ -170,12 +173,12 @@ def unknown_characters(tokens: Collection[bytes]) -> re.Pattern[str]:
     return re.compile(f"[{''.join(parts)}]" if parts else "(?!)")
 
 
-_CONTINUES = range(0x80, 0xC0)  # the bytes of a character in UTF-8 after its first
-_SHORTEST = (0, 0x80, 0x800, 0x10000)  # the first character of so many bytes after its first
+_CONTINUES = range(0x80, 0xC0)  # continuation bytes in UTF-8
+_SHORTEST = (0, 0x80, 0x800, 0x10000)  # the first character with 0, 1, 2 or 3 continuation bytes
 
 
 def _rules(merges: Collection[str | list[str]]) -> dict[bytes, dict[Pair, int]] | None:
-    """{token: {pair: place in the list}}; None if a pair stands twice or is no pair of byte-level tokens."""
+    """Maps token -> pair -> place in the list; None if a pair occurs twice or is not of byte-level tokens."""
     rules: dict[bytes, dict[Pair, int]] = {}
     for place, merge in enumerate(merges):
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -190,7 +193,7 @@ def _rules(merges: Collection[str | list[str]]) -> dict[bytes, dict[Pair, int]] 
 
 
 def pattern_of(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
-    """tiktoken's pattern for the field "pre_tokenizer" of a tokenizer.json; None if it has none that is exact."""
+    """Exact tiktoken pattern for the field "pre_tokenizer" of a tokenizer.json; None if there is none."""
     match _flat(pre_tokenizer):
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             return r"(?s).+"
@@ -216,7 +219,7 @@ def _flat(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def to_oniguruma(pattern: str) -> str | None:
-    """A pattern of tiktoken's as Hugging Face must be given it; None if it may mean something else there."""
+    """Converts a tiktoken pattern for Hugging Face; None if it might mean something else there."""
     for ours, theirs in _TO_ONIGURUMA.items():
         pattern = pattern.replace(ours, theirs)
     odd = "$" in pattern or "(?s" in pattern or "(?x" in pattern or "[[" in pattern or "&&" in pattern
@@ -224,7 +227,7 @@ def to_oniguruma(pattern: str) -> str | None:
 
 
 def nfc(text: str) -> str:
-    """Unicode's composed form, as Hugging Face makes it."""
+    """Unicode normalization form NFC, as Hugging Face computes it."""
     if text.isascii() or unicodedata.is_normalized("NFC", text):
         return text
     return "".join(

@@ -1,4 +1,4 @@
-"""What every tokenizer has, and the file that one is saved to."""
+"""Interface of the tokenizers, and the file format in which they are saved."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Token = bytes  # inside a tokenizer class, `bytes` is a constructor
 
 
 class TextTokenizer(Protocol):
-    """What `bpe.Tokenizer` and `huggingface.HuggingFaceTokenizer` have in common."""
+    """Common interface of `bpe.Tokenizer` and `huggingface.HuggingFaceTokenizer`."""
 
     @property
     def name(self) -> str: ...
     @property
     def vocab_size(self) -> int:
-        """Ids from 0 that may be sampled or encoded; pad_id may be one above them."""
+        """Number of ids that may be sampled or encoded; pad_id may be one above them."""
         ...
 
     @property
@@ -30,19 +30,19 @@ class TextTokenizer(Protocol):
     def bos_id(self) -> int | None: ...
     @property
     def pad_id(self) -> int:
-        """Neither eos, nor bos, nor in stop_ids."""
+        """Id for padding; neither eos, nor bos, nor in stop_ids."""
         ...
 
     @property
     def special_ids(self) -> frozenset[int]: ...
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """Texts that a chat template may write for a special token; `encode` takes them as plain text."""
+        """Texts of the special tokens that a chat template may write; `encode` treats them as plain text."""
         ...
 
     @property
     def start_ids(self) -> tuple[int, ...]:
-        """What stands before a text; may be empty."""
+        """Ids at the start of every text; may be empty."""
         ...
 
     @property
@@ -58,13 +58,14 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]: ...
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of text that goes on after other text; `encode` may put a space before it, as SentencePiece does."""
+        """Ids of text that continues other text; `encode` may add a leading space, as SentencePiece does."""
         ...
 
     def encode_sections(self, sections: Sequence[str], stand_ins: Mapping[int, str]) -> list[list[int]]:
-        """Ids of each section of one running text, tokenised apart, where a special token's text is that token.
+        """Ids of each section of one text, tokenized separately; the text of a special token becomes that token.
 
-        stand_ins: characters to put back once special tokens are found, as `str.translate` takes them.
+        Args:
+          stand_ins: characters to restore once special tokens are found, as for `str.translate`.
         """
         ...
 
@@ -75,7 +76,11 @@ class TextTokenizer(Protocol):
 
 
 def write_saved(path: str | Path, tokenizer: TextTokenizer, content: Mapping[str, object]) -> None:
-    """Writes the file that `load_tokenizer` reads. content: what the tokenizer is made of."""
+    """Writes the file that `load_tokenizer` reads.
+
+    Args:
+      content: further fields, which define the tokenizer.
+    """
     saved = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -85,12 +90,12 @@ def write_saved(path: str | Path, tokenizer: TextTokenizer, content: Mapping[str
         "special_ids": {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id},
         **content,
     }
-    # A crash half-way must leave the old file or the new one.
+    # Written atomically: a crash must leave the old file or the new one.
     partial = Path(f"{path}.partial")
     partial.write_text(json.dumps(saved, indent=0, ensure_ascii=True) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error on one line, cut at 200 characters."""
+    """The text of an error on one line, truncated to 200 characters."""
     return " ".join(str(error).split())[:200]
