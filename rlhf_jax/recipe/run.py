@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -188,7 +191,10 @@ def run_seed(config: RecipeConfig) -> None:
     summary |= {"reward.labeller_agreement": agreement, "seed": config.seed}
     clock.lap("measure")
     processes.by_first(lambda: tell(config, console, clock, summary))
-    console.print(f"try it: rlhf-jax generate {optimised.run.path} --prompt ' find longest match (a, b) ->'")
+    # A path that works where the environment is not activated; not wrapped, so that it survives a paste.
+    program = "rlhf-jax" if shutil.which("rlhf-jax") else f"{os.path.relpath(sys.executable)} -m rlhf_jax"
+    prompt = " find longest match (a, b) ->"
+    console.print(f"try it: {program} generate {optimised.run.path} --prompt '{prompt}'", soft_wrap=True)
 
 
 def tell(config: RecipeConfig, console: rich.console.Console, clock: Clock, summary: dict[str, Any]) -> None:

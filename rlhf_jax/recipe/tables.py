@@ -61,7 +61,7 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
          f"at temperature 0.7: {s['sft.topic_share_shown']:.2f} to {s['ppo.topic_share_shown']:.2f}"),
         ("sensible: that, finished, all words", stages(s, "sensible_share"),
          f"at temperature 0.7: {stages(s, 'sensible_share_shown')}"),
-        ("and no word said twice", stages(s, "sensible_fluent_share"),
+        ("and no word twice", stages(s, "sensible_fluent_share"),
          f"at temperature 0.7: {stages(s, 'sensible_fluent_share_shown')}"),
         *docstrings(s),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
