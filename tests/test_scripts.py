@@ -315,7 +315,7 @@ BAD_ROWS: dict[str, tuple[str, tuple[str, ...], bytes, str]] = {
     ),
     "bad UTF-8": ("reward", REWARD, b'{"prompt": "\xff"}', r"bad.jsonl:1: bad UTF-8: .* got byte 0xff"),
     "not JSON": ("ppo", PPO, b"hello", r"bad.jsonl:1: not JSON: .* expected one JSON object"),
-    "no rows": ("sft", SFT, b"\n", r"bad.jsonl: the file has no rows"),
+    "no rows": ("sft", SFT, b"\n", r"bad.jsonl: expected one JSON object on each line, got a file without rows"),
     "only an empty response": (
         "sft",
         SFT,

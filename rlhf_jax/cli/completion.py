@@ -114,15 +114,15 @@ class Speaker:
         self.key, key = jax.random.split(self.key)
         decode = self.tokenizer.decode
         columns = stream(self.model, self.params, batch.tokens_BP, batch.mask_BP, key, self.sampling)
-        before, said, text = [*ids], len(decode(ids)), ""
+        before, printed, text = [*ids], len(decode(ids)), ""
         for token_B, _ in columns:
             before.append(int(token_B[0]))
             text = decode(before)
             # A character made of several tokens decodes only once its last token is there.
             if not text.endswith("\ufffd"):
-                yield text[said:]
-                said = max(said, len(text))
-        yield text[said:]
+                yield text[printed:]
+                printed = max(printed, len(text))
+        yield text[printed:]
 
 
 def run(config: Config) -> None:
@@ -167,17 +167,17 @@ def complete(speaker: Speaker, prompts: Sequence[tuple[str, str]]) -> None:
 
 def chat(speaker: Speaker) -> None:
     """Chats line by line; the oldest exchanges are dropped once the dialogue no longer fits the context."""
-    said: list[Message] = []
+    messages: list[Message] = []
     for where, text in lines("you> "):
         if text.strip() == "/quit":
             break
         if not text.strip():
             continue
-        said.append(Message("user", checked(text, where)))
-        while len(said) > 2 and len(chat_ids(said, speaker.tokenizer)) > speaker.room:
-            del said[:2]
+        messages.append(Message("user", checked(text, where)))
+        while len(messages) > 2 and len(chat_ids(messages, speaker.tokenizer)) > speaker.room:
+            del messages[:2]
             say("(dropped the oldest message and its answer: the dialogue no longer fits the context)")
-        ids = chat_ids(said, speaker.tokenizer)
+        ids = chat_ids(messages, speaker.tokenizer)
         speaker.refuse(ids, where)
         if speaker.tokenizer.chat_template is None:
             # A model that was not trained to end its turn continues with the user's.
@@ -190,7 +190,7 @@ def chat(speaker: Speaker) -> None:
                 print(spoken.strip()[len(answer) :], end="", flush=True)
                 answer = spoken.strip()
             print(flush=True)
-        said.append(Message("assistant", answer))
+        messages.append(Message("assistant", answer))
 
 
 def lines(invitation: str) -> Iterator[tuple[str, str]]:

@@ -75,9 +75,9 @@ def parse_command(
         kw_only=True,
     )
     default = over_defaults(with_file, values, _unchecked)
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(errors):
             given = tyro.cli(
                 with_file,
                 prog=program,
@@ -87,7 +87,7 @@ def parse_command(
             )
     except SystemExit as end:
         if end.code:
-            raise UserError(_without_box(said.getvalue())) from None
+            raise UserError(_without_box(errors.getvalue())) from None
         raise
     config = config_class(**{name: getattr(given, name) for name in fields})
     if Cluster not in bases:
@@ -106,10 +106,10 @@ def _without_box(text: str) -> str:
         if words and inside and not inside.strip("─"):
             break
         words += inside.split()
-    said = " ".join(words).removeprefix("Error parsing ")
+    message = " ".join(words).removeprefix("Error parsing ")
     # Python's messages for values that are not numbers.
-    said = re.sub(r"invalid literal for int\(\) with base 10: (.+)", r"expected a whole number, got \1", said)
-    return re.sub(r"could not convert string to float: (.+)", r"expected a number, got \1", said)
+    message = re.sub(r"invalid literal for int\(\) with base 10: (.+)", r"expected a whole number, got \1", message)
+    return re.sub(r"could not convert string to float: (.+)", r"expected a number, got \1", message)
 
 
 def _unchecked(cls: type, fields: Mapping[str, Any], prefix: str) -> Any:

@@ -45,7 +45,7 @@ _SKIPPED_FOLDERS = {
 _LEAST_DEMONSTRATIONS = 1000
 # Minimum share of the name's words in a demonstration. One word would satisfy the labeller; but from sentences with
 # most of them a small model learns better to stay on topic (docs/lab-notebook.md).
-_LEAST_SAID = 0.6
+_LEAST_MENTIONED = 0.6
 _READ_AS = 1  # version of the cache; increased when _functions_of_source returns other results
 # help() of a function without a docstring is its name and its signature, which repeats the name. Including these pages
 # twice makes a small model learn within minutes to stay on topic (docs/lab-notebook.md).
@@ -131,10 +131,10 @@ def first_sentence(docstring: str) -> str | None:
     return sentence if 15 <= len(sentence) <= 120 else None
 
 
-def _says_most_of(prompt: str, sentence: str) -> bool:
+def _mentions_most_of(prompt: str, sentence: str) -> bool:
     """True if a sentence has most words of the function's name, and at least one."""
-    said, asked = words_mentioned(prompt, sentence)
-    return said > 0 and said >= _LEAST_SAID * asked
+    mentioned, total = words_mentioned(prompt, sentence)
+    return mentioned > 0 and mentioned >= _LEAST_MENTIONED * total
 
 
 def _functions_of_source(path: Path, name: str) -> Iterator[tuple[str, str | None, str, list[str]]]:
@@ -241,7 +241,7 @@ def load_corpus() -> Corpus:
     demonstrations = [
         Demonstration(f.prompt, " " + f.sentence, f.where)
         for f in functions.values()
-        if f.sentence and _says_most_of(f.prompt, f.sentence)
+        if f.sentence and _mentions_most_of(f.prompt, f.sentence)
     ]
     if len(demonstrations) < _LEAST_DEMONSTRATIONS:
         raise UserError(

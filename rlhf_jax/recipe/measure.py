@@ -46,7 +46,7 @@ def measure(
     """
     tokenizer = judge.tokenizer
     params = {name: released_params(runs[name].run) for name in ("pretrain", "sft", "ppo")}
-    said = {name: run.summary for name, run in runs.items()}
+    summaries = {name: run.summary for name, run in runs.items()}
     answers = {name: sampler(params[name], prompts, seed + 4, ANSWERS) for name in params}
     gold = {name: judge.scores(list(prompts.sources), answers[name]) for name in params}
     texts = {name: [tokenizer.decode(row[0]).strip() for row in answers[name]] for name in params}
@@ -96,21 +96,21 @@ def measure(
         others = judge.shares(documented, written[half:] + written[:half])
         shares["docstrings.topic_share_of_others"] = others["topic_share"]
     return shares | {
-        "pretrain.heldout_bits_per_byte": said["pretrain"]["heldout_bits_per_byte"],
+        "pretrain.heldout_bits_per_byte": summaries["pretrain"]["heldout_bits_per_byte"],
         "pretrain.bigram_bits_per_byte": bigram_nats(training, heldout, tokenizer.vocab_size)
         / math.log(2)
         / heldout_bytes,
-        "pretrain.heldout_response_nll": said["sft"]["heldout_response_nll_before"],
-        "sft.heldout_response_nll": said["sft"]["heldout_response_nll"],
+        "pretrain.heldout_response_nll": summaries["sft"]["heldout_response_nll_before"],
+        "sft.heldout_response_nll": summaries["sft"]["heldout_response_nll"],
         "sft.win_rate_vs_pretrained": against_pretrained,
         "sft.win_rate_vs_pretrained_interval": pretrained_interval,
         "sft.distinct_share": distinct["sft"],
         "sft.gold_mean": float(gold["sft"].mean()),
         "pretrain.gold_mean": float(gold["pretrain"].mean()),
         "pretrain.distinct_share": distinct["pretrain"],
-        "reward.heldout_accuracy": said["reward"]["heldout_accuracy"],
-        "reward.heldout_pairs": said["reward"]["heldout_pairs"],
-        "reward.scratch_heldout_accuracy": said["reward_scratch"]["heldout_accuracy"],
+        "reward.heldout_accuracy": summaries["reward"]["heldout_accuracy"],
+        "reward.heldout_pairs": summaries["reward"]["heldout_pairs"],
+        "reward.scratch_heldout_accuracy": summaries["reward_scratch"]["heldout_accuracy"],
         "ppo.win_rate_vs_sft": against_sft,
         "ppo.win_rate_vs_sft_interval": sft_interval,
         "ppo.heldout_prompts": len(prompts),
@@ -118,8 +118,8 @@ def measure(
         "ppo.distinct_share": distinct["ppo"],
         "ppo.distinct_share_of_sft": distinct["ppo"] / max(distinct["sft"], 1e-9),
         "ppo.gold_mean": float(gold["ppo"].mean()),
-        "ppo.first_ratio_error": said["ppo"]["first_ratio_error"],
-        "ppo.first_kl": said["ppo"]["first_kl"],
+        "ppo.first_ratio_error": summaries["ppo"]["first_ratio_error"],
+        "ppo.first_kl": summaries["ppo"]["first_kl"],
     }
 
 

@@ -26,7 +26,7 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
         answers = [f"{sample[name][:160]}\n[{sample['gold'][name]:g} of 7]" for name in ("pretrain", "sft", "ppo")]
         table.add_row(*(rich.text.Text(cell) for cell in (sample["prompt"], *answers)))
     console.print(table)
-    console.print(figures_table(summary, "what came out, on held-out prompts and text"))
+    console.print(figures_table(summary, "results on held-out prompts and text"))
 
 
 def stages(s: dict[str, Any], share: str) -> str:
@@ -61,7 +61,7 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
          f"at temperature 0.7: {s['sft.topic_share_shown']:.2f} to {s['ppo.topic_share_shown']:.2f}"),
         ("sensible: that, finished, all words", stages(s, "sensible_share"),
          f"at temperature 0.7: {stages(s, 'sensible_share_shown')}"),
-        ("and no word said twice", stages(s, "sensible_fluent_share"),
+        ("and no word twice", stages(s, "sensible_fluent_share"),
          f"at temperature 0.7: {stages(s, 'sensible_fluent_share_shown')}"),
         *docstrings(s),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", ""),
