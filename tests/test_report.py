@@ -379,7 +379,7 @@ def test_the_recipes_table_has_the_summarys_figures() -> None:
         "PPO against SFT, win rate 0.816 [0.771, 0.857] 0.70, aim 0.80",
         "about the function, SFT to PPO 0.44 to 0.62 at temperature 0.7: 0.51 to 0.63",
         "sensible: that, finished, all words 0.01 to 0.21 to 0.55 at temperature 0.7: 0.01 to 0.30 to 0.60",
-        "and no word said twice 0.00 to 0.16 to 0.44 at temperature 0.7: 0.00 to 0.29 to 0.59",
+        "and no word twice 0.00 to 0.16 to 0.44 at temperature 0.7: 0.00 to 0.29 to 0.59",
         "docstrings themselves, the same three 0.66, 0.60, 0.55 of other functions: about it 0.06",
         "distinct answers, PPO and SFT 0.892 and 0.957 at least 0.8 of SFT's",
         "minutes 7.5 at most 8 on two CPU cores",

@@ -135,7 +135,7 @@ def run_seed(config: RecipeConfig) -> None:
     clock.lap("labels")
     judged = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward", "init")
     clock.lap("reward")
-    announce("3.1  the same from scratch, to see what the SFT model gave")
+    announce("3.1  the same from scratch, to measure the effect of the SFT model")
     scratch = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward_scratch", "scratch")
     clock.lap("reward_scratch")
 
@@ -176,7 +176,7 @@ def run_seed(config: RecipeConfig) -> None:
     )
     clock.lap("ppo")
 
-    announce("what came out")
+    announce("results")
     runs = {"pretrain": pretrained, "sft": tuned, "reward": judged, "reward_scratch": scratch, "ppo": optimised}
     summary = measure(
         runs,

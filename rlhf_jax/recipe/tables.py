@@ -26,7 +26,7 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
         answers = [f"{sample[name][:160]}\n[{sample['gold'][name]:g} of 7]" for name in ("pretrain", "sft", "ppo")]
         table.add_row(*(rich.text.Text(cell) for cell in (sample["prompt"], *answers)))
     console.print(table)
-    console.print(figures_table(summary, "what came out, on held-out prompts and text"))
+    console.print(figures_table(summary, "results on held-out prompts and text"))
 
 
 def stages(s: dict[str, Any], share: str) -> str:

@@ -1,1 +1,1 @@
-"""A run that survives: its folder, checkpoints, metrics and training loop."""
+"""Run folders, checkpoints, metrics and the training loop."""
