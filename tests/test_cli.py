@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal, NoReturn
 import pytest
 
 from rlhf_jax.cli import flags, process
+from rlhf_jax.cli.app import main
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.loop import Stopped
@@ -201,3 +203,34 @@ def test_ctrl_c_in_a_callback_ends_the_script(
     assert left == [130]
     assert capsys.readouterr().err == process.INTERRUPTED + "\n"
     assert sys.unraisablehook is before
+
+
+NO_JAX = """
+import contextlib, io, sys
+from rlhf_jax.cli.app import COMMANDS, main
+for arguments in (["--help"], ["--version"], ["labl"], ["feedback", "--help"], ["feedback", "ai", "--x"],
+                  *([name, flag] for name in COMMANDS if name != "feedback" for flag in ("--help", "--nmae"))):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        main(arguments)
+    assert said.getvalue(), arguments
+    assert not {"jax", "numpy"} & set(sys.modules), arguments
+"""
+
+
+def test_help_and_a_wrong_flag_of_every_command_answer_without_jax() -> None:
+    subprocess.run([sys.executable, "-c", NO_JAX], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_commands_are_found_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status, text in (
+        (["--version"], 0, "rlhf-jax "),
+        (["--help"], 0, "usage: rlhf-jax COMMAND"),
+        ([], 2, "error: rlhf-jax: no command given; expected one of recipe, pretrain"),
+        (["pretrian"], 2, "error: rlhf-jax: unknown command 'pretrian'; did you mean pretrain?"),
+        (["feedback", "exprot"], 2, "error: rlhf-jax feedback: unknown command 'exprot'; did you mean export?"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        said = capsys.readouterr()
+        assert (end.value.code, (said.out + said.err)[: len(text)]) == (status, text), arguments

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.cli.startup import TUNABLES
+from rlhf_jax.cli import startup
+from rlhf_jax.cli.startup import TUNABLES, known_flags
 from tests.cases import case
 
 pytestmark = pytest.mark.core
@@ -62,3 +63,25 @@ def test_a_step_takes_the_memory_that_the_last_one_gave_back() -> None:
     environment = os.environ | {"GLIBC_TUNABLES": TUNABLES}
     blocks = float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
     assert 1 <= blocks <= 10  # 99 with tcache_count=1000
+
+
+def test_a_flag_that_jaxlib_does_not_know_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known = "--xla_force_host_platform_device_count=2"
+    flags = ("--xla_no_such_flag=1", known)
+    assert known_flags(flags) == [known]
+    # The answer is cached for this jaxlib and processor; another one is probed again.
+    probed: list[list[str]] = []
+
+    def starts(flags: list[str]) -> bool:
+        probed.append(flags)
+        return True
+
+    monkeypatch.setattr(startup, "_starts", starts)
+    assert known_flags(flags) == [known] and not probed
+    monkeypatch.setattr(startup, "processor", lambda: "another one")
+    assert known_flags(flags) == list(flags) and probed == [list(flags)]
+    # Where jaxlib does not start at all, nothing is known, and nothing is cached.
+    monkeypatch.setattr(startup, "processor", lambda: "a broken one")
+    monkeypatch.setattr(startup, "_starts", lambda flags: False)
+    assert known_flags(flags) == [] and "a broken one" not in (tmp_path / "rlhf_jax" / "xla_flags.json").read_text()
