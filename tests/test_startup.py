@@ -81,6 +81,11 @@ def test_a_flag_that_jaxlib_does_not_know_is_left_out(tmp_path: Path, monkeypatc
     assert known_flags(flags) == [known] and not probed
     monkeypatch.setattr(startup, "processor", lambda: "another one")
     assert known_flags(flags) == list(flags) and probed == [list(flags)]
+    # No folder to cache in is no reason not to start.
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        assert known_flags(flags) == list(flags)
     # Where jaxlib does not start at all, nothing is known, and nothing is cached.
     monkeypatch.setattr(startup, "processor", lambda: "a broken one")
     monkeypatch.setattr(startup, "_starts", lambda flags: False)

@@ -7,6 +7,7 @@ again. glibc reads its settings when a process starts, hence the restart. docs/l
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -60,8 +61,10 @@ def known_flags(flags: Iterable[str]) -> list[str]:
         else:
             return [flag for flag in wanted if answers.get(flag)]
         answers |= found
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, kept | {machine: answers})
+        # A full disk, a read-only home, another process that renames the same file first: the next start probes again.
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, kept | {machine: answers})
     return [flag for flag in wanted if answers[flag]]
 
 
