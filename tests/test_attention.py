@@ -17,7 +17,7 @@ from rlhf_jax.layers.attention import attend, choose, cudnn, plain, splash
 from rlhf_jax.model import Transformer, empty_cache, init_params, unstack_blocks
 from rlhf_jax.parallel.mesh import make_mesh
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.speed
 
 B, H, G, T, D = 2, 4, 2, 200, 16
 

@@ -26,7 +26,7 @@ KINDS = {
 ROUNDED: tuple[CacheDtype, ...] = ("bfloat16", "int8")
 LENGTH = 15
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.speed
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import JsonLines
 from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.speed
 
 STEPS = 50
 BUCKETS = (48, 80)

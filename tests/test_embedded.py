@@ -10,7 +10,7 @@ from rlhf_jax.demo import python_docs
 from rlhf_jax.demo.python_docs import Corpus, first_sentence, help_page, load_corpus, prompt_of
 from rlhf_jax.demo.relevance import Usage, words_mentioned
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.demo
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from rlhf_jax.demo.gold_score import gold_score, noise_for_agreement, rank, virtues_of
 from rlhf_jax.demo.relevance import Usage
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.demo
 
 USAGE = Usage(frozenset("return true if the posix path is used for spawn a of it".split()))
 PROMPT = " use posix spawn (args) ->"

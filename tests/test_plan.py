@@ -29,7 +29,7 @@ from rlhf_jax.pods.programs import Programs, Work, bytes_of
 from rlhf_jax.pods.traffic import cycles, hbm_bytes
 from rlhf_jax.stages.ppo import sample
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.pods
 
 SMALL = ModelConfig(vocab_size=64, context=64, width=16, layers=2, heads=2, ffn_width=32, tied=False)
 EVERY = {"data": 1, "fsdp": 8, "tensor": 1}

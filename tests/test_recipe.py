@@ -11,7 +11,7 @@ from rlhf_jax.recipe.sizes import SIZES
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.cases import case
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.demo
 
 MISTAKES = [
     ("--seeds", "0", "seeds: expected 1 or more, got 0"),

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_jax.demo.relevance import LIFT, Usage, same_word, stem, topic_words, words_mentioned
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.demo
 
 PROMPT = " use posix spawn (args) ->"
 

@@ -19,7 +19,7 @@ from rlhf_jax.evaluation.report.charts import Line, line_chart, smoothed, thinne
 from rlhf_jax.evaluation.report.html import Figures, duration, short, text
 from rlhf_jax.recipe.tables import figures_table
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.demo
 
 SUMMARY: dict[str, Any] = {
     "pretrain.heldout_bits_per_byte": 1.874,

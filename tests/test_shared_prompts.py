@@ -14,7 +14,7 @@ from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.trainers import reward
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.speed
 
 
 def rankings() -> RankingRows:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.pods
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "tpu_pod.sh"
 POD = ["--pod", "my-pod", "--zone", "us-central2-b"]
