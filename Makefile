@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 PYTHON ?=
 # Extras to add to the development set, e.g. `make setup EXTRAS=cuda13`.
 EXTRAS ?=
+# Bytecode is kept, also where the environment forbids it: without it each program, and the tests start many, compiles
+# all that it imports, which takes 4 s.
+export PYTHONDONTWRITEBYTECODE :=
 # What `make recipe` and `make test` pass on, e.g. `make recipe ARGS="--seed 1"`, `make test ARGS="-m core"`.
 ARGS ?=
 
