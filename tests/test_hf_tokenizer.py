@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer as Package
 from tokenizers import models, normalizers
 
+from rlhf_jax.data.chat import chat_ids
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import WORDS_PATTERN, Tokenizer
 from rlhf_jax.tokenizers.export import to_hugging_face, write_folder
@@ -190,6 +191,7 @@ def test_a_model_that_makes_a_special_token_of_text_is_refused() -> None:
 
 ROWS = 800
 SIZE = package(content_of("gpt2")).get_vocab_size()
+SIZE_GEMMA = package(content_of("gemma")).get_vocab_size()
 FIRST = {token: id for id, token in enumerate(SPECIAL)}
 
 
@@ -226,7 +228,7 @@ def test_roles_that_are_missing_or_shared() -> None:
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(UserError, match=r"m: expected 'eos_token' .* got no end-of-text token"):
+    with pytest.raises(UserError, match=r"m: tokenizer_config\.json: expected 'eos_token' .* got no end-of-text token"):
         roles({"bos_token": "<s>"})
     with pytest.raises(UserError, match=r"expected an id below 400, the rows .* got 400 of"):
         roles({"eos_token": "</s>"}, rows=400)
@@ -239,6 +241,82 @@ def test_what_is_wrong_is_named() -> None:
         tokenizer.decode([SIZE])
     with pytest.raises(UserError, match=r"lone surrogate U\+DC80 at character 2"):
         tokenizer.encode("ab\udc80")
+
+
+END, USER = SIZE, SIZE + 1  # the ids that follow tokenizer.json's
+SPOKEN = CHATML.replace("im_", "turn_")
+DECODER = {
+    "added_tokens_decoder": {
+        str(USER): {"content": "<|turn_start|>", "special": True},
+        str(END): {"content": "<|turn_end|>", "special": True, "normalized": False},
+        str(USER + 1): {"content": "<tool>", "normalized": False},
+    }
+}
+TURN = {"eos_token": "</s>", "chat_template": SPOKEN}
+LISTED = {"added_tokens.json": {"<tool>": USER + 1, "<|turn_end|>": END, "<|turn_start|>": USER}}
+EXTRA = ["<|turn_end|>", {"content": "<|turn_start|>"}]
+# tokenizer_config.json, other files, whether <tool> in a text is a token: with each, the end of a turn is a token.
+SOURCES: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
+    (TURN | DECODER, {}, True),
+    (TURN | DECODER | {"eos_token": "<|turn_end|>"}, {}, True),
+    (TURN | {"additional_special_tokens": EXTRA}, LISTED, True),
+    (TURN | {"additional_special_tokens": EXTRA}, {}, False),
+    (TURN | {"extra_special_tokens": {"end": "<|turn_end|>", "start": "<|turn_start|>"}}, {}, False),
+    (TURN, {"special_tokens_map.json": {"additional_special_tokens": EXTRA}}, False),
+    ({**TURN, "eos_token": "<|turn_end|>", "cls_token": "<|turn_start|>"}, {}, False),
+]
+
+
+def added(config: dict[str, Any], other: dict[str, Any], kind: str = "gpt2", rows: int = 2000) -> HuggingFaceTokenizer:
+    """A tokenizer whose tokenizer.json does not have the tokens of turns."""
+    files = {"tokenizer.json": content_of(kind), "tokenizer_config.json": config} | other
+    return HuggingFaceTokenizer({name: json.dumps(file) for name, file in files.items()}, rows=rows, name="m", ids={})
+
+
+def test_added_tokens_of_every_file(tmp_path: Path) -> None:
+    for row in SOURCES:
+        with case(row) as (config, other, tool):
+            ours = added(config, other)
+            assert {ours.special_tokens["<|turn_end|>"], ours.special_tokens["<|turn_start|>"]} == {END, USER}
+            assert END in ours.stop_ids and ours.vocab_size == SIZE + 2 + tool
+            ids = chat_ids([("user", "a<|turn_end|>")], ours)
+            names = {"<|turn_start|>": USER, "<|turn_end|>": END}
+            sections = ["<|turn_start|>", "user\na<|turn_end|>", "<|turn_end|>", "\n", "<|turn_start|>", "assistant\n"]
+            assert ids == [id for part in sections for id in ([names[part]] if part in names else ours.encode(part))]
+            assert ours.special_ids.isdisjoint(ours.encode("<|turn_end|>"))
+            assert (ours.encode("a<tool>") == [*ours.encode("a"), USER + 1]) == tool
+            ours.save(tmp_path / "t.json")
+            assert load_tokenizer(tmp_path / "t.json") == ours and ours != added(TURN, {})
+    ours = added(TURN, {"added_tokens.json": {"<tool>": SIZE_GEMMA, "<|turn_end|>": SIZE_GEMMA + 1}}, "gemma")
+    assert ours.encode("a<tool>b") == [*ours.encode("a"), SIZE_GEMMA, *ours.encode("b")]
+
+
+def decoder(id: object, entry: object) -> dict[str, Any]:
+    return {"eos_token": "</s>", "added_tokens_decoder": {id: entry}}
+
+
+WRONG_ADDED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (decoder(str(END + 1), {"content": "<x>"}), {}, f"expected id {END} for '<x>', got {END + 1}, which is another"),
+    (decoder("4", {"content": "<x>"}), {}, f"expected id {END} for '<x>', got 4, which is '<|im_end|>' in tokenizer"),
+    (decoder("9", {"content": "</s>"}), {}, "expected id 2 for '</s>', got 9, which is "),
+    (decoder("x", {"content": "<x>"}), {}, r"field 'added_tokens_decoder\[x\]': expected an id for its name, got 'x'"),
+    (decoder(str(END), "<x>"), {}, r"_decoder\[\d+\]': expected an object with the token's text as 'content', got '<x>'"),
+    (decoder(str(END), {"special": True}), {}, "expected an object with the token's text as 'content', got {'special'"),
+    (decoder(str(END), {"content": "<x>", "special": "yes"}), {}, "expected true or false for its flags, got"),
+    ({"eos_token": "</s>", "added_tokens_decoder": []} | {"additional_special_tokens": "<x>"}, {}, "expected a list of"),
+    ({"eos_token": "</s>", "additional_special_tokens": [3]}, {}, "'additional_special_tokens': expected a list .* 3"),
+    ({"eos_token": "</s>"}, {"added_tokens.json": {"<x>": "9"}}, "field '<x>': expected the id of a token, got '9'"),
+    ({"eos_token": "</s>"}, {"added_tokens.json": {"<x>": 9}}, r"expected id \d+ for '<x>', got 9, which is"),
+    ({"eos_token": "</s>"}, {"added_tokens.json": ["<x>"]}, "expected a JSON object, got list"),
+]
+
+
+def test_added_tokens_that_contradict_are_refused() -> None:
+    for row in WRONG_ADDED:
+        with case(row) as (config, other, message), pytest.raises(UserError, match=rf"m: \w+\.json: .*{message}"):
+            added(config, other)
+    with pytest.raises(UserError, match=rf"m: tokenizer\.json: expected an id below {SIZE}, .* of '<\|turn_end\|>'"):
+        added(TURN | DECODER | {"eos_token": "<|turn_end|>"}, {}, rows=SIZE)
 
 
 def test_start_ids_are_what_the_file_puts_before_a_text() -> None:
@@ -328,7 +406,7 @@ def test_a_special_token_may_take_white_space_away() -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load("gpt2").decode(load("gpt2").encode("a cat")) == "a cat"
-    with pytest.raises(UserError, match=r'gemma: its tokenizer\.json needs .* pip install "rlhf_jax\[hf\]"'):
+    with pytest.raises(UserError, match=r'gemma: tokenizer\.json: needs .* pip install "rlhf_jax\[hf\]"'):
         load("gemma")
 
 

@@ -56,9 +56,9 @@ CUTS = {
 
 def token_id(fields: GgufFields, name: str) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
-    if not fields.has(key):
+    found = fields.values.get(key, -1)
+    if found in (-1, 2**32 - 1):  # llama.cpp's value for "none", which may be stored without its sign
         return None
-    found = fields.values[key]
     if type(found) is not int or not 0 <= found < len(fields.texts("tokenizer.ggml.tokens")):
         raise fields.wrong(key, "the id of a token")
     return found
