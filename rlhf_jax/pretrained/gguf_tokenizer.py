@@ -13,6 +13,7 @@ from rlhf_jax.pretrained.gguf_file import GgufFields
 # Token types of the specification.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+END_TOKENS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
 _SPACE = "▁"
 
 

@@ -45,6 +45,7 @@ class Source:
       identify: SHA-256 of the tree that `own` reads.
       base: source of the frozen parameters under an adapter, None without an adapter.
       lora: settings of the adapter.
+      dialogues: True if it was trained on messages; rendered as `data.dialogues` does if the tokenizer has no template.
       score_mean: mean of a reward model's scores.
       score_scale: scale of a reward model's scores.
     """
@@ -60,6 +61,7 @@ class Source:
     identify: Callable[[], str]
     base: Source | None = None
     lora: LoraConfig | None = None
+    dialogues: bool = False
     score_mean: float = 0.0
     score_scale: float = 1.0
 
@@ -162,6 +164,8 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
         identify=lambda: run.fingerprint,
         base=base,
         lora=lora,
+        # Runs from before this was recorded may have been trained on messages.
+        dialogues=run.stage != "pretrain" and bool(not run.finished or run.summary.get("dialogues", True)),
         **facts,
     )
 
@@ -217,7 +221,11 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         file = read_gguf(path)
         model = pretrained(str(path), file.config, file)
         tokenizer = HuggingFaceTokenizer.from_content(
-            file.tokenizer, file.tokenizer_config, rows=model.model.vocab_rows, name=path.stem
+            file.tokenizer,
+            file.tokenizer_config,
+            rows=model.model.vocab_rows,
+            name=path.stem,
+            ids={"eos": list(file.end_ids)},
         )
         spec = spec if kind == "pypi" else f"gguf:{path.absolute()}"
     _refuse_other_head(given, model.scalar, want_scalar)

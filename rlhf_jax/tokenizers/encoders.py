@@ -130,8 +130,7 @@ class PackageEncoder:
             import tokenizers
         except ImportError:
             raise UserError(
-                f"{self._where}: needs the package tokenizers; install it with: "
-                'pip install "rlhf_jax[hf]"'
+                f'{self._where}: needs the package tokenizers; install it with: pip install "rlhf_jax[hf]"'
             ) from None
         content = {
             **self._content,

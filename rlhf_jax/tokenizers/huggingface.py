@@ -19,6 +19,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.added_tokens import Added, collect, text_of
 from rlhf_jax.tokenizers.bpe import pieces
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
+from rlhf_jax.tokenizers.config_ids import as_ids
 from rlhf_jax.tokenizers.encoders import PackageEncoder, Place, RankEncoder, bytes_of, steps
 from rlhf_jax.tokenizers.merges import pattern_of, table_of
 from rlhf_jax.tokenizers.protocol import Token, write_saved
@@ -31,7 +32,6 @@ TOKENIZER, CONFIG, SPECIAL_MAP, ADDED, TEMPLATE = _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_NONE = (None, -1, "", "none", "null")  # how published configs say that there is no such token
 # tiktoken's regex engine overflows near a million characters of white space; Hugging Face's does not.
 _LONGEST_SPACE = 250_000
 
@@ -77,7 +77,9 @@ class HuggingFaceTokenizer:
         except UserError:
             raise
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise UserError(f"{self._where[TOKENIZER]}: {type(error).__name__}: {error}; is the file complete?") from None
+            raise UserError(
+                f"{self._where[TOKENIZER]}: {type(error).__name__}: {error}; is the file complete?"
+            ) from None
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, rows: int) -> HuggingFaceTokenizer:
@@ -114,6 +116,11 @@ class HuggingFaceTokenizer:
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
         }
         return cls(files, rows=rows, name=name, ids=ids if ids is not None else {})
+
+    def with_template(self, source: str) -> HuggingFaceTokenizer:
+        """The same tokenizer with another chat template."""
+        files = {**self.files, TEMPLATE: source}
+        return HuggingFaceTokenizer(files, rows=self.rows, name=self.name, ids=self._ids)
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], path: str | Path) -> HuggingFaceTokenizer:
@@ -391,13 +398,4 @@ def ids_of(folder: Path) -> dict[str, list[int]]:
         config = parse(_read(path), str(path))
         found = {role: as_ids(config.get(f"{role}_token_id"), f"{path}: field '{role}_token_id'") for role in ROLES}
         ids |= {role: listed for role, listed in found.items() if listed}
-    return ids
-
-
-def as_ids(value: object, where: str) -> list[int]:
-    """A field of a config as a list of ids, empty for what means that there is no such token."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    ids = [id for id in listed if (id.lower() if isinstance(id, str) else id) not in _NONE]
-    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
-        raise UserError(f"{where}: expected an id or a list of ids, got {value!r:.100}")
     return ids
