@@ -157,7 +157,7 @@ END, TURN = SPECIAL.index("<|endoftext|>"), SPECIAL.index("<|im_end|>")
 TEXT_ENDS, TURN_ENDS = {"eos_token": "<|endoftext|>"}, {"eos_token": "<|im_end|>"}
 # tokenizer_config.json's ends and template, generation_config.json -> that of the export, whose lists end a response.
 ENDS: list[tuple[dict[str, Any], Any, Any]] = [
-    (TEXT_ENDS | {"chat_template": CHATML}, {"eos_token_id": END, "top_k": 20}, {"eos_token_id": [END, TURN], "top_k": 20}),
+    (TEXT_ENDS | {"chat_template": CHATML}, {"eos_token_id": END, "n": 2}, {"eos_token_id": [END, TURN], "n": 2}),
     (TEXT_ENDS | {"chat_template": CHATML}, None, {"eos_token_id": [END, TURN]}),
     (TEXT_ENDS | {"chat_template": CHATML}, {"eos_token_id": None}, {"eos_token_id": [END, TURN]}),
     (TURN_ENDS | {"chat_template": CHATML}, {"eos_token_id": END}, {"eos_token_id": [TURN, END]}),
@@ -212,7 +212,7 @@ def test_the_format_of_dialogues_as_a_chat_template() -> None:
                 assert chat_ids(talk, templated) == chat_ids(talk, tokenizer)
             if tokenizer.name != "llama2":
                 assert dialogue_row(TALK, templated) == dialogue_row(TALK, tokenizer)
-            with pytest.raises(UserError, match="expected user and assistant messages, .* got the role tool"):
+            with pytest.raises(UserError, match=r"expected user and assistant messages, .* got the role tool"):
                 templated.chat_template.render([("tool", "x")])
 
 

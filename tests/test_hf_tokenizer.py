@@ -144,6 +144,21 @@ def test_a_character_without_a_token_is_for_the_package() -> None:
     assert ours.encode("a!\x04!b") == ours.encode("a!!b")
 
 
+def test_a_text_has_one_encoding() -> None:
+    """Also if tokenizer.json asks for dropout of merges, in each kind of BPE and beside a backend of either kind."""
+    odd = content([["a", "b"], ["b", "c"], ["a", "bc"]])  # no table, see MERGES
+    for plain in (content_of("gpt2"), content_of("llama3"), content_of("llama2"), odd):
+        for dropout in (0.5, 1.0, 0.0):
+            made = {**plain, "model": plain["model"] | {"dropout": dropout}}
+            config = {"eos_token": plain["added_tokens"][-1 if plain is odd else 1]["content"]}
+            first, ours = (HuggingFaceTokenizer.from_content(c, config, rows=999, name="m") for c in (plain, made))
+            assert ours.backend == first.backend
+            for text in ["the cat sat abcabc"] * 5 + [*strings(20)]:
+                assert (
+                    ours.encode(text) == first.encode(text) == package(plain).encode(text, add_special_tokens=False).ids
+                )
+
+
 def test_letters() -> None:
     assert to_letters(b" a\n\xff\x00") == "ĠaĊÿĀ"
     assert from_letters("ĠaĊÿĀ") == b" a\n\xff\x00" and from_letters("a b") is None

@@ -1,4 +1,4 @@
-"""The Human / Assistant format of `data.dialogues` as a chat template, for exports of models without one of their own."""
+"""The Human / Assistant format of `data.dialogues` as a chat template, for exports of models without one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _PROBES = ((Message("user", "a b"),), (Message("system", "a b"), Message("user",
 def dialogue_template(tokenizer: TextTokenizer) -> str:
     """The chat template that renders messages as `data.encode` does for a tokenizer without a template.
 
-    Special tokens are written as text, since not every tokenizer_config.json names them. A tokenizer of the SentencePiece
-    kind that puts a space before a text, but none after a special token, gets that space from the template.
+    Special tokens are written as text, since not every tokenizer_config.json names them. A tokenizer of the
+    SentencePiece kind that puts a space before a text, but none after a special token, gets it from the template.
     """
     published = as_hugging_face(tokenizer)
     names = {id: text for text, id in published.special_tokens.items()}
@@ -28,12 +28,12 @@ def dialogue_template(tokenizer: TextTokenizer) -> str:
 
 
 def _source(start: str, end: str) -> str:
-    user, assistant = json.dumps(HEADERS["user"]), json.dumps(HEADERS["assistant"])
+    user, assistant, ending = map(json.dumps, (HEADERS["user"], HEADERS["assistant"], end))
     return (
         f"{{{{ {json.dumps(start)} }}}}{{% for message in messages %}}"
         "{% if message['role'] == 'system' and loop.first %}{{ message['content'] }}"
         f"{{% elif message['role'] == 'user' %}}{{{{ {user} + ' ' + message['content'] }}}}"
-        f"{{% elif message['role'] == 'assistant' %}}{{{{ {assistant} + ' ' + message['content'] + {json.dumps(end)} }}}}"
+        f"{{% elif message['role'] == 'assistant' %}}{{{{ {assistant} + ' ' + message['content'] + {ending} }}}}"
         "{% else %}{{ raise_exception('expected user and assistant messages, after at most one system message, got the "
         "role ' + message['role']) }}{% endif %}{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"

@@ -32,6 +32,7 @@ TOKENIZER, CONFIG, SPECIAL_MAP, ADDED, TEMPLATE = _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+SAMPLING = ("dropout", "alpha", "nbest_size")  # fields of a model in tokenizer.json that make its encoding random
 # tiktoken's regex engine overflows near a million characters of white space; Hugging Face's does not.
 _LONGEST_SPACE = 250_000
 
@@ -340,13 +341,16 @@ class HuggingFaceTokenizer:
 
     def _choose_encoder(self) -> RankEncoder | PackageEncoder:
         """Chooses tiktoken if it is exact, and sets `backend`."""
-        content = {**self._content, "added_tokens": [entry._asdict() for entry in self._added]}
+        # Dropout of merges, a setting for the training of some models, would give a text other ids each time.
+        model = {name: value for name, value in self._content["model"].items() if name not in SAMPLING}
+        added = [entry._asdict() for entry in self._added]
+        content = {**self._content, "model": model, "added_tokens": added}
         package = functools.cache(lambda: PackageEncoder(content, self._where[TOKENIZER]))
         normalizer = self._content.get("normalizer")
         pattern = pattern_of(self._content.get("pre_tokenizer"))
         odd = any(a.single_word or a.lstrip or a.rstrip for a in self._added if not a.special)
         if pattern is not None and not odd and (normalizer is None or normalizer.get("type") == "NFC"):
-            table = table_of(self._content["model"], self.special_ids | self._never)
+            table = table_of(model, self.special_ids | self._never)
             if table is not None:
                 self.backend = "tiktoken"
                 return RankEncoder(pattern, table, self._added, composes=normalizer is not None, package=package)
