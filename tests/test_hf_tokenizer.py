@@ -374,6 +374,79 @@ def test_a_folder_comes_back_byte_for_byte(tmp_path: Path) -> None:
     assert {f.name.replace(".", "__"): f.read_bytes().decode() for f in (tmp_path / "out").iterdir()} == files
 
 
+NONE = [None, -1, [], [-1], [None], "", "none", "null", "None"]
+
+
+def test_no_token_in_every_spelling(tmp_path: Path) -> None:
+    for number, none in enumerate(NONE):
+        with case(none):
+            fields = {"eos_token_id": [2, *(none if isinstance(none, list) else [none])]}
+            fields |= {"pad_token_id": none, "bos_token_id": none}
+            files = {
+                "tokenizer__json": json.dumps(content_of("gpt2")),
+                "tokenizer_config__json": json.dumps({"pad_token": "" if none is None else None, "chat_template": ""}),
+                "config__json": json.dumps({"eos_token_id": 7, "pad_token_id": none}),
+                "generation_config__json": json.dumps(fields),
+            }
+            tokenizer = HuggingFaceTokenizer.from_folder(write(tmp_path / f"{number}", **files), rows=ROWS)
+            assert (tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) == ((2,), None, ROWS)
+            assert tokenizer.chat_template is None
+    # Where generation_config.json has none, config.json has it.
+    last = {"config__json": '{"eos_token_id": 2, "pad_token_id": 1}', "generation_config__json": '{"pad_token_id": -1}'}
+    folder = write(tmp_path / "last", tokenizer__json=json.dumps(content_of("gpt2")), **last)
+    tokenizer = HuggingFaceTokenizer.from_folder(folder, rows=ROWS)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 1)
+
+
+TEMPLATES: list[tuple[dict[str, str], str]] = [
+    ({"tokenizer_config__json": "{"}, r"tokenizer_config\.json: not readable JSON"),
+    ({"tokenizer__json": "[]"}, r"tokenizer\.json: expected a JSON object, got list"),
+    ({"tokenizer__json": '{"model": {}}'}, r"tokenizer\.json: KeyError: 'vocab'; is the file complete\?"),
+    ({"special_tokens_map__json": "3"}, r"special_tokens_map\.json: expected a JSON object, got int"),
+    ({"added_tokens__json": "x"}, r"added_tokens\.json: not readable JSON"),
+    ({"config__json": '{"pad_token_id": -2}'}, r"config\.json: field 'pad_token_id': expected an id .*, got -2"),
+    (
+        {"generation_config__json": '{"eos_token_id": [2, "x"]}'},
+        r"n_config\.json: field 'eos_token_id': .*, got \[2, 'x'\]",
+    ),
+    ({"generation_config__json": '{"bos_token_id": true}'}, r"n_config\.json: field 'bos_token_id': .*, got True"),
+    ({"generation_config__json": '{"eos_token_id": 2.5}'}, r"n_config\.json: field 'eos_token_id': .*, got 2\.5"),
+    ({"generation_config__json": "[]"}, r"generation_config\.json: expected a JSON object, got list"),
+    ({"tokenizer_config__json": "{}"}, r"tokenizer_config\.json: expected 'eos_token' here or 'eos_token_id' in conf"),
+    (
+        {"tokenizer_config__json": '{"chat_template": 3}'},
+        r"r_config\.json: field 'chat_template': expected a templ.* 3",
+    ),
+    (
+        {"tokenizer_config__json": '{"chat_template": [{"name": "default"}]}'},
+        r"'chat_template': expected a template or a",
+    ),
+    (
+        {"tokenizer_config__json": '{"chat_template": {"rag": "x"}}'},
+        r"'chat_template': expected one named default, .* rag",
+    ),
+]
+
+
+def test_errors_name_the_file_in_its_folder(tmp_path: Path) -> None:
+    whole = {"tokenizer__json": json.dumps(content_of("gpt2")), "special_tokens_map__json": '{"eos_token": "</s>"}'}
+    for number, row in enumerate(TEMPLATES):
+        with case(row) as (files, message):
+            without = {"special_tokens_map__json": "{}"} if "'eos_token' here" in message else {}
+            folder = write(tmp_path / f"{number}", **whole | without | files)
+            with pytest.raises(UserError, match=rf"^{folder}/.*{message}"):
+                HuggingFaceTokenizer.from_folder(folder, rows=ROWS)
+    for number, files in enumerate(
+        [{"chat_template__jinja": "{% if %}"}, {"tokenizer_config__json": '{"chat_template": "{% if %}"}'}]
+    ):
+        folder = write(tmp_path / f"t{number}", **whole | files)
+        template = HuggingFaceTokenizer.from_folder(folder, rows=ROWS).chat_template
+        place = ("chat_template.jinja", "tokenizer_config.json: field 'chat_template'")[number]
+        assert template is not None
+        with pytest.raises(UserError, match=rf"^{folder}/{place}: chat template: line 1: Expected an expression"):
+            template.render([("user", "x")])
+
+
 def test_a_damaged_saved_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     load("gpt2").save(path)

@@ -17,6 +17,7 @@ from rlhf_jax.lora import init_adapter, merge
 from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
 from rlhf_jax.pretrained.huggingface import OURS, as_published, pretrained, read_folder
 from rlhf_jax.pretrained.peft import base_of, read_adapter
+from rlhf_jax.pretrained.same_tokenizer import differences
 from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.checkpoint import fingerprint
 from rlhf_jax.runs.folder import RunFolder
@@ -181,15 +182,22 @@ def unstacked(params: Params, model: ModelConfig) -> tuple[Params, ModelConfig]:
 
 
 def same_tokenizer(first: Source, second: Source) -> None:
-    """Check that two sources have the same tokenizer.
+    """Check that two sources give texts and dialogues the same ids and ends.
 
     Raises:
-      UserError: if they differ.
+      UserError: if they differ, saying in what.
     """
-    if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
+    found = differences(first.tokenizer, second.tokenizer)
+    sizes = first.tokenizer.vocab_size, second.tokenizer.vocab_size
+    if not found and sizes[0] > second.model.vocab_rows:
+        found = [f"vocabulary: expected rows for {sizes[0]} tokens, got {second.model.vocab_rows}"]
+    if found:
+        what, sized = "tokenizer", ""
+        if found[0].startswith("vocabulary"):
+            what, sized = f"vocabulary of {sizes[1]} tokens", f" ({sizes[0]} tokens)"
         raise UserError(
-            f"{second.where}: its vocabulary of {second.tokenizer.vocab_size} tokens is not that of {first.where} "
-            f"({first.tokenizer.vocab_size} tokens); train both from the same pretrained run"
+            f"{second.where}: its {what} is not that of {first.where}{sized}; {'; '.join(found[:2])}; train both from "
+            "the same pretrained run"
         )
 
 

@@ -9,8 +9,12 @@ _NONE = (None, -1, "", "none", "null")
 
 def as_ids(value: object, where: str) -> list[int]:
     """A field of a config as a list of ids, empty for what means that there is no such token."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    ids = [id for id in listed if (id.lower() if isinstance(id, str) else id) not in _NONE]
-    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
-        raise UserError(f"{where}: expected an id or a list of ids, got {value!r:.100}")
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    ids: list[int] = []
+    for id in listed:
+        if (id.lower() if isinstance(id, str) else id) in _NONE:
+            continue
+        if isinstance(id, bool) or not isinstance(id, int) or id < 0:
+            raise UserError(f"{where}: expected an id or a list of ids, got {value!r:.100}")
+        ids.append(id)
     return ids

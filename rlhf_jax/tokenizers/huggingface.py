@@ -67,11 +67,11 @@ class HuggingFaceTokenizer:
         self._where = {file: f"{name}: {file}" if folder is None else f"{folder / file}" for file in _FILES}
         self._ids = {role: as_ids(ids.get(role), f"{name}: {role}_token_id") for role in ROLES}
         parsed = {file: parse(self.files.get(file), self._where[file]) for file in _FILES if file != TEMPLATE}
-        self._content = parsed[TOKENIZER]
+        self.content = parsed[TOKENIZER]
         config = {**parsed[SPECIAL_MAP], **parsed[CONFIG]}
         try:
-            self._vocab = _vocabulary(self._content)
-            self._added = collect(self._content, config, parsed[ADDED], self._vocab, self._where)
+            self.vocabulary = _vocabulary(self.content)
+            self.added = collect(self.content, config, parsed[ADDED], self.vocabulary, self._where)
             self._roles(config)
             self.backend: Literal["tiktoken", "tokenizers"] = "tokenizers"
             self._encoder = self._choose_encoder()
@@ -155,10 +155,10 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything that determines the ids of a text or of messages."""
-        content = {key: value for key, value in self._content.items() if key not in ("truncation", "padding")}
+        content = {key: value for key, value in self.content.items() if key not in ("truncation", "padding")}
         template = self.chat_template
-        if self._added != [Added.of(entry) for entry in self._content.get("added_tokens") or []]:
-            content["added_tokens"] = [entry._asdict() for entry in self._added]
+        if self.added != [Added.of(entry) for entry in self.content.get("added_tokens") or []]:
+            content["added_tokens"] = [entry._asdict() for entry in self.added]
         parts = [content, self.eos_id, self.bos_id, self.pad_id, self.start_ids, self.stop_ids, self.special_tokens]
         parts += [template.source, template.tokens] if template else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("ascii")).hexdigest()
@@ -229,9 +229,9 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _bytes(self) -> dict[int, Token]:
-        decoder = steps(self._content.get("decoder"), "decoders")
-        tokens = {id: bytes_of(text, decoder) for text, id in self._vocab.items()}
-        return tokens | {added.id: added.content.encode("utf-8") for added in self._added}
+        decoder = steps(self.content.get("decoder"), "decoders")
+        tokens = {id: bytes_of(text, decoder) for text, id in self.vocabulary.items()}
+        return tokens | {added.id: added.content.encode("utf-8") for added in self.added}
 
     def _encode(self, text: str, place: Place) -> list[int]:
         longest = _LONGEST_SPACE if self.backend == "tiktoken" else max(len(text), 1)
@@ -262,7 +262,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        about = {added.content: added for added in self._added}
+        about = {added.content: added for added in self.added}
         parts = []
         for text in sorted(self.special_tokens, key=len, reverse=True):
             left = r"\s*" if text in about and about[text].lstrip else ""
@@ -272,14 +272,14 @@ class HuggingFaceTokenizer:
 
     def _roles(self, config: Mapping[str, Any]) -> None:
         """Sets the special ids and the chat template."""
-        names = {**self._vocab, **{added.content: added.id for added in self._added}}
+        names = {**self.vocabulary, **{added.content: added.id for added in self.added}}
         texts = {id: text for text, id in names.items()}
         variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := text_of(value))}
         eos, bos, pad = (self._role(role, config, names.get(variables.get(f"{role}_token", ""))) for role in ROLES)
         if eos is None or eos not in texts:
             raise UserError(
-                f"{self._where[CONFIG]}: expected 'eos_token' here or 'eos_token_id' in config.json, got no end-of-text "
-                "token"
+                f"{self._where[CONFIG]}: expected 'eos_token' here or 'eos_token_id' in config.json, got no "
+                "end-of-text token"
             )
         self.eos_id: int = eos
         self.bos_id: int | None = bos if bos is not None and bos in texts else None
@@ -288,7 +288,7 @@ class HuggingFaceTokenizer:
                 variables.setdefault(f"{role}_token", texts[id])
         self.chat_template = self._template(config, variables)
         self.start_ids = self._starts()
-        marked = {added.id for added in self._added if added.special}
+        marked = {added.id for added in self.added if added.special}
         stops = [eos, *(id for id in self._ids["eos"] if id in texts)]
         if self.chat_template is not None:
             # Gemma ends turns with another token than texts, and not every file lists it.
@@ -309,7 +309,7 @@ class HuggingFaceTokenizer:
         self.special_tokens = {texts[id]: id for id in sorted(texts) if id in special and id < self.rows}
         self.special_ids = frozenset(self.special_tokens.values()) | {self.pad_id}
         # An unknown character becomes <unk>, which is allowed: it neither ends nor masks anything.
-        model = self._content["model"]
+        model = self.content["model"]
         unknown = model.get("unk_id") if model.get("unk_token") is None else names.get(model["unk_token"])
         self._never = frozenset(special) - ({unknown} - taken)
 
@@ -323,7 +323,7 @@ class HuggingFaceTokenizer:
     def _starts(self) -> tuple[int, ...]:
         """Ids that tokenizer.json adds before a text. Like transformers, this ignores `add_bos_token`."""
         starts: list[int] = []
-        for step in steps(self._content.get("post_processor"), "processors"):
+        for step in steps(self.content.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
                 for part in step["single"]:
                     if "SpecialToken" not in part:
@@ -334,26 +334,35 @@ class HuggingFaceTokenizer:
         return tuple(starts)
 
     def _template(self, config: Mapping[str, Any], variables: Mapping[str, str]) -> ChatTemplate | None:
-        source = self.files.get("chat_template.jinja", config.get("chat_template"))
-        if source is None:
-            return None
-        return ChatTemplate(source, variables) if isinstance(source, str) else ChatTemplate.named(source, variables)
+        source = self.files.get(TEMPLATE, config.get("chat_template"))
+        where = self._where[TEMPLATE] if TEMPLATE in self.files else f"{self._where[CONFIG]}: field 'chat_template'"
+        if isinstance(source, Mapping):
+            source = [{"name": name, "template": template} for name, template in source.items()]
+        if isinstance(source, list):
+            if not all(
+                isinstance(e, Mapping) and {type(e.get("name")), type(e.get("template"))} == {str} for e in source
+            ):
+                raise UserError(f"{where}: expected a template or a list of them with 'name' and 'template'")
+            return ChatTemplate.named(source, variables, where=where)
+        if not isinstance(source, str | None):
+            raise UserError(f"{where}: expected a template, a list of them, or null, got {source!r:.100}")
+        return ChatTemplate(source, variables, where=where) if source and source.strip() else None
 
     def _choose_encoder(self) -> RankEncoder | PackageEncoder:
         """Chooses tiktoken if it is exact, and sets `backend`."""
         # Dropout of merges, a setting for the training of some models, would give a text other ids each time.
-        model = {name: value for name, value in self._content["model"].items() if name not in SAMPLING}
-        added = [entry._asdict() for entry in self._added]
-        content = {**self._content, "model": model, "added_tokens": added}
+        model = {name: value for name, value in self.content["model"].items() if name not in SAMPLING}
+        added = [entry._asdict() for entry in self.added]
+        content = {**self.content, "model": model, "added_tokens": added}
         package = functools.cache(lambda: PackageEncoder(content, self._where[TOKENIZER]))
-        normalizer = self._content.get("normalizer")
-        pattern = pattern_of(self._content.get("pre_tokenizer"))
-        odd = any(a.single_word or a.lstrip or a.rstrip for a in self._added if not a.special)
+        normalizer = self.content.get("normalizer")
+        pattern = pattern_of(self.content.get("pre_tokenizer"))
+        odd = any(a.single_word or a.lstrip or a.rstrip for a in self.added if not a.special)
         if pattern is not None and not odd and (normalizer is None or normalizer.get("type") == "NFC"):
             table = table_of(model, self.special_ids | self._never)
             if table is not None:
                 self.backend = "tiktoken"
-                return RankEncoder(pattern, table, self._added, composes=normalizer is not None, package=package)
+                return RankEncoder(pattern, table, self.added, composes=normalizer is not None, package=package)
         return package()
 
     def __eq__(self, other: object) -> bool:
