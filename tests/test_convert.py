@@ -1,6 +1,7 @@
 """Models out of runs and into runs, by the functions under `rlhf-jax convert`."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,33 @@ import pytest
 
 from rlhf_jax.cli import convert
 from rlhf_jax.config import LoraConfig, ModelConfig, to_plain
+from rlhf_jax.data import (
+    Comparison,
+    Demonstration,
+    Dialogue,
+    Message,
+    Prompt,
+    Ranking,
+    Text,
+    chat_ids,
+    dialogue_row,
+    have_messages,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export, import_model
+from rlhf_jax.pretrained.dialogue_template import dialogue_template
+from rlhf_jax.pretrained.huggingface import write_folder
 from rlhf_jax.pretrained.source import Source, open_source
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.tokenizers.export import as_hugging_face
+from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 from tests.cases import case
 from tests.made_params import random_adapter, random_params, shapes_traced_once  # noqa: F401
 from tests.made_runs import write_run
+from tests.tiny_tokenizers import CHATML, CORPUS, SPECIAL, content_of, load
 
 pytestmark = [pytest.mark.pretrained, pytest.mark.usefixtures("shapes_traced_once")]
 
@@ -113,6 +132,129 @@ def test_the_value_network_is_written_as_a_model_with_a_score(runs: Path, tmp_pa
     np.testing.assert_allclose(read["score"]["bias"], saved["score"]["bias"], rtol=1e-6)
     with pytest.raises(UserError, match="expected a ppo run, which has a value network, got a sft run"):
         export(str(runs / "sft"), tmp_path / "none", critic=True)
+
+
+@pytest.fixture(scope="module")
+def chat_model() -> ModelConfig:
+    """A model with a row for each token of `tiny_tokenizers`."""
+    return ModelConfig(vocab_size=600, context=32, width=8, layers=1, heads=2)
+
+
+def published(folder: Path, model: ModelConfig, config: dict[str, Any], generation: Any) -> Path:
+    """A folder as transformers writes it; generation: content of generation_config.json, None for no such file."""
+    write_folder(folder, random_params(model), model)
+    for name, content in (
+        ("tokenizer.json", content_of("gpt2")),
+        ("tokenizer_config.json", config),
+        ("generation_config.json", generation),
+    ):
+        if content is not None:
+            (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+END, TURN = SPECIAL.index("<|endoftext|>"), SPECIAL.index("<|im_end|>")
+TEXT_ENDS, TURN_ENDS = {"eos_token": "<|endoftext|>"}, {"eos_token": "<|im_end|>"}
+# tokenizer_config.json's ends and template, generation_config.json -> that of the export, whose lists end a response.
+ENDS: list[tuple[dict[str, Any], Any, Any]] = [
+    (TEXT_ENDS | {"chat_template": CHATML}, {"eos_token_id": END, "n": 2}, {"eos_token_id": [END, TURN], "n": 2}),
+    (TEXT_ENDS | {"chat_template": CHATML}, None, {"eos_token_id": [END, TURN]}),
+    (TEXT_ENDS | {"chat_template": CHATML}, {"eos_token_id": None}, {"eos_token_id": [END, TURN]}),
+    (TURN_ENDS | {"chat_template": CHATML}, {"eos_token_id": END}, {"eos_token_id": [TURN, END]}),
+    (TURN_ENDS | {"chat_template": CHATML}, {"eos_token_id": [END, 5]}, {"eos_token_id": [TURN, END, 5]}),
+    (TURN_ENDS, {"temperature": 0.6}, {"eos_token_id": TURN, "temperature": 0.6}),
+    # As published, where nothing is missing.
+    (TURN_ENDS | {"chat_template": CHATML}, {"eos_token_id": [END, TURN]}, {"eos_token_id": [END, TURN]}),
+    (TEXT_ENDS, {"eos_token_id": END}, {"eos_token_id": END}),
+]  # fmt: skip
+
+
+def test_an_export_names_every_end(chat_model: ModelConfig, tmp_path: Path) -> None:
+    for number, row in enumerate(ENDS):
+        with case(row) as (config, generation, expected):
+            folder = published(tmp_path / f"{number}", chat_model, config, generation)
+            export(f"hf:{folder}", tmp_path / f"{number}-out")
+            assert json.loads((tmp_path / f"{number}-out" / "generation_config.json").read_text()) == expected
+            before, after = (
+                open_source(f"hf:{tmp_path / name}", stages=("sft",)).tokenizer
+                for name in (str(number), f"{number}-out")
+            )
+            assert before.fingerprint == after.fingerprint and before.stop_ids == after.stop_ids
+            ends = expected["eos_token_id"]
+            assert set(after.stop_ids) == set(ends if isinstance(ends, list) else [ends])
+
+
+TALK = [Message("system", "Be kind."), Message("user", " Hi\n"), Message("assistant", "Yes.")]
+TALK += [Message("user", "3 + 4?"), Message("assistant", "\n7 'tis\n\n")]
+SPEAKERS: list[tuple[TextTokenizer, str]] = [
+    (Tokenizer.bytes(), "<|begin|>"),
+    (Tokenizer.train(CORPUS * 3, 450), "<|begin|>"),
+    (load("gpt2"), ""),
+    (load("llama3", start="<|begin_of_text|>"), "<|begin_of_text|>"),
+    (load("metaspace"), "<s> "),  # SentencePiece's space before a text, which follows no special token
+    (load("llama2"), "<s>"),
+    (load("gemma"), "<s>"),
+]
+
+
+def test_the_format_of_dialogues_as_a_chat_template() -> None:
+    for tokenizer, start in SPEAKERS:
+        with case(tokenizer.name):
+            templated = as_hugging_face(tokenizer).with_template(dialogue_template(tokenizer))
+            end = "<|endoftext|>"
+            text = f"{start}Be kind.\n\nHuman:  Hi\n\n\nAssistant: Yes.{end}\n\nHuman: 3 + 4?\n\nAssistant:"
+            assert templated.chat_template is not None
+            assert templated.chat_template.render(TALK[:4], add_generation_prompt=True) == text
+            assert templated.chat_template.render(TALK) == f"{text} \n7 'tis\n\n{end}"
+            assert templated.stop_ids == tokenizer.stop_ids
+            # Llama 2's normalizer adds a space after every special token, and so after an answer's end.
+            for talk in (TALK[:2], TALK[1:2], *([TALK[:4], TALK[3:4]] if tokenizer.name != "llama2" else [])):
+                assert chat_ids(talk, templated) == chat_ids(talk, tokenizer)
+            if tokenizer.name != "llama2":
+                assert dialogue_row(TALK, templated) == dialogue_row(TALK, tokenizer)
+            with pytest.raises(UserError, match=r"expected user and assistant messages, .* got the role tool"):
+                templated.chat_template.render([("tool", "x")])
+
+
+def test_the_template_that_was_trained_is_exported(runs: Path, tmp_path: Path) -> None:
+    model = ModelConfig(vocab_size=600, context=32, width=8, layers=1, heads=2)
+    hugging = HuggingFaceTokenizer.from_content(content_of("gpt2"), TEXT_ENDS, rows=600, name="m")
+    own = Tokenizer.bytes()
+    rows: list[tuple[str, TextTokenizer, dict[str, Any], str | None]] = [
+        ("sft", own, {"dialogues": True}, dialogue_template(own)),
+        ("ppo", hugging, {"dialogues": True}, dialogue_template(hugging)),
+        ("reward", own, {"dialogues": True, "score_mean": 0.0, "score_scale": 1.0}, dialogue_template(own)),
+        ("sft", own, {}, dialogue_template(own)),  # from before it was recorded
+        ("sft", own, {"dialogues": False}, None),
+        ("pretrain", own, {}, None),
+        ("sft", hugging.with_template(CHATML), {"dialogues": True}, CHATML),
+    ]
+    for number, row in enumerate(rows):
+        with case(row) as (stage, tokenizer, summary, expected):
+            params = random_params(model, scalar=stage == "reward")
+            write_run(tmp_path / f"{number}", stage, params, model, tokenizer, **summary)
+            export(str(tmp_path / f"{number}"), tmp_path / f"out{number}")
+            file = tmp_path / f"out{number}" / "chat_template.jinja"
+            assert (file.read_text() if file.exists() else None) == expected
+            after = open_source(f"hf:{tmp_path / f'out{number}'}", stages=("reward" if stage == "reward" else "sft",))
+            if expected is not None:
+                assert chat_ids(TALK[:4], after.tokenizer) == chat_ids(TALK[:4], tokenizer)
+
+
+def test_records_that_are_dialogues() -> None:
+    user = (Message("user", "a"),)
+    for record, expected in (
+        (Text("a"), False),
+        (Prompt("a"), False),
+        (Prompt("a", turns=user), True),
+        (Demonstration("a", "b", turns=user), True),
+        (Comparison("a", "b", "c", turns=user), True),
+        (Ranking("a", ("b", "c"), (1, 2)), False),
+        (Dialogue(user), True),
+        ("file:3", False),  # rows that were sampled name their place alone
+    ):
+        with case(record):
+            assert have_messages([Text("x"), record]) == expected
 
 
 def test_a_folder_in_use_is_refused(runs: Path, tmp_path: Path) -> None:

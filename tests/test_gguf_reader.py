@@ -523,6 +523,23 @@ def test_special_tokens_around_a_text(path: Path) -> None:
             assert model.tokenizer_config["chat_template"] == "{{ messages }}"
 
 
+def test_every_end_that_a_file_names(path: Path) -> None:
+    settings = {"ggml.eot_token_id": 5, "ggml.eom_token_id": 6}
+    assert read_gguf(model_file(path, vocabulary=byte_level(**settings))).end_ids == (0, 5, 6)
+
+
+def test_a_special_token_that_a_file_has_none_of(path: Path) -> None:
+    for none in (None, 2**32 - 1):
+        with case(none):
+            settings = {"ggml.padding_token_id": none, "ggml.unknown_token_id": none}
+            model = read_gguf(model_file(path, vocabulary=byte_level(**settings)))
+            assert (
+                model.end_ids == (0,)
+                and model.config["pad_token_id"] is None
+                and model.tokenizer_config["unk_token"] is None
+            )
+
+
 # --- SentencePiece ---------------------------------------------------------------------------------------------------
 
 RUNS = ["▁" * length for length in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11)]  # those of Llama and Mistral

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer as Package
 from tokenizers import models, normalizers
 
+from rlhf_jax.data.chat import chat_ids
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import WORDS_PATTERN, Tokenizer
 from rlhf_jax.tokenizers.export import to_hugging_face, write_folder
@@ -143,6 +144,21 @@ def test_a_character_without_a_token_is_for_the_package() -> None:
     assert ours.encode("a!\x04!b") == ours.encode("a!!b")
 
 
+def test_a_text_has_one_encoding() -> None:
+    """Also if tokenizer.json asks for dropout of merges, in each kind of BPE and beside a backend of either kind."""
+    odd = content([["a", "b"], ["b", "c"], ["a", "bc"]])  # no table, see MERGES
+    for plain in (content_of("gpt2"), content_of("llama3"), content_of("llama2"), odd):
+        for dropout in (0.5, 1.0, 0.0):
+            made = {**plain, "model": plain["model"] | {"dropout": dropout}}
+            config = {"eos_token": plain["added_tokens"][-1 if plain is odd else 1]["content"]}
+            first, ours = (HuggingFaceTokenizer.from_content(c, config, rows=999, name="m") for c in (plain, made))
+            assert ours.backend == first.backend
+            for text in ["the cat sat abcabc"] * 5 + [*strings(20)]:
+                assert (
+                    ours.encode(text) == first.encode(text) == package(plain).encode(text, add_special_tokens=False).ids
+                )
+
+
 def test_letters() -> None:
     assert to_letters(b" a\n\xff\x00") == "ĠaĊÿĀ"
     assert from_letters("ĠaĊÿĀ") == b" a\n\xff\x00" and from_letters("a b") is None
@@ -190,6 +206,7 @@ def test_a_model_that_makes_a_special_token_of_text_is_refused() -> None:
 
 ROWS = 800
 SIZE = package(content_of("gpt2")).get_vocab_size()
+SIZE_GEMMA = package(content_of("gemma")).get_vocab_size()
 FIRST = {token: id for id, token in enumerate(SPECIAL)}
 
 
@@ -226,7 +243,7 @@ def test_roles_that_are_missing_or_shared() -> None:
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(UserError, match=r"m: expected 'eos_token' .* got no end-of-text token"):
+    with pytest.raises(UserError, match=r"m: tokenizer_config\.json: expected 'eos_token' .* got no end-of-text token"):
         roles({"bos_token": "<s>"})
     with pytest.raises(UserError, match=r"expected an id below 400, the rows .* got 400 of"):
         roles({"eos_token": "</s>"}, rows=400)
@@ -239,6 +256,90 @@ def test_what_is_wrong_is_named() -> None:
         tokenizer.decode([SIZE])
     with pytest.raises(UserError, match=r"lone surrogate U\+DC80 at character 2"):
         tokenizer.encode("ab\udc80")
+
+
+END, USER = SIZE, SIZE + 1  # the ids that follow tokenizer.json's
+SPOKEN = CHATML.replace("im_", "turn_")
+DECODER = {
+    "added_tokens_decoder": {
+        str(USER): {"content": "<|turn_start|>", "special": True},
+        str(END): {"content": "<|turn_end|>", "special": True, "normalized": False},
+        str(USER + 1): {"content": "<tool>", "normalized": False},
+    }
+}
+TURN = {"eos_token": "</s>", "chat_template": SPOKEN}
+LISTED = {"added_tokens.json": {"<tool>": USER + 1, "<|turn_end|>": END, "<|turn_start|>": USER}}
+EXTRA = ["<|turn_end|>", {"content": "<|turn_start|>"}]
+# tokenizer_config.json, other files, whether <tool> in a text is a token: with each, the end of a turn is a token.
+SOURCES: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
+    (TURN | DECODER, {}, True),
+    (TURN | DECODER | {"eos_token": "<|turn_end|>"}, {}, True),
+    (TURN | {"additional_special_tokens": EXTRA}, LISTED, True),
+    (TURN | {"additional_special_tokens": EXTRA}, {}, False),
+    (TURN | {"extra_special_tokens": {"end": "<|turn_end|>", "start": "<|turn_start|>"}}, {}, False),
+    (TURN, {"special_tokens_map.json": {"additional_special_tokens": EXTRA}}, False),
+    ({**TURN, "eos_token": "<|turn_end|>", "cls_token": "<|turn_start|>"}, {}, False),
+]
+
+
+def added(config: dict[str, Any], other: dict[str, Any], kind: str = "gpt2", rows: int = 2000) -> HuggingFaceTokenizer:
+    """A tokenizer whose tokenizer.json does not have the tokens of turns."""
+    files = {"tokenizer.json": content_of(kind), "tokenizer_config.json": config} | other
+    return HuggingFaceTokenizer({name: json.dumps(file) for name, file in files.items()}, rows=rows, name="m", ids={})
+
+
+def test_added_tokens_of_every_file(tmp_path: Path) -> None:
+    for row in SOURCES:
+        with case(row) as (config, other, tool):
+            ours = added(config, other)
+            assert {ours.special_tokens["<|turn_end|>"], ours.special_tokens["<|turn_start|>"]} == {END, USER}
+            assert END in ours.stop_ids and ours.vocab_size == SIZE + 2 + tool
+            ids = chat_ids([("user", "a<|turn_end|>")], ours)
+            names = {"<|turn_start|>": USER, "<|turn_end|>": END}
+            sections = ["<|turn_start|>", "user\na<|turn_end|>", "<|turn_end|>", "\n", "<|turn_start|>", "assistant\n"]
+            assert ids == [id for part in sections for id in ([names[part]] if part in names else ours.encode(part))]
+            assert ours.special_ids.isdisjoint(ours.encode("<|turn_end|>"))
+            assert (ours.encode("a<tool>") == [*ours.encode("a"), USER + 1]) == tool
+            ours.save(tmp_path / "t.json")
+            assert load_tokenizer(tmp_path / "t.json") == ours and ours != added(TURN, {})
+    ours = added(TURN, {"added_tokens.json": {"<tool>": SIZE_GEMMA, "<|turn_end|>": SIZE_GEMMA + 1}}, "gemma")
+    assert ours.encode("a<tool>b") == [*ours.encode("a"), SIZE_GEMMA, *ours.encode("b")]
+
+
+def decoder(id: object, entry: object) -> dict[str, Any]:
+    return {"eos_token": "</s>", "added_tokens_decoder": {id: entry}}
+
+
+WRONG_ADDED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (decoder(str(END + 1), {"content": "<x>"}), {}, f"expected id {END} for '<x>', got {END + 1}, which is another"),
+    (decoder("4", {"content": "<x>"}), {}, f"expected id {END} for '<x>', got 4, which is '<|im_end|>' in tokenizer"),
+    (decoder("9", {"content": "</s>"}), {}, "expected id 2 for '</s>', got 9, which is "),
+    (decoder("x", {"content": "<x>"}), {}, r"field 'added_tokens_decoder\[x\]': expected an id for its name, got 'x'"),
+    (
+        decoder(str(END), "<x>"),
+        {},
+        r"_decoder\[\d+\]': expected an object with the token's text as 'content', got '<x>'",
+    ),
+    (decoder(str(END), {"special": True}), {}, "expected an object with the token's text as 'content', got {'special'"),
+    (decoder(str(END), {"content": "<x>", "special": "yes"}), {}, "expected true or false for its flags, got"),
+    (
+        {"eos_token": "</s>", "added_tokens_decoder": []} | {"additional_special_tokens": "<x>"},
+        {},
+        "expected a list of",
+    ),
+    ({"eos_token": "</s>", "additional_special_tokens": [3]}, {}, "'additional_special_tokens': expected a list .* 3"),
+    ({"eos_token": "</s>"}, {"added_tokens.json": {"<x>": "9"}}, "field '<x>': expected the id of a token, got '9'"),
+    ({"eos_token": "</s>"}, {"added_tokens.json": {"<x>": 9}}, r"expected id \d+ for '<x>', got 9, which is"),
+    ({"eos_token": "</s>"}, {"added_tokens.json": ["<x>"]}, "expected a JSON object, got list"),
+]
+
+
+def test_added_tokens_that_contradict_are_refused() -> None:
+    for row in WRONG_ADDED:
+        with case(row) as (config, other, message), pytest.raises(UserError, match=rf"m: \w+\.json: .*{message}"):
+            added(config, other)
+    with pytest.raises(UserError, match=rf"m: tokenizer\.json: expected an id below {SIZE}, .* of '<\|turn_end\|>'"):
+        added(TURN | DECODER | {"eos_token": "<|turn_end|>"}, {}, rows=SIZE)
 
 
 def test_start_ids_are_what_the_file_puts_before_a_text() -> None:
@@ -271,6 +372,79 @@ def test_a_folder_comes_back_byte_for_byte(tmp_path: Path) -> None:
     assert loaded.encode("a cat") == tokenizer.encode("a cat")
     write_folder(loaded, tmp_path / "out")
     assert {f.name.replace(".", "__"): f.read_bytes().decode() for f in (tmp_path / "out").iterdir()} == files
+
+
+NONE = [None, -1, [], [-1], [None], "", "none", "null", "None"]
+
+
+def test_no_token_in_every_spelling(tmp_path: Path) -> None:
+    for number, none in enumerate(NONE):
+        with case(none):
+            fields = {"eos_token_id": [2, *(none if isinstance(none, list) else [none])]}
+            fields |= {"pad_token_id": none, "bos_token_id": none}
+            files = {
+                "tokenizer__json": json.dumps(content_of("gpt2")),
+                "tokenizer_config__json": json.dumps({"pad_token": "" if none is None else None, "chat_template": ""}),
+                "config__json": json.dumps({"eos_token_id": 7, "pad_token_id": none}),
+                "generation_config__json": json.dumps(fields),
+            }
+            tokenizer = HuggingFaceTokenizer.from_folder(write(tmp_path / f"{number}", **files), rows=ROWS)
+            assert (tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) == ((2,), None, ROWS)
+            assert tokenizer.chat_template is None
+    # Where generation_config.json has none, config.json has it.
+    last = {"config__json": '{"eos_token_id": 2, "pad_token_id": 1}', "generation_config__json": '{"pad_token_id": -1}'}
+    folder = write(tmp_path / "last", tokenizer__json=json.dumps(content_of("gpt2")), **last)
+    tokenizer = HuggingFaceTokenizer.from_folder(folder, rows=ROWS)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (2, 1)
+
+
+TEMPLATES: list[tuple[dict[str, str], str]] = [
+    ({"tokenizer_config__json": "{"}, r"tokenizer_config\.json: not readable JSON"),
+    ({"tokenizer__json": "[]"}, r"tokenizer\.json: expected a JSON object, got list"),
+    ({"tokenizer__json": '{"model": {}}'}, r"tokenizer\.json: KeyError: 'vocab'; is the file complete\?"),
+    ({"special_tokens_map__json": "3"}, r"special_tokens_map\.json: expected a JSON object, got int"),
+    ({"added_tokens__json": "x"}, r"added_tokens\.json: not readable JSON"),
+    ({"config__json": '{"pad_token_id": -2}'}, r"config\.json: field 'pad_token_id': expected an id .*, got -2"),
+    (
+        {"generation_config__json": '{"eos_token_id": [2, "x"]}'},
+        r"n_config\.json: field 'eos_token_id': .*, got \[2, 'x'\]",
+    ),
+    ({"generation_config__json": '{"bos_token_id": true}'}, r"n_config\.json: field 'bos_token_id': .*, got True"),
+    ({"generation_config__json": '{"eos_token_id": 2.5}'}, r"n_config\.json: field 'eos_token_id': .*, got 2\.5"),
+    ({"generation_config__json": "[]"}, r"generation_config\.json: expected a JSON object, got list"),
+    ({"tokenizer_config__json": "{}"}, r"tokenizer_config\.json: expected 'eos_token' here or 'eos_token_id' in conf"),
+    (
+        {"tokenizer_config__json": '{"chat_template": 3}'},
+        r"r_config\.json: field 'chat_template': expected a templ.* 3",
+    ),
+    (
+        {"tokenizer_config__json": '{"chat_template": [{"name": "default"}]}'},
+        r"'chat_template': expected a template or a",
+    ),
+    (
+        {"tokenizer_config__json": '{"chat_template": {"rag": "x"}}'},
+        r"'chat_template': expected one named default, .* rag",
+    ),
+]
+
+
+def test_errors_name_the_file_in_its_folder(tmp_path: Path) -> None:
+    whole = {"tokenizer__json": json.dumps(content_of("gpt2")), "special_tokens_map__json": '{"eos_token": "</s>"}'}
+    for number, row in enumerate(TEMPLATES):
+        with case(row) as (files, message):
+            without = {"special_tokens_map__json": "{}"} if "'eos_token' here" in message else {}
+            folder = write(tmp_path / f"{number}", **whole | without | files)
+            with pytest.raises(UserError, match=rf"^{folder}/.*{message}"):
+                HuggingFaceTokenizer.from_folder(folder, rows=ROWS)
+    for number, files in enumerate(
+        [{"chat_template__jinja": "{% if %}"}, {"tokenizer_config__json": '{"chat_template": "{% if %}"}'}]
+    ):
+        folder = write(tmp_path / f"t{number}", **whole | files)
+        template = HuggingFaceTokenizer.from_folder(folder, rows=ROWS).chat_template
+        place = ("chat_template.jinja", "tokenizer_config.json: field 'chat_template'")[number]
+        assert template is not None
+        with pytest.raises(UserError, match=rf"^{folder}/{place}: chat template: line 1: Expected an expression"):
+            template.render([("user", "x")])
 
 
 def test_a_damaged_saved_file_is_named(tmp_path: Path) -> None:
@@ -328,7 +502,7 @@ def test_a_special_token_may_take_white_space_away() -> None:
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load("gpt2").decode(load("gpt2").encode("a cat")) == "a cat"
-    with pytest.raises(UserError, match=r'gemma: its tokenizer\.json needs .* pip install "rlhf_jax\[hf\]"'):
+    with pytest.raises(UserError, match=r'gemma: tokenizer\.json: needs .* pip install "rlhf_jax\[hf\]"'):
         load("gemma")
 
 

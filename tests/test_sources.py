@@ -71,6 +71,7 @@ def test_a_run_with_an_adapter_holds_the_adapter_alone(runs: Path) -> None:
     tuned = open_source(str(runs / "sft"), stages=("sft",))
     adapter, whole, before = tuned.own(), tuned.params(), base.params()
     assert set(adapter) == {"block_0"}
+    assert not tuned.dialogues  # its demonstrations are text
     assert str(jax.tree.structure(whole)) == str(jax.tree.structure(before))
     np.testing.assert_array_equal(whole["embedding"], before["embedding"])
     query = adapter["block_0"]["attention"]["query"]

@@ -28,7 +28,7 @@ from rlhf_jax.data.gopher import as_messages, extract_dialogues
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.packing import pack_text
 from rlhf_jax.data.reader import read_records
-from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
+from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text, have_messages
 
 __all__ = [
     "Comparison",
@@ -55,6 +55,7 @@ __all__ = [
     "encode_rankings",
     "encode_text",
     "extract_dialogues",
+    "have_messages",
     "new_lengths",
     "order",
     "pack_text",

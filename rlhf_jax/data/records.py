@@ -9,6 +9,7 @@ which text cannot express.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from rlhf_jax.data.dialogues import Message
 
@@ -72,3 +73,8 @@ class Dialogue:
 
 Prompted = Prompt | Demonstration | Comparison | Ranking
 Record = Text | Dialogue | Prompted
+
+
+def have_messages(records: Iterable[object]) -> bool:
+    """True if one of the records was given as messages, which are rendered as a dialogue."""
+    return any(isinstance(r, Dialogue) or (isinstance(r, Prompted) and len(r.turns) > 0) for r in records)

@@ -12,6 +12,7 @@ from rlhf_jax.arrays import Params, TrainState
 from rlhf_jax.config import to_plain
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import merge
+from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.pretrained.huggingface import SHARD_BYTES, as_published, write_folder
 from rlhf_jax.pretrained.peft import write_adapter
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, unstacked
@@ -63,6 +64,7 @@ def export(
     params = critic_params(source) if critic else source.params()
     tokenizer = source.tokenizer
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    template = dialogue_template(tokenizer) if source.dialogues and tokenizer.chat_template is None else None
     extras: dict[str, Any] = {}
     if source.scalar and not critic:
         extras = {"score_mean": source.score_mean, "score_scale": source.score_scale}
@@ -71,7 +73,8 @@ def export(
         *unstacked(jax.device_get(params), source.model),
         origin=source.origin,
         special_ids={role: id for role, id in ids.items() if id is not None},
-        extra_files=lambda path: write_tokenizer(tokenizer, path),
+        stop_ids=tokenizer.stop_ids,
+        extra_files=lambda path: write_tokenizer(tokenizer, path, chat_template=template),
         dtype=dtype,
         extras=extras or None,
         shard_bytes=shard_bytes,

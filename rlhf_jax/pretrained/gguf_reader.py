@@ -22,7 +22,7 @@ import numpy as np
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.gguf_file import CHUNK, Array, GgufFields, Stored, load, parse
-from rlhf_jax.pretrained.gguf_tokenizer import CUTS, NAMED_TOKENS, token_id, tokenizer_of
+from rlhf_jax.pretrained.gguf_tokenizer import CUTS, END_TOKENS, NAMED_TOKENS, token_id, tokenizer_of
 
 __all__ = ["ARCHITECTURES", "CHUNK", "CUTS", "GgufModel", "packaged_gguf", "read_gguf"]
 
@@ -37,6 +37,7 @@ class GgufModel:
     config: dict[str, Any]  # config.json, with the older keys rope_theta and rope_scaling
     tokenizer: dict[str, Any]  # tokenizer.json
     tokenizer_config: dict[str, Any]  # bos_token, eos_token, unk_token, pad_token, add_*_token, chat_template
+    end_ids: tuple[int, ...]  # of a text, of a turn and of a message, where the file names them
     _tensors: dict[str, tuple[Stored, Undo]] = dataclasses.field(repr=False)
 
     def names(self) -> list[str]:
@@ -82,7 +83,9 @@ def read_gguf(path: str | Path) -> GgufModel:
     fields.refuse_what_no_config_can_say()
     config = _config(fields, ARCHITECTURES[name], stored)
     tokenizer, tokenizer_config = tokenizer_of(fields)
-    return GgufModel(path, config, tokenizer, tokenizer_config, _tensors(fields, ARCHITECTURES[name], config, stored))
+    ends = tuple(id for end in END_TOKENS if (id := token_id(fields, end)) is not None)
+    tensors = _tensors(fields, ARCHITECTURES[name], config, stored)
+    return GgufModel(path, config, tokenizer, tokenizer_config, ends, tensors)
 
 
 def packaged_gguf(package: str) -> Path:

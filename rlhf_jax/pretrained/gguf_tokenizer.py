@@ -13,6 +13,7 @@ from rlhf_jax.pretrained.gguf_file import GgufFields
 # Token types of the specification.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 NAMED_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+END_TOKENS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
 _SPACE = "▁"
 
 
@@ -56,9 +57,9 @@ CUTS = {
 
 def token_id(fields: GgufFields, name: str) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
-    if not fields.has(key):
+    found = fields.values.get(key, -1)
+    if found in (-1, 2**32 - 1):  # llama.cpp's value for "none", which may be stored without its sign
         return None
-    found = fields.values[key]
     if type(found) is not int or not 0 <= found < len(fields.texts("tokenizer.ggml.tokens")):
         raise fields.wrong(key, "the id of a token")
     return found

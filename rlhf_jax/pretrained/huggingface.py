@@ -28,6 +28,7 @@ from rlhf_jax.pretrained.families import FAMILIES, family_of
 from rlhf_jax.pretrained.safetensors_files import SafetensorsFolder, write_tensors
 from rlhf_jax.pretrained.weights import BUFFERS, Tensor, head_of, join, shape_in_file, split, tensors_of
 from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, sync_folder, write_json
+from rlhf_jax.tokenizers.config_ids import as_ids
 
 SHARD_BYTES = 2 * 2**30
 OURS = "rlhf_jax"  # the key of config.json for values that transformers has no key for
@@ -239,6 +240,7 @@ def write_folder(
     *,
     origin: Mapping[str, Any] | None = None,
     special_ids: Mapping[str, int] | None = None,
+    stop_ids: Sequence[int] = (),
     extra_files: Callable[[Path], None] | None = None,
     dtype: str | None = None,
     extras: Mapping[str, Any] | None = None,
@@ -253,6 +255,7 @@ def write_folder(
       origin: record of the published model that these parameters started from; if None, the first family that can
         represent the model is used.
       special_ids: bos, eos and pad, written to config.json if given.
+      stop_ids: ids that end a response. transformers and vLLM stop where generation_config.json says, so it lists all.
       extra_files: writes the tokenizer's files into the folder it is given.
       dtype: of the tensors; by default the origin's, or that of the parameters.
       extras: values that transformers has no key for, written under "rlhf_jax" in config.json.
@@ -293,6 +296,9 @@ def write_folder(
     generation = origin["generation_config"]
     if generation is None and special_ids is not None:
         generation = known_ids
+    ends = [id for id in stop_ids if id < rows]
+    if ends:
+        generation = _with_ends({} if generation is None else generation, ends)
 
     table = {tensor.name: tensor for tensor in tensors_of(origin["model_type"], model, scalar=scalar)}
     odd = sorted(set(flat) ^ {path for tensor in table.values() for path in tensor.ours})
@@ -385,6 +391,15 @@ def _appearing(folder: Path) -> Iterator[Path]:
         folder.rmdir()
     unfinished.rename(folder)
     sync_folder(folder.parent)
+
+
+def _with_ends(generation: Mapping[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:
+    """Content of generation_config.json with every id that ends a response; unchanged if it lists them already."""
+    listed = as_ids(generation.get("eos_token_id"), "generation_config.json: field 'eos_token_id'")
+    if set(stop_ids) <= set(listed):
+        return dict(generation)
+    ends = list(dict.fromkeys([*stop_ids, *listed]))
+    return {**generation, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def _config_file(where: str) -> str:

@@ -17,6 +17,7 @@ from rlhf_jax.lora import init_adapter, merge
 from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
 from rlhf_jax.pretrained.huggingface import OURS, as_published, pretrained, read_folder
 from rlhf_jax.pretrained.peft import base_of, read_adapter
+from rlhf_jax.pretrained.same_tokenizer import differences
 from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.checkpoint import fingerprint
 from rlhf_jax.runs.folder import RunFolder
@@ -45,6 +46,7 @@ class Source:
       identify: SHA-256 of the tree that `own` reads.
       base: source of the frozen parameters under an adapter, None without an adapter.
       lora: settings of the adapter.
+      dialogues: True if it was trained on messages; rendered as `data.dialogues` does if the tokenizer has no template.
       score_mean: mean of a reward model's scores.
       score_scale: scale of a reward model's scores.
     """
@@ -60,6 +62,7 @@ class Source:
     identify: Callable[[], str]
     base: Source | None = None
     lora: LoraConfig | None = None
+    dialogues: bool = False
     score_mean: float = 0.0
     score_scale: float = 1.0
 
@@ -162,6 +165,8 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
         identify=lambda: run.fingerprint,
         base=base,
         lora=lora,
+        # Runs from before this was recorded may have been trained on messages.
+        dialogues=run.stage != "pretrain" and bool(not run.finished or run.summary.get("dialogues", True)),
         **facts,
     )
 
@@ -177,15 +182,22 @@ def unstacked(params: Params, model: ModelConfig) -> tuple[Params, ModelConfig]:
 
 
 def same_tokenizer(first: Source, second: Source) -> None:
-    """Check that two sources have the same tokenizer.
+    """Check that two sources give texts and dialogues the same ids and ends.
 
     Raises:
-      UserError: if they differ.
+      UserError: if they differ, saying in what.
     """
-    if first.tokenizer.fingerprint != second.tokenizer.fingerprint:
+    found = differences(first.tokenizer, second.tokenizer)
+    sizes = first.tokenizer.vocab_size, second.tokenizer.vocab_size
+    if not found and sizes[0] > second.model.vocab_rows:
+        found = [f"vocabulary: expected rows for {sizes[0]} tokens, got {second.model.vocab_rows}"]
+    if found:
+        what, sized = "tokenizer", ""
+        if found[0].startswith("vocabulary"):
+            what, sized = f"vocabulary of {sizes[1]} tokens", f" ({sizes[0]} tokens)"
         raise UserError(
-            f"{second.where}: its vocabulary of {second.tokenizer.vocab_size} tokens is not that of {first.where} "
-            f"({first.tokenizer.vocab_size} tokens); train both from the same pretrained run"
+            f"{second.where}: its {what} is not that of {first.where}{sized}; {'; '.join(found[:2])}; train both from "
+            "the same pretrained run"
         )
 
 
@@ -217,7 +229,11 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         file = read_gguf(path)
         model = pretrained(str(path), file.config, file)
         tokenizer = HuggingFaceTokenizer.from_content(
-            file.tokenizer, file.tokenizer_config, rows=model.model.vocab_rows, name=path.stem
+            file.tokenizer,
+            file.tokenizer_config,
+            rows=model.model.vocab_rows,
+            name=path.stem,
+            ids={"eos": list(file.end_ids)},
         )
         spec = spec if kind == "pypi" else f"gguf:{path.absolute()}"
     _refuse_other_head(given, model.scalar, want_scalar)

@@ -10,13 +10,14 @@ import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlhf_jax.errors import UserError
 
 if TYPE_CHECKING:
     import jinja2
 
+Made = TypeVar("Made")
 Turns = Sequence[tuple[str, str]]  # (role, content) of each message
 
 _NO_MARKS = ("", "")
@@ -28,23 +29,28 @@ _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, 
 class ChatTemplate:
     """Chat template of a model; equal if source and special tokens are equal."""
 
-    def __init__(self, source: str, tokens: Mapping[str, str] | None = None):
+    def __init__(self, source: str, tokens: Mapping[str, str] | None = None, *, where: str = ""):
         """Stores the template, which is compiled when it is first used.
 
         Args:
           source: the Jinja template.
           tokens: variables for the texts of special tokens, such as "eos_token".
+          where: file and field of the template, for errors.
         """
         self.source = source
+        self._label = f"{where}: chat template" if where else "chat template"
         self.tokens = dict(tokens or {})
 
     @classmethod
-    def named(cls, templates: Iterable[Mapping[str, str]], tokens: Mapping[str, str] | None = None) -> ChatTemplate:
+    def named(
+        cls, templates: Iterable[Mapping[str, str]], tokens: Mapping[str, str] | None = None, *, where: str = ""
+    ) -> ChatTemplate:
         """Selects the template named "default" from several, [{"name": …, "template": …}, …]."""
         sources = {entry["name"]: entry["template"] for entry in templates}
         if "default" not in sources:
-            raise UserError(f"chat_template: expected one named default, got templates named {', '.join(sources)}")
-        return cls(sources["default"], tokens)
+            named = ", ".join(sources) or "nothing"
+            raise UserError(f"{where or 'chat_template'}: expected one named default, got templates named {named}")
+        return cls(sources["default"], tokens, where=where)
 
     @property
     def marks_answers(self) -> bool:
@@ -76,7 +82,22 @@ class ChatTemplate:
                 **self.tokens,
             )
         except (jinja2.TemplateError, *_FAULTS) as error:
-            raise UserError(f"chat template: {_one_line(error)}") from None
+            raise UserError(f"{self._label}: {_one_line(error)}") from None
+
+    @functools.cached_property
+    def syntax(self) -> list[Any]:
+        """The program of the template, equal for templates that differ in comments, quotes or line breaks in tags.
+
+        {% generation %} blocks are left out, since they mark targets and render nothing.
+        """
+        return _statements(self._parsed.body)
+
+    @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """Names of the special tokens that the template uses."""
+        import jinja2.meta
+
+        return frozenset(name for name in jinja2.meta.find_undeclared_variables(self._parsed) if name in self.tokens)
 
     def turn_end(self, special: Collection[str]) -> str | None:
         """The first of the special tokens that end an answer; None if there is none, or if rendering fails."""
@@ -87,15 +108,21 @@ class ChatTemplate:
             return None
         return SpecialTexts.of(tuple(special)).first_of_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
 
+    @property
+    def _parsed(self) -> jinja2.nodes.Template:
+        return self._read(_environment().parse)
+
     @functools.cached_property
     def _compiled(self) -> jinja2.Template:
-        environment = _environment()
+        return self._read(_environment().from_string)
+
+    def _read(self, reader: Callable[[str], Made]) -> Made:
         import jinja2
 
         try:
-            return environment.from_string(self.source)
+            return reader(self.source)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"chat template: line {error.lineno}: {_one_line(error)}") from None
+            raise UserError(f"{self._label}: line {error.lineno}: {_one_line(error)}") from None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ChatTemplate) and (self.source, self.tokens) == (other.source, other.tokens)
@@ -186,6 +213,39 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = to_json
     environment.globals.update(raise_exception=refuse, strftime_now=now.strftime)
     return environment
+
+
+def _statements(nodes: Iterable[jinja2.nodes.Node]) -> list[Any]:
+    """Nested lists and tuples for statements; neighbouring texts are joined, {% generation %} gives its body."""
+    import jinja2.nodes
+
+    found: list[Any] = []
+    for node in nodes:
+        if isinstance(node, jinja2.nodes.CallBlock) and isinstance(node.call.node, jinja2.nodes.ExtensionAttribute):
+            parts = _statements(node.body)
+        elif isinstance(node, jinja2.nodes.Output):
+            parts = [n.data if isinstance(n, jinja2.nodes.TemplateData) else _plain(n) for n in node.nodes]
+        else:
+            parts = [_plain(node)]
+        for part in parts:
+            if isinstance(part, str) and found and isinstance(found[-1], str):
+                found[-1] += part
+            elif part != "":
+                found.append(part)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A node as a tuple; message.role is written as message["role"] is."""
+    import jinja2.nodes
+
+    if isinstance(value, jinja2.nodes.Getattr) and not hasattr(dict, value.attr):
+        value = jinja2.nodes.Getitem(value.node, jinja2.nodes.Const(value.attr), value.ctx)
+    if isinstance(value, jinja2.nodes.Node):
+        return (type(value).__name__, *((name, _plain(field)) for name, field in value.iter_fields()))
+    if isinstance(value, list) and value and all(isinstance(item, jinja2.nodes.Stmt) for item in value):
+        return _statements(value)
+    return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
 def _one_line(error: BaseException) -> str:

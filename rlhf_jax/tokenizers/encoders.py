@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import tiktoken
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizers.added_tokens import Added
 from rlhf_jax.tokenizers.merges import from_letters, nfc, unknown_characters
 
 if TYPE_CHECKING:
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
 
 Content = Mapping[str, Any]
 Place = Literal["start", "special", "text"]  # what precedes a text: nothing, a special token, other text
-
-
-class Added(NamedTuple):
-    """An entry of "added_tokens": text that is matched before any merge."""
-
-    id: int
-    content: str
-    special: bool
-    normalized: bool
-    lstrip: bool
-    rstrip: bool
-    single_word: bool
-
-    @classmethod
-    def of(cls, entry: Content) -> Added:
-        return cls(*(entry[field] for field in cls._fields))
 
 
 def steps(part: Content | None, name: str) -> list[Content]:
@@ -126,9 +111,10 @@ def _finder(added: Sequence[Added], compose: Callable[[str], str]) -> Callable[[
 class PackageEncoder:
     """Encoder with the package `tokenizers`, for SentencePiece's BPE, Unigram and other patterns."""
 
-    def __init__(self, content: Content, name: str):
+    def __init__(self, content: Content, where: str):
+        """Makes an encoder; `where` names the file in errors."""
         self._content = {**content, "truncation": None, "padding": None, "post_processor": None}
-        self._name = name
+        self._where = where
         self._made: dict[Place, tokenizers.Tokenizer] = {}
         self.at("start")
 
@@ -144,8 +130,7 @@ class PackageEncoder:
             import tokenizers
         except ImportError:
             raise UserError(
-                f"{self._name}: its tokenizer.json needs the package tokenizers; install it with: "
-                'pip install "rlhf_jax[hf]"'
+                f'{self._where}: needs the package tokenizers; install it with: pip install "rlhf_jax[hf]"'
             ) from None
         content = {
             **self._content,
@@ -156,7 +141,7 @@ class PackageEncoder:
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         # The package raises nothing more specific.
         except Exception as error:  # noqa: BLE001
-            raise UserError(f"{self._name}: tokenizer.json: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"{self._where}: {' '.join(str(error).split())[:200]}") from None
         tokenizer.encode_special_tokens = True
         self._made[place] = tokenizer
         return tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import BYTES_PATTERN, Tokenizer
-from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from rlhf_jax.tokenizers.huggingface import TEMPLATE, HuggingFaceTokenizer
 from rlhf_jax.tokenizers.merges import merges_of, to_letters, to_oniguruma
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
@@ -88,8 +88,26 @@ def to_hugging_face_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def write_folder(tokenizer: TextTokenizer, folder: str | Path) -> None:
-    """Writes a tokenizer of either kind in the files that transformers reads."""
+def as_hugging_face(tokenizer: TextTokenizer) -> HuggingFaceTokenizer:
+    """The same tokenizer as transformers would read it from the files that `write_folder` writes.
+
+    Raises:
+      UserError: as `to_hugging_face`.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"tokenizer: expected a Tokenizer or a HuggingFaceTokenizer, got {type(tokenizer).__name__}")
+    content, config = to_hugging_face(tokenizer), to_hugging_face_config(tokenizer)
+    return HuggingFaceTokenizer.from_content(content, config, rows=tokenizer.vocab_size, name=tokenizer.name)
+
+
+def write_folder(tokenizer: TextTokenizer, folder: str | Path, *, chat_template: str | None = None) -> None:
+    """Writes a tokenizer of either kind in the files that transformers reads.
+
+    Args:
+      chat_template: source of a template for a tokenizer without one.
+    """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.write_folder(folder)
     elif isinstance(tokenizer, Tokenizer):
@@ -101,3 +119,5 @@ def write_folder(tokenizer: TextTokenizer, folder: str | Path) -> None:
             (Path(folder) / name).write_bytes(text.encode("utf-8"))
     else:
         raise TypeError(f"tokenizer: expected a Tokenizer or a HuggingFaceTokenizer, got {type(tokenizer).__name__}")
+    if chat_template is not None:
+        (Path(folder) / TEMPLATE).write_bytes(chat_template.encode("utf-8"))

@@ -16,15 +16,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizers.added_tokens import Added, collect, text_of
 from rlhf_jax.tokenizers.bpe import pieces
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
-from rlhf_jax.tokenizers.encoders import Added, PackageEncoder, Place, RankEncoder, bytes_of, steps
+from rlhf_jax.tokenizers.config_ids import as_ids
+from rlhf_jax.tokenizers.encoders import PackageEncoder, Place, RankEncoder, bytes_of, steps
 from rlhf_jax.tokenizers.merges import pattern_of, table_of
 from rlhf_jax.tokenizers.protocol import Token, write_saved
 
 ROLES = ("eos", "bos", "pad")
-Ids = Mapping[str, int | Sequence[int] | None]
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER, CONFIG, SPECIAL_MAP, ADDED, TEMPLATE = _FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+SAMPLING = ("dropout", "alpha", "nbest_size")  # fields of a model in tokenizer.json that make its encoding random
 # tiktoken's regex engine overflows near a million characters of white space; Hugging Face's does not.
 _LONGEST_SPACE = 250_000
 
@@ -36,15 +44,19 @@ class HuggingFaceTokenizer:
     never sampled. pad_id may be `rows`, one above the embedding: it has no embedding row in the model and no logit.
     """
 
-    def __init__(self, files: Mapping[str, str], *, rows: int, name: str, ids: Ids):
+    def __init__(
+        self, files: Mapping[str, str], *, rows: int, name: str, ids: Mapping[str, Any], folder: Path | None = None
+    ):
         """Makes a tokenizer from the content of its files.
 
         Args:
-          files: name -> text: tokenizer.json, and tokenizer_config.json, special_tokens_map.json, chat_template.jinja.
+          files: name -> text: tokenizer.json, and tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+            chat_template.jinja.
           rows: rows of the model's embedding.
           name: name for reports; not part of the fingerprint.
           ids: "bos", "eos" and "pad" from the model's config, used if the files do not specify them; several eos ids
             are added to stop_ids, as is the end of a turn in the chat template.
+          folder: folder of the files, for errors.
 
         Raises:
           UserError: naming the file and what is missing or wrong in it.
@@ -52,19 +64,23 @@ class HuggingFaceTokenizer:
         self.name = name
         self.rows = rows
         self.files = {name: files[name] for name in _FILES if name in files}
-        self._ids = {role: _as_list(role, ids.get(role)) for role in ROLES}
-        self._content = _parse(files, "tokenizer.json", name)
-        config = {**_parse(files, "special_tokens_map.json", name), **_parse(files, "tokenizer_config.json", name)}
+        self._where = {file: f"{name}: {file}" if folder is None else f"{folder / file}" for file in _FILES}
+        self._ids = {role: as_ids(ids.get(role), f"{name}: {role}_token_id") for role in ROLES}
+        parsed = {file: parse(self.files.get(file), self._where[file]) for file in _FILES if file != TEMPLATE}
+        self.content = parsed[TOKENIZER]
+        config = {**parsed[SPECIAL_MAP], **parsed[CONFIG]}
         try:
-            self._vocab = _vocabulary(self._content)
-            self._added = [Added.of(entry) for entry in self._content.get("added_tokens", [])]
+            self.vocabulary = _vocabulary(self.content)
+            self.added = collect(self.content, config, parsed[ADDED], self.vocabulary, self._where)
             self._roles(config)
             self.backend: Literal["tiktoken", "tokenizers"] = "tokenizers"
             self._encoder = self._choose_encoder()
         except UserError:
             raise
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise UserError(f"{name}: tokenizer.json: {type(error).__name__}: {error}; is the file complete?") from None
+            raise UserError(
+                f"{self._where[TOKENIZER]}: {type(error).__name__}: {error}; is the file complete?"
+            ) from None
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, rows: int) -> HuggingFaceTokenizer:
@@ -78,18 +94,12 @@ class HuggingFaceTokenizer:
         """
         folder = Path(folder)
         files = {name: text for name in _FILES if (text := _read(folder / name)) is not None}
-        if "tokenizer.json" not in files:
+        if TOKENIZER not in files:
             raise UserError(
                 f"{folder}: no tokenizer.json in it; let transformers write one: "
                 "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
-        ids: dict[str, Any] = {}
-        # generation_config.json, read last, takes precedence over config.json.
-        for name in ("config.json", "generation_config.json"):
-            text = _read(folder / name)
-            config = _parse({name: text}, name, str(folder)) if text is not None else {}
-            ids |= {role: config[f"{role}_token_id"] for role in ROLES if config.get(f"{role}_token_id") is not None}
-        return cls(files, rows=rows, name=folder.resolve().name, ids=ids)
+        return cls(files, rows=rows, name=folder.resolve().name, ids=ids_of(folder), folder=folder)
 
     @classmethod
     def from_content(
@@ -99,7 +109,7 @@ class HuggingFaceTokenizer:
         *,
         rows: int,
         name: str,
-        ids: Ids | None = None,
+        ids: Mapping[str, Any] | None = None,
     ) -> HuggingFaceTokenizer:
         """Makes a tokenizer from the parsed content of tokenizer.json and tokenizer_config.json."""
         files = {
@@ -107,6 +117,11 @@ class HuggingFaceTokenizer:
             "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
         }
         return cls(files, rows=rows, name=name, ids=ids if ids is not None else {})
+
+    def with_template(self, source: str) -> HuggingFaceTokenizer:
+        """The same tokenizer with another chat template."""
+        files = {**self.files, TEMPLATE: source}
+        return HuggingFaceTokenizer(files, rows=self.rows, name=self.name, ids=self._ids)
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], path: str | Path) -> HuggingFaceTokenizer:
@@ -140,8 +155,10 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hex SHA-256 of everything that determines the ids of a text or of messages."""
-        content = {key: value for key, value in self._content.items() if key not in ("truncation", "padding")}
+        content = {key: value for key, value in self.content.items() if key not in ("truncation", "padding")}
         template = self.chat_template
+        if self.added != [Added.of(entry) for entry in self.content.get("added_tokens") or []]:
+            content["added_tokens"] = [entry._asdict() for entry in self.added]
         parts = [content, self.eos_id, self.bos_id, self.pad_id, self.start_ids, self.stop_ids, self.special_tokens]
         parts += [template.source, template.tokens] if template else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("ascii")).hexdigest()
@@ -212,9 +229,9 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _bytes(self) -> dict[int, Token]:
-        decoder = steps(self._content.get("decoder"), "decoders")
-        tokens = {id: bytes_of(text, decoder) for text, id in self._vocab.items()}
-        return tokens | {added.id: added.content.encode("utf-8") for added in self._added}
+        decoder = steps(self.content.get("decoder"), "decoders")
+        tokens = {id: bytes_of(text, decoder) for text, id in self.vocabulary.items()}
+        return tokens | {added.id: added.content.encode("utf-8") for added in self.added}
 
     def _encode(self, text: str, place: Place) -> list[int]:
         longest = _LONGEST_SPACE if self.backend == "tiktoken" else max(len(text), 1)
@@ -245,7 +262,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _special_pattern(self) -> re.Pattern[str]:
-        about = {added.content: added for added in self._added}
+        about = {added.content: added for added in self.added}
         parts = []
         for text in sorted(self.special_tokens, key=len, reverse=True):
             left = r"\s*" if text in about and about[text].lstrip else ""
@@ -255,13 +272,13 @@ class HuggingFaceTokenizer:
 
     def _roles(self, config: Mapping[str, Any]) -> None:
         """Sets the special ids and the chat template."""
-        names = {**self._vocab, **{added.content: added.id for added in self._added}}
+        names = {**self.vocabulary, **{added.content: added.id for added in self.added}}
         texts = {id: text for text, id in names.items()}
-        variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text(value))}
+        variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := text_of(value))}
         eos, bos, pad = (self._role(role, config, names.get(variables.get(f"{role}_token", ""))) for role in ROLES)
         if eos is None or eos not in texts:
             raise UserError(
-                f"{self.name}: expected 'eos_token' in tokenizer_config.json or 'eos_token_id' in config.json, got no "
+                f"{self._where[CONFIG]}: expected 'eos_token' here or 'eos_token_id' in config.json, got no "
                 "end-of-text token"
             )
         self.eos_id: int = eos
@@ -271,7 +288,7 @@ class HuggingFaceTokenizer:
                 variables.setdefault(f"{role}_token", texts[id])
         self.chat_template = self._template(config, variables)
         self.start_ids = self._starts()
-        marked = {added.id for added in self._added if added.special}
+        marked = {added.id for added in self.added if added.special}
         stops = [eos, *(id for id in self._ids["eos"] if id in texts)]
         if self.chat_template is not None:
             # Gemma ends turns with another token than texts, and not every file lists it.
@@ -282,7 +299,7 @@ class HuggingFaceTokenizer:
         above = [id for id in texts if id >= self.rows and (id not in marked or id in taken)]
         if above:
             raise UserError(
-                f"{self.name}: tokenizer.json: expected an id below {self.rows}, the rows of the model's embedding, "
+                f"{self._where[TOKENIZER]}: expected an id below {self.rows}, the rows of the model's embedding, "
                 f"got {above[0]} of {texts[above[0]]!r}"
             )
         self.vocab_size = max(id for id in texts if id < self.rows) + 1
@@ -292,7 +309,7 @@ class HuggingFaceTokenizer:
         self.special_tokens = {texts[id]: id for id in sorted(texts) if id in special and id < self.rows}
         self.special_ids = frozenset(self.special_tokens.values()) | {self.pad_id}
         # An unknown character becomes <unk>, which is allowed: it neither ends nor masks anything.
-        model = self._content["model"]
+        model = self.content["model"]
         unknown = model.get("unk_id") if model.get("unk_token") is None else names.get(model["unk_token"])
         self._never = frozenset(special) - ({unknown} - taken)
 
@@ -306,7 +323,7 @@ class HuggingFaceTokenizer:
     def _starts(self) -> tuple[int, ...]:
         """Ids that tokenizer.json adds before a text. Like transformers, this ignores `add_bos_token`."""
         starts: list[int] = []
-        for step in steps(self._content.get("post_processor"), "processors"):
+        for step in steps(self.content.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
                 for part in step["single"]:
                     if "SpecialToken" not in part:
@@ -317,22 +334,35 @@ class HuggingFaceTokenizer:
         return tuple(starts)
 
     def _template(self, config: Mapping[str, Any], variables: Mapping[str, str]) -> ChatTemplate | None:
-        source = self.files.get("chat_template.jinja", config.get("chat_template"))
-        if source is None:
-            return None
-        return ChatTemplate(source, variables) if isinstance(source, str) else ChatTemplate.named(source, variables)
+        source = self.files.get(TEMPLATE, config.get("chat_template"))
+        where = self._where[TEMPLATE] if TEMPLATE in self.files else f"{self._where[CONFIG]}: field 'chat_template'"
+        if isinstance(source, Mapping):
+            source = [{"name": name, "template": template} for name, template in source.items()]
+        if isinstance(source, list):
+            if not all(
+                isinstance(e, Mapping) and {type(e.get("name")), type(e.get("template"))} == {str} for e in source
+            ):
+                raise UserError(f"{where}: expected a template or a list of them with 'name' and 'template'")
+            return ChatTemplate.named(source, variables, where=where)
+        if not isinstance(source, str | None):
+            raise UserError(f"{where}: expected a template, a list of them, or null, got {source!r:.100}")
+        return ChatTemplate(source, variables, where=where) if source and source.strip() else None
 
     def _choose_encoder(self) -> RankEncoder | PackageEncoder:
         """Chooses tiktoken if it is exact, and sets `backend`."""
-        package = functools.cache(lambda: PackageEncoder(self._content, self.name))
-        normalizer = self._content.get("normalizer")
-        pattern = pattern_of(self._content.get("pre_tokenizer"))
-        odd = any(a.single_word or a.lstrip or a.rstrip for a in self._added if not a.special)
+        # Dropout of merges, a setting for the training of some models, would give a text other ids each time.
+        model = {name: value for name, value in self.content["model"].items() if name not in SAMPLING}
+        added = [entry._asdict() for entry in self.added]
+        content = {**self.content, "model": model, "added_tokens": added}
+        package = functools.cache(lambda: PackageEncoder(content, self._where[TOKENIZER]))
+        normalizer = self.content.get("normalizer")
+        pattern = pattern_of(self.content.get("pre_tokenizer"))
+        odd = any(a.single_word or a.lstrip or a.rstrip for a in self.added if not a.special)
         if pattern is not None and not odd and (normalizer is None or normalizer.get("type") == "NFC"):
-            table = table_of(self._content["model"], self.special_ids | self._never)
+            table = table_of(model, self.special_ids | self._never)
             if table is not None:
                 self.backend = "tiktoken"
-                return RankEncoder(pattern, table, self._added, composes=normalizer is not None, package=package)
+                return RankEncoder(pattern, table, self.added, composes=normalizer is not None, package=package)
         return package()
 
     def __eq__(self, other: object) -> bool:
@@ -355,16 +385,16 @@ def _read(path: Path) -> str | None:
         raise UserError(f"{path}: not a readable text file: {error}") from None
 
 
-def _parse(files: Mapping[str, str], name: str, where: str) -> dict[str, Any]:
+def parse(text: str | None, where: str) -> dict[str, Any]:
     """Parses the JSON object in a file; {} if it does not exist."""
-    if name not in files:
+    if text is None:
         return {}
     try:
-        content = json.loads(files[name])
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {name}: not readable JSON: {error}") from None
+        raise UserError(f"{where}: not readable JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{where}: {name}: expected a JSON object, got {type(content).__name__}")
+        raise UserError(f"{where}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -374,15 +404,11 @@ def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
     return dict(vocab) if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
 
 
-def _as_list(role: str, ids: int | Sequence[int] | None) -> list[int]:
-    listed = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in listed):
-        raise UserError(f"{role}_token_id: expected an id or a list of ids, got {ids!r}")
-    return listed
-
-
-def _text(value: object) -> str | None:
-    """Text of a token in tokenizer_config.json, given as a string or as an object with "content"."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+def ids_of(folder: Path) -> dict[str, list[int]]:
+    """The ids "bos", "eos" and "pad" in a model's folder; generation_config.json takes precedence over config.json."""
+    ids: dict[str, list[int]] = {}
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        config = parse(_read(path), str(path))
+        found = {role: as_ids(config.get(f"{role}_token_id"), f"{path}: field '{role}_token_id'") for role in ROLES}
+        ids |= {role: listed for role, listed in found.items() if listed}
+    return ids

@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array, TrainState
-from rlhf_jax.data import Ledger, Prompt, Text, batch_at, encode_prompts, encode_text, pack_text, read_records
+from rlhf_jax.data import (
+    Ledger,
+    Prompt,
+    Text,
+    batch_at,
+    encode_prompts,
+    encode_text,
+    have_messages,
+    pack_text,
+    read_records,
+)
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.source import Source, Start, open_source, same_tokenizer, start_from
@@ -143,6 +153,7 @@ def run(
     release(folder, state.extras["ema"] if config.ema_decay else state.params["policy"], config.steps)
     metrics = read_rows(folder.metrics)
     summary = {
+        "dialogues": source.dialogues or have_messages(rows.sources),
         "first_ratio_error": metrics[0]["first_ratio_error"],
         "first_kl": metrics[0]["kl"],
         "first_score": metrics[0]["score"],

@@ -19,6 +19,7 @@ from rlhf_jax.data import (
     batch_at,
     encode_demonstrations,
     encode_rankings,
+    have_messages,
     new_lengths,
     read_records,
 )
@@ -157,6 +158,7 @@ def run(
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
     right, pairs = (None, 0) if heldout is None else held_out(heldout, params, config.steps)
     summary = {
+        "dialogues": source.dialogues or have_messages(rankings.sources),
         "prompts": len(rankings),
         "heldout_accuracy": right,
         "heldout_pairs": pairs,

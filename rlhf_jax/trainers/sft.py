@@ -15,6 +15,7 @@ from rlhf_jax.data import (
     Ledger,
     batch_at,
     encode_demonstrations,
+    have_messages,
     new_lengths,
     read_records,
 )
@@ -120,6 +121,7 @@ def run(
         best_metric="eval/loss" if len(heldout_rows) else None,
     )
     summary = {
+        "dialogues": source.dialogues or have_messages(rows.sources),
         "demonstrations": len(rows),
         "response_tokens": rows.targets,
         "heldout_response_nll": heldout_loss(state.params),
