@@ -322,6 +322,25 @@ def test_a_skip_leaves_the_item_to_others(store: Store) -> None:
         queue.judge(ann, "a3", Answer(given(queue, ann).item.id, skip="x" * 501))
 
 
+def test_what_is_left_for_a_labeller(store: Store) -> None:
+    store.add_items([*items(3), *items(1, "calibration")])
+    ann, bob = store.add_labeller("ann"), store.add_labeller("bob")
+    queue = Queue(store, Rules())
+
+    def left(labeller: Labeller) -> tuple[int, int, bool]:
+        progress = queue.progress(labeller)
+        return progress["left"], progress["mine"], progress["undoable"]
+
+    assert left(ann) == left(bob) == (4, 0, False)
+    assert rank(queue, ann, "1") == "calibration0"
+    given(queue, ann)  # held by ann, so not left for bob
+    assert left(ann) == (3, 1, True) and left(bob) == (3, 0, False)
+    queue.judge(ann, "2", Answer("task0", skip="private"))  # no judgement, yet it can be undone
+    assert left(ann) == (2, 1, True) and left(bob) == (4, 0, False) and queue.progress(ann)["judged"] == 0
+    assert [rank(queue, bob, f"{n}") for n in range(3)] == ["calibration0", "task0", "task1"]
+    assert left(ann) == (1, 1, True) and rank(queue, ann, "3") == "task2" and left(ann)[0] == 0
+
+
 def in_gold_order(assignment: Assignment, *, reverse: bool = False) -> tuple[int, ...]:
     ranks = tuple(place + 1 for place in assignment.order)
     return tuple(4 - rank for rank in ranks) if reverse else ranks

@@ -25,11 +25,11 @@ HOURS = 24
 def throughput(store: Store, now: float) -> dict[str, Any]:
     """Counts and times of every labeller, and the number of judgements in each of the last 24 hours, oldest first."""
     hours = [0] * HOURS
-    for (at,) in store.db.execute("SELECT at FROM judgements WHERE at > ?", (now - HOURS * 3600,)):
+    for (at,) in store.db.execute("SELECT at FROM judgements WHERE at > ? AND skip = ''", (now - HOURS * 3600,)):
         hours[max(HOURS - 1 - int((now - at) // 3600), 0)] += 1
     rows = store.db.execute(
         "SELECT l.name, l.role, l.screening, count(j.number), coalesce(sum(j.skip <> ''), 0), max(j.at), "
-        "coalesce(sum(j.at > ?), 0) FROM labellers l LEFT JOIN judgements j ON j.labeller = l.number "
+        "coalesce(sum(j.at > ? AND j.skip = ''), 0) FROM labellers l LEFT JOIN judgements j ON j.labeller = l.number "
         "GROUP BY l.number ORDER BY l.number",
         (now - 3600,),
     ).fetchall()

@@ -232,7 +232,8 @@ def report(judged: Judged, *, resamples: int = 1000, seed: int = 0) -> dict[str,
     share, kappa = _matrices(pairs, drawing)
     return {
         "items": len({item.id for item, _ in judged.judgements}),
-        "judgements": len(judged.judgements),
+        "judgements": sum(not judgement.skip for _, judgement in judged.judgements),
+        "skipped": sum(bool(judgement.skip) for _, judgement in judged.judgements),
         "yardstick": {"agreement": INSTRUCTGPT_AGREEMENT, "source": "Ouyang et al. 2022, section 3.4"},
         "pairs": {
             "agreement": plain(agreement(pairs, **drawing)),
@@ -278,8 +279,8 @@ def _work(judged: Judged, name: str) -> dict[str, Any]:
     own = [judgement for _, judgement in judged.judgements if judgement.labeller == name]
     done = [judgement.seconds for judgement in own if not judgement.skip]
     return {
-        "judgements": len(own),
-        "skipped": sum(bool(judgement.skip) for judgement in own),
+        "judgements": len(done),
+        "skipped": len(own) - len(done),
         "median_seconds": float(np.median(done)) if done else None,
     }
 

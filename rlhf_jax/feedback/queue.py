@@ -24,6 +24,8 @@ from rlhf_jax.feedback.store import Labeller, Store, dense, insert_judgement, it
 
 LONGEST_SKIP = 500
 MOST_SECONDS = 24 * 3600.0
+MOST_LEFT = 999
+"""Items left for a labeller are counted to this number, which keeps the page fast however many there are."""
 
 
 class Conflict(Exception):
@@ -209,6 +211,9 @@ class Queue:
         quiz = labeller.screening == "open" and self.quizzes > 0
         return {
             "mine": self._judged_by(labeller),
+            "undoable": self._count("SELECT EXISTS (SELECT 1 FROM judgements WHERE labeller = ?)", labeller.number) > 0,
+            "left": self._left(labeller),
+            "most_left": MOST_LEFT,
             "judged": self.judged,
             "wanted": self.tasks * self.rules.wanted,
             "quiz": [self._seen(labeller, "quiz"), self.quizzes] if quiz else None,
@@ -366,7 +371,24 @@ class Queue:
         )
 
     def _judged_by(self, labeller: Labeller) -> int:
-        return self._count("SELECT count(*) FROM judgements WHERE labeller = ?", labeller.number)
+        return self._count("SELECT count(*) FROM judgements WHERE labeller = ? AND skip = ''", labeller.number)
+
+    def _left(self, labeller: Labeller) -> int:
+        """Number of items that the labeller may still get, with the one on the page; at most MOST_LEFT + 1."""
+        if self._screening(labeller) == "failed":
+            return 0
+        unseen = "NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = i.number AND j.labeller = ?1)"
+        return self._count(
+            f"SELECT count(*) FROM (SELECT 1 FROM items i WHERE i.kind = 'calibration' AND {unseen} UNION ALL "
+            "SELECT 1 FROM leases x JOIN items i ON i.number = x.item WHERE x.labeller = ?1 AND i.kind = 'task' "
+            "AND (x.live OR i.held < ?2) UNION ALL "
+            f"SELECT 1 FROM items i WHERE i.kind = 'task' AND i.held < ?2 AND {unseen} "
+            "AND NOT EXISTS (SELECT 1 FROM leases x WHERE x.item = i.number AND x.labeller = ?1) "
+            "AND i.number > (SELECT cursor FROM labellers WHERE number = ?1) LIMIT ?3)",
+            labeller.number,
+            self.rules.wanted,
+            MOST_LEFT + 1,
+        )
 
     def _count(self, query: str, *values: object) -> int:
         (count,) = self._db.execute(query, values).fetchone()

@@ -30,6 +30,7 @@ from rlhf_jax.feedback import admin
 from rlhf_jax.feedback.export import FORMS, export
 from rlhf_jax.feedback.guard import Address, Guard, Refused, read_body
 from rlhf_jax.feedback.judged import item_row, judgement_row
+from rlhf_jax.feedback.markdown import markdown_tree
 from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Queue
 from rlhf_jax.feedback.records import FLAGS, Item
 from rlhf_jax.feedback.store import Labeller, Store
@@ -106,11 +107,12 @@ def make_app(service: Service) -> Starlette:
         labeller = service.who(request)
         assignment = service.queue.assign(labeller)
         progress = service.queue.progress(labeller)
+        page = None if assignment is None else await run_in_threadpool(_page, assignment)
         return JSONResponse(
             {
                 "labeller": {"name": labeller.name, "role": labeller.role, "screening": labeller.screening},
                 "progress": progress,
-                "task": None if assignment is None else _page(assignment),
+                "task": page,
             }
         )
 
@@ -224,11 +226,17 @@ def _asset(name: str) -> _Handler:
 def _page(assignment: Assignment) -> dict[str, Any]:
     """An item as sent to the page: without its sources and gold ranks, and without marking calibration items."""
     item = assignment.item
+    turns = _turns(item)
+    responses = [item.responses[place].removeprefix(" ").strip("\n") for place in assignment.order]
     return {
         "id": item.id,
         "quiz": item.kind == "quiz",
-        "turns": _turns(item),
-        "responses": [item.responses[place].removeprefix(" ").strip("\n") for place in assignment.order],
+        "turns": turns,
+        "responses": responses,
+        "marked": {
+            "turns": [markdown_tree(turn["content"]) for turn in turns],
+            "responses": [markdown_tree(text) for text in responses],
+        },
         "draft": assignment.draft,
         "revision": assignment.revision,
     }
