@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_jax.feedback.agreement import report
 from rlhf_jax.feedback.judged import join
-from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.store import AI, Store, item_of
 from rlhf_jax.feedback.win_rates import win_rates
 
@@ -80,11 +80,13 @@ def recent(store: Store, limit: int = RECENT) -> tuple[list[Item], list[Judgemen
     return items, [judgement for judgement in store.each_judgement() if judgement.item in ids]
 
 
-def agreement(items: Sequence[Item], judgements: Sequence[Judgement]) -> dict[str, Any]:
+def agreement(
+    items: Sequence[Item], judgements: Sequence[Judgement], flag_names: Sequence[str] = FLAGS
+) -> dict[str, Any]:
     """The report of `agreement.report`, and the win rates of items that name their sources."""
     return {
-        "agreement": report(join(items, judgements), resamples=RESAMPLES),
-        "win_rates": win_rates(items, judgements),
+        "agreement": report(join(items, judgements), flag_names=flag_names, resamples=RESAMPLES),
+        "win_rates": win_rates(items, judgements, flag_names),
         "items": len(items),
         "most": RECENT,
     }
@@ -110,6 +112,8 @@ def disagreements(items: Iterable[Item], judgements: Iterable[Judgement], shown:
                     "ranks": judgement.ranks,
                     "ratings": judgement.ratings,
                     "flags": [sorted(names) for names in judgement.flags],
+                    "comments": judgement.comments,
+                    "rationale": judgement.rationale,
                 }
                 for judgement in by_item[id]
             ],

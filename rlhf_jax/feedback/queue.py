@@ -74,6 +74,10 @@ class Answer:
     flags: tuple[tuple[str, ...], ...] = ()
     skip: str = ""
     seconds: float = 0.0
+    comments: tuple[str, ...] = ()
+    rationale: str = ""
+    demonstration: str = ""
+    corrects: int | None = None
 
 
 class Queue:
@@ -82,9 +86,13 @@ class Queue:
     def __init__(self, store: Store, rules: Rules, clock: Callable[[], float] = time.time) -> None:
         """Open the queue of a store; `clock` returns Unix time in seconds."""
         self.store, self.rules, self.clock = store, rules, clock
+        self.page = store.page()
         self._db = store.db
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up new items, and another number of labellers per task than before."""
         with transaction(self._db):
-            # There may be more labellers per task than before, and new items.
             self._db.execute("UPDATE labellers SET cursor = 0")
         self.tasks, self.calibrations, self.quizzes = (
             self._count("SELECT count(*) FROM items WHERE kind = ?", kind) for kind in ("task", "calibration", "quiz")
@@ -163,28 +171,29 @@ class Queue:
                 return earlier
             now = self.clock()
             row = self._db.execute(
-                "SELECT j.number, j.item, j.ranks, j.ratings, j.flags, j.skip, j.seconds FROM judgements j "
+                "SELECT j.number, j.item, j.ranks, j.ratings, j.flags, j.skip, j.seconds, j.more FROM judgements j "
                 "WHERE j.labeller = ? ORDER BY j.number DESC LIMIT 1",
                 (labeller.number,),
             ).fetchone()
             if row is None:
                 raise Conflict("there is nothing to undo")
-            judgement, number, ranks, ratings, flags, skip, seconds = row
+            judgement, number, ranks, ratings, flags, skip, seconds, more = row
             item = self._item(number)
             if item.kind == "quiz" and self._screening(labeller) != "open":
                 raise Conflict("the screening questions are over and stay as they are")
-            self._db.execute(
-                "INSERT INTO withdrawn SELECT number, item, labeller, ranks, ratings, flags, skip, seconds, at, ? "
-                "FROM judgements WHERE number = ?",
-                (now, judgement),
-            )
-            self._db.execute("DELETE FROM judgements WHERE number = ?", (judgement,))
+            self._withdraw(judgement, now, "undone")
             order = self.order(labeller, item)
+            texts = json.loads(more)
+            if "comments" in texts:
+                texts["comments"] = _shown(texts["comments"], order)
+            if "corrects" in texts:
+                texts["corrects"] = order.index(texts["corrects"])
             draft = {
                 "tiers": _tiers(_shown(json.loads(ranks), order)),
                 "ratings": _shown(json.loads(ratings), order),
                 "flags": _shown(json.loads(flags), order),
                 "seconds": seconds,
+                **texts,
             }
             self._db.execute(
                 "INSERT INTO leases (item, labeller, started, expires, live, draft, revision) "
@@ -319,18 +328,33 @@ class Queue:
             ratings=answer.ratings,
             flags=tuple(frozenset(names) for names in answer.flags),
             skip=answer.skip.strip(),
+            comments=tuple(map(str.strip, answer.comments)) if any(map(str.strip, answer.comments)) else (),
+            rationale=answer.rationale.strip(),
+            demonstration=answer.demonstration.rstrip(),
+            corrects=answer.corrects if answer.demonstration.strip() else None,
             # The page's clock is not trusted: nobody can take longer than the lease has existed.
             seconds=round(min(answer.seconds, max(now - started, 0.0) + 1.0), 3),
             at=now,
         )
-        refuse_judgement(judgement, len(item.responses))
+        refuse_judgement(judgement, len(item.responses), self.page)
         order = self.order(labeller, item)
         return dataclasses.replace(
             judgement,
             ranks=_own(dense(judgement.ranks), order),
             ratings=_own(judgement.ratings, order),
             flags=_own(judgement.flags, order),
+            comments=_own(judgement.comments, order),
+            corrects=None if judgement.corrects is None else order[judgement.corrects],
         )
+
+    def _withdraw(self, judgement: int, now: float, why: str) -> None:
+        self._db.execute(
+            "INSERT INTO withdrawn (number, item, labeller, ranks, ratings, flags, skip, seconds, at, more, withdrawn, "
+            "why) SELECT number, item, labeller, ranks, ratings, flags, skip, seconds, at, more, ?, ? "
+            "FROM judgements WHERE number = ?",
+            (now, why, judgement),
+        )
+        self._db.execute("DELETE FROM judgements WHERE number = ?", (judgement,))
 
     def _screen(self, labeller: Labeller) -> str:
         """Pass or fail the labeller once the whole quiz is answered, and return the status."""
