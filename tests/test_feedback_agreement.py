@@ -141,7 +141,8 @@ def test_chance_agreement_does_not_depend_on_which_response_stands_first() -> No
 
 def test_report_says_all_and_is_plain() -> None:
     report = ag.report(join(ITEMS, SAID), resamples=20)
-    assert (report["items"], report["judgements"], set(report["flags"])) == (2, 6, set(FLAGS))
+    # A skip is no judgement.
+    assert (report["items"], report["judgements"], report["skipped"], set(report["flags"])) == (2, 5, 1, set(FLAGS))
     assert report["pairs"]["ties"] == pytest.approx(1 / 11)  # of ann's 4 pairs, bob's 3 and cy's 4
     assert report["labellers"]["ann"]["median_seconds"] == 5.0
     assert report["labellers"]["bob"]["skipped"] == 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 import zipfile
 from collections.abc import Iterator
@@ -33,6 +34,19 @@ ARGUMENTS = (
     "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking "
     "--disable-component-update --disable-default-apps --disable-sync --no-first-run"
 ).split()
+MARKDOWN = """# Plan
+
+1. **Bold** and `code`
+2. [a link](https://example.org/x) ![an image](https://example.org/i.png)
+
+```python
+print("<b>1</b>")
+```
+
+| a | b |
+|---|---|
+| 1 | 2 |
+"""
 PAYLOADS = json.loads((Path(__file__).parent / "script_payloads.json").read_text(encoding="utf-8"))
 LETTERS = "ABCDEFGHI"
 
@@ -105,6 +119,13 @@ def next_item(page: Any, before: list[str]) -> None:
     page.wait_for_function("old => document.querySelector('.answer .said')?.innerText.trim() !== old", arg=before[0])
 
 
+def scroll_through(page: Any) -> None:
+    """Down to the end, a step at a time."""
+    at = -1
+    while at != (at := page.evaluate("scrollBy(0, 150), scrollY")):
+        page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def drag(page: Any, chip: str, target: str) -> None:
     start, end = page.locator(f"#chip-{LETTERS.index(chip)}").bounding_box(), None
     page.mouse.move(start["x"] + start["width"] / 2, start["y"] + start["height"] / 2)
@@ -131,9 +152,9 @@ def test_from_the_first_key_to_a_reward_model(page: Any, tmp_path: Path, monkeyp
         first = shown(page)
         press(page, "6", "q", "j", "2", "w", "y", "j", "5", "j", "1", "c", "a", "=", "d", "b")
         assert ranking(page) == "C AD B"
-        press(page, "Backspace", "b", "Shift+ArrowUp")
+        press(page, "Backspace", "b", "<")
         assert ranking(page) == "C ABD"
-        press(page, "Shift+ArrowUp")
+        press(page, "<")
         assert ranking(page) == "C B AD"
         assert page.locator("#status").inner_text() == "B: rank 2 of 3. All ranked."
 
@@ -236,7 +257,7 @@ def test_two_answers_by_one_key(page: Any, tmp_path: Path) -> None:
     with served(tmp_path, rows) as server:
         page.goto(server.links["me"])
         page.wait_for_selector(".answer")
-        for number, key in enumerate(("ArrowLeft", "b", "ArrowDown")):
+        for number, key in enumerate(("a", "b", "=")):
             before = shown(page)
             page.keyboard.down(key)
             page.keyboard.down(key)  # held down: a repetition is no answer
@@ -271,6 +292,15 @@ def test_scripts_in_prompts_and_answers_stay_text(browser: Any, tmp_path: Path) 
                 page.goto(server.links[name])
                 page.wait_for_selector(".answer")
                 for number in range(50 if name == "ann" else 6):
+                    # One payload has Markdown in it: backticks.
+                    marked = page.locator(".said *").evaluate_all(
+                        "all => all.map((one) => [one.tagName, one.attributes.length])"
+                    )
+                    assert sorted(marked) == (
+                        sorted([["CODE", 0], ["CODE", 0], ["P", 0]] * 3) if "` `" in PAYLOADS[number] else []
+                    )
+                    if marked:
+                        press(page, "m")
                     texts = page.locator(".said").evaluate_all(
                         "all => all.map((one) => [one.textContent, one.children.length])"
                     )
@@ -295,6 +325,88 @@ def test_scripts_in_prompts_and_answers_stay_text(browser: Any, tmp_path: Path) 
                 case.click()
             assert page.evaluate("window.hacked") is None and page.complaints == []
             assert page.locator(".case .said *").count() == 0
+
+
+def test_no_decision_before_all_answers_were_on_screen(browser: Any, tmp_path: Path) -> None:
+    long = "\n".join(f"line {n}" for n in range(120))
+    rows = [{"prompt": f"p{n}", "chosen": f"{long} good {n}", "rejected": f"short {n}"} for n in range(3)]
+    keys = ("ArrowDown", "ArrowUp", "ArrowLeft", "ArrowRight", "PageDown", "PageUp", " ", "Shift+ArrowDown")
+    options = {"viewport": {"width": 400, "height": 700}, "has_touch": True}
+    with served(tmp_path, rows) as server, contextlib.closing(browser.new_context(**options)) as context:
+        page = watched(context.new_page())
+        page.goto(server.links["me"])
+        page.wait_for_selector(".answer")
+        for decide in (
+            *(lambda key=key: press(page, key) for key in (*keys, "a", "b", "=")),
+            lambda: page.locator("#left").tap(force=True),
+            lambda: page.locator("#tie").click(force=True),
+        ):
+            decide()
+            page.evaluate("scrollTo(0, 0)")
+            said = page.locator("#unseen").inner_text()
+            assert re.fullmatch("To decide, scroll through (A, B|B) from the first line to the last.", said), said
+            assert judgements(tmp_path) == []
+        press(page, *["ArrowDown"] * 4)  # scrolls, and does nothing else
+        page.wait_for_function("() => scrollY > 100")
+        scroll_through(page)
+        assert page.locator("#unseen").is_hidden()
+        press(page, "ArrowDown", "ArrowLeft")
+        # A rating that was clicked stays what it is while arrows scroll on.
+        page.locator("#answer-1 .rating label", has_text="4").click()
+        at = page.evaluate("scrollY")
+        press(page, "ArrowUp", "ArrowUp")
+        page.wait_for_function("at => scrollY < at", arg=at)
+        assert page.locator("#answer-1 .rating input:checked").input_value() == "4"
+        page.reload()  # what was seen is in the draft
+        page.wait_for_selector(".answer")
+        assert page.locator("#unseen").is_hidden() and judgements(tmp_path) == []
+        before = shown(page)
+        page.locator("#left").tap()
+        next_item(page, before)
+        assert len(judgements(tmp_path)) == 1 and page.locator("#unseen").is_visible()
+        assert "2 left for you, 1 done by you; 1 of 3 by all" in page.locator("#progress-words").inner_text()
+        press(page, "s", "Enter")  # a skip is no judgement, and needs no reading
+        page.wait_for_function("() => document.querySelector('#progress-words').innerText.startsWith('1 left')")
+        assert "1 done by you; 1 of 3 by all" in page.locator("#progress-words").inner_text()
+        assert page.complaints == []
+
+
+def test_long_prompts_collapse_and_markdown_is_drawn(page: Any, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "old " * 900}, {"role": "assistant", "content": "ok"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "word " * 900, "responses": [MARKDOWN + "one", "plain  text\n  and *more"]},
+        {"prompt": [*turns, {"role": "user", "content": "the question"}], "responses": ["x", "y"]},
+    ]
+    with served(tmp_path, rows) as server:
+        page.goto(server.links["me"])
+        page.wait_for_selector(".answer")
+        assert page.locator("#turns").bounding_box()["height"] <= 242
+        for deed in (
+            lambda: page.get_by_role("button", name="Show all of the prompt").click(),
+            lambda: press(page, "p"),
+        ):
+            deed()
+            assert page.locator("#turns").bounding_box()["height"] > 400
+            press(page, "p")
+            assert page.locator("#turns").bounding_box()["height"] <= 242
+        drawn = page.locator(".said.marked")
+        assert drawn.count() == 1 and "and *more" in "".join(shown(page))
+        for tag, text in (("h4", "Plan"), ("strong", "Bold"), ("code", "code"), ("td >> nth=1", "2")):
+            assert drawn.locator(tag).inner_text() == text
+        assert drawn.locator("pre").inner_text() == 'python\nprint("<b>1</b>")'
+        assert "a link (https://example.org/x) [image: an image (https://example.org/i.png)]" in drawn.inner_text()
+        assert drawn.locator("a, img, b").count() == 0
+        page.get_by_label("Show the text as written").check()
+        assert drawn.count() == 0 and MARKDOWN + "one" in page.locator(".said").all_text_contents()
+        press(page, "m")
+        assert drawn.count() == 1
+        before = shown(page)
+        scroll_through(page)
+        press(page, "a")
+        next_item(page, before)
+        box, last = page.locator("#turns").bounding_box(), page.get_by_text("the question").bounding_box()
+        assert box["height"] <= 242 and box["y"] < last["y"] < box["y"] + box["height"] - 20
+        assert page.complaints == []
 
 
 def test_a_server_that_dies_is_waited_for(page: Any, tmp_path: Path) -> None:
@@ -361,7 +473,9 @@ def test_readable_in_light_and_dark_wide_and_narrow(browser: Any, tmp_path: Path
                 page.wait_for_selector(".answer")
                 press(page, "3", "q", *"cab=d")
                 assert page.evaluate(AUDIT) == []
-                press(page, *"efghi", "Enter")
+                press(page, *"efghi")
+                scroll_through(page)
+                press(page, "Enter")
                 page.locator("#answer-8").wait_for(state="detached")
                 assert page.evaluate(AUDIT) == []
                 press(page, "s")
@@ -401,6 +515,7 @@ def test_a_finger_drags_on_a_phone(browser: Any, tmp_path: Path) -> None:
         touch("touchEnd", *goal)
         assert ranking(page) == "C AD"
         page.locator("#chip-1").tap()
+        scroll_through(page)
         page.locator("#submit").tap()
         deadline = time.monotonic() + 5
         while not judgements(tmp_path) and time.monotonic() < deadline:

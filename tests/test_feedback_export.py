@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data import Comparison, Ledger, Message, Ranking, read_records
+from rlhf_jax.data.records import Demonstration
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.export import FORMS, consensus_ranks, export
 from rlhf_jax.feedback.records import Item, Judgement
@@ -122,6 +123,51 @@ def test_transcripts(tmp_path: Path) -> None:
     assert by_item[TEXT.id][0].startswith("\n\nHuman: def f(\n\nAssistant: ")
     assert manifest["counts"]["pairs_left_out"] == {"no transcript says it": 1, "tied": 1}
     assert Comparison(told.prompt, " on", " off", turns=(Message("user", "Go"),)) in records(tmp_path / "hh.jsonl")
+
+
+def test_demonstrations(tmp_path: Path) -> None:
+    hh = make_item("\n\nHuman: Go\n\nAssistant:", [" off", " on"])
+    word, code, line = make_item("Once", []), make_item("f(", ["x", "y"]), make_item("Q:\n", ["A"])
+    said = [
+        *JUDGEMENTS,
+        Judgement(CHAT.id, "dy", (1, 1, 1), demonstration="é\n\nlines", corrects=1, rationale="all wrong"),
+        Judgement(hh.id, "ann", (1, 2), demonstration="stay"),
+        Judgement(word.id, "ann", (), demonstration="upon"),
+        Judgement(code.id, "ann", (1, 2), demonstration="z"),
+        Judgement(line.id, "ann", (), demonstration="A", corrects=0),
+        Judgement(line.id, "bob", (), skip="no", demonstration="unfinished"),
+    ]
+    wanted = [
+        (CHAT.id, Demonstration(CHAT.prompt, " é\n\nlines", turns=TURNS)),
+        (hh.id, Demonstration(hh.prompt, " stay")),
+        (word.id, Demonstration("Once", " upon")),
+        (code.id, Demonstration("f(", "z")),
+        (line.id, Demonstration("Q:\n", "A")),
+    ]
+    manifest = export([*ITEMS, hh, word, code, line], said, tmp_path, form="demonstrations")
+    path = tmp_path / "demonstrations.jsonl"
+    ledger = Ledger()
+    assert read_records(path, "demonstrations", ledger) == [
+        record for _, record in sorted(wanted, key=lambda one: one[0])
+    ]
+    assert manifest["counts"]["left_out"] == {
+        "by a model": 1, "no answer written": 4, "of a quiz item": 1, "skipped": 2,
+    }  # fmt: skip
+    assert manifest["counts"]["items"] == manifest["counts"]["rows"] == 5
+    (of_chat,) = (row for row in rows(path) if row["item"] == CHAT.id)
+    assert of_chat == {
+        "prompt": [turn._asdict() for turn in TURNS],
+        "completion": [{"role": "assistant", "content": "é\n\nlines"}],
+        "item": CHAT.id,
+        "labeller": "dy",
+        "seconds": 0.0,
+        "corrects": "b",
+        "rationale": "all wrong",
+    }
+    # They stay out of the other forms.
+    assert export([*ITEMS, line], [said[-2], *JUDGEMENTS], tmp_path)["counts"]["left_out"]["a demonstration"] == 1
+    with pytest.raises(UserError, match="consensus: expected none for demonstrations"):
+        export(ITEMS, JUDGEMENTS, tmp_path, form="demonstrations", consensus=True)
 
 
 def test_the_same_judgements_are_the_same_bytes(tmp_path: Path) -> None:

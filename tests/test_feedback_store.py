@@ -1,6 +1,7 @@
 """The labelling folder: every item to as many people as are wanted, never twice to one, nothing lost or doubled."""
 
 import contextlib
+import dataclasses
 import random
 import sqlite3
 import subprocess
@@ -9,12 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import FILE, folder_lock
+from rlhf_jax.feedback.page import Page
 from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Queue, Rules
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.store import Labeller, Store
@@ -60,6 +63,19 @@ def rank(queue: Queue, labeller: Labeller, request: str, ranks: tuple[int, ...] 
     return item
 
 
+DIFFERENT: dict[str, Any] = {
+    "ranks": (1, 2),
+    "ratings": (1, 7),
+    "flags": (frozenset({"other"}), frozenset({"harmful", "other"})),
+    "seconds": 3.0,
+    "at": 10.0,
+    "comments": (),
+    "rationale": "",
+    "demonstration": "x",
+    "corrects": None,
+}
+
+
 def test_items_and_judgements_come_back_as_they_were(store: Store) -> None:
     wanted = [
         Item("a", "p\u2028é\x00", ("x", "y"), sources=("runs/one", "runs/two")),
@@ -67,7 +83,19 @@ def test_items_and_judgements_come_back_as_they_were(store: Store) -> None:
     ]
     assert store.add_items(wanted) == 2 and store.add_items(wanted) == 0
     assert store.items() == wanted
-    said = Judgement("a", "ann", (2, 1), (None, 7), (frozenset(), frozenset({"harmful", "other"})), seconds=2.5, at=9.0)
+    said = Judgement(
+        "a",
+        "ann",
+        (2, 1),
+        (None, 7),
+        (frozenset(), frozenset({"harmful", "other"})),
+        seconds=2.5,
+        at=9.0,
+        comments=("", "why?"),
+        rationale="y is right",
+        demonstration="x and y",
+        corrects=1,
+    )
     skipped = Judgement("b", "ai:judge", (), skip="too long", at=10.0)
     assert store.record([said, skipped]) == 2 and store.record([said]) == 0
     assert store.judgements() == [said, skipped]
@@ -75,12 +103,18 @@ def test_items_and_judgements_come_back_as_they_were(store: Store) -> None:
     with contextlib.closing(Store(store.folder)) as again, contextlib.closing(again.beside()) as beside:
         assert again.items() == wanted and again.judgements() == [said, skipped]
         assert beside.judgements() == [said, skipped]
-        with pytest.raises(UserError, match="expected the judgement by ann as stored, got another"):
-            again.record([Judgement("a", "ann", (1, 2))])
+        # A repeated judgement is the same in every field, or it is an error that names the field; nothing changes.
+        for field, value in DIFFERENT.items():
+            with case(field):
+                words = f"item a: field '{field}': expected the judgement by ann as stored, got another"
+                with pytest.raises(UserError, match=words):
+                    again.record([Judgement("b", "new", (1, 2, 2)), dataclasses.replace(said, **{field: value})])
+                assert again.judgements() == [said, skipped]
 
 
 REFUSED_ITEMS = [
-    (Item("x", "p", ("one",)), "expected 2 to 9 responses, got 1"),
+    (Item("x", "p", ("one",) * 10), "expected 2 to 9 responses, or none or one for a demonstration, got 10"),
+    (Item("x", "p", ("one",), kind="calibration"), "expected 2 to 9 responses, .*, got 1"),
     (Item("x", "p", ("one", "two"), kind="quiz"), r"expected gold ranks that differ, .*, got \[\]"),
     (Item("x", "p", ("one", "two"), gold=(1, 2, 3)), "expected 2 gold ranks, got 3"),
     (Item("task0", "p", ("one", "two"), kind="calibration"), "expected kind task, as stored, got calibration"),
@@ -104,13 +138,19 @@ REFUSED_JUDGEMENTS = [
     (Judgement("task0", "ann", (1, 2, 3), (1,)), "ratings: expected 3, one for each response, got 1"),
     (Judgement("task0", "ann", (1, 2, 3), (1, 8, None)), "ratings: expected 1 to 7, got 8"),
     (Judgement("task0", "ann", (1, 2, 3), (), (frozenset({"bad"}),) * 3), "flags: expected some of .*, got 'bad'"),
+    (Judgement("task0", "ann", ()), r"ranks: expected 3 numbers .*, or a reason to skip, got \[\]"),
+    (Judgement("task0", "ann", (1, 2, 3), comments=("a",)), "comments: expected 3, one for each response, got 1"),
+    (Judgement("task0", "ann", (1, 2, 3), rationale="x" * 5001), "rationale: expected at most 5,000 .*, got 5,001"),
+    (Judgement("task0", "ann", (1, 2, 3), demonstration="x", corrects=3), "corrects: expected the place of one of 3"),
+    (Judgement("write", "ann", (), demonstration=" "), "demonstration: expected an answer to the prompt, or a reason"),
+    (Judgement("write", "ann", (1,), demonstration="x"), r"ranks: expected none, as there is nothing to compare"),
 ]
 
 
 def test_judgements_that_fit_no_item_are_refused(store: Store) -> None:
     for row in REFUSED_JUDGEMENTS:
         with case(row) as (judgement, words):
-            store.add_items(items(1))
+            store.add_items([*items(1), Item("write", "p", ("a",))])
             with pytest.raises(UserError, match=words):
                 store.record([judgement])
             assert store.judgements() == []
@@ -153,10 +193,102 @@ def test_a_file_that_is_no_labelling_folder_is_refused(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "mine" / FILE)
     db.execute("PRAGMA user_version = 99")
     db.close()
-    with pytest.raises(UserError, match="schema version: expected 1, got 99"):
+    with pytest.raises(UserError, match="schema version: expected 1 to 2, got 99"):
         Store(tmp_path / "mine")
     with pytest.raises(UserError, match="expected a labelling folder"):
         Store(tmp_path / "nothing", read_only=True)
+
+
+def test_a_folder_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    """By a reader too, with all that is in it; numbers of judgements that were withdrawn are not used again."""
+    for read_only in (True, False):
+        with case(read_only):
+            folder = tmp_path / f"{read_only}"
+            folder.mkdir()
+            with contextlib.closing(sqlite3.connect(folder / FILE)) as db:
+                db.executescript((Path(__file__).parent / "labels_version_1.sql").read_text())
+                content = '{"prompt": "p", "turns": [], "responses": ["x", "y"], "sources": [], "gold": []}'
+                for row in (
+                    ("about", "salt", "s"),
+                    ("items", 1, "a", "task", 2, content, 1),
+                    ("items", 2, "b", "task", 2, content, 0),
+                    ("labellers", 7, "ann", "labeller", "open", 0, 1.0),
+                    ("leases", 3, 2, 7, 1.0, 9.0, 0, '{"tiers": [[1]]}', 4),
+                    ("judgements", 1, 1, 7, "[2, 1]", "[null, 7]", '[[], ["harmful"]]', "", 2.5, 9.0),
+                    ("withdrawn", 5, 2, 7, "[1, 2]", "[]", "[]", "", 1.0, 8.0, 9.0),
+                    ("requests", 7, "r", "0", "{}"),
+                ):
+                    db.execute(f"INSERT INTO {row[0]} VALUES ({', '.join('?' * (len(row) - 1))})", row[1:])
+                db.execute("UPDATE sqlite_sequence SET seq = 5 WHERE name = 'judgements'")
+                db.execute("PRAGMA application_id = 0x524C4846")
+                db.execute("PRAGMA user_version = 1")
+                db.commit()
+            with contextlib.closing(Store(folder, read_only=read_only)) as store:
+                said = Judgement(
+                    "a", "ann", (2, 1), (None, 7), (frozenset(), frozenset({"harmful"})), seconds=2.5, at=9
+                )
+                assert store.judgements() == [said] and [item.id for item in store.items()] == ["a", "b"]
+            with contextlib.closing(Store(folder)) as store:
+                assert store.db.execute("PRAGMA foreign_key_check").fetchall() == []
+                assert store.db.execute("PRAGMA foreign_keys").fetchone() == (1,)
+                tables = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite%' ORDER BY name"
+                with contextlib.closing(Store(tmp_path / "new")) as new:
+                    made, fresh = (one.db.execute(tables).fetchall() for one in (store, new))
+                assert [(kind, name) for kind, name, _ in made] == [(kind, name) for kind, name, _ in fresh]
+                (ann,) = store.labellers()
+                queue = Queue(store, Rules())
+                assert given(queue, ann).draft == {"tiers": [[1]]}
+                queue.judge(ann, "r2", Answer("b", (1, 2), demonstration="better", corrects=0))
+                assert store.db.execute("SELECT max(number) FROM judgements").fetchone() == (6,)
+                queue.undo(ann, "u")
+                assert store.db.execute("SELECT number, why FROM withdrawn").fetchall() == [
+                    (5, "undone"),
+                    (6, "undone"),
+                ]
+                invariants(store)
+
+
+def test_answers_that_labellers_write(store: Store) -> None:
+    store.add_items([Item("new", "p", ()), Item("old", "p", ("a b",)), *items(1)])
+    ann = store.add_labeller("ann")
+    queue = Queue(store, Rules())
+    assert given(queue, ann).order == ()
+    with pytest.raises(UserError, match="demonstration: expected an answer"):
+        queue.judge(ann, "1", Answer("new", demonstration=" \n"))
+    queue.judge(ann, "1", Answer("new", demonstration="  indented\n"))
+    assert given(queue, ann).item.id == "old"
+    queue.judge(ann, "2", Answer("old", demonstration="a c", corrects=0, comments=("typo",)))
+    order = given(queue, ann).order
+    words = Answer("task0", (1, 2, 3), (), (), "", 0.0, ("first ", "", ""), " clear ", "new", corrects=0)
+    queue.judge(ann, "3", words)
+    assert [(one.ranks, one.demonstration, one.corrects) for one in store.judgements()[:2]] == [
+        ((), "  indented", None),
+        ((), "a c", 0),
+    ]
+    last = store.judgements()[2]
+    assert last.corrects == order[0] and last.comments[order[0]] == "first" and last.rationale == "clear"
+    queue.undo(ann, "u")  # as it was on the page
+    draft = given(queue, ann).draft or {}
+    assert (draft["comments"], draft["corrects"], draft["rationale"]) == (["first", "", ""], 0, "clear")
+    invariants(store)
+
+
+def test_a_page_of_ones_own_is_kept_with_the_folder(store: Store) -> None:
+    store.add_items(items(2))
+    assert store.page() == Page()
+    page = Page(question="Which?", flags={"bad": "Bad"}, points=5, labels={1: "low"}, markdown=False)
+    store.set_page(page)
+    assert store.page() == page
+    said = Judgement("task0", "ann", (1, 2, 3), (5, None, 1), (frozenset({"bad"}), frozenset(), frozenset()))
+    store.record([said])
+    with pytest.raises(UserError, match="ratings: expected 1 to 5, got 7"):
+        store.record([dataclasses.replace(said, item="task1", ratings=(7, 1, 1))])
+    with pytest.raises(UserError, match="page: field 'flags': .*, got none named bad; keep them"):
+        store.set_page(Page(points=5))
+    with pytest.raises(UserError, match="page: field 'scale.points': expected 5, .*, got 7"):
+        store.set_page(dataclasses.replace(page, points=7))
+    store.set_page(dataclasses.replace(page, title="Other", flags={"new": "New", "bad": "Very bad"}))
+    assert store.page().title == "Other"
 
 
 def test_a_second_process_is_refused_with_the_holders_id(tmp_path: Path) -> None:
@@ -320,6 +452,25 @@ def test_a_skip_leaves_the_item_to_others(store: Store) -> None:
     with pytest.raises(UserError, match="skip: expected at most 500 characters, got 501"):
         store.add_items([Item("more", "p", ("a", "b", "c"))])
         queue.judge(ann, "a3", Answer(given(queue, ann).item.id, skip="x" * 501))
+
+
+def test_what_is_left_for_a_labeller(store: Store) -> None:
+    store.add_items([*items(3), *items(1, "calibration")])
+    ann, bob = store.add_labeller("ann"), store.add_labeller("bob")
+    queue = Queue(store, Rules())
+
+    def left(labeller: Labeller) -> tuple[int, int, bool]:
+        progress = queue.progress(labeller)
+        return progress["left"], progress["mine"], progress["undoable"]
+
+    assert left(ann) == left(bob) == (4, 0, False)
+    assert rank(queue, ann, "1") == "calibration0"
+    given(queue, ann)  # held by ann, so not left for bob
+    assert left(ann) == (3, 1, True) and left(bob) == (3, 0, False)
+    queue.judge(ann, "2", Answer("task0", skip="private"))  # no judgement, yet it can be undone
+    assert left(ann) == (2, 1, True) and left(bob) == (4, 0, False) and queue.progress(ann)["judged"] == 0
+    assert [rank(queue, bob, f"{n}") for n in range(3)] == ["calibration0", "task0", "task1"]
+    assert left(ann) == (1, 1, True) and rank(queue, ann, "3") == "task2" and left(ann)[0] == 0
 
 
 def in_gold_order(assignment: Assignment, *, reverse: bool = False) -> tuple[int, ...]:

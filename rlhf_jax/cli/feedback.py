@@ -35,10 +35,14 @@ class Judgements:
     """JSONL files of items, or of prompts with responses, instead of --labels."""
     judgements: tuple[str, ...] = ()
     """JSONL files of judgements of the items given by --items."""
+    page: str = ""
+    """YAML or JSON file with the flags and the scale of --judgements, if they are not the page's own."""
 
     def __post_init__(self) -> None:
         if bool(self.labels) == bool(self.items):
             raise UserError("labels: expected either --labels FOLDER or --items FILE with --judgements FILE")
+        if self.page and self.labels:
+            raise UserError("page: expected none with --labels, as the folder knows its page, got one")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,8 @@ class Export(Judgements):
     out: str
     """Output folder for the data file and its manifest."""
     form: Form = "rankings"
-    """Output format: rankings or comparisons as `rlhf-jax reward` reads them, TRL's preference format, or HH-RLHF
-    transcripts."""
+    """Output format: rankings or comparisons as `rlhf-jax reward` reads them, TRL's preference format, HH-RLHF
+    transcripts, or the answers that labellers wrote, as demonstrations that `rlhf-jax sft` reads."""
     consensus: Literal["", "majority", "reliability"] = ""
     """Merge the judgements of an item into one ranking, with equal weights (majority) or weighted by estimated
     reliability; by default one ranking per judgement."""

@@ -17,7 +17,8 @@ from rlhf_jax.feedback.ai_feedback import STAGES, Judge, judge_items
 from rlhf_jax.feedback.database import folder_lock
 from rlhf_jax.feedback.export import export
 from rlhf_jax.feedback.judged import Judged, item_row, join, judgement_row, read_items, read_judgements
-from rlhf_jax.feedback.records import FLAGS, Item, Judgement
+from rlhf_jax.feedback.page import Page, read_page
+from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.reliability import dawid_skene, estimate
 from rlhf_jax.feedback.store import AI, Store
 from rlhf_jax.feedback.trust import agreement_with_people
@@ -30,10 +31,18 @@ if TYPE_CHECKING:
     from rlhf_jax.cli.feedback import Active, Agreement, Ai, Export, Judgements
 
 
+def page_of(config: Judgements) -> Page:
+    """The page's settings: those of the labelling folder, of --page, or the page's own."""
+    if not config.labels:
+        return read_page(config.page) if config.page else Page()
+    with contextlib.closing(Store(Path(config.labels), read_only=True)) as store:
+        return store.page()
+
+
 def read(config: Judgements) -> tuple[list[Item], list[Judgement]]:
     """Reads all items and judgements."""
     if not config.labels:
-        return read_items(config.items), read_judgements(config.judgements)
+        return read_items(config.items), read_judgements(config.judgements, page_of(config))
     with contextlib.closing(Store(Path(config.labels), read_only=True)) as store:
         return store.items(), store.judgements()
 
@@ -41,8 +50,9 @@ def read(config: Judgements) -> tuple[list[Item], list[Judgement]]:
 def agreement(config: Agreement) -> None:
     """Prints and saves agreement and reliability."""
     judged = join(*read(config))
-    found: dict[str, Any] = report(judged, resamples=config.resamples)
-    found["reliability"] = reliability(judged)
+    names = tuple(page_of(config).flags)
+    found: dict[str, Any] = report(judged, flag_names=names, resamples=config.resamples)
+    found["reliability"] = reliability(judged, names)
     if config.out:
         write_json(Path(config.out), found)
     print(f"{found['judgements']:,} judgements of {found['items']:,} items by {len(found['labellers'])} labellers")
@@ -50,7 +60,7 @@ def agreement(config: Agreement) -> None:
     print(f"Fleiss' κ  {_shown(found['pairs']['fleiss_kappa'])}")
     print(f"Krippendorff's α, pairs  {_shown(found['pairs']['krippendorff_alpha']['nominal'])}")
     print(f"Krippendorff's α, ratings (ordinal)  {_shown(found['ratings']['krippendorff_alpha']['ordinal'])}")
-    for flag in FLAGS:
+    for flag in names:
         alpha = found["flags"][flag]["krippendorff_alpha"]["nominal"]
         print(f"Krippendorff's α, {flag}  {_shown(alpha)}")
     for name, about in found["labellers"].items():
@@ -61,13 +71,13 @@ def agreement(config: Agreement) -> None:
         )
 
 
-def reliability(judged: Judged) -> dict[str, Any]:
+def reliability(judged: Judged, flag_names: Sequence[str]) -> dict[str, Any]:
     """Estimated reliability of each labeller as plain JSON, for rankings and for each flag that was used."""
     found: dict[str, Any] = {
         "labellers": {name: dataclasses.asdict(one) for name, one in estimate(judged).labellers.items()},
         "flags": {},
     }
-    for flag in FLAGS:
+    for flag in flag_names:
         table = flags(judged, flag)
         if np.nansum(table.values):
             model = dawid_skene(table)
@@ -104,7 +114,12 @@ def ai(config: Ai) -> None:
     name = AI + (config.name or config.judge.replace(":", " ").replace("/", " ").strip()[-60:])
     done = {judgement.item for judgement in judgements if judgement.labeller == name}
     judge = Judge(open_source(config.judge, stages=STAGES), batch=config.batch)
-    answers = judge_items([i for i in items if i.id not in done], judge.log_odds, name, principle=config.principle)
+    answers = judge_items(
+        [i for i in items if i.id not in done and len(i.responses) > 1],
+        judge.log_odds,
+        name,
+        principle=config.principle,
+    )
     if config.out:
         with Path(config.out).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(judgement_row(one), ensure_ascii=False) + "\n" for one in answers.judgements)
@@ -128,6 +143,7 @@ def active(config: Active) -> None:
     from rlhf_jax.pretrained.source import LANGUAGE, open_source
 
     items, judgements = read(config)
+    items = [item for item in items if len(item.responses) > 1]
     done = asked(judgements)
     left = [item for item in items if item.kind == "task" and item.id not in done]
     if config.features:

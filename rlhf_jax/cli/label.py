@@ -6,6 +6,8 @@ rlhf-jax label labels/blind --run runs/sft --run runs/aligned --prompts prompts.
 
 rlhf-jax label labels/team --data candidates.jsonl --labeller ann --labeller bob --labellers-per-item 2
 
+rlhf-jax label labels/answers --demonstrations prompts.jsonl --page page.yaml
+
 Started again without --data, it continues with the items in the folder. A link with a token is printed for every new
 labeller, and one for the admin at each start. Every judgement is on disk before the page confirms it.
 """
@@ -30,6 +32,10 @@ class Config:
     """Labelling folder for items and judgements; created if missing."""
     data: tuple[str, ...] = ()
     """JSONL files of prompts with 2 to 9 responses, or of comparisons."""
+    demonstrations: tuple[str, ...] = ()
+    """JSONL files of prompts whose answer labellers write, or correct where a row has one `response`."""
+    page: str = ""
+    """YAML or JSON file with the page's title, instructions, question, flags and scale; kept in the folder."""
     gold: bool = False
     """Use the ranks in --data as gold labels to score labellers against."""
     calibration: tuple[str, ...] = ()

@@ -13,10 +13,11 @@ from rlhf_jax.data import Ledger, read_records
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import folder_lock
 from rlhf_jax.feedback.guard import Address, is_loopback
+from rlhf_jax.feedback.page import read_page
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.records import Item
 from rlhf_jax.feedback.store import Store
-from rlhf_jax.feedback.tasks import read_tasks
+from rlhf_jax.feedback.tasks import read_demonstration_tasks, read_tasks
 from rlhf_jax.runs.lifecycle import say
 
 ADMIN = "admin"
@@ -38,12 +39,15 @@ def run(config: Config) -> None:
         raise UserError(f"{folder}: expected a labelling folder, got a file")
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder), contextlib.closing(Store(folder)) as store:
+        if config.page:
+            store.set_page(read_page(config.page))
         added = store.add_items(items_of(config))
         total = len(store.items())
         say(f"{folder}: {total:,} items, {added:,} of them new")
         if not total:
             raise UserError(
-                f"{folder}: expected at least 1 item, got none; give --data FILE or --run, --run and --prompts"
+                f"{folder}: expected at least 1 item, got none; give --data FILE, --demonstrations FILE, or "
+                "--run, --run and --prompts"
             )
         if config.serve:
             serve(config, store)
@@ -54,6 +58,7 @@ def items_of(config: Config) -> Iterator[Item]:
     yield from read_tasks(config.quiz, kind="quiz", gold=True)
     yield from read_tasks(config.calibration, kind="calibration", gold=config.gold)
     yield from read_tasks(config.data, gold=config.gold)
+    yield from read_demonstration_tasks(config.demonstrations)
     if config.run:
         # Imported here: the model code takes seconds to import.
         from rlhf_jax.feedback.sampled import sample_items

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_jax.feedback.agreement import report
 from rlhf_jax.feedback.judged import join
-from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.store import AI, Store, item_of
 from rlhf_jax.feedback.win_rates import win_rates
 
@@ -25,11 +25,11 @@ HOURS = 24
 def throughput(store: Store, now: float) -> dict[str, Any]:
     """Counts and times of every labeller, and the number of judgements in each of the last 24 hours, oldest first."""
     hours = [0] * HOURS
-    for (at,) in store.db.execute("SELECT at FROM judgements WHERE at > ?", (now - HOURS * 3600,)):
+    for (at,) in store.db.execute("SELECT at FROM judgements WHERE at > ? AND skip = ''", (now - HOURS * 3600,)):
         hours[max(HOURS - 1 - int((now - at) // 3600), 0)] += 1
     rows = store.db.execute(
         "SELECT l.name, l.role, l.screening, count(j.number), coalesce(sum(j.skip <> ''), 0), max(j.at), "
-        "coalesce(sum(j.at > ?), 0) FROM labellers l LEFT JOIN judgements j ON j.labeller = l.number "
+        "coalesce(sum(j.at > ? AND j.skip = ''), 0) FROM labellers l LEFT JOIN judgements j ON j.labeller = l.number "
         "GROUP BY l.number ORDER BY l.number",
         (now - 3600,),
     ).fetchall()
@@ -80,11 +80,13 @@ def recent(store: Store, limit: int = RECENT) -> tuple[list[Item], list[Judgemen
     return items, [judgement for judgement in store.each_judgement() if judgement.item in ids]
 
 
-def agreement(items: Sequence[Item], judgements: Sequence[Judgement]) -> dict[str, Any]:
+def agreement(
+    items: Sequence[Item], judgements: Sequence[Judgement], flag_names: Sequence[str] = FLAGS
+) -> dict[str, Any]:
     """The report of `agreement.report`, and the win rates of items that name their sources."""
     return {
-        "agreement": report(join(items, judgements), resamples=RESAMPLES),
-        "win_rates": win_rates(items, judgements),
+        "agreement": report(join(items, judgements), flag_names=flag_names, resamples=RESAMPLES),
+        "win_rates": win_rates(items, judgements, flag_names),
         "items": len(items),
         "most": RECENT,
     }
@@ -110,6 +112,8 @@ def disagreements(items: Iterable[Item], judgements: Iterable[Judgement], shown:
                     "ranks": judgement.ranks,
                     "ratings": judgement.ratings,
                     "flags": [sorted(names) for names in judgement.flags],
+                    "comments": judgement.comments,
+                    "rationale": judgement.rationale,
                 }
                 for judgement in by_item[id]
             ],

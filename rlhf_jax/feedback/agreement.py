@@ -213,8 +213,17 @@ def krippendorff_alpha(table: Table, level: Level, **drawing: int) -> Estimate |
     return _bootstrap(table, _flat(coincidences_UCC), alpha, **drawing)
 
 
-def report(judged: Judged, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """All statistics as plain JSON; an estimate is {value, low, high, units}, null where it is undefined."""
+def report(
+    judged: Judged, *, flag_names: Iterable[str] = FLAGS, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """All statistics as plain JSON; an estimate is {value, low, high, units}, null where it is undefined.
+
+    Args:
+      judged: items and judgements.
+      flag_names: flags of the page.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
+    """
     drawing = {"resamples": resamples, "seed": seed}
 
     def plain(estimate: Estimate | None) -> dict[str, float] | None:
@@ -228,11 +237,12 @@ def report(judged: Judged, *, resamples: int = 1000, seed: int = 0) -> dict[str,
 
     pairs, golden = preferences(judged), preferences(judged, gold=True)
     names = judged.labellers
-    flagged = {flag: flags(judged, flag) for flag in FLAGS}
+    flagged = {flag: flags(judged, flag) for flag in flag_names}
     share, kappa = _matrices(pairs, drawing)
     return {
         "items": len({item.id for item, _ in judged.judgements}),
-        "judgements": len(judged.judgements),
+        "judgements": sum(not judgement.skip for _, judgement in judged.judgements),
+        "skipped": sum(bool(judgement.skip) for _, judgement in judged.judgements),
         "yardstick": {"agreement": INSTRUCTGPT_AGREEMENT, "source": "Ouyang et al. 2022, section 3.4"},
         "pairs": {
             "agreement": plain(agreement(pairs, **drawing)),
@@ -278,8 +288,8 @@ def _work(judged: Judged, name: str) -> dict[str, Any]:
     own = [judgement for _, judgement in judged.judgements if judgement.labeller == name]
     done = [judgement.seconds for judgement in own if not judgement.skip]
     return {
-        "judgements": len(own),
-        "skipped": sum(bool(judgement.skip) for judgement in own),
+        "judgements": len(done),
+        "skipped": len(own) - len(done),
         "median_seconds": float(np.median(done)) if done else None,
     }
 

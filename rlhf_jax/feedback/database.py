@@ -19,19 +19,20 @@ from rlhf_jax.errors import UserError
 FILE = "labels.sqlite"
 LOCK = "label.lock"
 APPLICATION_ID = 0x524C4846  # "RLHF"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # `held` counts an item's judgements by people (without skips) and its live leases; once it reaches the number of
 # labellers per task, the item is not given to anybody else. `cursor`: every task up to this number is full, or the
 # labeller has seen it. The lease with the highest number is the one on the labeller's page. A lease that is not live
-# has lapsed: it no longer blocks others, but its draft is kept for its labeller.
+# has lapsed: it no longer blocks others, but its draft is kept for its labeller. `more` has the fields of a judgement
+# that are texts, where they are not empty. `withdrawn` keeps judgements that were undone, or rejected by the admin.
 _SCHEMA = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE items (
   number INTEGER PRIMARY KEY,
   id TEXT NOT NULL UNIQUE CHECK (length(id) > 0),
   kind TEXT NOT NULL CHECK (kind IN ('task', 'calibration', 'quiz')),
-  responses INTEGER NOT NULL CHECK (responses BETWEEN 2 AND 9),
+  responses INTEGER NOT NULL CHECK (responses BETWEEN 0 AND 9),
   content TEXT NOT NULL CHECK (json_valid(content)),
   held INTEGER NOT NULL DEFAULT 0 CHECK (held >= 0)
 ) STRICT;
@@ -42,7 +43,8 @@ CREATE TABLE labellers (
   role TEXT NOT NULL CHECK (role IN ('labeller', 'admin', 'model')),
   screening TEXT NOT NULL DEFAULT 'open' CHECK (screening IN ('open', 'passed', 'failed')),
   cursor INTEGER NOT NULL DEFAULT 0,
-  added REAL NOT NULL
+  added REAL NOT NULL,
+  paused INTEGER NOT NULL DEFAULT 0 CHECK (paused IN (0, 1))
 ) STRICT;
 CREATE TABLE tokens (
   sha256 TEXT PRIMARY KEY CHECK (length(sha256) = 64),
@@ -72,8 +74,9 @@ CREATE TABLE judgements (
   skip TEXT NOT NULL,
   seconds REAL NOT NULL CHECK (seconds >= 0),
   at REAL NOT NULL,
+  more TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(more)),
   UNIQUE (item, labeller),
-  CHECK ((ranks = '[]') = (skip <> ''))
+  CHECK (ranks = '[]' OR skip = '')
 ) STRICT;
 CREATE INDEX judgements_of ON judgements (labeller, number);
 CREATE TABLE withdrawn (
@@ -86,7 +89,9 @@ CREATE TABLE withdrawn (
   skip TEXT NOT NULL,
   seconds REAL NOT NULL,
   at REAL NOT NULL,
-  withdrawn REAL NOT NULL
+  withdrawn REAL NOT NULL,
+  more TEXT NOT NULL DEFAULT '{}',
+  why TEXT NOT NULL DEFAULT 'undone'
 ) STRICT;
 CREATE TABLE requests (
   labeller INTEGER NOT NULL REFERENCES labellers (number),
@@ -99,7 +104,7 @@ CREATE TABLE requests (
 
 
 def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sqlite3.Connection:
-    """Connect to the database file; a writer creates a missing one.
+    """Connect to the database file; a writer creates a missing one. One of an older version is brought to this one.
 
     Args:
       path: of the file.
@@ -121,6 +126,10 @@ def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sq
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("PRAGMA foreign_keys = ON")
+            if read_only and not checked and _version(db) == (APPLICATION_ID, 1):
+                # Only a writer can bring it up to date.
+                with folder_lock(path.parent):
+                    connect(path).close()
             if not checked:
                 _check(db, path, make=not read_only)
         except sqlite3.DatabaseError as error:
@@ -162,9 +171,38 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check(db: sqlite3.Connection, path: Path, *, make: bool) -> None:
+def _version(db: sqlite3.Connection) -> tuple[int, int]:
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
+    return application, version
+
+
+def _upgrade(db: sqlite3.Connection) -> None:
+    """Bring a database of version 1 to version 2, in one transaction: four tables get columns and other checks."""
+    statements = _SCHEMA.split(";\n")
+    db.execute("PRAGMA foreign_keys = OFF")
+    with transaction(db):
+        sequence = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'judgements'").fetchone()
+        for table in ("items", "labellers", "judgements", "withdrawn"):
+            (make,) = (one for one in statements if one.lstrip().startswith(f"CREATE TABLE {table} "))
+            columns = ", ".join(row[1] for row in db.execute(f"PRAGMA table_info({table})"))
+            db.execute(make.replace(f"TABLE {table} ", f"TABLE new_{table} ", 1))
+            db.execute(f"INSERT INTO new_{table} ({columns}) SELECT {columns} FROM {table}")
+            db.execute(f"DROP TABLE {table}")
+            db.execute(f"ALTER TABLE new_{table} RENAME TO {table}")
+        for statement in statements:
+            if statement.lstrip().startswith("CREATE INDEX"):
+                db.execute(statement.replace("CREATE INDEX", "CREATE INDEX IF NOT EXISTS", 1))
+        # Numbers of judgements are not used twice, though the one with the highest number was withdrawn.
+        db.execute("DELETE FROM sqlite_sequence WHERE name = 'judgements'")
+        if sequence is not None:
+            db.execute("INSERT INTO sqlite_sequence VALUES ('judgements', ?)", sequence)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    db.execute("PRAGMA foreign_keys = ON")
+
+
+def _check(db: sqlite3.Connection, path: Path, *, make: bool) -> None:
+    application, version = _version(db)
     (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if not tables and make:
         with transaction(db):
@@ -176,9 +214,11 @@ def _check(db: sqlite3.Connection, path: Path, *, make: bool) -> None:
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     elif application != APPLICATION_ID:
         raise UserError(f"{path}: expected the database of a labelling folder, got another program's")
-    elif version != SCHEMA_VERSION:
+    elif version not in (1, SCHEMA_VERSION):
         raise UserError(
-            f"{path}: schema version: expected {SCHEMA_VERSION}, got {version}; use the release that wrote it"
+            f"{path}: schema version: expected 1 to {SCHEMA_VERSION}, got {version}; use the release that wrote it"
         )
     elif (result := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise UserError(f"{path}: damaged: {result.splitlines()[-1]}; restore it from a copy")
+    elif version == 1:
+        _upgrade(db)

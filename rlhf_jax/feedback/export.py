@@ -1,8 +1,9 @@
-"""Export of judgements for reward-model training: rankings, comparisons, TRL's preference format, HH-RLHF transcripts.
+"""Export of judgements as training data: rankings, comparisons, TRL's preference format, HH-RLHF transcripts, and the
+answers that labellers wrote, as demonstrations.
 
 An export is a folder with one JSONL file and manifest.json with its SHA-256 and counts; the same judgements give the
-same bytes. Only ranks train the reward model: labeller, seconds, ratings and flags are in fields that data/reader.py
-ignores. Judgements and pairs that carry no information are left out and counted by reason.
+same bytes. Only ranks train the reward model: labeller, seconds, ratings, flags, comments and rationale are in fields that
+data/reader.py ignores. Judgements and pairs that carry no information are left out and counted by reason.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_jax.data.dialogues import Message, is_hh, render, render_prompt, split_hh, split_shared
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
-from rlhf_jax.data.records import Comparison, Ranking
+from rlhf_jax.data.records import Comparison, Demonstration, Ranking
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judged import Judged, join
 from rlhf_jax.feedback.records import Form, Item, Judgement
@@ -26,11 +27,12 @@ from rlhf_jax.feedback.store import AI, dense
 from rlhf_jax.feedback.trust import trusted
 from rlhf_jax.runs.atomic_files import MANIFEST, UNFINISHED, read_manifest, seal
 
-FORMS: tuple[Form, ...] = ("rankings", "comparisons", "trl", "hh")
+FORMS: tuple[Form, ...] = ("rankings", "comparisons", "trl", "hh", "demonstrations")
 KIND = "rlhf_jax feedback"
 CONSENSUS = "consensus"
+_OF_RESPONSES = ("ratings", "flags", "comments", "sources")
 Said = tuple[Item, tuple[int, ...], dict[str, Any]]  # an item, dense ranks, and further fields
-_Row = tuple[dict[str, Any], Comparison | Ranking]
+_Row = tuple[dict[str, Any], Comparison | Ranking | Demonstration]
 
 
 def export(
@@ -45,7 +47,8 @@ def export(
 ) -> dict[str, Any]:
     """Write FORM.jsonl and a manifest into a folder, replacing an earlier export there.
 
-    "rankings" has one row per judgement, the other forms one row per ordered pair. Prompts given as messages stay
+    "rankings" has one row per judgement, "demonstrations" one per answer that a labeller wrote, the other forms one row
+    per ordered pair. Prompts given as messages stay
     messages, except for "hh", which writes transcripts with a plain-text prompt as the human's turn. Quiz items are
     left out.
 
@@ -71,20 +74,26 @@ def export(
     _refuse_other_files(folder)
     agreements = trusted(judged) if models else {}
     left_out: collections.Counter[str] = collections.Counter()
-    said = list(_said(judged, models, left_out))
-    if consensus:
-        said = _agreed(said, weights, left_out)
     pairs_left_out: collections.Counter[str] = collections.Counter()
-    rows = [row for one in said for row in _rows(*one, form, pairs_left_out)]
+    rows: list[_Row]
+    if form == "demonstrations":
+        if consensus:
+            raise UserError("consensus: expected none for demonstrations, of which each is one labeller's own")
+        rows = list(_demonstrations(judged, models, left_out))
+    else:
+        said = list(_said(judged, models, left_out))
+        if consensus:
+            said = _agreed(said, weights, left_out)
+        rows = [row for one in said for row in _rows(*one, form, pairs_left_out)]
     folder.mkdir(parents=True, exist_ok=True)
     # A folder without a manifest is incomplete, so the manifest is deleted first and written last.
     for old in [folder / MANIFEST, *(folder / f"{name}.jsonl" for name in FORMS)]:
         old.unlink(missing_ok=True)
-    _write(path, rows)
+    _write(path, rows, "demonstrations" if form == "demonstrations" else "rankings")
     counts = {
         "judgements": len(judged.judgements),
         "rows": len(rows),
-        "items": len({item.id for item, _, _ in said}),
+        "items": len({row["item"] for row, _ in rows} if form == "demonstrations" else {i.id for i, _, _ in said}),
         "left_out": dict(sorted(left_out.items())),
         "pairs_left_out": dict(sorted(pairs_left_out.items())),
         "rows_of": dict(sorted(collections.Counter(row["labeller"] for row, _ in rows).items())),
@@ -132,6 +141,10 @@ def _said(judged: Judged, models: bool, left_out: collections.Counter[str]) -> I
             about["ratings"] = list(judgement.ratings)
         if judgement.flags:
             about["flags"] = [sorted(flags) for flags in judgement.flags]
+        if judgement.comments:
+            about["comments"] = list(judgement.comments)
+        if judgement.rationale:
+            about["rationale"] = judgement.rationale
         if item.sources:
             about["sources"] = list(item.sources)
         yield item, dense(judgement.ranks), about
@@ -145,6 +158,8 @@ def _useless(item: Item, judgement: Judgement, models: bool) -> str:
         return "by a model"
     if judgement.skip:
         return "skipped"
+    if len(item.responses) < 2:
+        return "a demonstration"
     if len(set(judgement.ranks)) == 1:
         return "all ranks are tied"
     if len(set(item.responses)) == 1:
@@ -154,6 +169,41 @@ def _useless(item: Item, judgement: Judgement, models: bool) -> str:
     if any(message.role == "system" for message in item.turns[1:]):
         return "a system message in the middle"
     return ""
+
+
+def _demonstrations(judged: Judged, models: bool, left_out: collections.Counter[str]) -> Iterable[_Row]:
+    """The answers that labellers wrote.
+
+    After a prompt given as text an answer continues the text: a space comes between them, unless there is white space
+    already, or the item's own responses begin without one.
+    """
+    for item, judgement in judged.judgements:
+        reason = _useless(item, judgement, models) if item.kind == "quiz" or judgement.skip else ""
+        text = judgement.demonstration
+        if judgement.labeller.startswith(AI) and not models:
+            reason = "by a model"
+        elif not reason and not text.strip():
+            reason = "no answer written"
+        elif any(message.role == "system" for message in item.turns[1:]):
+            reason = "a system message in the middle"
+        if reason:
+            left_out[reason] += 1
+            continue
+        about: dict[str, Any] = {"item": item.id, "labeller": judgement.labeller, "seconds": judgement.seconds}
+        if judgement.corrects is not None:
+            about["corrects"] = item.responses[judgement.corrects]
+        if judgement.rationale:
+            about["rationale"] = judgement.rationale
+        if item.turns:
+            prompt: Any = [message._asdict() for message in item.turns]
+            answer: Any = [{"role": "assistant", "content": text}]
+            record = Demonstration(item.prompt, f" {text}", turns=item.turns)
+        else:
+            joined = text[:1].isspace() or item.prompt[-1:].isspace() or not item.prompt
+            spaced = any(response[:1].isspace() for response in item.responses) or not item.responses
+            prompt, answer = item.prompt, text if joined or not spaced else f" {text}"
+            record = Demonstration(item.prompt, answer)
+        yield {"prompt": prompt, "completion": answer, **about}, record
 
 
 def _agreed(
@@ -208,8 +258,8 @@ def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form,
         if chosen == rejected:
             left_out["chosen equals rejected"] += 1
             continue
-        beside = {key: value for key, value in about.items() if key not in ("ratings", "flags", "sources")}
-        for name in ("ratings", "flags", "sources"):
+        beside = {key: value for key, value in about.items() if key not in _OF_RESPONSES}
+        for name in _OF_RESPONSES:
             if name in about:
                 beside[f"{name}_chosen"], beside[f"{name}_rejected"] = about[name][best], about[name][worst]
         pair = Comparison(item.prompt, space + chosen, space + rejected, turns=item.turns)
@@ -246,7 +296,7 @@ def _transcripts(item: Item, chosen: str, rejected: str) -> tuple[tuple[str, str
     return texts, Comparison(prompt, chosen, rejected, turns=tuple(turns))
 
 
-def _write(path: Path, rows: Sequence[_Row]) -> None:
+def _write(path: Path, rows: Sequence[_Row], kind: Literal["rankings", "demonstrations"]) -> None:
     """Write the rows atomically, after checking that they read back as the same records.
 
     Raises:
@@ -258,7 +308,9 @@ def _write(path: Path, rows: Sequence[_Row]) -> None:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    read = read_records(unfinished, "rankings", Ledger()) if rows else []
+    read: Sequence[Any] = []
+    if rows:
+        read = read_records(unfinished, kind, Ledger())
     expected = [record for _, record in rows]
     if read != expected:
         at = next((n for n, (a, b) in enumerate(zip(read, expected)) if a != b), min(len(read), len(expected)))

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rlhf_jax.data.jsonl import parse_row
 from rlhf_jax.errors import UserError
 
-MOST_BYTES = 32 * 1024
+MOST_BYTES = 256 * 1024
 
 # Scripts and styles are files of this origin, never inline. Scripts write only text into the page, which browsers with
 # trusted types enforce.

@@ -1,8 +1,8 @@
 """Items and judgements as JSONL, and their checked join.
 
 An item is {"id", "prompt": text or messages, "responses", "sources", "kind", "gold"}; a judgement is {"item",
-"labeller", "ranks", "ratings", "flags": a list of names for each response, "skip", "seconds", "at"}. Fields with a
-default in records.py are optional.
+"labeller", "ranks", "ratings", "flags": a list of names for each response, "skip", "seconds", "at", "comments": one for
+each response, "rationale", "demonstration", "corrects"}. Fields with a default in records.py are optional.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback.records import FLAGS, MOST_RESPONSES, RATINGS, Item, Judgement
+from rlhf_jax.feedback.page import Page
+from rlhf_jax.feedback.records import MOST_RESPONSES, Item, Judgement
 from rlhf_jax.feedback.tasks import read_tasks
 
 KINDS = ("task", "calibration", "quiz")
@@ -58,10 +59,14 @@ def join(items: Iterable[Item], judgements: Iterable[Judgement]) -> Judged:
         if (judgement.item, judgement.labeller) in seen:
             raise UserError(f"{where}: expected one judgement, got two; keep the later one")
         seen.add((judgement.item, judgement.labeller))
-        expected = len(item.responses)
-        for name, values in (("ranks", judgement.ranks), ("ratings", judgement.ratings), ("flags", judgement.flags)):
-            if len(values) != expected and (values or (name == "ranks" and not judgement.skip)):
-                raise UserError(f"{where}: {name}: expected {expected}, one for each response, got {len(values)}")
+        count = len(item.responses)
+        ranked = count if count > 1 else 0
+        if len(judgement.ranks) != ranked and (judgement.ranks or not judgement.skip):
+            raise UserError(f"{where}: ranks: expected {ranked}, one for each response, got {len(judgement.ranks)}")
+        several = (("ratings", judgement.ratings), ("flags", judgement.flags), ("comments", judgement.comments))
+        for name, values in several:
+            if values and len(values) != count:
+                raise UserError(f"{where}: {name}: expected {count}, one for each response, got {len(values)}")
         pairs.append((item, judgement))
     pairs.sort(key=lambda pair: (pair[0].id, pair[1].labeller))
     return Judged(known, tuple(pairs))
@@ -83,13 +88,18 @@ def read_items(paths: Iterable[str | Path]) -> list[Item]:
     return items
 
 
-def read_judgements(paths: Iterable[str | Path]) -> list[Judgement]:
+def read_judgements(paths: Iterable[str | Path], page: Page | None = None) -> list[Judgement]:
     """Read judgements from JSONL files.
+
+    Args:
+      paths: of the files.
+      page: flags and rating scale; by default the page's own.
 
     Raises:
       UserError: with file, line and field.
     """
-    return [_judgement(where, row) for path in paths for where, row in read_rows(path)]
+    page = page or Page()
+    return [_judgement(where, row, page) for path in paths for where, row in read_rows(path)]
 
 
 def item_row(item: Item) -> dict[str, Any]:
@@ -100,8 +110,11 @@ def item_row(item: Item) -> dict[str, Any]:
 
 
 def judgement_row(judgement: Judgement) -> dict[str, Any]:
-    """The JSON object that `read_judgements` reads as this judgement."""
+    """The JSON object that `read_judgements` reads as this judgement; texts that were not given are left out."""
     row = dataclasses.asdict(judgement)
+    for name in ("comments", "rationale", "demonstration", "corrects"):
+        if row[name] in ((), "", None):
+            del row[name]
     return row | {"flags": [sorted(flags) for flags in judgement.flags]}
 
 
@@ -153,8 +166,10 @@ def _item(where: str, row: dict[str, Any]) -> Item:
     if not isinstance(prompt, str):
         raise _wrong(where, "prompt", prompt, "text or a list of messages")
     responses = _list(where, row, "responses", _text, "text", None)
-    if not 2 <= len(responses) <= MOST_RESPONSES:
-        raise _wrong(where, "responses", list(responses), f"2 to {MOST_RESPONSES}")
+    if len(responses) > MOST_RESPONSES or (len(responses) < 2 and row.get("kind", "task") != "task"):
+        raise _wrong(
+            where, "responses", list(responses), f"2 to {MOST_RESPONSES}; fewer for a demonstration's task only"
+        )
     sources = _list(where, row, "sources", _text, "text")
     gold = _list(where, row, "gold", _rank, "whole numbers from 1")
     for field, values in (("sources", sources), ("gold", gold)):
@@ -166,13 +181,17 @@ def _item(where: str, row: dict[str, Any]) -> Item:
     return Item(_field(where, row, "id", str, None, "text"), prompt, responses, turns, sources, kind, gold)
 
 
-def _judgement(where: str, row: dict[str, Any]) -> Judgement:
+def _judgement(where: str, row: dict[str, Any], page: Page) -> Judgement:
     flags = _list(where, row, "flags", lambda names: isinstance(names, list), "lists of names")
     for number, names in enumerate(flags):
         for name in names:
-            if name not in FLAGS:
-                raise _wrong(where, f"flags[{number}]", name, f"names among {', '.join(FLAGS)}")
-    ratings = _list(where, row, "ratings", lambda rating: rating is None or rating in RATINGS, "1 to 7 or null")
+            if name not in page.flags:
+                raise _wrong(where, f"flags[{number}]", name, f"names among {', '.join(page.flags)}")
+    rated = f"1 to {page.points} or null" if page.points else "null, as the page has no ratings"
+    ratings = _list(where, row, "ratings", lambda one: one is None or (_whole(one) and one in page.ratings), rated)
+    corrects = row.get("corrects")
+    if corrects is not None and (not _whole(corrects) or corrects < 0):
+        raise _wrong(where, "corrects", corrects, "the place of a response, from 0, or null")
     return Judgement(
         item=_field(where, row, "item", str, None, "text"),
         labeller=_field(where, row, "labeller", str, None, "text"),
@@ -182,4 +201,8 @@ def _judgement(where: str, row: dict[str, Any]) -> Judgement:
         skip=_field(where, row, "skip", str, "", "text"),
         seconds=float(_field(where, row, "seconds", (int, float), 0.0, "a number")),
         at=float(_field(where, row, "at", (int, float), 0.0, "a number")),
+        comments=_list(where, row, "comments", _text, "text"),
+        rationale=_field(where, row, "rationale", str, "", "text"),
+        demonstration=_field(where, row, "demonstration", str, "", "text"),
+        corrects=corrects,
     )

@@ -24,6 +24,8 @@ from rlhf_jax.feedback.store import Labeller, Store, dense, insert_judgement, it
 
 LONGEST_SKIP = 500
 MOST_SECONDS = 24 * 3600.0
+MOST_LEFT = 999
+"""Items left for a labeller are counted to this number, which keeps the page fast however many there are."""
 
 
 class Conflict(Exception):
@@ -72,6 +74,10 @@ class Answer:
     flags: tuple[tuple[str, ...], ...] = ()
     skip: str = ""
     seconds: float = 0.0
+    comments: tuple[str, ...] = ()
+    rationale: str = ""
+    demonstration: str = ""
+    corrects: int | None = None
 
 
 class Queue:
@@ -80,9 +86,13 @@ class Queue:
     def __init__(self, store: Store, rules: Rules, clock: Callable[[], float] = time.time) -> None:
         """Open the queue of a store; `clock` returns Unix time in seconds."""
         self.store, self.rules, self.clock = store, rules, clock
+        self.page = store.page()
         self._db = store.db
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up new items, and another number of labellers per task than before."""
         with transaction(self._db):
-            # There may be more labellers per task than before, and new items.
             self._db.execute("UPDATE labellers SET cursor = 0")
         self.tasks, self.calibrations, self.quizzes = (
             self._count("SELECT count(*) FROM items WHERE kind = ?", kind) for kind in ("task", "calibration", "quiz")
@@ -161,28 +171,29 @@ class Queue:
                 return earlier
             now = self.clock()
             row = self._db.execute(
-                "SELECT j.number, j.item, j.ranks, j.ratings, j.flags, j.skip, j.seconds FROM judgements j "
+                "SELECT j.number, j.item, j.ranks, j.ratings, j.flags, j.skip, j.seconds, j.more FROM judgements j "
                 "WHERE j.labeller = ? ORDER BY j.number DESC LIMIT 1",
                 (labeller.number,),
             ).fetchone()
             if row is None:
                 raise Conflict("there is nothing to undo")
-            judgement, number, ranks, ratings, flags, skip, seconds = row
+            judgement, number, ranks, ratings, flags, skip, seconds, more = row
             item = self._item(number)
             if item.kind == "quiz" and self._screening(labeller) != "open":
                 raise Conflict("the screening questions are over and stay as they are")
-            self._db.execute(
-                "INSERT INTO withdrawn SELECT number, item, labeller, ranks, ratings, flags, skip, seconds, at, ? "
-                "FROM judgements WHERE number = ?",
-                (now, judgement),
-            )
-            self._db.execute("DELETE FROM judgements WHERE number = ?", (judgement,))
+            self._withdraw(judgement, now, "undone")
             order = self.order(labeller, item)
+            texts = json.loads(more)
+            if "comments" in texts:
+                texts["comments"] = _shown(texts["comments"], order)
+            if "corrects" in texts:
+                texts["corrects"] = order.index(texts["corrects"])
             draft = {
                 "tiers": _tiers(_shown(json.loads(ranks), order)),
                 "ratings": _shown(json.loads(ratings), order),
                 "flags": _shown(json.loads(flags), order),
                 "seconds": seconds,
+                **texts,
             }
             self._db.execute(
                 "INSERT INTO leases (item, labeller, started, expires, live, draft, revision) "
@@ -209,6 +220,9 @@ class Queue:
         quiz = labeller.screening == "open" and self.quizzes > 0
         return {
             "mine": self._judged_by(labeller),
+            "undoable": self._count("SELECT EXISTS (SELECT 1 FROM judgements WHERE labeller = ?)", labeller.number) > 0,
+            "left": self._left(labeller),
+            "most_left": MOST_LEFT,
             "judged": self.judged,
             "wanted": self.tasks * self.rules.wanted,
             "quiz": [self._seen(labeller, "quiz"), self.quizzes] if quiz else None,
@@ -314,18 +328,33 @@ class Queue:
             ratings=answer.ratings,
             flags=tuple(frozenset(names) for names in answer.flags),
             skip=answer.skip.strip(),
+            comments=tuple(map(str.strip, answer.comments)) if any(map(str.strip, answer.comments)) else (),
+            rationale=answer.rationale.strip(),
+            demonstration=answer.demonstration.rstrip(),
+            corrects=answer.corrects if answer.demonstration.strip() else None,
             # The page's clock is not trusted: nobody can take longer than the lease has existed.
             seconds=round(min(answer.seconds, max(now - started, 0.0) + 1.0), 3),
             at=now,
         )
-        refuse_judgement(judgement, len(item.responses))
+        refuse_judgement(judgement, len(item.responses), self.page)
         order = self.order(labeller, item)
         return dataclasses.replace(
             judgement,
             ranks=_own(dense(judgement.ranks), order),
             ratings=_own(judgement.ratings, order),
             flags=_own(judgement.flags, order),
+            comments=_own(judgement.comments, order),
+            corrects=None if judgement.corrects is None else order[judgement.corrects],
         )
+
+    def _withdraw(self, judgement: int, now: float, why: str) -> None:
+        self._db.execute(
+            "INSERT INTO withdrawn (number, item, labeller, ranks, ratings, flags, skip, seconds, at, more, withdrawn, "
+            "why) SELECT number, item, labeller, ranks, ratings, flags, skip, seconds, at, more, ?, ? "
+            "FROM judgements WHERE number = ?",
+            (now, why, judgement),
+        )
+        self._db.execute("DELETE FROM judgements WHERE number = ?", (judgement,))
 
     def _screen(self, labeller: Labeller) -> str:
         """Pass or fail the labeller once the whole quiz is answered, and return the status."""
@@ -366,7 +395,24 @@ class Queue:
         )
 
     def _judged_by(self, labeller: Labeller) -> int:
-        return self._count("SELECT count(*) FROM judgements WHERE labeller = ?", labeller.number)
+        return self._count("SELECT count(*) FROM judgements WHERE labeller = ? AND skip = ''", labeller.number)
+
+    def _left(self, labeller: Labeller) -> int:
+        """Number of items that the labeller may still get, with the one on the page; at most MOST_LEFT + 1."""
+        if self._screening(labeller) == "failed":
+            return 0
+        unseen = "NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = i.number AND j.labeller = ?1)"
+        return self._count(
+            f"SELECT count(*) FROM (SELECT 1 FROM items i WHERE i.kind = 'calibration' AND {unseen} UNION ALL "
+            "SELECT 1 FROM leases x JOIN items i ON i.number = x.item WHERE x.labeller = ?1 AND i.kind = 'task' "
+            "AND (x.live OR i.held < ?2) UNION ALL "
+            f"SELECT 1 FROM items i WHERE i.kind = 'task' AND i.held < ?2 AND {unseen} "
+            "AND NOT EXISTS (SELECT 1 FROM leases x WHERE x.item = i.number AND x.labeller = ?1) "
+            "AND i.number > (SELECT cursor FROM labellers WHERE number = ?1) LIMIT ?3)",
+            labeller.number,
+            self.rules.wanted,
+            MOST_LEFT + 1,
+        )
 
     def _count(self, query: str, *values: object) -> int:
         (count,) = self._db.execute(query, values).fetchone()

@@ -9,22 +9,24 @@ if TYPE_CHECKING:
     from rlhf_jax.data.dialogues import Message
 
 RATINGS = range(1, 8)
-FLAGS = (
-    "fails_instruction",
-    "hallucination",
-    "harmful",
-    "inappropriate",
-    "bad_advice",
-    "other",
-)
+FLAG_WORDS = {
+    "fails_instruction": "Fails the instruction",
+    "hallucination": "Hallucination",
+    "harmful": "Harmful",
+    "inappropriate": "Inappropriate",
+    "bad_advice": "Advice it should not give",
+    "other": "Other problem",
+}
+"""Words on the page for each flag, unless a page's own settings (page.py) name others."""
+FLAGS = tuple(FLAG_WORDS)
 MOST_RESPONSES = 9
-Form = Literal["rankings", "comparisons", "trl", "hh"]
+Form = Literal["rankings", "comparisons", "trl", "hh", "demonstrations"]
 PRINCIPLE = "Choose the response that helps the reader more, is true as far as one can tell, and harms nobody."
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A prompt with K = 2 … 9 responses to compare.
+    """A prompt with K = 2 … 9 responses to compare; or with none, or one to correct, for a demonstration.
 
     Attributes:
       id: derived from the content.
@@ -53,12 +55,16 @@ class Judgement:
     Attributes:
       item: id of the item.
       labeller: a person's name, or "ai:…" for a model.
-      ranks: 1 is best, equal ranks are ties; () if the item was skipped.
-      ratings: 1 to 7, None where not given.
-      flags: names from FLAGS for each response.
+      ranks: 1 is best, equal ranks are ties; () if the item was skipped, or has fewer than two responses.
+      ratings: on the page's scale, by default 1 to 7; None where not given.
+      flags: names of the page's flags, by default from FLAGS, for each response.
       skip: reason for skipping the item, "" if it was judged.
       seconds: time spent on the item.
       at: Unix time of the judgement.
+      comments: on each response, "" where not given; () without any.
+      rationale: why the labeller judged so.
+      demonstration: an answer to the prompt that the labeller wrote, "" for none.
+      corrects: index of the response that the demonstration started from, None if it was written from nothing.
     """
 
     item: str
@@ -69,3 +75,7 @@ class Judgement:
     skip: str = ""
     seconds: float = 0.0
     at: float = 0.0
+    comments: tuple[str, ...] = ()
+    rationale: str = ""
+    demonstration: str = ""
+    corrects: int | None = None

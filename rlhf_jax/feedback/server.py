@@ -30,8 +30,10 @@ from rlhf_jax.feedback import admin
 from rlhf_jax.feedback.export import FORMS, export
 from rlhf_jax.feedback.guard import Address, Guard, Refused, read_body
 from rlhf_jax.feedback.judged import item_row, judgement_row
+from rlhf_jax.feedback.markdown import markdown_tree
+from rlhf_jax.feedback.page import Page
 from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Queue
-from rlhf_jax.feedback.records import FLAGS, Item
+from rlhf_jax.feedback.records import Item
 from rlhf_jax.feedback.store import Labeller, Store
 
 ASSETS = Path(__file__).parent / "assets"
@@ -102,15 +104,24 @@ def make_app(service: Service) -> Starlette:
         response.delete_cookie(service.cookie, httponly=True, samesite="strict")
         return response
 
+    async def page(request: Request) -> Response:
+        service.who(request)
+        instructions = service.queue.page.instructions
+        marked = await run_in_threadpool(markdown_tree, instructions)
+        version = hashlib.sha256(instructions.encode()).hexdigest()[:16] if instructions.strip() else ""
+        return JSONResponse(service.queue.page.settings() | {"marked": marked, "version": version})
+
     async def task(request: Request) -> Response:
         labeller = service.who(request)
         assignment = service.queue.assign(labeller)
         progress = service.queue.progress(labeller)
+        markdown = service.queue.page.markdown
+        shown = None if assignment is None else await run_in_threadpool(_page, assignment, markdown)
         return JSONResponse(
             {
                 "labeller": {"name": labeller.name, "role": labeller.role, "screening": labeller.screening},
                 "progress": progress,
-                "task": None if assignment is None else _page(assignment),
+                "task": shown,
             }
         )
 
@@ -126,7 +137,7 @@ def make_app(service: Service) -> Starlette:
     async def judgement(request: Request) -> Response:
         labeller = service.who(request)
         body = await read_body(request)
-        return JSONResponse(service.queue.judge(labeller, _text(body, "request"), _answer(body)))
+        return JSONResponse(service.queue.judge(labeller, _text(body, "request"), _answer(body, service.queue.page)))
 
     async def undo(request: Request) -> Response:
         labeller = service.who(request)
@@ -179,6 +190,7 @@ def make_app(service: Service) -> Starlette:
     routes = [
         Route("/api/login", log_in, methods=["POST"]),
         Route("/api/logout", log_out, methods=["POST"]),
+        Route("/api/page", page, methods=["POST"]),
         Route("/api/task", task, methods=["POST"]),
         Route("/api/draft", draft, methods=["POST"]),
         Route("/api/judgement", judgement, methods=["POST"]),
@@ -221,14 +233,20 @@ def _asset(name: str) -> _Handler:
     return serve
 
 
-def _page(assignment: Assignment) -> dict[str, Any]:
+def _page(assignment: Assignment, markdown: bool) -> dict[str, Any]:
     """An item as sent to the page: without its sources and gold ranks, and without marking calibration items."""
     item = assignment.item
+    turns = _turns(item)
+    responses = [item.responses[place].removeprefix(" ").strip("\n") for place in assignment.order]
     return {
         "id": item.id,
         "quiz": item.kind == "quiz",
-        "turns": _turns(item),
-        "responses": [item.responses[place].removeprefix(" ").strip("\n") for place in assignment.order],
+        "turns": turns,
+        "responses": responses,
+        "marked": {
+            "turns": [markdown_tree(turn["content"]) if markdown else None for turn in turns],
+            "responses": [markdown_tree(text) if markdown else None for text in responses],
+        },
         "draft": assignment.draft,
         "revision": assignment.revision,
     }
@@ -245,7 +263,7 @@ def _turns(item: Item) -> list[dict[str, str]]:
     return [{"role": "text", "content": item.prompt.strip("\n")}]
 
 
-def _answer(body: dict[str, Any]) -> Answer:
+def _answer(body: dict[str, Any], page: Page) -> Answer:
     """Parse the answer in a post; the queue checks that it fits the item.
 
     Raises:
@@ -258,15 +276,20 @@ def _answer(body: dict[str, Any]) -> Answer:
     if not isinstance(ratings, list) or not all(rating is None or _whole(rating) for rating in ratings):
         raise Refused(400, "ratings: expected a list of whole numbers, null where there is none")
     if not isinstance(flags, list) or not all(
-        isinstance(names, list) and all(name in FLAGS for name in names if isinstance(name, str)) for names in flags
+        isinstance(names, list) and all(name in page.flags for name in names if isinstance(name, str))
+        for names in flags
     ):
-        raise Refused(400, f"flags: expected a list of lists of {', '.join(FLAGS)}")
+        raise Refused(400, f"flags: expected a list of lists of {', '.join(page.flags) or 'none'}")
     if not all(isinstance(name, str) for names in flags for name in names):
         raise Refused(400, "flags: expected names")
     if not isinstance(skip, str) or isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise Refused(400, "skip: expected text; seconds: expected a number")
-    if not ranks and not skip.strip():
-        raise Refused(400, "ranks: expected one for each response, or a reason to skip, got none")
+    comments, corrects = body.get("comments", []), body.get("corrects")
+    texts = {name: body.get(name, "") for name in ("rationale", "demonstration")}
+    if not isinstance(comments, list) or not all(isinstance(one, str) for one in (*comments, *texts.values())):
+        raise Refused(400, "comments: expected a list of texts; rationale, demonstration: expected text")
+    if corrects is not None and not _whole(corrects):
+        raise Refused(400, "corrects: expected a whole number or null")
     return Answer(
         item=_text(body, "item"),
         ranks=tuple(ranks),
@@ -274,6 +297,9 @@ def _answer(body: dict[str, Any]) -> Answer:
         flags=tuple(tuple(names) for names in flags),
         skip=skip.strip(),
         seconds=float(seconds),
+        comments=tuple(comments),
+        corrects=corrects,
+        **texts,
     )
 
 
@@ -304,7 +330,8 @@ class _reader:
 def _draw(store: Store) -> dict[str, Any]:
     with _reader(store) as reader:
         items, judgements = admin.recent(reader)
-    return admin.agreement(items, judgements) | {"disagreements": admin.disagreements(items, judgements)}
+        flag_names = tuple(reader.page().flags)
+    return admin.agreement(items, judgements, flag_names) | {"disagreements": admin.disagreements(items, judgements)}
 
 
 def _export(store: Store) -> bytes:

@@ -19,11 +19,14 @@ from typing import Literal
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import FILE, connect, transaction
-from rlhf_jax.feedback.records import FLAGS, RATINGS, Item, Judgement
+from rlhf_jax.feedback.page import Page, parse_page
+from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.runs.atomic_files import sync_folder
 
 Role = Literal["labeller", "admin", "model"]
 AI = "ai:"
+LONGEST = {"demonstration": 20_000, "rationale": 5_000, "comments": 2_000}
+"""Characters in the texts of a judgement."""
 _NAME = re.compile(r"[\w.@+ -]{1,80}")
 
 
@@ -132,32 +135,21 @@ class Store:
     def each_judgement(self, after: int = 0) -> Iterator[Judgement]:
         """Judgements that were not withdrawn, after the one with this number."""
         rows = self.db.execute(
-            "SELECT i.id, l.name, j.ranks, j.ratings, j.flags, j.skip, j.seconds, j.at FROM judgements j "
-            "JOIN items i ON i.number = j.item JOIN labellers l ON l.number = j.labeller "
-            "WHERE j.number > ? ORDER BY j.number",
+            f"{_JUDGEMENTS} WHERE j.number > ? ORDER BY j.number",
             (after,),
         )
-        for item, name, ranks, ratings, flags, skip, seconds, at in rows:
-            yield Judgement(
-                item=item,
-                labeller=name,
-                ranks=tuple(json.loads(ranks)),
-                ratings=tuple(json.loads(ratings)),
-                flags=tuple(frozenset(names) for names in json.loads(flags)),
-                skip=skip,
-                seconds=seconds,
-                at=at,
-            )
+        yield from (_judgement_of(*row) for row in rows)
 
     def record(self, judgements: Iterable[Judgement]) -> int:
         """Add judgements that were not made on the page, and return the number of new ones.
 
-        Judgements by models do not count towards the labellers per task.
+        Judgements by models do not count towards the labellers per task. One that is stored already changes nothing.
 
         Raises:
-          UserError: for a judgement that does not fit an item here, or differs from the stored one.
+          UserError: for a judgement that does not fit an item here, or differs in any field from the stored one.
         """
         added = 0
+        page = self.page()
         with transaction(self.db):
             for judgement in judgements:
                 row = self.db.execute("SELECT number, responses FROM items WHERE id = ?", (judgement.item,)).fetchone()
@@ -165,23 +157,53 @@ class Store:
                     raise UserError(
                         f"item {judgement.item}: expected one of the folder's items, got a judgement of an unknown one"
                     )
-                refuse_judgement(judgement, row[1])
+                refuse_judgement(judgement, row[1], page)
                 labeller = self._labeller(
                     judgement.labeller, "model" if judgement.labeller.startswith(AI) else "labeller"
                 )
                 found = self.db.execute(
-                    "SELECT ranks, skip FROM judgements WHERE item = ? AND labeller = ?", (row[0], labeller.number)
+                    f"{_JUDGEMENTS} WHERE j.item = ? AND j.labeller = ?", (row[0], labeller.number)
                 ).fetchone()
                 if found is None:
                     insert_judgement(self.db, row[0], labeller.number, judgement)
                     if labeller.role != "model" and not judgement.skip:
                         self.db.execute("UPDATE items SET held = held + 1 WHERE number = ?", (row[0],))
                     added += 1
-                elif (tuple(json.loads(found[0])), found[1]) != (judgement.ranks, judgement.skip):
+                elif (stored := _judgement_of(*found)) != judgement:
+                    field = next(name for name, value in vars(judgement).items() if vars(stored)[name] != value)
                     raise UserError(
-                        f"item {judgement.item}: expected the judgement by {judgement.labeller} as stored, got another"
+                        f"item {judgement.item}: field {field!r}: expected the judgement by {judgement.labeller} as "
+                        f"stored, got another: {vars(judgement)[field]!r}, stored is {vars(stored)[field]!r}; record it "
+                        "under another labeller's name, or reject the stored one on the admin's page first"
                     )
         return added
+
+    def page(self) -> Page:
+        """Settings of the page."""
+        row = self.db.execute("SELECT value FROM about WHERE name = 'page'").fetchone()
+        return Page() if row is None else parse_page(f"{self.folder}", json.loads(row[0]))
+
+    def set_page(self, page: Page) -> None:
+        """Keep settings of the page with the folder.
+
+        Raises:
+          UserError: if judgements in the folder have flags that the page lacks, or ratings on another scale.
+        """
+        used = "SELECT DISTINCT flag.value FROM judgements j, json_each(j.flags) r, json_each(r.value) flag"
+        missing = sorted({name for (name,) in self.db.execute(used)} - page.flags.keys())
+        if missing:
+            raise UserError(
+                f"page: field 'flags': expected the flags that judgements in {self.folder} have, got none named "
+                f"{', '.join(missing)}; keep them, or use another folder"
+            )
+        rated = "SELECT EXISTS (SELECT 1 FROM judgements j, json_each(j.ratings) r WHERE r.value IS NOT NULL)"
+        if page.points != (points := self.page().points) and self.db.execute(rated).fetchone()[0]:
+            raise UserError(
+                f"page: field 'scale.points': expected {points}, on which answers in {self.folder} were rated, got "
+                f"{page.points}; keep it, or use another folder"
+            )
+        with transaction(self.db):
+            self.db.execute("INSERT OR REPLACE INTO about VALUES ('page', ?)", (json.dumps(page.settings()),))
 
     def add_labeller(self, name: str, role: Role = "labeller") -> Labeller:
         """The labeller of this name, created if new.
@@ -254,8 +276,8 @@ def item_of(id: str, kind: str, content: str) -> Item:
 def insert_judgement(db: sqlite3.Connection, item: int, labeller: int, judgement: Judgement) -> None:
     """Insert a judgement's row, inside the caller's transaction."""
     db.execute(
-        "INSERT INTO judgements (item, labeller, ranks, ratings, flags, skip, seconds, at) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO judgements (item, labeller, ranks, ratings, flags, skip, seconds, at, more) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             item,
             labeller,
@@ -265,11 +287,40 @@ def insert_judgement(db: sqlite3.Connection, item: int, labeller: int, judgement
             judgement.skip,
             judgement.seconds,
             judgement.at,
+            json.dumps({name: value for name in MORE if (value := vars(judgement)[name]) not in _NOTHING}),
         ),
     )
 
 
-def refuse_judgement(judgement: Judgement, responses: int) -> None:
+MORE = ("comments", "rationale", "demonstration", "corrects")
+_NOTHING: tuple[object, ...] = ((), "", None)
+_JUDGEMENTS = (
+    "SELECT i.id, l.name, j.ranks, j.ratings, j.flags, j.skip, j.seconds, j.at, j.more FROM judgements j "
+    "JOIN items i ON i.number = j.item JOIN labellers l ON l.number = j.labeller"
+)
+
+
+def _judgement_of(
+    item: str, name: str, ranks: str, ratings: str, flags: str, skip: str, seconds: float, at: float, more: str
+) -> Judgement:
+    """Make a judgement from the columns of _JUDGEMENTS."""
+    texts = json.loads(more)
+    if "comments" in texts:
+        texts["comments"] = tuple(texts["comments"])
+    return Judgement(
+        item=item,
+        labeller=name,
+        ranks=tuple(json.loads(ranks)),
+        ratings=tuple(json.loads(ratings)),
+        flags=tuple(frozenset(names) for names in json.loads(flags)),
+        skip=skip,
+        seconds=seconds,
+        at=at,
+        **texts,
+    )
+
+
+def refuse_judgement(judgement: Judgement, responses: int, page: Page) -> None:
     """Check a judgement of an item with this number of responses.
 
     Raises:
@@ -278,19 +329,36 @@ def refuse_judgement(judgement: Judgement, responses: int) -> None:
     if judgement.skip:
         if judgement.ranks:
             raise UserError("ranks: expected ranks or a reason to skip, got both")
+    elif responses < 2:
+        if judgement.ranks:
+            raise UserError(f"ranks: expected none, as there is nothing to compare, got {list(judgement.ranks)}")
+        if not judgement.demonstration.strip():
+            raise UserError("demonstration: expected an answer to the prompt, or a reason to skip, got neither")
     elif len(judgement.ranks) != responses or not all(1 <= rank <= responses for rank in judgement.ranks):
+        otherwise = "" if judgement.ranks else ", or a reason to skip"
         raise UserError(
-            f"ranks: expected {responses} numbers from 1 (best) to {responses}, got {list(judgement.ranks)}"
+            f"ranks: expected {responses} numbers from 1 (best) to {responses}{otherwise}, got {list(judgement.ranks)}"
         )
-    for name, values in (("ratings", judgement.ratings), ("flags", judgement.flags)):
+    texts = (("ratings", judgement.ratings), ("flags", judgement.flags), ("comments", judgement.comments))
+    for name, values in texts:
         if values and len(values) != responses:
             raise UserError(f"{name}: expected {responses}, one for each response, got {len(values)}")
     for rating in judgement.ratings:
-        if rating is not None and rating not in RATINGS:
-            raise UserError(f"ratings: expected 1 to {RATINGS[-1]}, got {rating}")
+        if rating is not None and rating not in page.ratings:
+            raise UserError(f"ratings: expected {f'1 to {page.points}' if page.points else 'none'}, got {rating}")
     for flag in sorted(frozenset().union(*judgement.flags)):
-        if flag not in FLAGS:
-            raise UserError(f"flags: expected some of {', '.join(FLAGS)}, got {flag[:40]!r}")
+        if flag not in page.flags:
+            raise UserError(f"flags: expected some of {', '.join(page.flags) or 'none'}, got {flag[:40]!r}")
+    for name, most in LONGEST.items():
+        value = vars(judgement)[name]
+        longest = max(map(len, (value,) if isinstance(value, str) else value), default=0)
+        if longest > most:
+            raise UserError(f"{name}: expected at most {most:,} characters, got {longest:,}")
+    if judgement.corrects is not None and not (0 <= judgement.corrects < responses and judgement.demonstration):
+        raise UserError(
+            f"corrects: expected the place of one of {responses} responses, with a demonstration, got "
+            f"{judgement.corrects}"
+        )
 
 
 def dense(ranks: Sequence[int]) -> tuple[int, ...]:
@@ -300,8 +368,10 @@ def dense(ranks: Sequence[int]) -> tuple[int, ...]:
 
 
 def _refuse_item(item: Item) -> None:
-    if not 2 <= len(item.responses) <= 9:
-        raise UserError(f"item {item.id}: expected 2 to 9 responses, got {len(item.responses)}")
+    if len(item.responses) > 9 or (len(item.responses) < 2 and item.kind != "task"):
+        raise UserError(
+            f"item {item.id}: expected 2 to 9 responses, or none or one for a demonstration, got {len(item.responses)}"
+        )
     if item.kind == "quiz" and len(set(item.gold)) < 2:
         raise UserError(
             f"item {item.id}: expected gold ranks that differ, by which a quiz is marked, got {list(item.gold)}"

@@ -62,6 +62,39 @@ def read_tasks(paths: Iterable[str | Path], *, kind: str = "task", gold: bool = 
     return list(items.values())
 
 
+def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
+    """Read prompts whose answer a labeller writes, or corrects where the row has one; duplicate rows become one item.
+
+    Raises:
+      UserError: `file:line: field 'x': expected …, got …`, and for a file without rows.
+    """
+    items: dict[str, Item] = {}
+    for path in paths:
+        empty = True
+        for where, row in read_rows(path):
+            empty = False
+            prompt, turns = _prompt(where, row)
+            if not prompt.strip():
+                raise _wrong(where, row, "prompt", "a prompt to answer")
+            for name in ("responses", "chosen", "rejected"):
+                if name in row:
+                    raise UserError(
+                        f"{where}: field {name!r}: expected at most one answer to correct, as 'response' or "
+                        "'completion', got several; give the file to --data"
+                    )
+            given = [name for name in ("response", "completion") if row.get(name) is not None]
+            if len(given) > 1:
+                raise UserError(
+                    f"{where}: field 'response': expected either it or 'completion', got both; leave one out"
+                )
+            answers = [_response(where, name, row[name]) for name in given]
+            item = make_item(prompt, [answer for answer in answers if answer.strip()], turns=turns)
+            items.setdefault(item.id, item)
+        if empty:
+            raise UserError(f"{path}: expected one JSON object on each line, got no rows to label")
+    return list(items.values())
+
+
 def compares(path: str | Path) -> bool:
     """True if the first row of a file is a comparison."""
     for _, row in read_rows(path):
@@ -79,12 +112,7 @@ def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
 
 
 def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
-    prompt, turns = row.get("prompt"), tuple[Message, ...]()
-    if isinstance(prompt, list) and prompt:
-        turns = tuple(_message(where, f"prompt[{number}]", value) for number, value in enumerate(prompt))
-        prompt = render_prompt(turns)
-    if not isinstance(prompt, str):
-        raise _wrong(where, row, "prompt", "text or a list of messages")
+    prompt, turns = _prompt(where, row)
     values = row.get("responses")
     if not isinstance(values, list) or not 2 <= len(values) <= MOST_RESPONSES:
         raise _wrong(where, row, "responses", f"a list of 2 to {MOST_RESPONSES}, or 'chosen' and 'rejected'")
@@ -105,6 +133,17 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
         kind=kind,
         gold=_gold(where, row, len(values)) if gold else (),
     )
+
+
+def _prompt(where: str, row: dict[str, Any]) -> tuple[str, tuple[Message, ...]]:
+    """Text of a prompt, and its messages, () for one given as text."""
+    prompt, turns = row.get("prompt"), tuple[Message, ...]()
+    if isinstance(prompt, list) and prompt:
+        turns = tuple(_message(where, f"prompt[{number}]", value) for number, value in enumerate(prompt))
+        prompt = render_prompt(turns)
+    if not isinstance(prompt, str):
+        raise _wrong(where, row, "prompt", "text or a list of messages")
+    return prompt, turns
 
 
 def _gold(where: str, row: dict[str, Any], count: int) -> list[int]:

@@ -14,7 +14,9 @@ from rlhf_jax.feedback.store import AI
 _Shares = dict[str, list[float]]
 
 
-def win_rates(items: Iterable[Item], judgements: Iterable[Judgement]) -> list[dict[str, Any]]:
+def win_rates(
+    items: Iterable[Item], judgements: Iterable[Judgement], flag_names: Sequence[str] = FLAGS
+) -> list[dict[str, Any]]:
     """Win rate by people of each source over each other source.
 
     An item's outcome is the mean over its judgements and pairs of responses, 1 for a win, ½ for a tie; the rate is the
@@ -25,6 +27,7 @@ def win_rates(items: Iterable[Item], judgements: Iterable[Judgement]) -> list[di
     Args:
       items: items with their sources.
       judgements: of these items; judgements by models are left out.
+      flag_names: flags of the page.
 
     Returns:
       Plain JSON, one object per pair of sources, [] if no item names its sources; a rate is {"value", "low", "high",
@@ -41,7 +44,7 @@ def win_rates(items: Iterable[Item], judgements: Iterable[Judgement]) -> list[di
         places = {source: [k for k, name in enumerate(item.sources) if name == source] for source in set(item.sources)}
         for first, second in itertools.combinations(sorted(places), 2):
             outcomes[first, second][item.id].append(_outcome(judgement.ranks, places[first], places[second]))
-        for flag in FLAGS if judgement.flags else ():
+        for flag in flag_names if judgement.flags else ():
             for source, own in places.items():
                 flagged[source, flag][item.id].append(sum(flag in judgement.flags[k] for k in own) / len(own))
             if any(flag in names for names in judgement.flags):
@@ -58,7 +61,7 @@ def win_rates(items: Iterable[Item], judgements: Iterable[Judgement]) -> list[di
                     "second": _rate(flagged[second, flag]),
                     "win_rate": _rate({id: given for id, given in by_item.items() if id in with_flag[flag]}),
                 }
-                for flag in FLAGS
+                for flag in flag_names
             },
         }
         for (first, second), by_item in sorted(outcomes.items())

@@ -34,7 +34,7 @@ function drawCards() {
   const hour = people.reduce((sum, person) => sum + person.last_hour, 0);
   $("cards").replaceChildren(
     card("Items finished", `${number(progress.finished)} of ${number(progress.items.task)}`, `${summary.labellers_per_item} labeller${summary.labellers_per_item > 1 ? "s" : ""} each; ${progress.items.calibration} for all, ${progress.items.quiz} in the quiz`),
-    card("In the last hour", number(hour), "judgements and skips"),
+    card("In the last hour", number(hour), "judgements; skips not counted"),
     card("Pairwise agreement", rate ? percent(rate.value) : "–", `${interval(rate)}; InstructGPT’s: 73%`),
     card("Krippendorff’s α", fixed(alpha?.value), range(alpha) || "of preferences, nominal"),
     card("Fleiss’ κ", fixed(pairs?.fleiss_kappa?.value), range(pairs?.fleiss_kappa) || "of preferences"),

@@ -22,14 +22,10 @@ export function show(element, visible) {
 
 export const letter = (place) => String.fromCharCode(65 + place);
 
-export function turns(list) {
+// texts: the element of each turn's text.
+export function turns(list, texts = list.map((turn) => make("p", { class: "said", dir: "auto" }, turn.content))) {
   const names = { system: "Instruction", user: "User", assistant: "Assistant", text: "" };
-  return list.map((turn) =>
-    make(
-      "div",
-      { class: `turn ${turn.role}` },
-      names[turn.role] ? make("span", { class: "who" }, names[turn.role]) : null,
-      make("p", { class: "said", dir: "auto" }, turn.content),
-    ),
+  return list.map((turn, number) =>
+    make("div", { class: `turn ${turn.role}` }, names[turn.role] ? make("span", { class: "who" }, names[turn.role]) : null, texts[number]),
   );
 }

@@ -4,23 +4,23 @@ import { ask, asPost, newId, post, trouble } from "./api.js";
 import { $, key, letter, make, show, turns } from "./dom.js";
 import { draggable } from "./drag.js";
 import { Ranking } from "./ranking.js";
+import { collapse, seen, unfold, unseen, watch } from "./reading.js";
+import { asWritten, said, setAsWritten } from "./text.js";
+import { comment, drawWriting, restored } from "./writing.js";
 
-const FLAGS = [
-  ["fails_instruction", "Fails the instruction", "Q"],
-  ["hallucination", "Hallucination", "W"],
-  ["harmful", "Harmful", "R"],
-  ["inappropriate", "Inappropriate", "T"],
-  ["bad_advice", "Advice it should not give", "Y"],
-  ["other", "Other problem", "U"],
-];
+const FLAG_KEYS = "QWRTYULXV"; // letters that nothing else on the page uses; further flags have no key
 const REASONS = ["I do not understand the prompt", "I do not know enough to judge", "It contains private information", "It is broken or unreadable"];
 const IDLE = 60_000; // milliseconds without activity after which time is not counted
 
+let page = null; // title, instructions, question, flags and scale
+let flagged = []; // [name, words, key] of each flag
 let task = null; // the item from the server: id, turns, responses
 let ranking = null;
 let marks = null; // ratings and flags, one for each response
+let words = null; // what the labeller writes, see writing.js
 let revision = 0;
 let seconds = 0;
+let read = []; // answers that were on screen according to the draft
 let current = 0;
 let busy = true;
 let active = Date.now();
@@ -28,11 +28,13 @@ let saver = null;
 let tieNext = false;
 
 const pair = () => task.responses.length === 2;
+const alone = () => task.responses.length < 2; // nothing to compare: an answer is written, or corrected
 const say = (words) => ($("status").textContent = words);
+const number = (value) => value.toLocaleString("en");
 
 // ---- drafts ----
 
-const draft = () => ({ tiers: ranking.tiers, ratings: marks.ratings, flags: marks.flags, seconds });
+const draft = () => ({ tiers: ranking.tiers, ratings: marks.ratings, flags: marks.flags, seconds, seen: seen(), ...words });
 const slot = () => `draft ${task.id}`;
 
 function changed() {
@@ -70,13 +72,16 @@ function restore(given) {
     ratings: task.responses.map((_, place) => list(old.ratings)[place] ?? null),
     flags: task.responses.map((_, place) => list(list(old.flags)[place])),
   };
+  words = restored(old, task.responses);
   seconds = Number(old.seconds) || 0;
+  read = list(old.seen);
 }
 
 // ---- items ----
 
 async function load() {
   busy = true;
+  if (!page && !(await loadPage())) return;
   const { status, body } = await post("/api/task", {});
   if (status === 401) return signIn();
   if (status !== 200) return trouble(body.error);
@@ -87,7 +92,7 @@ async function load() {
   show($("work"), Boolean(task));
   show($("dock"), Boolean(task));
   show($("done"), !task);
-  $("undo").disabled = !body.progress.mine;
+  $("undo").disabled = !body.progress.undoable;
   $("skip").disabled = !task;
   busy = false;
   if (!task) return finished(body);
@@ -97,16 +102,39 @@ async function load() {
   draw();
   window.scrollTo(0, 0);
   $("main").focus({ preventScroll: true });
-  say(`New item with ${task.responses.length} answers.`);
+  watchTexts();
+  say(alone() ? "New item: write its answer." : `New item with ${task.responses.length} answers.`);
+  guide(true);
+}
+
+async function loadPage() {
+  const { status, body } = await post("/api/page", {});
+  if (status === 401) await signIn();
+  else if (status !== 200) trouble(body.error);
+  if (status !== 200) return false;
+  page = body;
+  flagged = Object.entries(page.flags).map(([name, title], place) => [name, title, FLAG_KEYS[place] ?? ""]);
+  document.title = page.title;
+  $("page-title").textContent = page.title;
+  show($("guide"), Boolean(page.version));
+  $("guide-text").replaceChildren(said(page.instructions, page.marked));
+  show($("by-ratings"), page.scale.points > 0);
+  return true;
+}
+
+// The instructions open by themselves until this labeller has closed them, and again when they have changed.
+function guide(unasked) {
+  if (!page.version || (unasked && localStorage.getItem("guide") === page.version)) return;
+  $("guide-dialog").showModal();
 }
 
 function progress({ progress: figures }) {
-  const { mine, judged, wanted, quiz } = figures;
+  const { mine, judged, wanted, left, most_left, quiz } = figures;
   $("progress").max = quiz ? quiz[1] : Math.max(wanted, 1);
   $("progress").value = quiz ? quiz[0] : judged;
   $("progress-words").textContent = quiz
     ? `Screening question ${Math.min(quiz[0] + 1, quiz[1])} of ${quiz[1]}`
-    : `${judged.toLocaleString("en")} of ${wanted.toLocaleString("en")} done, ${mine.toLocaleString("en")} by you`;
+    : `${left > most_left ? `over ${number(most_left)}` : number(left)} left for you, ${number(mine)} done by you; ${number(judged)} of ${number(wanted)} by all`;
 }
 
 function finished({ labeller, progress: figures }) {
@@ -114,7 +142,7 @@ function finished({ labeller, progress: figures }) {
   $("done-title").textContent = failed ? "Thank you for trying" : "Nothing more to judge";
   $("done-words").textContent = failed
     ? "Your answers to the screening questions differ too much from the reference answers, so there are no items for you. If you think that is a mistake, contact the person who gave you the link."
-    : `You have judged ${figures.mine.toLocaleString("en")}. Thank you. Items held by others may become available later.`;
+    : `You have judged ${number(figures.mine)}. Thank you. Items held by others may become available later.`;
   $("done-title").tabIndex = -1;
   $("done-title").focus();
 }
@@ -140,9 +168,18 @@ async function send(answer) {
 }
 
 function submit() {
-  if (!task || !ranking.complete) return say("Rank every answer first.");
-  const { ratings, flags } = marks;
-  return send({ ranks: ranking.ranks, ratings, flags, seconds });
+  if (!task || (!alone() && !ranking.complete)) return say("Rank every answer first.");
+  if (alone() && !words.demonstration.trim()) return say("Write an answer first.");
+  if (unseen().length) return refuse();
+  return send({ ranks: alone() ? [] : ranking.ranks, ...marks, ...words, seconds });
+}
+
+// No decision about an answer that nobody can have read. The page does not scroll there by itself: pressing a key a few
+// times would then decide.
+function refuse() {
+  say(`Not decided. ${$("unseen").textContent}`);
+  $("unseen").classList.remove("again");
+  requestAnimationFrame(() => $("unseen").classList.add("again"));
 }
 
 async function undo() {
@@ -177,29 +214,73 @@ async function comeIn(token) {
 // ---- drawing ----
 
 function draw() {
-  $("turns").replaceChildren(...turns(task.turns));
+  drawPrompt();
   $("answers").replaceChildren(...task.responses.map(card));
   $("answers").dataset.count = task.responses.length;
+  $("as-written").checked = asWritten();
+  show($("as-written-label"), [...task.marked.turns, ...task.marked.responses].some(Boolean));
+  show($("answers-part"), task.responses.length > 0);
+  $("answers-title").textContent = alone() ? "Answer to correct" : "Answers";
   show($("ranking"), !pair());
   show($("choice"), pair());
-  $("dock-title").textContent = pair() ? "Which answer is better?" : "Ranking";
+  for (const id of ["tiers", "tray"]) show($(id), !alone());
+  show($("by-ratings"), !alone() && page.scale.points > 0);
+  $("dock-title").textContent = alone() ? "" : page.question || (pair() ? "Which answer is better?" : "Ranking");
+  drawWriting(task.responses, words, () => {
+    changed();
+    drawSubmit();
+  });
   keys();
   drawRanking();
 }
 
+function drawPrompt() {
+  $("turns").replaceChildren(...turns(task.turns, task.turns.map((turn, place) => said(turn.content, task.marked.turns[place]))));
+  collapse();
+}
+
+function watchTexts() {
+  const texts = task.responses.map((_, place) => $(`answer-${place}`).querySelector(".said"));
+  watch(texts, read, () => {
+    read = seen();
+    drawUnseen();
+  });
+  drawUnseen();
+}
+
+function drawUnseen() {
+  const left = unseen();
+  show($("unseen"), left.length > 0);
+  $("unseen").textContent = left.length ? `To decide, scroll through ${left.map(letter).join(", ")} from the first line to the last.` : "";
+  for (const id of ["submit", "left", "tie", "right"]) $(id).setAttribute("aria-disabled", String(left.length > 0));
+}
+
+// Shows all texts as they were written, or their Markdown.
+function drawTexts() {
+  setAsWritten($("as-written").checked);
+  drawPrompt();
+  task.responses.forEach((text, place) => $(`answer-${place}`).querySelector(".said").replaceWith(said(text, task.marked.responses[place])));
+  watchTexts();
+}
+
 function card(text, place) {
   const name = letter(place);
+  const { points, labels } = page.scale;
   const ratings = make("fieldset", { class: "rating" }, make("legend", {}, "Rating", make("span", { class: "unseen" }, ` of answer ${name}`)));
-  for (let rating = 1; rating <= 7; rating += 1) {
+  ratings.style.gridTemplateColumns = `repeat(${points}, 1fr)`;
+  for (let rating = 1; rating <= points; rating += 1) {
     const input = make("input", { type: "radio", name: `rating-${place}`, value: String(rating), checked: marks.ratings[place] === rating });
     input.addEventListener("change", () => rate(place, rating));
-    ratings.append(make("label", {}, input, make("span", {}, String(rating))));
+    input.addEventListener("keydown", scrollOnly);
+    ratings.append(make("label", { title: labels[rating] ?? "" }, input, make("span", {}, String(rating))));
   }
+  const meanings = Object.entries(labels).map(([point, meaning]) => `${point} ${meaning}`);
+  if (meanings.length) ratings.append(make("p", { class: "meanings" }, meanings.join(" · ")));
   const flags = make("fieldset", { class: "flags" }, make("legend", {}, "Flags", make("span", { class: "unseen" }, ` of answer ${name}`)));
-  for (const [flag, words, shortcut] of FLAGS) {
+  for (const [flag, title, shortcut] of flagged) {
     const input = make("input", { type: "checkbox", value: flag, checked: marks.flags[place].includes(flag) });
     input.addEventListener("change", () => setFlag(place, flag, input.checked));
-    flags.append(make("label", {}, input, make("span", {}, words, key(shortcut))));
+    flags.append(make("label", {}, input, make("span", {}, title, shortcut ? key(shortcut) : null)));
   }
   const article = make(
     "article",
@@ -210,9 +291,10 @@ function card(text, place) {
       make("h3", { id: `name-${place}`, "aria-label": `Answer ${name}` }, name),
       make("span", { class: "where", id: `where-${place}` }),
     ),
-    make("p", { class: text.trim() ? "said" : "said none", dir: "auto" }, text.trim() ? text : "(an empty answer)"),
-    ratings,
-    flags,
+    said(text, task.marked.responses[place]),
+    points ? ratings : null,
+    flagged.length ? flags : null,
+    comment(place, words, changed),
   );
   article.addEventListener("focusin", () => choose(place, false));
   article.addEventListener("pointerdown", () => choose(place, false));
@@ -230,12 +312,14 @@ function drawRanking(focus = null) {
   $("tray").dataset.drop = "tray";
   $("tray").replaceChildren(...ranking.unplaced.map(chip));
   $("tray").classList.toggle("empty", ranking.complete);
-  $("submit").disabled = !ranking.complete;
+  drawSubmit();
   $("by-ratings").disabled = marks.ratings.every((rating) => rating === null);
-  task.responses.forEach((_, place) => ($(`where-${place}`).textContent = pair() ? "" : ranking.words(place)));
+  task.responses.forEach((_, place) => ($(`where-${place}`).textContent = pair() || alone() ? "" : ranking.words(place)));
   choose(current, false);
   if (focus !== null) $(`chip-${focus}`)?.focus();
 }
+
+const drawSubmit = () => ($("submit").disabled = alone() ? !words.demonstration.trim() : !ranking.complete);
 
 function chip(place) {
   const name = letter(place);
@@ -259,8 +343,8 @@ function chip(place) {
     },
   });
   element.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
-    if (event.ctrlKey || event.altKey || event.metaKey) return;
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (event.ctrlKey || event.altKey || event.metaKey || event.shiftKey) return;
     if (step) ranking.move(place, step);
     else if (event.key === "Delete" || event.key === "Backspace") ranking.remove(place);
     else return;
@@ -295,41 +379,56 @@ function rate(place, rating) {
   $(`answer-${place}`).querySelector(`input[type=radio][value="${rating}"]`).checked = true;
   changed();
   $("by-ratings").disabled = false;
-  say(`${letter(place)} rated ${rating} of 7.`);
+  say(`${letter(place)} rated ${rating} of ${page.scale.points}.`);
 }
 
 function setFlag(place, flag, on) {
-  marks.flags[place] = FLAGS.map(([name]) => name).filter((name) => (name === flag ? on : marks.flags[place].includes(name)));
+  marks.flags[place] = flagged.map(([name]) => name).filter((name) => (name === flag ? on : marks.flags[place].includes(name)));
   $(`answer-${place}`).querySelector(`input[value="${flag}"]`).checked = on;
   changed();
-  say(`${letter(place)}: ${FLAGS.find(([name]) => name === flag)[1]} ${on ? "on" : "off"}.`);
+  say(`${letter(place)}: ${flagged.find(([name]) => name === flag)[1]} ${on ? "on" : "off"}.`);
 }
 
 function better(ranks) {
+  if (unseen().length) return refuse();
   ranking = new Ranking(2, ranks === "tie" ? [[0, 1]] : ranks === "left" ? [[0], [1]] : [[1], [0]]);
   return submit();
 }
 
 // ---- keys ----
 
+// In a group of radio buttons the browser takes ↑ and ↓ for another choice: somebody who has just clicked a rating and
+// scrolls on would change it.
+function scrollOnly(event) {
+  const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+  if (!step || event.ctrlKey || event.altKey || event.metaKey) return;
+  event.preventDefault();
+  window.scrollBy(0, 40 * step);
+}
+
 function table() {
   const last = letter(task ? task.responses.length - 1 : 3);
-  const ways = task && pair()
-    ? [["← or A", "A is better"], ["→ or B", "B is better"], ["↓ or =", "about equal"], ["J K", "next or previous answer, to rate or flag it"]]
+  const keyed = flagged.map((flag) => flag[2]).filter(Boolean);
+  const marking = [
+    ...(page?.scale.points ? [[`1 … ${page.scale.points}`, "rate the answer"]] : []),
+    ...(keyed.length ? [[keyed.join(" "), "flag the answer"]] : []),
+  ];
+  const ways = task && alone() ? [["Enter", "submit"]] : task && pair()
+    ? [["A", "A is better"], ["B", "B is better"], ["=", "about equal"], ["J K", "next or previous answer, to rate or flag it"]]
     : [
         [`A … ${last}`, "rank that answer next, best first"],
         ["=", "tie the next one with the last"],
         ["Backspace", "unrank the last answer"],
-        ["J K or ↓ ↑", "next or previous answer"],
-        ["Shift ↑ ↓", "move the answer one step in the ranking, into and out of ties"],
+        ["J K", "next or previous answer"],
+        ["< >", "move the answer one step up or down in the ranking, into and out of ties"],
         ["O", "order by ratings"],
         ["Enter", "submit"],
       ];
-  return [...ways, ["1 … 7", "rate the answer"], [FLAGS.map((flag) => flag[2]).join(" "), "flag the answer"], ["S", "skip"], ["Z", "undo"], ["?", "all keys"]];
+  return [...ways, ...(task?.responses.length ? marking : []), ["P", "show all of the prompt"], ["M", "Markdown, or the text as written"], ["S", "skip"], ["Z", "undo"], ["?", "all keys"]];
 }
 
 function keys() {
-  $("keys").replaceChildren(...table().slice(pair() ? 3 : 0, -3).flatMap(([keyName, words]) => [make("span", {}, key(keyName), ` ${words.split(",")[0]}`), " "]));
+  $("keys").replaceChildren(...table().slice(pair() ? 3 : 0, -5).flatMap(([keyName, words]) => [make("span", {}, key(keyName), ` ${words.split(",")[0]}`), " "]));
   $("help-keys").replaceChildren(...table().flatMap(([keyName, words]) => [make("dt", {}, key(keyName)), make("dd", {}, words)]));
 }
 
@@ -338,26 +437,30 @@ const singleKeys = () => localStorage.getItem("single keys") !== "off";
 function pressed(event) {
   if (event.ctrlKey || event.altKey || event.metaKey || event.repeat || document.querySelector("dialog[open]")) return;
   const on = event.target;
-  if (on.matches("input[type=text], input[type=password]") || busy) return;
+  if (on.matches("input[type=text], input[type=password], textarea") || busy) return;
   const name = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const single = name.length === 1;
   if (single && !singleKeys() && name !== "?") return;
   if (name === "?") return press(event, openHelp);
   if (name === "z" && !event.shiftKey) return press(event, undo);
   if (!task) return;
-  const arrows = name.startsWith("Arrow") && !on.matches("input[type=radio]");
+  if (name === "p") return press(event, () => unfold());
+  if (name === "m") return press(event, () => $("as-written").click());
   if (name === "s") return press(event, openSkip);
-  if (/^[1-7]$/.test(name)) return press(event, () => rate(current, Number(name)));
-  const flag = FLAGS.find((one) => one[2].toLowerCase() === name);
-  if (flag) return press(event, () => setFlag(current, flag[0], !marks.flags[current].includes(flag[0])));
   const count = task.responses.length;
-  const step = { j: 1, k: -1 }[name] ?? (arrows && !pair() && !event.shiftKey ? { ArrowDown: 1, ArrowUp: -1, ArrowRight: 1, ArrowLeft: -1 }[name] : 0);
+  if (name === "Enter" && !pair() && !on.matches("button, a, summary")) return press(event, submit);
+  if (!count) return;
+  if (/^[1-9]$/.test(name) && Number(name) <= page.scale.points) return press(event, () => rate(current, Number(name)));
+  const flag = flagged.find((one) => one[2].toLowerCase() === name);
+  if (flag) return press(event, () => setFlag(current, flag[0], !marks.flags[current].includes(flag[0])));
+  if (alone()) return;
+  const step = { j: 1, k: -1 }[name];
   if (step) return press(event, () => choose((current + step + count) % count));
   const named = single ? name.charCodeAt(0) - 97 : -1;
   if (pair()) {
-    if (name === "a" || (arrows && name === "ArrowLeft")) return press(event, () => better("left"));
-    if (name === "b" || (arrows && name === "ArrowRight")) return press(event, () => better("right"));
-    if (name === "=" || (arrows && name === "ArrowDown")) return press(event, () => better("tie"));
+    if (name === "a") return press(event, () => better("left"));
+    if (name === "b") return press(event, () => better("right"));
+    if (name === "=") return press(event, () => better("tie"));
     return;
   }
   if (named >= 0 && named < count) {
@@ -370,10 +473,9 @@ function pressed(event) {
   if (name === "=") return press(event, () => { tieNext = true; say("The next one is tied with the last."); });
   if (name === "o" && !$("by-ratings").disabled) return press(event, orderByRatings);
   if (name === "Backspace" && ranking.tiers.length) return press(event, () => { const last = ranking.tiers.at(-1).at(-1); ranking.remove(last); ranked(last, false); });
-  if (arrows && event.shiftKey && (name === "ArrowUp" || name === "ArrowDown")) {
-    return press(event, () => { ranking.move(current, name === "ArrowUp" ? -1 : 1); ranked(current, false); });
+  if (name === "<" || name === ">") {
+    return press(event, () => { ranking.move(current, name === "<" ? -1 : 1); ranked(current, false); });
   }
-  if (name === "Enter" && !on.matches("button, a, summary")) return press(event, submit);
 }
 
 function press(event, deed) {
@@ -411,17 +513,20 @@ $("skip-form").addEventListener("submit", (event) => {
   $("skip-dialog").close();
   const chosen = $("skip-reasons").querySelector("input:checked");
   const skip = $("skip-words").value.trim() || (chosen ? chosen.value : REASONS[0]);
-  send({ ranks: [], ratings: marks.ratings, flags: marks.flags, skip, seconds });
+  send({ ranks: [], ...marks, ...words, skip, seconds });
 });
 $("skip-cancel").addEventListener("click", () => $("skip-dialog").close());
 $("sign-in-form").addEventListener("submit", (event) => {
   event.preventDefault();
   comeIn($("token").value.trim().replace(/^.*#token=/, ""));
 });
+$("guide-dialog").addEventListener("close", () => localStorage.setItem("guide", page.version));
 $("single-keys").addEventListener("change", (event) => localStorage.setItem("single keys", event.target.checked ? "on" : "off"));
-for (const [id, deed] of [["undo", undo], ["skip", openSkip], ["help", openHelp], ["again", load], ["submit", submit], ["by-ratings", orderByRatings]]) {
+for (const [id, deed] of [["undo", undo], ["skip", openSkip], ["help", openHelp], ["guide", () => guide(false)], ["again", load], ["submit", submit], ["by-ratings", orderByRatings]]) {
   $(id).addEventListener("click", deed);
 }
+$("whole").addEventListener("click", () => unfold());
+$("as-written").addEventListener("change", drawTexts);
 for (const id of ["left", "tie", "right"]) $(id).addEventListener("click", () => better(id));
 document.addEventListener("keydown", pressed);
 for (const sign of ["pointerdown", "pointermove", "keydown", "scroll"]) {
