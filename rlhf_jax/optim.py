@@ -211,3 +211,11 @@ def gradient_step(
 def new_state(params: Params, opt_state: Any, seed: int, **extras: Any) -> TrainState:
     """Make the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key(seed), extras)
+
+
+def first_key(seed: int, number: int = 0) -> Array:
+    """Random key for the consumer of a number that draws before the first step, such as fresh adapters.
+
+    A step folds its own number, which is far below 2³² - 1, into jax.random.key(seed), so no step has the same key.
+    """
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), number)

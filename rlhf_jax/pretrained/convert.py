@@ -64,7 +64,7 @@ def export(
     tokenizer = source.tokenizer
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     extras: dict[str, Any] = {}
-    if source.scalar and not critic:
+    if source.scalar and not critic and source.score_scale is not None:
         extras = {"score_mean": source.score_mean, "score_scale": source.score_scale}
     written = write_folder(
         folder,
