@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,12 +29,25 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
+def decayed(params: Params) -> Params:
+    """Weight decay mask, a tree of bools: True for kernels, embeddings and adapters, False for biases and norm scales.
+
+    Names decide, since a scale of stacked layers is a matrix [layers, width].
+    """
+
+    def one(path: Any, leaf: Array) -> bool:
+        name = jax.tree_util.keystr(path, simple=True, separator=".").rpartition(".")[2]
+        return leaf.ndim > 1 and name not in ("scale", "bias")
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Make AdamW with gradient clipping and the schedule of a run with `steps` optimizer steps."""
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
     if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)))
+        parts.append(optax.add_decayed_weights(config.weight_decay, decayed))
     parts.append(optax.scale_by_learning_rate(make_schedule(config, steps)))
     return optax.chain(*parts)
 
@@ -118,22 +131,61 @@ def global_count(mask: Array, axis_name: str | None = None) -> Array:
     return count if axis_name is None else jax.lax.psum(count, axis_name)
 
 
-def apply_gradient(
-    optimizer: optax.GradientTransformation, gradient: Params, opt_state: Any, params: Params
-) -> tuple[Params, Any, dict[str, Array]]:
-    """Apply one optimizer step: (params, opt_state, {"grad_norm", "skipped"}).
+def apply_gradients(
+    optimizers: Mapping[str, optax.GradientTransformation],
+    gradients: Mapping[str, Params],
+    opt_states: Mapping[str, Any],
+    params: Mapping[str, Params],
+    *,
+    sound: Array | bool = True,
+) -> tuple[dict[str, Params], dict[str, Any], dict[str, dict[str, Array]]]:
+    """Apply one optimizer step to each network, or to none of them.
 
-    A non-finite gradient is skipped (skipped = 1.0) and changes nothing. The check is part of the compiled program, so
-    that no bad value ever reaches a parameter.
+    The step is skipped, and changes nothing, if the norm of a gradient or of new parameters is NaN or infinite. The
+    check is part of the compiled program, so that no bad value ever reaches a parameter; all that it looks at is the
+    same on every device, and so is the decision.
+
+    Args:
+      optimizers, gradients, opt_states, params: by the name of the network.
+      sound: scalar, False to skip the step; such as for a loss that is NaN, whose gradient may be 0.
+
+    Returns:
+      (params, opt_states, {"grad_norm", "param_norm", "skipped"}), each by name; skipped is 0.0 or 1.0, and param_norm
+      is the norm of the new parameters before the decision.
     """
-    norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(norm)
-    updates, new_opt_state = optimizer.update(gradient, opt_state, params)
-    new_params = optax.apply_updates(params, updates)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (new_params, new_opt_state), (params, opt_state)
+    proposed, facts = {}, {}
+    for name, optimizer in optimizers.items():
+        updates, opt_state = optimizer.update(gradients[name], opt_states[name], params[name])
+        proposed[name] = (optax.apply_updates(params[name], updates), opt_state)
+        facts[name] = {"grad_norm": optax.tree.norm(gradients[name]), "param_norm": optax.tree.norm(proposed[name][0])}
+    sound = jnp.asarray(sound)
+    for norm in jax.tree.leaves(facts):
+        sound &= jnp.isfinite(norm)
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old),
+        proposed,
+        {name: (params[name], opt_states[name]) for name in optimizers},
     )
-    return params, opt_state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+    skipped = 1.0 - sound.astype(jnp.float32)
+    return (
+        {name: pair[0] for name, pair in kept.items()},
+        {name: pair[1] for name, pair in kept.items()},
+        {name: norms | {"skipped": skipped} for name, norms in facts.items()},
+    )
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation,
+    gradient: Params,
+    opt_state: Any,
+    params: Params,
+    *,
+    sound: Array | bool = True,
+) -> tuple[Params, Any, dict[str, Array]]:
+    """Apply one optimizer step to one network, or skip it: (params, opt_state, facts), as `apply_gradients`."""
+    stepped = apply_gradients({"": optimizer}, {"": gradient}, {"": opt_state}, {"": params}, sound=sound)
+    params, opt_state, facts = (by_name[""] for by_name in stepped)
+    return params, opt_state, facts
 
 
 def gradient_step(
@@ -150,10 +202,20 @@ def gradient_step(
     gradient, metrics = summed_gradients(
         objective, state.params, batch, key, microbatches=microbatches, axis_name=axis_name
     )
-    params, opt_state, facts = apply_gradient(optimizer, gradient, state.opt_state, state.params)
+    params, opt_state, facts = apply_gradient(
+        optimizer, gradient, state.opt_state, state.params, sound=jnp.isfinite(metrics["loss"])
+    )
     return TrainState(state.step + 1, params, opt_state, state.key, state.extras), metrics | facts
 
 
 def new_state(params: Params, opt_state: Any, seed: int, **extras: Any) -> TrainState:
     """Make the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jax.random.key(seed), extras)
+
+
+def first_key(seed: int, number: int = 0) -> Array:
+    """Random key for the consumer of a number that draws before the first step, such as fresh adapters.
+
+    A step folds its own number, which is far below 2³² - 1, into jax.random.key(seed), so no step has the same key.
+    """
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2**32 - 1), number)

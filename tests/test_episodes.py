@@ -17,6 +17,7 @@ from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.parallel.mesh import copied, jit_update, make_mesh, place
 from rlhf_jax.stages import ppo
 from rlhf_jax.stages.ppo import Frozen, Networks, make_rollout, sample, score
+from tests.cases import case
 from tests.random_params import random_params
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("each_key_once")]
@@ -190,21 +191,24 @@ def test_episodes_scored_in_parts_are_the_same(networks_params: tuple) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
 
 
+@functools.cache
+def compiled_update() -> Any:
+    return jit_update(ppo.make_update(NETWORKS, SETTINGS, eos_id=EOS, pad_id=PAD), make_mesh(1))
+
+
+def kept(state: Any) -> dict:
+    return {name: jax.tree.map(np.array, getattr(state, name)) for name in ("step", "params", "opt_state", "extras")}
+
+
 @pytest.fixture(scope="module")
 def iterations(networks_params: tuple) -> list:
     """[(state before, state after, metrics)] of two iterations, and of the first once more."""
     params, frozen = networks_params
-    mesh = make_mesh(1)
-    step = jit_update(ppo.make_update(NETWORKS, SETTINGS, eos_id=EOS, pad_id=PAD), mesh)
+    mesh, step = make_mesh(1), compiled_update()
     fresh = place(ppo.initial_state(SETTINGS, *jax.tree.map(jnp.asarray, (params["policy"], params["critic"]))), mesh)
 
     def start() -> Any:
         return copied(fresh, mesh)
-
-    def kept(state: Any) -> dict:
-        return {
-            name: jax.tree.map(np.array, getattr(state, name)) for name in ("step", "params", "opt_state", "extras")
-        }
 
     history, state = [], start()
     for again in (False, False, True):
@@ -245,6 +249,52 @@ def test_the_moving_average_follows_the_policy(iterations: list) -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after["extras"]["ema"], expected)
         moves = jax.tree.map(lambda a, b: np.abs(a - b).max(), before["params"], after["params"])
         assert min(jax.tree.leaves(moves)) > 1e-4
+
+
+def test_an_iteration_with_a_number_that_is_not_finite_changes_nothing(
+    iterations: list, networks_params: tuple
+) -> None:
+    # Parameters, Adam, β and moving average. A row of NaN in an embedding reaches the episodes with its token.
+    params, frozen = networks_params
+    before = iterations[0][1]
+
+    def damaged(network: dict, value: float) -> dict:
+        embedding = np.array(network["embedding"])
+        embedding[EOS] = value
+        return network | {"embedding": embedding}
+
+    def run(frozen: Frozen, batch: ppo.Batch = BATCH, **networks: dict) -> tuple[dict, dict, dict]:
+        start = ppo.initial_state(SETTINGS, *jax.tree.map(jnp.asarray, (params["policy"], params["critic"])))
+        start = dataclasses.replace(start, **jax.tree.map(jnp.asarray, before))
+        start = copied(place(dataclasses.replace(start, params=start.params | networks), make_mesh(1)), make_mesh(1))
+        was = kept(start)
+        after, metrics = compiled_update()(start, batch, frozen)
+        return was, kept(after), {name: float(value) for name, value in metrics.items()}
+
+    critic = damaged(before["params"]["critic"], np.nan)
+    cases: tuple[tuple[str, Frozen, dict], ...] = (
+        ("score", dataclasses.replace(frozen, reward=damaged(frozen.reward, np.nan)), {}),
+        ("score", dataclasses.replace(frozen, score_scale=jnp.float32(0.0)), {}),
+        ("kl", dataclasses.replace(frozen, reference=damaged(frozen.reference, np.inf)), {}),
+        ("value", frozen, {"critic": jax.tree.map(jnp.asarray, critic)}),
+    )
+    for name, nets, networks in cases:
+        with case(name):
+            was, after, metrics = run(nets, **networks)
+            assert not np.isfinite(metrics[name]) and metrics["nonfinite"] > 0
+            assert (metrics["policy_skipped"], metrics["critic_skipped"]) == (1, 1)
+            assert int(after.pop("step")) == int(was.pop("step")) + 1
+            jax.tree.map(np.testing.assert_array_equal, after, was)
+    # A loss of the mix that is NaN, with a gradient that need not be: the other minibatch of each epoch makes its step.
+    tokens = np.array(TEXT.tokens_BT)
+    tokens[0, -1] = 99
+    was, after, metrics = run(frozen, ppo.Batch(PROMPTS, dataclasses.replace(TEXT, tokens_BT=jnp.asarray(tokens))))
+    assert (metrics["policy_skipped"], metrics["critic_skipped"], metrics["nonfinite"]) == (0.5, 0.5, 0)
+    assert np.isnan(metrics["pretraining_loss"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+    adam = next(part for part in after["opt_state"]["policy"] if hasattr(part, "mu"))
+    assert int(adam.count) == (1 + 0.5) * SETTINGS.epochs * SETTINGS.minibatches
+    assert after["extras"]["kl_coef"] != was["extras"]["kl_coef"]
 
 
 def test_the_frozen_networks_stay(iterations: list, networks_params: tuple) -> None:

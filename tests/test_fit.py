@@ -22,6 +22,7 @@ from rlhf_jax.runs import loop as fit_module
 from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
 from rlhf_jax.runs.loop import Stopped, fit
 from rlhf_jax.runs.metrics import JsonLines, read_rows
+from tests.cases import case
 
 pytestmark = pytest.mark.core
 
@@ -214,6 +215,45 @@ def test_three_lost_losses_end_the_run(tmp_path: Path) -> None:
     ]
     assert checkpoints.steps() == [4]
     assert not recorder.open
+
+
+def test_skipped_steps_are_told_and_end_the_run() -> None:
+    # Two minibatches a step of two networks; the loss is finite throughout.
+    def skipping(at: dict[int, float]) -> Any:
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            state, metrics = update(state, batch)
+            share = at.get(int(state.step), 0.0)
+            norm = jnp.float32(jnp.inf if share else 1.0)
+            skipped = {"policy_skipped": jnp.float32(share), "critic_skipped": jnp.float32(share)}
+            return state, metrics | skipped | {"policy_grad_norm": jnp.float32(1), "critic_param_norm": norm}
+
+        return step
+
+    recorder = Recorder()
+    fit(initial(), skipping({2: 0.5, 3: 1, 4: 1, 5: 0.5}), batch_at, steps=6, writers=recorder, log_every=4)
+    half = "critic_param_norm is inf; 50% of its optimizer steps were skipped"
+    whole = "critic_param_norm is inf; the step was skipped"
+    assert recorder.events == [(2, half), (3, whole), (4, whole), (5, half)]
+    for at, steps, last in (((4, 5, 6), 9, 6), ((1, 2), 2, 2), ((1,), 1, 1)):
+        message = f"as critic_param_norm is inf, for {len(at)} consecutive steps, last at step {last};"
+        with case(at), pytest.raises(UserError, match=message):
+            fit(initial(), skipping(dict.fromkeys(at, 1.0)), batch_at, steps=steps, writers=Recorder())
+
+
+def test_the_cause_is_named_before_what_follows_from_it() -> None:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = update(state, batch)
+        nan = jnp.float32(jnp.nan)
+        return state, metrics | {
+            "loss": nan,
+            "value_loss": nan,
+            "reward": nan,
+            "value": nan,
+            "policy_skipped": jnp.float32(1),
+        }
+
+    with pytest.raises(UserError, match=r"^value was not finite for 3 consecutive steps, last at step 3"):
+        fit(initial(), step, batch_at, steps=9, writers=Recorder())
 
 
 def test_a_lost_state_is_never_saved(tmp_path: Path) -> None:

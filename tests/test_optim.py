@@ -1,5 +1,6 @@
 """Schedules by hand, an optimizer step that refuses what is not finite, and gradients that are sums of shares."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.config import OptimConfig
+from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.masked import masked_mean
+from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
 from rlhf_jax.optim import (
     apply_gradient,
+    decayed,
     global_count,
     gradient_step,
     make_optimizer,
@@ -19,6 +22,8 @@ from rlhf_jax.optim import (
     new_state,
     summed_gradients,
 )
+from tests.cases import case
+from tests.random_params import random_params
 
 pytestmark = pytest.mark.core
 
@@ -58,6 +63,32 @@ def test_first_steps_by_hand() -> None:
     assert float(facts["skipped"]) == 0.0
 
 
+def test_stacked_layers_decay_as_separate_ones_do() -> None:
+    settings = OptimConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, epsilon=0.1)
+    optimizer = make_optimizer(settings, 10)
+    config = ModelConfig(vocab_size=5, context=4, width=4, layers=2, heads=2, norm="layer", bias=True)
+    separate = random_params(Transformer(config, scalar=True), 0, 1.5)
+    lora = {"lora_a": np.ones((4, 1), np.float32), "lora_b": np.ones((1, 4), np.float32)}
+    for block in ("block_0", "block_1"):
+        for norm in (name for name in separate[block] if "norm" in name):
+            separate[block][norm]["scale"] += 0.5
+        separate[block]["attention"]["query"] |= lora
+    separate["score"]["bias"] += 0.5
+    tokens = np.array([[1, 2, 3, 4], [0, 0, 1, 4]])
+    steps = {}
+    for scanned in (False, True):
+        model = Transformer(dataclasses.replace(config, scan_layers=scanned), scalar=True)
+        params = stack_blocks(separate, config) if scanned else separate
+
+        @jax.jit
+        def step(params: Any, model: Transformer = model) -> Any:
+            gradient = jax.grad(lambda p: jnp.mean(model.apply({"params": p}, tokens) ** 2))(params)
+            return apply_gradient(optimizer, gradient, optimizer.init(params), params)[0]
+
+        steps[scanned] = unstack_blocks(step(params), config)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), steps[True], steps[False])
+
+
 def test_the_gradient_is_clipped_as_a_whole() -> None:
     # (3, 4) of norm 5 clipped to 1 is (0.6, 0.8); Adam keeps a tenth of it as its first moment.
     optimizer = make_optimizer(OptimConfig(clip_norm=1.0), 10)
@@ -89,6 +120,52 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
         after, metrics = step(state, bad)
         assert int(after.step) == 1 and float(metrics["skipped"]) == 1.0, bad
         jax.tree.map(np.testing.assert_array_equal, after.params, params)
+
+
+def test_a_loss_or_new_parameters_that_are_not_finite_change_nothing() -> None:
+    params = {"a": np.ones(2, np.float32)}
+
+    def step(rate: float, loss: float) -> tuple[Any, Any, dict]:
+        """A step whose gradient is 1 whatever the loss."""
+        optimizer = make_optimizer(OptimConfig(learning_rate=rate, warmup_steps=0, clip_norm=0.0), 10)
+        state = new_state(params, jax.jit(optimizer.init)(params), 0)
+        objective = lambda p, x, key: (jnp.sum(p["a"]) + jax.lax.stop_gradient(x[0]), {})  # noqa: E731
+        after, metrics = jax.jit(lambda s: gradient_step(s, objective, np.float32([loss]), optimizer))(state)
+        return state, after, metrics
+
+    for row in ((0.1, np.nan), (0.1, -np.inf), (1e20, 0.0), (3e38, 0.0)):
+        with case(row):
+            before, after, metrics = step(*row)
+            jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state), (params, before.opt_state))
+            assert float(metrics["skipped"]) == 1.0 and int(after.step) == 1
+            assert np.isfinite(metrics["param_norm"]) == (row[0] == 0.1)
+    _, after, metrics = step(0.1, 0.0)
+    np.testing.assert_allclose(after.params["a"], [0.9, 0.9], rtol=1e-5)
+    assert float(metrics["skipped"]) == 0.0
+    np.testing.assert_allclose(metrics["param_norm"], 0.9 * np.sqrt(2), rtol=1e-5)
+
+
+def test_weight_decay_by_name() -> None:
+    # Stacked scales and biases are matrices, [layers, width].
+    shrinks = {
+        "embedding": {"": (4, 2)},
+        "position_embedding": {"": (4, 2)},
+        "unembedding": {"": (2, 4)},
+        "blocks": {"query": {"kernel": (3, 2, 2), "lora_a": (3, 2, 1), "lora_b": (3, 1, 2)}},
+        "block_0": {"up": {"kernel": (2, 2)}},
+        "score": {"kernel": (2, 1)},
+    }
+    stays = {
+        "blocks": {"attention_norm": {"scale": (3, 2), "bias": (3, 2)}, "query": {"bias": (3, 2)}},
+        "block_0": {"ffn_norm": {"scale": (2,), "bias": (2,)}},
+        "final_norm": {"scale": (2,)},
+        "score": {"bias": (1,)},
+    }
+    for wanted, shapes in ((True, shrinks), (False, stays)):
+        tree: Any = jax.tree.map(np.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+        tree = {name: value[""] if "" in value else value for name, value in tree.items()}
+        found = jax.tree_util.tree_leaves_with_path(decayed(tree))
+        assert [path for path, leaf in found if leaf != wanted] == []
 
 
 def test_microbatches_sum_shares() -> None:

@@ -111,9 +111,11 @@ class Iteration:
     def start(self) -> TrainState:
         return ppo.initial_state(self.config, *jax.tree.map(jnp.asarray, self.nets[:2]))
 
-    def __call__(self, start: TrainState, reference: Any = nets[2]) -> tuple[TrainState, dict[str, float]]:
+    def __call__(
+        self, start: TrainState, reference: Any = nets[2], reward: Any = nets[3]
+    ) -> tuple[TrainState, dict[str, float]]:
         """(the state after it, its metrics)"""
-        frozen = Frozen(reference, self.nets[3], jnp.float32(0.5), jnp.float32(2.0))
+        frozen = Frozen(reference, reward, jnp.float32(0.5), jnp.float32(2.0))
         state, metrics = self.step(start, ppo.Batch(self.prompts, self.text), frozen)
         return state, {name: float(x) for name, x in metrics.items()}
 
@@ -147,6 +149,18 @@ def test_an_iteration_by_pmap(plain: tuple) -> None:
     average = jax.tree.map(lambda a, b: 0.9 * np.asarray(a) + 0.1 * np.asarray(b), start.params, state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.extras["ema"], average["policy"])
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_a_score_that_is_not_finite_in_some_episodes_stops_both_devices(plain: tuple) -> None:
+    iteration, start, _, _ = plain
+    reward = dict(iteration.nets[3])
+    reward["embedding"] = np.array(reward["embedding"])
+    reward["embedding"][9] = np.nan
+    state, facts = iteration(start, reward=reward)
+    # Three of the sixteen episodes have this token; most minibatches of a device have none of them.
+    assert facts["nonfinite"] == 3 / 16 and (facts["policy_skipped"], facts["critic_skipped"]) == (1, 1)
+    for name in ("params", "opt_state", "extras"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(start, name))
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

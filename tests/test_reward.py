@@ -30,10 +30,15 @@ def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(
     )
     scores = scores_of(model, params, rows, batch_size=5)
     every = np.concatenate([scores[i, : len(ranks)] for i, (_, ranks) in enumerate(rows.rows)])
+    monkeypatch.setattr(reward, "FEWEST_RESPONSES", 11)
     assert reward.score_mean_and_scale(model, params, rows, 2) == pytest.approx((every.mean(), every.std()), abs=1e-6)
     monkeypatch.setattr(reward, "REFERENCE_PROMPTS", 3)
     some = np.concatenate([scores[0, :2], scores[2], scores[4, :2]])
     assert reward.score_mean_and_scale(model, params, rows, 2) == pytest.approx((some.mean(), some.std()), abs=1e-6)
+    # Too few to tell, or none.
+    monkeypatch.setattr(reward, "FEWEST_RESPONSES", 12)
+    assert reward.score_mean_and_scale(model, params, rows, 2) == (None, None)
+    assert reward.score_mean_and_scale(model, params, None, 2) == (None, None)
 
 
 def test_without_demonstrations_no_score_is_shifted() -> None:

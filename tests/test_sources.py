@@ -1,5 +1,6 @@
 """What stages start from, and runs that train adapters: they move, resume, hand on, and share one backbone."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig, OptimConfig
-from rlhf_jax.data import Comparison, Demonstration, Prompt, Text
+from rlhf_jax.data import Comparison, Demonstration, Ledger, Prompt, Text, encode_prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.stages.ppo import Networks
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.trainers import ppo, pretrain, reward, sft
+from tests.cases import case
 from tests.made_params import random_params
 from tests.made_runs import write_run
 
@@ -117,6 +120,51 @@ def test_ppo_with_adapters_starts_from_the_sft_model_and_moves(runs: Path) -> No
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(tuned.own()), jax.tree.leaves(aligned.own()))]
     assert max(moved) > 0
     np.testing.assert_array_equal(aligned.params()["embedding"], tuned.params()["embedding"])
+
+
+def test_scores_are_normalized_by_those_of_the_starting_policy_once(runs: Path, tmp_path: Path) -> None:
+    # Four pairs are too few for the reward model to record a scale of its own.
+    judge = open_source(str(runs / "judge"), stages=("reward",))
+    assert (judge.score_mean, judge.score_scale) == (None, None)
+    config = ppo.Config(
+        init=str(runs / "sft"),
+        reward=str(runs / "judge"),
+        episode=EpisodeConfig(response_length=6),
+        prompt_length=16,
+        **settings(runs / "ppo", minibatches=2),
+    )
+    source = open_source(config.init, stages=("sft",))
+    policy, scorer = ppo.starts(config, source, judge)
+    prompts = encode_prompts(PROMPTS, source.tokenizer, max_tokens=16, ledger=Ledger())
+
+    def first(bias: float) -> np.ndarray:
+        score = scorer.params["score"]
+        moved = dataclasses.replace(scorer, params={**scorer.params, "score": {**score, "bias": score["bias"] + bias}})
+        nets = Networks(source.network(), judge.network())
+        return ppo.first_scores(config, nets, policy, moved, prompts, source.tokenizer)
+
+    scores = first(0.0)
+    assert scores.shape == (ppo.REFERENCE_RESPONSES,) and scores.std() > 0
+    np.testing.assert_allclose(first(-20.0), scores - 20, atol=1e-5)
+    recorded = json.loads((runs / "ppo" / "scores.json").read_text())
+    mean, scale = recorded["score_mean"], recorded["score_scale"]
+    assert (recorded["responses"], mean, scale) == (256, pytest.approx(scores.mean()), pytest.approx(scores.std()))
+    summary = json.loads((runs / "ppo" / "summary.json").read_text())
+    assert (summary["score_mean"], summary["score_scale"]) == (mean, scale)
+    # A run that resumes reads the file; what is recorded with the reward model is taken as it is.
+    run = RunFolder.open(runs / "ppo", stages=("ppo",))
+    assert ppo.normalization(run, judge, lambda: pytest.fail("measured again")) == (mean, scale)
+    own = dataclasses.replace(judge, score_mean=-20.0, score_scale=3.0)
+    assert ppo.normalization(run, own, lambda: pytest.fail("measured")) == (-20.0, 3.0)
+    fresh = write_run(tmp_path / "fresh", "ppo", {"w": np.zeros(1, np.float32)}, MODEL, Tokenizer.bytes())
+    for equal in ([-20.0, -20.0], [np.nan, 1.0]):
+        with (
+            case(equal),
+            pytest.raises(UserError, match="judge: score_scale: expected more than 0, as scores must dif"),
+        ):
+            ppo.normalization(fresh, judge, lambda equal=equal: np.float32(equal))  # type: ignore[misc]
+    assert ppo.normalization(fresh, judge, lambda: np.float32([-23, -17])) == (-20, 3)
+    assert ppo.normalization(fresh, judge, lambda: np.float32([0, 1])) == (-20, 3)
 
 
 def test_what_the_stages_have_written_can_be_exported(runs: Path, tmp_path: Path) -> None:

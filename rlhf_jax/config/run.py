@@ -130,7 +130,7 @@ class OptimConfig:
     epsilon: float = 1e-8
     """Epsilon added to the square root of the second moment in Adam; 1e-5 in Ziegler et al. 2019."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, applied to matrices only."""
+    """Decoupled weight decay of kernels, embeddings and adapters; biases and norms have none."""
     clip_norm: float = 1.0
     """Maximum global norm of the gradient; 0 disables clipping."""
 

@@ -17,6 +17,7 @@ from rlhf_jax.generate import generate
 from rlhf_jax.logprobs import response_logits
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.model import Transformer
+from rlhf_jax.parallel.processes import fetch
 
 
 def sample_responses(
@@ -28,7 +29,7 @@ def sample_responses(
     samples: int = 1,
     batch_size: int = 256,
     max_new_tokens: int,
-    eos_id: int,
+    eos_id: int | tuple[int, ...],
     pad_id: int,
     temperature: float = 1.0,
     slots: int = 0,
@@ -43,7 +44,7 @@ def sample_responses(
       samples: responses per prompt.
       batch_size: rows sampled at once; the last batch is padded to it, so that one program serves all.
       max_new_tokens: maximum length of a response.
-      eos_id: id of EOS.
+      eos_id: id of EOS, or a tuple of ids that end a response.
       pad_id: id of the pad token.
       temperature: of sampling.
       slots: rows computed at a time in continuous batching, as for `generate`; 0 for all.
@@ -64,13 +65,13 @@ def sample_responses(
             batch.mask_BP,
             jax.random.fold_in(key, number),
             max_new_tokens=max_new_tokens,
-            stop_ids=(eos_id,),
+            stop_ids=eos_id if isinstance(eos_id, tuple) else (eos_id,),
             pad_id=pad_id,
             temperature=temperature,
             slots=slots,
             samples=together,
         )
-        tokens, mask = np.asarray(out.tokens), np.asarray(out.mask)
+        tokens, mask = fetch(out.tokens), fetch(out.mask)
         flat += [tokens[i][mask[i]].tolist() for i in range(min(batch_size, len(rows) - start))]
     return [flat[i * samples : (i + 1) * samples] for i in range(len(prompts))]
 

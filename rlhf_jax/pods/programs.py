@@ -23,7 +23,7 @@ from rlhf_jax.generate import Generation, draw, extend, filter_logits
 from rlhf_jax.layers.kv_cache import Cache, empty_cache
 from rlhf_jax.logprobs import target_losses
 from rlhf_jax.model import Transformer
-from rlhf_jax.optim import apply_gradient, global_count, make_optimizer, new_state, summed_gradients
+from rlhf_jax.optim import apply_gradients, global_count, make_optimizer, new_state, summed_gradients
 from rlhf_jax.parallel.mesh import shardings
 from rlhf_jax.parallel.sharding import AXES, DATA, FSDP, cache_axes, decoding_params, parameter_axes, spec
 from rlhf_jax.pods.chips import written
@@ -427,10 +427,8 @@ class Programs:
         optimizers, trained, opt_state = self.optimizers(), self.trained(), self.opt_state()
 
         def step(params: Any, opt_state: Any, gradient: Any) -> Any:
-            return {
-                name: apply_gradient(optimizer, gradient[name], opt_state[name], params[name])[:2]
-                for name, optimizer in optimizers.items()
-            }
+            stepped, state, _ = apply_gradients(optimizers, gradient, opt_state, params)
+            return {name: (stepped[name], state[name]) for name in optimizers}
 
         out = {
             name: (shardings(trained[name], self.mesh), shardings(opt_state[name], self.mesh)) for name in optimizers

@@ -66,7 +66,7 @@ def export(
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     template = dialogue_template(tokenizer) if source.dialogues and tokenizer.chat_template is None else None
     extras: dict[str, Any] = {}
-    if source.scalar and not critic:
+    if source.scalar and not critic and source.score_scale is not None:
         extras = {"score_mean": source.score_mean, "score_scale": source.score_scale}
     written = write_folder(
         folder,

@@ -47,8 +47,8 @@ class Source:
       base: source of the frozen parameters under an adapter, None without an adapter.
       lora: settings of the adapter.
       dialogues: True if it was trained on messages; rendered as `data.dialogues` does if the tokenizer has no template.
-      score_mean: mean of a reward model's scores.
-      score_scale: scale of a reward model's scores.
+      score_mean: mean of a reward model's scores on held-out responses; None if none is recorded.
+      score_scale: their standard deviation, likewise.
     """
 
     where: str
@@ -63,8 +63,8 @@ class Source:
     base: Source | None = None
     lora: LoraConfig | None = None
     dialogues: bool = False
-    score_mean: float = 0.0
-    score_scale: float = 1.0
+    score_mean: float | None = None
+    score_scale: float | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -148,7 +148,7 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
     if run.base is not None:
         base = _base(run)
         lora = from_plain(LoraConfig, run.base["lora"], where=f"{run.path}/config.json: base.lora")
-    facts: dict[str, float] = {}
+    facts: dict[str, float | None] = {}
     if run.stage == "reward":
         if not run.finished:
             raise UserError(f"{run.path}: the reward model is not finished; start its command again to resume it")
@@ -251,8 +251,8 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         origin=model.origin,
         own=lambda: stacked(model.load(), scanned),
         identify=lambda: model.fingerprint,
-        score_mean=float(ours.get("score_mean", 0.0)),
-        score_scale=float(ours.get("score_scale", 1.0)),
+        score_mean=float(ours["score_mean"]) if "score_mean" in ours else None,
+        score_scale=float(ours["score_scale"]) if "score_scale" in ours else None,
     )
 
 

@@ -1,5 +1,7 @@
 """Run folder: config.json, tokenizer.json, metrics.jsonl, ledger.json, checkpoints/ and, once finished, summary.json.
 
+PPO adds scores.json, the mean and scale of scores, if none are recorded with the reward model.
+
 A later stage takes the folder of an earlier one by path. The folder is self-describing: it holds its stage, its
 settings, and the fingerprints of all its inputs.
 """

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from rlhf_jax.runs.checkpoint import Checkpoints
 
 Metrics = Mapping[str, Any]
-# Consecutive steps with a non-finite loss or reward after which the run ends, and the endings of such metrics' names.
+# Consecutive steps with a bad metric or without any optimizer step, after which the run ends.
 PATIENCE = 3
-GUARDED = ("loss", "reward")
+# Endings of the names of metrics that must be finite, causes before what follows from them.
+GUARDED = ("score", "value", "kl", "reward", "_loss", "loss")
 
 
 class Stopped(Exception):
@@ -78,14 +79,15 @@ def fit(
 
     Raises:
       Stopped: after SIGTERM or SIGINT, at the next step, once the state is saved.
-      UserError: if the state is not finite, or if a loss or reward was not finite for 3 consecutive steps.
+      UserError: if the state is not finite; if a loss, reward, score, value or KL was not finite, or every optimizer
+        step was skipped, for 3 consecutive steps, or for all steps of a shorter run.
     """
     step = int(state.step)
     if step >= steps:
         return state
     first = step + 1
     throughput = Throughput(flops_per_token, lambda: matmul_peak() * machines)
-    guard = _Guard(writers, checkpoints)
+    guard = _Guard(writers, checkpoints, min(PATIENCE, steps))
     pending: list[Metrics] = []
     met: set[str] = set()
     pace = _Pace()
@@ -161,22 +163,30 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 class _Guard:
-    """Ends a run whose loss, reward or state is not finite, before the state is saved."""
+    """Ends a run that is lost: its losses, rewards or state are not finite, or its optimizer steps are all skipped."""
 
-    def __init__(self, writers: Writer, checkpoints: Checkpoints | None) -> None:
+    def __init__(self, writers: Writer, checkpoints: Checkpoints | None, patience: int) -> None:
         self.writers = writers
         self.checkpoints = checkpoints
+        self.patience = patience
         self.in_a_row = 0
 
     def check_metrics(self, step: int, rows: list[dict[str, float]]) -> None:
-        """Checks the losses and rewards of each step; `rows` are those of the steps up to `step`."""
+        """Checks the metrics of each step; `rows` are those of the steps up to `step`."""
         for at, row in enumerate(rows, start=step - len(rows) + 1):
-            lost = [name for name, value in row.items() if name.endswith(GUARDED) and not math.isfinite(value)]
-            self.in_a_row = self.in_a_row + 1 if lost else 0
-            if lost:
-                self.writers.event(at, f"{lost[0]} is {row[lost[0]]}")
-            if self.in_a_row == PATIENCE:
-                self._end(f"{lost[0]} was not finite for {PATIENCE} consecutive steps, last at step {at}")
+            bad = {name: value for name, value in row.items() if not math.isfinite(value)}
+            lost = [name for ending in GUARDED for name in bad if name.endswith(ending)]
+            share = max((value for name, value in row.items() if name.endswith("skipped")), default=0.0)
+            self.in_a_row = self.in_a_row + 1 if lost or share == 1 else 0
+            if not lost and not share:
+                continue
+            causes = lost[:1] or [name for name in bad if name.endswith("_norm")]
+            cause = ", ".join(f"{name} is {bad[name]}" for name in causes)
+            skips = f"; {f'{share:.0%} of its optimizer steps were' if share < 1 else 'the step was'} skipped"
+            self.writers.event(at, cause + skips if share else cause)
+            if self.in_a_row == self.patience:
+                what = f"{lost[0]} was not finite" if lost else f"no optimizer step was made, as {cause},"
+                self._end(f"{what} for {self.patience} consecutive steps, last at step {at}")
 
     def check_start(self, state: TrainState) -> None:
         """Raises UserError if training would start from a parameter that is not finite."""

@@ -33,7 +33,7 @@ from rlhf_jax.lora import attach
 from rlhf_jax.losses import clipped_surrogate, clipped_value_loss
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
-from rlhf_jax.optim import apply_gradient, global_count, make_optimizer, new_state, summed_gradients
+from rlhf_jax.optim import apply_gradients, global_count, make_optimizer, new_state, summed_gradients
 from rlhf_jax.packing import EpisodeRows, map_episodes, pack_episodes, padded_episodes
 from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
 
@@ -153,7 +153,10 @@ def make_update(
         if axis_name is not None:
             metrics = jax.lax.psum(metrics, axis_name)
 
-        # 4. Optimize: epochs × minibatches, each epoch in a new random order.
+        # 4. Optimize: epochs × minibatches, each epoch in a new random order. One bad number would reach all episodes
+        #    by the whitening, so a rollout that has one makes no step at all.
+        sound = metrics["nonfinite"] == 0
+
         def minibatched(tree: Any, key: Array) -> Any:
             order = jax.random.permutation(key, jax.tree.leaves(tree)[0].shape[0])
             return jax.tree.map(lambda x: x[order].reshape(config.minibatches, -1, *x.shape[1:]), tree)
@@ -162,7 +165,7 @@ def make_update(
             episodes_key, text_key, steps_key = jax.random.split(key, 3)
             parts = minibatched(episodes, episodes_key)
             text = None if batch.pretraining is None else minibatched(batch.pretraining, text_key)
-            step = functools.partial(optimizer_step, frozen=frozen)
+            step = functools.partial(optimizer_step, frozen=frozen, sound=sound)
             return jax.lax.scan(step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
 
         (params, opt_state), history = jax.lax.scan(
@@ -186,6 +189,8 @@ def make_update(
             )
         if config.ema_decay:
             extras["ema"] = optax.incremental_update(params["policy"], extras["ema"], 1.0 - config.ema_decay)
+        stepped = jnp.any(history["policy_skipped"] == 0)
+        extras = jax.tree.map(lambda new, old: jnp.where(stepped, new, old), extras, state.extras)
         return TrainState(state.step + 1, params, opt_state, state.key, extras), metrics
 
     return update
@@ -301,15 +306,19 @@ def score(
     def over_episodes(x_B: Array) -> Array:
         return masked_mean(x_B, jnp.ones_like(ended_B), axis_name)
 
+    finite_BR = jnp.isfinite(advantage_BR) & jnp.isfinite(target_BR)
+    finite_B = jnp.isfinite(raw_B) & jnp.all(finite_BR | ~mask_BR, axis=1)
     kl_BR = jnp.where(mask_BR, kl_estimate(found.logp_BR, found.ref_logp_BR), 0.0)
     metrics = {
         "score": over_episodes(score_B),
+        "value": masked_mean(found.value_BR, mask_BR, axis_name),
         "kl": over_episodes(jnp.sum(kl_BR, axis=1)),
         "reward": over_episodes(jnp.sum(reward_BR, axis=1)),
         "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
         "missing_end": over_episodes(~ended_B),
         "entropy": masked_mean(found.entropy_BR, mask_BR, axis_name),
         "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - found.logp_BR), mask_BR, axis_name),
+        "nonfinite": over_episodes(~finite_B),
     }
     return episodes, metrics
 
@@ -330,9 +339,10 @@ def score_rows(
 
 
 def make_optimizer_step(networks: Networks, config: Config, axis_name: str | None = None) -> Callable[..., Any]:
-    """Make one optimizer step of step 4: step((params, opt_state), (episodes, text, key), frozen) -> (carry, metrics).
+    """Make one optimizer step of step 4.
 
-    The new carry is (params, opt_state).
+    step((params, opt_state), (episodes, text, key), frozen, sound=True) -> ((params, opt_state), metrics), where sound
+    is False for episodes with a score, value or log-probability that is not finite: neither network makes a step.
     """
     optimizers = make_optimizers(config)
     scale = config.lora.scale
@@ -341,8 +351,10 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
         carry: tuple[dict[str, Params], dict[str, Any]],
         inputs: tuple[Rollout, TokenBatch | None, Array],
         frozen: Frozen,
+        sound: Array | bool = True,
     ) -> tuple[tuple[dict[str, Params], dict[str, Any]], dict[str, Array]]:
         params, opt_state = carry
+        sound = jnp.asarray(sound)
         episodes, text, key = inputs
         key, text_key = jax.random.split(key)
         count = global_count(episodes.response_mask_BR, axis_name)
@@ -381,11 +393,10 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
             metrics["ppo_norm"] = optax.tree.norm(gradient["policy"])
             metrics["pretraining_norm"] = optax.tree.norm(text_gradient)
             gradient["policy"] = jax.tree.map(jnp.add, gradient["policy"], text_gradient)
-        for name in ("policy", "critic"):
-            params[name], opt_state[name], facts = apply_gradient(
-                optimizers[name], gradient[name], opt_state[name], params[name]
-            )
-            metrics |= {f"{name}_{fact}": value for fact, value in facts.items()}
+            sound &= jnp.isfinite(text_metrics["loss"])
+        sound &= jnp.isfinite(metrics["loss"])
+        params, opt_state, facts = apply_gradients(optimizers, gradient, opt_state, params, sound=sound)
+        metrics |= {f"{name}_{fact}": value for name, found in facts.items() for fact, value in found.items()}
         return (params, opt_state), metrics
 
     return optimizer_step

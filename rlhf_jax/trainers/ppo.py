@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rlhf_jax.arrays import Array, TrainState
+from rlhf_jax.arrays import TrainState
 from rlhf_jax.data import (
     Ledger,
     Prompt,
+    RaggedRows,
     Text,
     batch_at,
     encode_prompts,
@@ -21,9 +23,18 @@ from rlhf_jax.data import (
     pack_text,
     read_records,
 )
+from rlhf_jax.data.batches import PromptRows
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.heldout import row_scores
+from rlhf_jax.evaluation.samples import sample_responses
+from rlhf_jax.lora import attach
+from rlhf_jax.optim import first_key
+from rlhf_jax.parallel import processes
+from rlhf_jax.parallel.mesh import make_mesh, place
 from rlhf_jax.pretrained.source import Source, Start, open_source, same_tokenizer, start_from
+from rlhf_jax.runs.atomic_files import read_json, write_json
+from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -36,6 +47,10 @@ from rlhf_jax.runs.lifecycle import (
 )
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.ppo import STAGE, Batch, Config, Frozen, Networks, initial_state, make_update, rescaled
+from rlhf_jax.tokenizers.protocol import TextTokenizer
+
+# Responses on which mean and scale of the scores are measured: the scale to 4%.
+REFERENCE_RESPONSES = 256
 
 
 def run(
@@ -64,11 +79,8 @@ def run(
     source = open_source(config.init, stages=("sft", "pretrain"))
     reward_model = open_source(config.reward, stages=("reward",))
     same_tokenizer(source, reward_model)
-    if not reward_model.score_scale > 0:
-        raise UserError(
-            f"{reward_model.where}: score_scale: expected more than 0, as scores must differ, got "
-            f"{reward_model.score_scale}; train it on more data"
-        )
+    if reward_model.score_scale is not None:
+        refuse_scale(reward_model, reward_model.score_scale)
     tokenizer = source.tokenizer
     networks = Networks(source.network(), reward_model.network())
     length = config.prompt_length + config.episode.response_length
@@ -127,11 +139,16 @@ def run(
             text = batch_at(text_rows, batch_size=config.pretraining_batch, seed=config.seed, step=step, **share)
         return Batch(batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share), text)
 
+    mean, scale = normalization(
+        folder,
+        reward_model,
+        lambda: first_scores(config, networks, policy, scorer, rows, tokenizer),
+    )
     frozen = Frozen(
         reference=policy.params,
         reward=scorer.params,
-        score_mean=jnp.asarray(reward_model.score_mean, jnp.float32),
-        score_scale=jnp.asarray(reward_model.score_scale, jnp.float32),
+        score_mean=jnp.asarray(mean, jnp.float32),
+        score_scale=jnp.asarray(scale, jnp.float32),
         backbone=policy.base,
         scorer_backbone=None if scorer.base is policy.base else scorer.base,
     )
@@ -139,9 +156,7 @@ def run(
     state = train(
         folder,
         config,
-        lambda: initial_state(
-            config, policy.params, rescaled(scorer.params, reward_model.score_mean, reward_model.score_scale)
-        ),
+        lambda: initial_state(config, policy.params, rescaled(scorer.params, mean, scale)),
         lambda axis: make_update(networks, config, eos_id=tokenizer.stop_ids, pad_id=tokenizer.pad_id, axis_name=axis),
         batch,
         frozen=(frozen,),
@@ -160,18 +175,79 @@ def run(
         "last_score": metrics[-1]["score"],
         "last_kl": metrics[-1]["kl"],
         "kl_coef": float(state.extras["kl_coef"]),
+        "score_mean": mean,
+        "score_scale": scale,
     }
     return complete(folder, summary, ledger)
 
 
+def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np.ndarray]) -> tuple[float, float]:
+    """Mean and scale that scores are normalized by: those recorded with the reward model, else measured once per run.
+
+    What is measured is written to scores.json in the run's folder, so that a resumed run has the same unit of β.
+
+    Args:
+      run: the run's folder.
+      reward_model: the reward model.
+      measure: scores of the starting policy's responses.
+
+    Raises:
+      UserError: if the scores do not differ or are not finite.
+    """
+    if reward_model.score_mean is not None and reward_model.score_scale is not None:
+        return reward_model.score_mean, reward_model.score_scale
+    path = run.path / "scores.json"
+    found: dict[str, Any] | None = processes.from_first(lambda: read_json(path) if path.exists() else None)
+    if found is None:
+        scores = measure().astype(np.float64)
+        mean, scale = float(scores.mean()), float(scores.std())
+        refuse_scale(reward_model, scale)
+        measured = {"responses": len(scores), "score_mean": mean, "score_scale": scale}
+        processes.by_first(lambda: write_json(path, measured))
+        say(f"scores of {len(scores)} responses of the starting policy: mean {mean:.4g}, scale {scale:.4g}")
+        return mean, scale
+    return found["score_mean"], found["score_scale"]
+
+
+def refuse_scale(reward_model: Source, scale: float) -> None:
+    """Raises UserError if scores do not differ or are not finite."""
+    if not (scale > 0 and math.isfinite(scale)):
+        raise UserError(
+            f"{reward_model.where}: score_scale: expected more than 0, as scores must differ, got {scale}; train it on "
+            "more data"
+        )
+
+
+def first_scores(
+    config: Config, networks: Networks, policy: Start, scorer: Start, prompts: PromptRows, tokenizer: TextTokenizer
+) -> np.ndarray:
+    """Raw scores of REFERENCE_RESPONSES or a few more samples of the starting policy, to evenly spaced prompts."""
+    mesh, rows = make_mesh(**config.mesh_shape), config.batch // config.row_devices
+    some = np.linspace(0, len(prompts) - 1, min(len(prompts), REFERENCE_RESPONSES)).round().astype(int)
+    prompts = dataclasses.replace(prompts, rows=[prompts.rows[i] for i in some], sources=())
+    language, reward = (place(attach(start.base, start.params, config.lora.scale), mesh) for start in (policy, scorer))
+    responses = sample_responses(
+        networks.policy,
+        language,
+        prompts,
+        first_key(config.seed, 2),
+        samples=math.ceil(REFERENCE_RESPONSES / len(prompts)),
+        batch_size=rows,
+        max_new_tokens=config.episode.response_length,
+        eos_id=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        temperature=config.episode.temperature,
+    )
+    whole = [[*prompt, *ids] for prompt, many in zip(prompts.rows, responses, strict=True) for ids in many]
+    limit = config.prompt_length + config.episode.response_length
+    ragged = RaggedRows([(ids, [False] * len(ids)) for ids in whole], limit, tokenizer.pad_id, buckets=(limit,))
+    return row_scores(networks.scorer, reward, ragged, batch_size=rows)
+
+
 def starts(config: Config, source: Source, reward_model: Source) -> tuple[Start, Start]:
     """Initial parameters of policy and reward model, sharing one backbone if both were adapters to the same one."""
-
-    def keys() -> Array:
-        return jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
-
-    policy = start_from(source, config.lora, lambda: keys()[0])
+    policy = start_from(source, config.lora, lambda: first_key(config.seed, 0))
     own = reward_model.lora == config.lora and reward_model.base is not None
     if own and policy.record is not None and policy.record["fingerprint"] == reward_model.base_fingerprint:
         return policy, Start(reward_model.own(), policy.base, policy.record)
-    return policy, start_from(reward_model, config.lora, lambda: keys()[1])
+    return policy, start_from(reward_model, config.lora, lambda: first_key(config.seed, 1))

@@ -15,7 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params
-from rlhf_jax.optim import make_optimizer, new_state
+from rlhf_jax.optim import first_key, make_optimizer, new_state
 from rlhf_jax.pretrained.source import Start, open_source, start_from
 from rlhf_jax.runs.lifecycle import (
     Finished,
@@ -58,12 +58,11 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
             raise UserError(f"row_length: expected at most the context {model_config.context}, got {config.row_length}")
     inputs = {"texts": fingerprint_of(texts), "heldout": fingerprint_of(heldout)}
     model = Transformer(model_config)
-    key = jax.random.key(config.seed)
     if source is None:
-        start = Start(init_params(model, key), None, None)
+        start = Start(init_params(model, jax.random.key(config.seed)), None, None)
     else:
         inputs["init"] = source.fingerprint
-        start = start_from(source, config.lora, lambda: jax.random.fold_in(key, 1))
+        start = start_from(source, config.lora, lambda: first_key(config.seed))
     folder = create_run(
         config,
         stage=STAGE,

@@ -44,8 +44,10 @@ from rlhf_jax.runs.lifecycle import (
 )
 from rlhf_jax.stages.reward import STAGE, Config, make_update
 
-# Number of prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too.
+# Most prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too; and the
+# fewest responses, which give the scale to 9%. With fewer, PPO measures both on samples of its starting policy.
 REFERENCE_PROMPTS = 2048
+FEWEST_RESPONSES = 64
 
 
 def run(
@@ -153,7 +155,7 @@ def run(
         base=start.base,
         lora_scale=config.lora.scale,
     )
-    mean, scale = score_mean_and_scale(model, attached(params), rankings, config.batch, config.share_prompts)
+    mean, scale = score_mean_and_scale(model, attached(params), heldout, config.batch, config.share_prompts)
     release(folder, params, config.steps)
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
     right, pairs = (None, 0) if heldout is None else held_out(heldout, params, config.steps)
@@ -182,9 +184,15 @@ def accuracy(
 
 
 def score_mean_and_scale(
-    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool = False
-) -> tuple[float, float]:
-    """Mean and standard deviation of the scores of responses to at most REFERENCE_PROMPTS evenly spaced prompts."""
+    model: Transformer, params: Params, rankings: RankingRows | None, batch_size: int, share_prompts: bool = False
+) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of the scores of held-out responses; (None, None) for too few to tell.
+
+    They are those of at most REFERENCE_PROMPTS evenly spaced prompts. On responses that the model was trained on,
+    over-fitting would inflate the scale, and with it the unit of β in PPO.
+    """
+    if rankings is None or sum(len(ranks) for _, ranks in rankings.rows) < FEWEST_RESPONSES:
+        return None, None
     taken = np.linspace(0, len(rankings) - 1, min(len(rankings), REFERENCE_PROMPTS)).round().astype(int)
     some = dataclasses.replace(rankings, rows=[rankings.rows[i] for i in taken], sources=())
     scores = _scores(model, params, some, batch_size, share_prompts)

@@ -26,7 +26,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters
-from rlhf_jax.optim import make_optimizer, new_state
+from rlhf_jax.optim import first_key, make_optimizer, new_state
 from rlhf_jax.pretrained.source import open_source, start_from
 from rlhf_jax.runs.lifecycle import (
     Finished,
@@ -77,7 +77,7 @@ def run(
         limit = min(limit, config.pack)
     rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     refuse_empty(rows, "demonstrations", ledger)
-    start = start_from(source, config.lora, lambda: jax.random.fold_in(jax.random.key(config.seed), 1))
+    start = start_from(source, config.lora, lambda: first_key(config.seed))
     folder = create_run(
         config,
         stage=STAGE,
