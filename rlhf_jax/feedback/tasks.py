@@ -1,9 +1,8 @@
 """Items to label, from JSONL files.
 
-A row has a prompt, as text or messages, and `responses`, each text or an assistant message; or it is a comparison in
-any form that training reads (data/reader.py). `ranks`, or chosen over rejected, become gold ranks on request; `sources`
-may name the model of each response. After a prompt given as messages a response is the content of the next assistant
-message; after a prompt given as text it continues the text directly.
+A row has a prompt and `responses`, or it is a comparison, in any form that training reads (data/reader.py). `ranks`, or
+chosen over rejected, become gold ranks on request; `sources` may name the model of each response. After a prompt of
+messages a response is the content of the next assistant message; after a prompt that is text it continues the text.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
+from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.forms import dialogue_field, exchange, prompt_fields
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
 from rlhf_jax.data.records import Comparison
+from rlhf_jax.data.rows import Row, Useless
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
 from rlhf_jax.feedback.store import dense
@@ -65,13 +66,18 @@ def read_tasks(paths: Iterable[str | Path], *, kind: str = "task", gold: bool = 
 def compares(path: str | Path) -> bool:
     """True if the first row of a file is a comparison."""
     for _, row in read_rows(path):
-        return "chosen" in row
+        return row.get("chosen") is not None
     return False
 
 
 def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
     if not isinstance(record, Comparison):
         raise UserError(f"{record.where}: expected comparisons only, as in the other rows, got a ranking")
+    if record.rests:
+        raise UserError(
+            f"{record.where}: fields 'chosen' and 'rejected': expected dialogues that differ in their last answer "
+            "alone, got some that differ before it, which the page cannot show; leave the row out"
+        )
     responses = [record.chosen, record.rejected]
     if record.turns:
         responses = [response.removeprefix(" ") for response in responses]
@@ -79,16 +85,23 @@ def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
 
 
 def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
-    prompt, turns = row.get("prompt"), tuple[Message, ...]()
-    if isinstance(prompt, list) and prompt:
-        turns = tuple(_message(where, f"prompt[{number}]", value) for number, value in enumerate(prompt))
-        prompt = render_prompt(turns)
-    if not isinstance(prompt, str):
+    checked = Row(where, row)
+    checked.refuse_unread()
+    row = checked.fields
+    if not (prompt_fields(checked) or dialogue_field(checked)):
         raise _wrong(where, row, "prompt", "text or a list of messages")
     values = row.get("responses")
     if not isinstance(values, list) or not 2 <= len(values) <= MOST_RESPONSES:
         raise _wrong(where, row, "responses", f"a list of 2 to {MOST_RESPONSES}, or 'chosen' and 'rejected'")
-    responses = [_response(where, f"responses[{number}]", value) for number, value in enumerate(values)]
+    try:
+        found = exchange(checked, [(f"responses[{number}]", value) for number, value in enumerate(values)])
+    except Useless as useless:
+        raise UserError(f"{where}: field 'prompt': expected a prompt to label responses to, got {useless}") from None
+    if found.rests:
+        raise UserError(
+            f"{where}: field 'responses': expected one message of the assistant each, got more; leave it out"
+        )
+    responses = [text.removeprefix(" ") for text in found.texts] if found.turns else found.texts
     for number, response in enumerate(responses):
         if not response.strip():
             raise UserError(f"{where}: field 'responses[{number}]': expected text, got an empty response")
@@ -98,9 +111,9 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
     if not isinstance(sources, list) or len(sources) not in (0, len(values)) or not _all(sources, str):
         raise _wrong(where, row, "sources", f"a list of {len(values)} names, one for each response")
     return make_item(
-        prompt,
+        found.prompt,
         responses,
-        turns=turns,
+        turns=found.turns,
         sources=sources,
         kind=kind,
         gold=_gold(where, row, len(values)) if gold else (),
@@ -116,31 +129,6 @@ def _gold(where: str, row: dict[str, Any], count: int) -> list[int]:
     if len(set(ranks)) == 1:
         raise UserError(f"{where}: field 'ranks': expected gold that orders at least one pair, got all ranks tied")
     return ranks
-
-
-def _message(where: str, place: str, value: Any) -> Message:
-    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
-        raise UserError(
-            f'{where}: field {place!r}: expected a message {{"role": …, "content": …}}, got {describe(value)}'
-        )
-    if value["role"] not in ROLES:
-        raise UserError(
-            f"{where}: field '{place}.role': expected one of {', '.join(ROLES)}, got {describe(value['role'])}"
-        )
-    if not isinstance(value["content"], str):
-        raise UserError(f"{where}: field '{place}.content': expected text, got {describe(value['content'])}")
-    return Message(value["role"], value["content"])
-
-
-def _response(where: str, place: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    messages = value if isinstance(value, list) else [value]
-    if len(messages) == 1 and isinstance(messages[0], dict):
-        message = _message(where, place, messages[0])
-        if message.role == "assistant":
-            return message.content
-    raise UserError(f"{where}: field {place!r}: expected text or one assistant message, got {describe(value)}")
 
 
 def _wrong(where: str, row: dict[str, Any], name: str, expected: str) -> UserError:
