@@ -63,8 +63,6 @@ FORMS = [
             {"prompt": "q", "chosen": [USER, says("c")], "rejected": [USER, says("r")]},
             Comparison(CHAT_PROMPT, " c", " r"),
         ),
-        ("comparisons", {"chosen": "The sky is blue.", "rejected": "The sky is black."},
-         Comparison("The sky is", " blue.", " black.")),
         ("comparisons", {"chosen": HH + " a", "rejected": HH + " b"}, Comparison(HH, " a", " b")),
         ("comparisons", {"prompt": "", "chosen": HH + " a", "rejected": HH + " b"}, Comparison(HH, " a", " b")),
         ("comparisons", {"prompt": HH, "chosen": HH + " a", "rejected": HH + " b"}, Comparison(HH, " a", " b")),
@@ -89,7 +87,7 @@ def test_every_form_of_row(read: Any) -> None:
             if not isinstance(found, Text | Dialogue):
                 # Whatever came as messages or as a transcript keeps its turns; plain text has none.
                 plain = isinstance(row.get("prompt"), str) and found.prompt == row["prompt"]
-                assert bool(found.turns) == (not plain and "The sky" not in found.prompt)
+                assert bool(found.turns) == (not plain)
                 record = type(record)(**{**vars(record), "turns": found.turns})
             assert found == record
             assert found.where.endswith("data.jsonl:1") and ledger.total == ledger.undecided == 1
@@ -203,6 +201,31 @@ HOSTILE = [
     (b'"text"', 'got the text "text"'),
     (b"null", "got null"),
 ]
+
+
+OTHER_FORMATS = [
+    (json.dumps([{"text": "a"}]).encode(), "one JSON array; write its objects one to a line: jq -c '.[]'"),
+    (b'\xef\xbb\xbf\n[\n {"text": "a"}\n]', "one JSON array"),
+    (b'[{"text": "' + b"x" * MAX_LINE_BYTES + b'"}]', "one JSON array"),
+    (b'{\n "text": "a"\n}', "an object over several lines; write each on one line: jq -c ."),
+    ('{"text": "a"}\n'.encode("utf-16"), "text in UTF-16; convert it: iconv -f UTF-16 "),
+    ('{"text": "a"}\n'.encode("utf-16-le"), "text in UTF-16; convert it: iconv -f UTF-16LE"),
+    ('{"text": "a"}\n'.encode("utf-16-be"), "text in UTF-16; convert it: iconv -f UTF-16BE"),
+    ('{"text": "a"}\n'.encode("utf-32"), "text in UTF-32"),
+    (gzip.compress(b'{"text": "a"}'), "a gzip file; give it a name that ends in .gz"),
+    (b"PAR1\x15\x04", "a Parquet file; write it as JSON Lines, with pandas: read_parquet(FILE)"),
+    (b"ARROW1\0\0", "an Arrow file"),
+    (b"PK\x03\x04", "a zip archive; unpack it"),
+]
+
+
+def test_a_file_in_another_format_says_what_to_do(read: Any) -> None:
+    for row in OTHER_FORMATS:
+        with case(row) as (content, message):
+            with pytest.raises(UserError) as error:
+                read("text", content)
+            expected = f"data.jsonl: expected one JSON object on each line, got {message}"
+            assert expected in str(error.value) and "\n" not in str(error.value)
 
 
 def test_hostile_lines(read: Any) -> None:

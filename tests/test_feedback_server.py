@@ -516,7 +516,7 @@ USELESS_ROWS = [
     ),
     (
         {"prompt": [{"role": "user"}], "responses": ["a", "b"]},
-        r"field 'prompt\[0\]': expected a message .*, got an object",
+        r"field 'prompt\[0\].content': missing; the row's fields are 'prompt', 'responses'",
     ),
     (
         {"prompt": [{"role": "x", "content": ""}], "responses": ["a", "b"]},

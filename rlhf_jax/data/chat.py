@@ -8,7 +8,7 @@ restored once the rendering has been split at its special tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from rlhf_jax.errors import UserError
@@ -39,18 +39,37 @@ def chat_response_ids(messages: Turns, response: str, tokenizer: TextTokenizer, 
     return talk.ids([answer.prompt, answer.text + (answer.end if ended else "")])[1]
 
 
-def chat_row(messages: Turns, tokenizer: TextTokenizer) -> tuple[list[int], list[bool]]:
+def chat_rest_ids(messages: Turns, rest: Turns, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of the rest of a dialogue, which follows `chat_ids(messages)`, up to the end of its last turn.
+
+    Raises:
+      UserError: if the template does not render the rest directly after its generation prompt.
+    """
+    talk = _Talk([*messages, *rest], tokenizer)
+    prompt, whole = talk.render(len(messages), prompt=True), talk.render(len(messages) + len(rest))
+    if not whole.startswith(prompt):
+        raise UserError(_NOT_AFTER_PROMPT)
+    return talk.ids([prompt, "".join(talk.tokens.split_end(whole[len(prompt) :]))])[1]
+
+
+def chat_row(
+    messages: Turns, tokenizer: TextTokenizer, *, unlearned: Collection[int] = ()
+) -> tuple[list[int], list[bool]]:
     """(ids, loss mask) of a full dialogue: the assistant's answers and the ends of its turns are targets.
 
     The template's {% generation %} blocks define the answers. Without any, an answer is the text after the generation
     prompt of the turns before it, up to the special token that ends the turn. A template may render an earlier answer
     differently (Qwen3 drops its thoughts); text that the model never has to generate after that prompt is no target.
 
+    Args:
+      unlearned: places of assistant turns that are no targets.
+
     Raises:
       UserError: if no answer is left.
     """
     talk = _Talk(messages, tokenizer)
-    sections = talk.marked_sections() if talk.template.marks_answers else talk.answered_sections()
+    marked = talk.template.marks_answers
+    sections = talk.marked_sections(unlearned) if marked else talk.answered_sections(unlearned)
     if not any(target for _, target in sections):
         raise UserError(_NOT_AFTER_PROMPT)
     ids: list[int] = []
@@ -114,20 +133,27 @@ class _Talk:
             return None
         return _Answer(prompt, *self.tokens.split_end(whole[len(prompt) :]))
 
-    def answered_sections(self) -> list[Section]:
+    def answered_sections(self, unlearned: Collection[int]) -> list[Section]:
         """Sections of the full rendering; answers rendered as they follow their generation prompt are targets."""
         whole = self.render(len(self.messages))
         sections, done = [], 0
         for at, (role, _) in enumerate(self.messages):
-            answer = self.answer(at) if role == "assistant" else None
+            answer = self.answer(at) if role == "assistant" and at not in unlearned else None
             if answer is None or len(answer.prompt) < done or not whole.startswith("".join(answer)):
                 continue
             sections += [(whole[done : len(answer.prompt)], False), (answer.text + answer.end, True)]
             done = len("".join(answer))
         return [*sections, (whole[done:], False)]
 
-    def marked_sections(self) -> list[Section]:
+    def marked_sections(self, unlearned: Collection[int]) -> list[Section]:
         """Sections of the full rendering; its {% generation %} blocks are targets."""
         whole = self.template.render(self.messages, generation_marks=self._marks)
         parts = re.split("[" + "".join(self._marks) + "]", whole)
-        return [(part, at % 2 == 1) for at, part in enumerate(parts)]
+        answers = [at for at, (role, _) in enumerate(self.messages) if role == "assistant"]
+        if unlearned and len(parts) // 2 != len(answers):
+            raise UserError(
+                f"chat template: expected one {{% generation %}} block for each of the {len(answers)} assistant turns, "
+                f"of which some are not to be learned, got {len(parts) // 2}"
+            )
+        skipped = {2 * block + 1 for block, at in enumerate(answers) if at in unlearned}
+        return [(part, at % 2 == 1 and at not in skipped) for at, part in enumerate(parts)]

@@ -57,21 +57,29 @@ def split_hh(transcript: str) -> list[Message]:
     return messages
 
 
+def render_answer(messages: Sequence[Message]) -> str:
+    """Renders an assistant's message, and any that follow it, as text that continues `render_prompt`."""
+    return render(messages).removeprefix(HEADERS["assistant"])
+
+
+def shared_turns(talks: Sequence[Sequence[Message]]) -> int | None:
+    """Number of turns before the first assistant turn at which dialogues diverge; None if they diverge elsewhere.
+
+    Of equal dialogues, and of one alone, all but the last answer are shared.
+    """
+    shared = min(map(len, talks)) - 1
+    shared = next((at for at in range(shared) if any(talk[at] != talks[0][at] for talk in talks)), shared)
+    while shared >= 0 and not all(talk[shared].role == "assistant" for talk in talks):
+        shared -= 1
+    return None if shared < 0 else shared
+
+
 def split_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[list[Message], str, str] | None:
     """Splits two dialogues that diverge at an assistant turn into (shared turns, rest of chosen, rest of rejected).
 
     The rests are text that continues `render_prompt(shared)`. None if the two do not diverge at an assistant turn.
     """
-    limit = min(len(chosen), len(rejected)) - 1
-    shared = 0
-    while shared < limit and chosen[shared] == rejected[shared]:
-        shared += 1
-    while shared >= 0 and not chosen[shared].role == rejected[shared].role == "assistant":
-        shared -= 1
-    if shared < 0:
+    shared = shared_turns([chosen, rejected])
+    if shared is None:
         return None
-    return list(chosen[:shared]), _rest(chosen[shared:]), _rest(rejected[shared:])
-
-
-def _rest(messages: Sequence[Message]) -> str:
-    return render(messages).removeprefix(HEADERS["assistant"])
+    return list(chosen[:shared]), render_answer(chosen[shared:]), render_answer(rejected[shared:])

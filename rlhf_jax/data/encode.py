@@ -11,7 +11,7 @@ Human / Assistant template. A prompt given as text is used unchanged.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows
@@ -70,16 +70,29 @@ def response_ids(
     return [*ids, tokenizer.eos_id] if ended else ids
 
 
-def dialogue_row(messages: Sequence[Message], tokenizer: TextTokenizer) -> Row:
-    """(ids, loss mask) of a dialogue: only the content and the end of each assistant turn are targets.
+def rest_ids(turns: Sequence[Message], rest: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
+    """Ids of several messages that answer the turns, the first and the last by the assistant, with the last one's end.
 
-    With a chat template, some answers may carry no loss (`chat.chat_row`), and messages after the last answer are left
-    out, since nothing is learned from them.
+    They follow `chat_ids(turns)`, and both are the row of the dialogue.
     """
     if tokenizer.chat_template is not None:
-        last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=len(messages))
-        return chat.chat_row(messages[: last + 1], tokenizer)
-    ids, mask, pending = _turns(messages, tokenizer)
+        return chat.chat_rest_ids(turns, rest, tokenizer)
+    return dialogue_row([*turns, *rest], tokenizer)[0][len(chat_ids(turns, tokenizer)) :]
+
+
+def dialogue_row(messages: Sequence[Message], tokenizer: TextTokenizer, *, unlearned: Collection[int] = ()) -> Row:
+    """(ids, loss mask) of a dialogue: only the content and the end of each assistant turn are targets.
+
+    With a chat template, some answers may carry no loss (`chat.chat_row`), and messages after the last answer to learn
+    are left out.
+
+    Args:
+      unlearned: places of assistant turns that carry no loss.
+    """
+    if tokenizer.chat_template is not None:
+        learned = [at for at, message in enumerate(messages) if message.role == "assistant" and at not in unlearned]
+        return chat.chat_row(messages[: max(learned, default=len(messages)) + 1], tokenizer, unlearned=unlearned)
+    ids, mask, pending = _turns(messages, tokenizer, unlearned)
     rest = _continuation_ids(pending, ids, tokenizer)
     return ids + rest, mask + [False] * len(rest)
 
@@ -107,7 +120,7 @@ def encode_demonstrations(
     for record in records:
         with _named(record.where):
             if isinstance(record, Dialogue):
-                row = dialogue_row(record.messages, tokenizer)
+                row = dialogue_row(record.messages, tokenizer, unlearned=record.unlearned)
             else:
                 response = response_ids(record.completion, tokenizer, turns=record.turns)
                 row = response_row(prompt_ids(record, tokenizer), response)
@@ -142,7 +155,10 @@ def encode_rankings(
         else:
             responses, ranks, same = record.responses, record.ranks, "all responses are equal"
         with _named(record.where):
-            answers = [response_ids(text, tokenizer, turns=record.turns) for text in responses]
+            if record.rests:
+                answers = [rest_ids(record.turns, rest, tokenizer) for rest in record.rests]
+            else:
+                answers = [response_ids(text, tokenizer, turns=record.turns) for text in responses]
             ids = ranking_rows(prompt_ids(record, tokenizer), answers)
         if max(map(len, ids)) > max_tokens:
             ledger.drop(record.where, _too_long(max_tokens))
@@ -172,18 +188,20 @@ def encode_prompts(
     return PromptRows(rows, max_tokens, tokenizer.pad_id, kept)
 
 
-def _turns(messages: Sequence[Message], tokenizer: TextTokenizer) -> tuple[list[int], list[bool], str]:
+def _turns(
+    messages: Sequence[Message], tokenizer: TextTokenizer, unlearned: Collection[int] = ()
+) -> tuple[list[int], list[bool], str]:
     """Ids and mask up to the last assistant turn, and the text after it, which the caller continues."""
     ids = list(tokenizer.start_ids)
     mask, pending = [False] * len(ids), ""
-    for message in messages:
+    for place, message in enumerate(messages):
         if message.role != "assistant":
             pending += render_message(message)
             continue
         header = _continuation_ids(pending + HEADERS["assistant"], ids, tokenizer)
         content = [*tokenizer.encode_continuation(f" {message.content}"), tokenizer.eos_id]
         ids += header + content
-        mask += [False] * len(header) + [True] * len(content)
+        mask += [False] * len(header) + [place not in unlearned] * len(content)
         pending = ""
     return ids, mask, pending
 
@@ -194,7 +212,9 @@ def _continuation_ids(text: str, before: Sequence[int], tokenizer: TextTokenizer
 
 
 def _answers(record: Demonstration | Dialogue) -> int:
-    return sum(message.role == "assistant" for message in record.messages) if isinstance(record, Dialogue) else 1
+    if not isinstance(record, Dialogue):
+        return 1
+    return sum(message.role == "assistant" for message in record.messages) - len(record.unlearned)
 
 
 def _targets(mask: Sequence[bool]) -> int:

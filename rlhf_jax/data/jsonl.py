@@ -15,6 +15,28 @@ from rlhf_jax.errors import UserError
 
 MAX_LINE_BYTES = 8 * 2**20  # longer than any document we use; a line is read up to this size before it is refused
 MAX_BRACKETS = 500_000  # lists and objects per line, each about 60 bytes once parsed
+# How files of other formats begin, and what to do with each.
+_PANDAS = "write it as JSON Lines, with pandas: read_{}(FILE).to_json(NEW, orient='records', lines=True)"
+_OTHERS = (
+    (b"\x1f\x8b", "a gzip file", "give it a name that ends in .gz, or unpack it: gunzip FILE"),
+    (b"PAR1", "a Parquet file", _PANDAS.format("parquet")),
+    (b"ARROW1", "an Arrow file", _PANDAS.format("feather")),
+    (
+        b"\xff\xff\xff\xff",
+        "an Arrow stream",
+        "write it as JSON Lines, with datasets: Dataset.from_file(FILE).to_json(NEW)",
+    ),
+    (b"\xff\xfe\0\0", "text in UTF-32", "convert it: iconv -f UTF-32 -t UTF-8 FILE > NEW"),
+    (b"\xff\xfe", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    (b"\xfe\xff", "text in UTF-16", "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+    (b"{\0", "text in UTF-16", "convert it: iconv -f UTF-16LE -t UTF-8 FILE > NEW"),
+    (b"\0{", "text in UTF-16", "convert it: iconv -f UTF-16BE -t UTF-8 FILE > NEW"),
+    (b"(\xb5/\xfd", "a zstd file", "unpack it: zstd -d FILE"),
+    (b"\xfd7zXZ", "an xz file", "unpack it: xz -d FILE"),
+    (b"BZh", "a bzip2 file", "unpack it: bzip2 -d FILE"),
+    (b"PK\x03\x04", "a zip archive", "unpack it: unzip FILE"),
+    (b"SQLite format 3", "an SQLite database", "write it as JSON Lines"),
+)
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -23,21 +45,25 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises:
       UserError: with file and line for anything that is not one JSON object in UTF-8: bad bytes, NaN, a number too
-        large, a lone surrogate, a duplicate key, too deep nesting, a line of more than MAX_LINE_BYTES, a damaged gzip.
+        large, a lone surrogate, a duplicate key, too deep nesting, a line of more than MAX_LINE_BYTES, a damaged gzip;
+        for a file of another format, with what to do about it.
     """
-    number = 0
+    number, begun = 0, False
     try:
         # Read as bytes: text mode splits at U+2028 and similar, and reads a full line before its length is known.
         with _open(Path(path)) as file:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 where = f"{path}:{number}"
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
+                if not begun and line.strip():
+                    begun = True
+                    _refuse_other_format(line, path)
                 if len(line) > MAX_LINE_BYTES:
                     raise UserError(
                         f"{where}: a line of more than {MAX_LINE_BYTES:,} bytes; split the document it holds"
                     )
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
                 if line.strip():
                     yield where, parse_row(line, where)
     except (OSError, EOFError, zlib.error) as error:
@@ -94,6 +120,18 @@ def describe(value: object) -> str:
 def _begin(value: str | float) -> str:
     shown = json.dumps(value[:40] if isinstance(value, str) else value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _refuse_other_format(first: bytes, path: str | Path) -> None:
+    """Raises UserError if a file that begins with this line is in another format that people keep rows in."""
+    got, advice = next(((name, do) for begin, name, do in _OTHERS if first.startswith(begin)), ("", ""))
+    text = first.strip()
+    if not got and text.startswith(b"[") and (text == b"[" or text[1:].lstrip()[:1] in (b"{", b"]", b"")):
+        got, advice = "one JSON array", "write its objects one to a line: jq -c '.[]' FILE > NEW"
+    if not got and text == b"{":
+        got, advice = "an object over several lines", "write each on one line: jq -c . FILE > NEW"
+    if got:
+        raise UserError(f"{path}: expected one JSON object on each line, got {got}; {advice}")
 
 
 def _open(path: Path) -> BinaryIO:

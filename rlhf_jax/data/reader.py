@@ -1,35 +1,36 @@
-"""Records from JSONL files, in the field names of TRL's dataset formats, and from HH-RLHF transcripts.
+"""Records from JSONL files, in the forms that datasets are published in.
 
 kind            fields of a row
 text            text (or messages)
-demonstrations  prompt, completion (or response); or messages
+demonstrations  prompt, completion; or messages
 dialogues       messages
-comparisons     prompt, chosen, rejected; or chosen and rejected with a common prefix; or HH-RLHF transcripts
+comparisons     prompt, chosen, rejected; or chosen and rejected as full dialogues or HH-RLHF transcripts
 rankings        prompt, responses, ranks (a file may mix rankings and comparisons, for either kind)
-prompts         prompt; or the prompt of a comparison, or messages up to the last answer
+prompts         prompt; or the prompt of any other row, or messages up to the last answer
 
-A prompt may be text or a list of messages, {"role": "system" | "user" | "assistant", "content": text}; so may a
-response. A malformed row is an error; one from which nothing can be learned is dropped and recorded in the ledger.
-Every row that is read is later recorded there as kept, cut or dropped, by this file or by encode.py.
+These are TRL's names. forms.py has the others (of Alpaca, ShareGPT and so on) and the one rule for how a prompt is
+rendered; rows.py what a message may hold. A malformed row, or one that cannot be read with certainty, is an error; one
+from which nothing can be learned is dropped and recorded in the ledger. Every row that is read is later recorded there
+as kept, cut or dropped, by this file or by encode.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from rlhf_jax.data.dialogues import ROLES, Message, is_hh, render, render_prompt, split_hh, split_shared
+from rlhf_jax.data.dialogues import render
+from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange, prompt_alone
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
+from rlhf_jax.data.rows import Row, Useless
 from rlhf_jax.errors import UserError
 
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
 Paths = str | Path | Iterable[str | Path]
 MAX_RESPONSES = 9
-_Exchange = tuple[str, tuple[Message, ...], list[str]]  # prompt, its turns if given as messages, responses
 
 
 @overload
@@ -58,8 +59,8 @@ def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
             empty = False
             ledger.read(where)
             try:
-                record = _record(_Row(where, fields), kind)
-            except _Useless as useless:
+                record = record_of(where, fields, kind)
+            except Useless as useless:
                 ledger.drop(where, str(useless))
                 continue
             if record in seen:
@@ -71,82 +72,35 @@ def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
     return records
 
 
-class _Useless(Exception):
-    """A well-formed row from which nothing can be learned; the message is the reason."""
+def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
+    """The record in the fields of a row.
 
-
-class _Row:
-    """The fields of one row, with errors that name file, line and field."""
-
-    def __init__(self, where: str, fields: dict[str, Any]):
-        self.where = where
-        self.fields = fields
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.fields
-
-    def missing(self, expected: str) -> UserError:
-        there = ", ".join(map(repr, list(self.fields)[:12])) or "none"
-        return UserError(f"{self.where}: field {expected}: missing; the row's fields are {there}")
-
-    def wrong(self, name: str, got: str, expected: str) -> UserError:
-        return UserError(f"{self.where}: field {name!r}: expected {expected}, got {got}")
-
-    def value(self, name: str) -> Any:
-        if name not in self.fields:
-            raise self.missing(repr(name))
-        return self.fields[name]
-
-    def text(self, name: str) -> str:
-        value = self.value(name)
-        if not isinstance(value, str):
-            raise self.wrong(name, describe(value), "text")
-        return value
-
-    def messages(self, name: str) -> tuple[Message, ...]:
-        return self.as_messages(name, self.value(name))
-
-    def as_messages(self, name: str, value: Any) -> tuple[Message, ...]:
-        """Parses the messages in a field, or in a part of one.
-
-        Args:
-          name: the field's name in errors.
-        """
-        if not isinstance(value, list) or not value:
-            raise self.wrong(name, describe(value), "a list of at least one message")
-        messages = []
-        for number, message in enumerate(value):
-            place = f"{name}[{number}]"
-            if not isinstance(message, dict):
-                raise self.wrong(place, describe(message), 'a message {"role": …, "content": …}')
-            for key in ("role", "content"):
-                if key not in message:
-                    raise self.missing(f"'{place}.{key}'")
-                if not isinstance(message[key], str):
-                    raise self.wrong(f"{place}.{key}", describe(message[key]), "text")
-            if message["role"] not in ROLES:
-                raise self.wrong(f"{place}.role", describe(message["role"]), f"one of {', '.join(ROLES)}")
-            if message["role"] == "system" and number:
-                raise self.wrong(
-                    f"{place}.role", "a system message in the middle", "a system message only in first place"
-                )
-            messages.append(Message(message["role"], message["content"]))
-        return tuple(messages)
-
-
-def _record(row: _Row, kind: Kind) -> Record:
+    Raises:
+      UserError: for a malformed row.
+      Useless: for one from which nothing can be learned.
+    """
+    row = Row(where, fields)
+    if kind != "text" or "text" not in row:
+        row.refuse_unread()
     match kind:
         case "text":
             return _text(row)
         case "demonstrations":
-            whole = "messages" in row and "completion" not in row and "response" not in row
-            return _dialogue(row) if whole else _demonstration(row)
+            _refuse_unpaired(row)
+            name = dialogue_field(row)
+            if name is not None and (both := row.among(COMPLETIONS[:2])):
+                raise row.wrong(both[0], f"{name!r} as well", "one field with the answer; remove one")
+            return _dialogue(row) if name is not None else _demonstration(row)
         case "dialogues":
             return _dialogue(row)
         case "comparisons" | "rankings":
             has_ranks = "responses" in row or "ranks" in row
-            if not has_ranks and "chosen" not in row and "rejected" not in row:
+            has_pair = "chosen" in row or "rejected" in row
+            if not has_ranks and not has_pair:
+                _refuse_unpaired(row)
                 raise row.missing("'chosen' and 'rejected', or 'responses' and 'ranks'")
+            if has_ranks and has_pair:
+                raise row.wrong("responses", "'chosen' or 'rejected' as well", "a ranking or a comparison alone")
             return _ranking(row) if has_ranks else _comparison(row)
         case "prompts":
             return _prompt(row)
@@ -156,65 +110,67 @@ def _record(row: _Row, kind: Kind) -> Record:
             )
 
 
-def _text(row: _Row) -> Text:
-    text = render(row.messages("messages")) if "messages" in row and "text" not in row else row.text("text")
+def _text(row: Row) -> Text:
+    name = None if "text" in row else dialogue_field(row)
+    if name is None:
+        text = row.text("text")
+    else:
+        turns = row.turns(name)
+        if False in turns.learned:
+            raise row.wrong(name, "a turn that is not to be learned", "no weight 0 or train false, as all is learned")
+        text = render(row.with_system(turns.messages))
     if not text.strip():
-        raise _Useless("empty text")
+        raise Useless("empty text")
     return Text(text, row.where)
 
 
-def _dialogue(row: _Row) -> Dialogue:
-    messages = row.messages("messages")
-    answers = [message.content for message in messages if message.role == "assistant"]
+def _dialogue(row: Row) -> Dialogue:
+    turns = row.turns(dialogue_field(row) or "messages")
+    messages = row.with_system(turns.messages)
+    added = len(messages) - len(turns.messages)
+    answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
+    unlearned = tuple(at for at in answers if turns.learned[at - added] is False)
     if not answers:
-        raise _Useless("no assistant turn")
-    if not all(answer.strip() for answer in answers):
-        raise _Useless("an empty assistant turn")
-    return Dialogue(messages, row.where)
+        raise Useless("no assistant turn")
+    if len(unlearned) == len(answers):
+        raise Useless("no assistant turn that is to be learned")
+    if not all(messages[at].content.strip() for at in answers):
+        raise Useless("an empty assistant turn")
+    return Dialogue(messages, row.where, unlearned)
 
 
-def _demonstration(row: _Row) -> Demonstration:
-    names = [name for name in ("completion", "response") if name in row]
+def _demonstration(row: Row) -> Demonstration:
+    names = row.among(COMPLETIONS)
     if len(names) != 1:
-        if names:
+        if names == ["completion", "response"]:
             raise row.wrong("completion", "both", "either it or 'response'")
+        if names:
+            raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the answer; remove or rename one")
         raise row.missing("'completion'")
-    prompt, turns, (completion,) = _exchange(row, [(names[0], row.value(names[0]))])
+    found = exchange(row, [(names[0], row.value(names[0]))])
+    if found.rests:
+        got = "messages of " + ", ".join(message.role for message in found.rests[0])
+        raise row.wrong(names[0], got, "one message of the assistant; give dialogues as 'messages'")
+    (completion,) = found.texts
     if not completion.strip():
-        raise _Useless(f"empty {names[0]}")
-    return Demonstration(prompt, completion, row.where, turns)
+        raise Useless(f"empty {names[0]}")
+    return Demonstration(found.prompt, completion, row.where, found.turns)
 
 
-def _comparison(row: _Row) -> Comparison:
-    prompt, turns, (chosen, rejected) = _pair(row)
+def _comparison(row: Row) -> Comparison:
+    if isinstance(row.value("chosen"), str) and row.value("chosen") == row.value("rejected"):
+        raise Useless("chosen equals rejected")
+    found = exchange(row, [(name, row.value(name)) for name in ("chosen", "rejected")])
+    chosen, rejected = found.texts
     if chosen == rejected:
-        raise _Useless("chosen equals rejected")
+        raise Useless("chosen equals rejected")
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
-            raise _Useless(f"empty {name} response")
-    return Comparison(prompt, chosen, rejected, row.where, turns)
+            raise Useless(f"empty {name} response")
+    return Comparison(found.prompt, chosen, rejected, row.where, found.turns, found.rests)
 
 
-def _pair(row: _Row) -> _Exchange:
-    """Prompt and both responses of a comparison, in any of its formats."""
-    chosen, rejected = row.value("chosen"), row.value("rejected")
-    transcripts = isinstance(chosen, str) and isinstance(rejected, str) and is_hh(chosen) and is_hh(rejected)
-    if "prompt" in row and not (transcripts and row.fields["prompt"] == ""):
-        return _exchange(row, [("chosen", chosen), ("rejected", rejected)])
-    if transcripts:
-        return _shared_turns(split_hh(chosen), split_hh(rejected))
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return _shared_turns(row.messages("chosen"), row.messages("rejected"))
-    texts = [row.text("chosen"), row.text("rejected")]
-    if texts[0] == texts[1]:
-        raise _Useless("chosen equals rejected")
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
-    # The prompt ends before the last white space that both share, so that no word is split.
-    cut = max((place for place, (character, _) in enumerate(alike) if character.isspace()), default=0)
-    return texts[0][:cut], (), [text[cut:] for text in texts]
-
-
-def _ranking(row: _Row) -> Ranking:
+def _ranking(row: Row) -> Ranking:
     responses, ranks = row.value("responses"), row.value("ranks")
     if not isinstance(responses, list):
         raise row.wrong("responses", describe(responses), "a list")
@@ -223,76 +179,35 @@ def _ranking(row: _Row) -> Ranking:
     for number, rank in enumerate(ranks):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise row.wrong(f"ranks[{number}]", describe(rank), "a whole number from 1, the best")
-    prompt, turns, texts = _exchange(row, [(f"responses[{n}]", value) for n, value in enumerate(responses)])
+    found = exchange(row, [(f"responses[{n}]", value) for n, value in enumerate(responses)])
+    texts = found.texts
     if not 2 <= len(texts) <= MAX_RESPONSES:
-        raise _Useless(f"expected 2 to {MAX_RESPONSES} responses, got {len(texts)}")
+        raise Useless(f"expected 2 to {MAX_RESPONSES} responses, got {len(texts)}")
     if len(set(ranks)) == 1:
-        raise _Useless("all ranks are tied")
+        raise Useless("all ranks are tied")
     if len(set(texts)) == 1:
-        raise _Useless("all responses are equal")
+        raise Useless("all responses are equal")
     if not all(text.strip() for text in texts):
-        raise _Useless("an empty response")
-    places = sorted(
-        set(ranks)
-    )  # renumbered 1, 2, … without gaps: only the order counts, and a file may use any integers
-    return Ranking(prompt, tuple(texts), tuple(places.index(rank) + 1 for rank in ranks), row.where, turns)
+        raise Useless("an empty response")
+    # Renumbered 1, 2, … without gaps: only the order counts, and a file may use any integers.
+    places = sorted(set(ranks))
+    dense = tuple(places.index(rank) + 1 for rank in ranks)
+    return Ranking(found.prompt, tuple(texts), dense, row.where, found.turns, found.rests)
 
 
-def _prompt(row: _Row) -> Prompt:
-    if "prompt" in row:
-        prompt, turns, _ = _exchange(row, [])
-    elif "chosen" in row:
-        prompt, turns, _ = _pair(row)
-    elif "messages" in row:
-        messages = list(row.messages("messages"))
-        while messages and messages[-1].role == "assistant":
-            messages.pop()
-        prompt, turns = render_prompt(messages) if messages else "", tuple(messages)
-    else:
-        raise row.missing("'prompt'")
-    if not prompt.strip():
-        raise _Useless("empty prompt")
-    return Prompt(prompt, row.where, turns)
+def _prompt(row: Row) -> Prompt:
+    found = prompt_alone(row)
+    if not found.prompt.strip():
+        raise Useless("empty prompt")
+    return Prompt(found.prompt, row.where, found.turns)
 
 
-def _exchange(row: _Row, responses: Sequence[tuple[str, Any]]) -> _Exchange:
-    """Prompt and responses of a row with a separate field for the prompt."""
-    prompt = row.value("prompt")
-    if isinstance(prompt, str) and not any(isinstance(value, list) for _, value in responses):
-        texts = []
-        for name, value in responses:
-            if not isinstance(value, str):
-                raise row.wrong(name, describe(value), "text")
-            texts.append(value)
-        # Full transcripts that begin with the prompt, given next to it.
-        if prompt and all(is_hh(text) and text.startswith(prompt) for text in texts):
-            texts = [text.removeprefix(prompt) for text in texts]
-        return prompt, (), texts
-    if not isinstance(prompt, str | list):
-        raise row.wrong("prompt", describe(prompt), "text or a list of messages")
-    turns = (Message("user", prompt),) if isinstance(prompt, str) else row.messages("prompt")
-    return render_prompt(turns), turns, [_answer(row, name, value, turns) for name, value in responses]
-
-
-def _answer(row: _Row, name: str, value: Any, turns: tuple[Message, ...]) -> str:
-    """Text of a response to messages, given as text, as the assistant's message, or as the full dialogue."""
-    if isinstance(value, str):
-        return f" {value}"
-    messages = row.as_messages(name, value)
-    if messages[: len(turns)] == turns:
-        messages = messages[len(turns) :]
-    if len(messages) != 1 or messages[0].role != "assistant":
-        got = "messages of " + ", ".join(message.role for message in messages) if messages else "the prompt alone"
-        raise row.wrong(name, got, "one message of the assistant")
-    return f" {messages[0].content}"
-
-
-def _shared_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> _Exchange:
-    """Prompt and the two responses of two full dialogues."""
-    if chosen == rejected:
-        raise _Useless("chosen equals rejected")
-    parts = split_shared(chosen, rejected)
-    if parts is None:
-        raise _Useless("chosen and rejected do not diverge at an assistant turn")
-    shared, *texts = parts
-    return render_prompt(shared), tuple(shared), texts
+def _refuse_unpaired(row: Row) -> None:
+    """Raises UserError for a completion with a verdict, of which only the good ones could be learned as they are."""
+    label = row.fields.get("label")
+    if isinstance(label, bool | int) and label in (0, 1) and row.among(COMPLETIONS):
+        raise row.wrong(
+            "label",
+            describe(label),
+            "no unpaired preferences; give 'chosen' and 'rejected', or the good completions alone, without the field",
+        )

@@ -3,7 +3,8 @@
 In each, `where` is "file:line" or the name of another source, for the ledger and for errors; it is ignored in
 comparisons, so records with the same content are equal. `prompt` is text that the response follows directly. `turns` is
 the same prompt as messages, if it was given that way: then every assistant turn in it ends with eos, as in training,
-which text cannot express.
+which text cannot express. `rests` are the responses as messages, if one has several: dialogues that diverge before
+their last answer.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Comparison:
     rejected: str
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
+    rests: tuple[tuple[Message, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +63,16 @@ class Ranking:
     ranks: tuple[int, ...]
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
+    rests: tuple[tuple[Message, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
-    """A conversation; each of the assistant's turns is a demonstration."""
+    """A conversation; each of the assistant's turns is a demonstration, but for those at the places `unlearned`."""
 
     messages: tuple[Message, ...]
     where: str = dataclasses.field(default="", compare=False)
+    unlearned: tuple[int, ...] = ()
 
 
 Prompted = Prompt | Demonstration | Comparison | Ranking

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.data.dialogues import Message, is_hh, render, render_prompt, split_hh, split_shared
-from rlhf_jax.data.ledger import Ledger
-from rlhf_jax.data.reader import read_records
+from rlhf_jax.data.jsonl import read_rows
+from rlhf_jax.data.reader import record_of
 from rlhf_jax.data.records import Comparison, Demonstration, Ranking
+from rlhf_jax.data.rows import Useless
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judged import Judged, join
 from rlhf_jax.feedback.records import Form, Item, Judgement
@@ -270,8 +271,9 @@ def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form,
                 continue
             texts, pair = transcripts
             yield {"chosen": texts[0], "rejected": texts[1], **beside}, pair
-        elif not item.turns and all(is_hh(text) and text.startswith(item.prompt) for text in (chosen, rejected)):
-            left_out["responses that begin with their prompt"] += 1
+        elif not item.turns and all(map(is_hh, (chosen, rejected))):
+            # Reading takes them for full dialogues, whatever the prompt is.
+            left_out["responses that are transcripts"] += 1
         elif form == "trl" and item.turns:
             answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
             yield {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **beside}, pair
@@ -308,15 +310,15 @@ def _write(path: Path, rows: Sequence[_Row], kind: Literal["rankings", "demonstr
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    read: Sequence[Any] = []
-    if rows:
-        read = read_records(unfinished, kind, Ledger())
-    expected = [record for _, record in rows]
-    if read != expected:
-        at = next((n for n, (a, b) in enumerate(zip(read, expected)) if a != b), min(len(read), len(expected)))
-        unfinished.unlink()
-        raise UserError(
-            f"item {rows[min(at, len(rows) - 1)][0]['item']}: its prompt or responses do not survive a round trip "
-            f"through {path.name}; export another form, or rankings"
-        )
+    for (_, record), (where, fields) in zip(rows, read_rows(unfinished), strict=True):
+        try:
+            survives = record_of(where, fields, kind) == record
+        except (UserError, Useless):
+            survives = False
+        if not survives:
+            unfinished.unlink()
+            raise UserError(
+                f"item {fields['item']}: its prompt or responses do not survive a round trip through {path.name}; "
+                "export another form, or rankings"
+            )
     unfinished.replace(path)

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
+from rlhf_jax.data.dialogues import Message, render_prompt
 from rlhf_jax.data.jsonl import describe, read_rows
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.page import Page
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item, Judgement
@@ -152,16 +153,11 @@ def _rank(value: object) -> bool:
     return _whole(value) and value >= 1  # type: ignore[operator]
 
 
-def _message(value: object) -> bool:
-    return isinstance(value, dict) and value.get("role") in ROLES and isinstance(value.get("content"), str)
-
-
 def _item(where: str, row: dict[str, Any]) -> Item:
     prompt = row.get("prompt")
     turns: tuple[Message, ...] = ()
     if isinstance(prompt, list) and prompt:
-        messages = _list(where, row, "prompt", _message, 'messages {"role": …, "content": …}')
-        turns = tuple(Message(message["role"], message["content"]) for message in messages)
+        turns = Row(where, row).turns("prompt").messages
         prompt = render_prompt(turns)
     if not isinstance(prompt, str):
         raise _wrong(where, "prompt", prompt, "text or a list of messages")

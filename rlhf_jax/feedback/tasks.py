@@ -1,9 +1,8 @@
 """Items to label, from JSONL files.
 
-A row has a prompt, as text or messages, and `responses`, each text or an assistant message; or it is a comparison in
-any form that training reads (data/reader.py). `ranks`, or chosen over rejected, become gold ranks on request; `sources`
-may name the model of each response. After a prompt given as messages a response is the content of the next assistant
-message; after a prompt given as text it continues the text directly.
+A row has a prompt and `responses`, or it is a comparison, in any form that training reads (data/reader.py). `ranks`, or
+chosen over rejected, become gold ranks on request; `sources` may name the model of each response. After a prompt of
+messages a response is the content of the next assistant message; after a prompt that is text it continues the text.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data.dialogues import ROLES, Message, render_prompt
+from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.forms import dialogue_field, exchange, prompt_alone, prompt_fields
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
 from rlhf_jax.data.records import Comparison
+from rlhf_jax.data.rows import Row, Useless
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
 from rlhf_jax.feedback.store import dense
@@ -73,9 +74,6 @@ def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
         empty = True
         for where, row in read_rows(path):
             empty = False
-            prompt, turns = _prompt(where, row)
-            if not prompt.strip():
-                raise _wrong(where, row, "prompt", "a prompt to answer")
             for name in ("responses", "chosen", "rejected"):
                 if name in row:
                     raise UserError(
@@ -87,7 +85,10 @@ def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
                 raise UserError(
                     f"{where}: field 'response': expected either it or 'completion', got both; leave one out"
                 )
-            answers = [_response(where, name, row[name]) for name in given]
+            checked = Row(where, row)
+            prompt, turns, answers = _asked(checked, [(name, row[name]) for name in given])
+            if not prompt.strip():
+                raise _wrong(where, row, "prompt", "a prompt to answer")
             item = make_item(prompt, [answer for answer in answers if answer.strip()], turns=turns)
             items.setdefault(item.id, item)
         if empty:
@@ -98,13 +99,18 @@ def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
 def compares(path: str | Path) -> bool:
     """True if the first row of a file is a comparison."""
     for _, row in read_rows(path):
-        return "chosen" in row
+        return row.get("chosen") is not None
     return False
 
 
 def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
     if not isinstance(record, Comparison):
         raise UserError(f"{record.where}: expected comparisons only, as in the other rows, got a ranking")
+    if record.rests:
+        raise UserError(
+            f"{record.where}: fields 'chosen' and 'rejected': expected dialogues that differ in their last answer "
+            "alone, got some that differ before it, which the page cannot show; leave the row out"
+        )
     responses = [record.chosen, record.rejected]
     if record.turns:
         responses = [response.removeprefix(" ") for response in responses]
@@ -112,11 +118,11 @@ def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
 
 
 def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
-    prompt, turns = _prompt(where, row)
-    values = row.get("responses")
+    checked = Row(where, row)
+    values = checked.fields.get("responses")
     if not isinstance(values, list) or not 2 <= len(values) <= MOST_RESPONSES:
         raise _wrong(where, row, "responses", f"a list of 2 to {MOST_RESPONSES}, or 'chosen' and 'rejected'")
-    responses = [_response(where, f"responses[{number}]", value) for number, value in enumerate(values)]
+    prompt, turns, responses = _asked(checked, [(f"responses[{number}]", value) for number, value in enumerate(values)])
     for number, response in enumerate(responses):
         if not response.strip():
             raise UserError(f"{where}: field 'responses[{number}]': expected text, got an empty response")
@@ -135,15 +141,21 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
     )
 
 
-def _prompt(where: str, row: dict[str, Any]) -> tuple[str, tuple[Message, ...]]:
-    """Text of a prompt, and its messages, () for one given as text."""
-    prompt, turns = row.get("prompt"), tuple[Message, ...]()
-    if isinstance(prompt, list) and prompt:
-        turns = tuple(_message(where, f"prompt[{number}]", value) for number, value in enumerate(prompt))
-        prompt = render_prompt(turns)
-    if not isinstance(prompt, str):
-        raise _wrong(where, row, "prompt", "text or a list of messages")
-    return prompt, turns
+def _asked(row: Row, responses: list[tuple[str, Any]]) -> tuple[str, tuple[Message, ...], list[str]]:
+    """Prompt of a row, its messages, () for one given as text, and the texts of these responses."""
+    row.refuse_unread()
+    if not (prompt_fields(row) or dialogue_field(row)):
+        raise _wrong(row.where, row.fields, "prompt", "text or a list of messages")
+    try:
+        found = exchange(row, responses) if responses else prompt_alone(row)
+    except Useless as useless:
+        raise UserError(f"{row.where}: field 'prompt': expected a prompt to label, got {useless}") from None
+    if found.rests:
+        name = responses[0][0].partition("[")[0]
+        raise UserError(
+            f"{row.where}: field {name!r}: expected one message of the assistant each, got more; leave it out"
+        )
+    return found.prompt, found.turns, [text.removeprefix(" ") if found.turns else text for text in found.texts]
 
 
 def _gold(where: str, row: dict[str, Any], count: int) -> list[int]:
@@ -155,31 +167,6 @@ def _gold(where: str, row: dict[str, Any], count: int) -> list[int]:
     if len(set(ranks)) == 1:
         raise UserError(f"{where}: field 'ranks': expected gold that orders at least one pair, got all ranks tied")
     return ranks
-
-
-def _message(where: str, place: str, value: Any) -> Message:
-    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
-        raise UserError(
-            f'{where}: field {place!r}: expected a message {{"role": …, "content": …}}, got {describe(value)}'
-        )
-    if value["role"] not in ROLES:
-        raise UserError(
-            f"{where}: field '{place}.role': expected one of {', '.join(ROLES)}, got {describe(value['role'])}"
-        )
-    if not isinstance(value["content"], str):
-        raise UserError(f"{where}: field '{place}.content': expected text, got {describe(value['content'])}")
-    return Message(value["role"], value["content"])
-
-
-def _response(where: str, place: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    messages = value if isinstance(value, list) else [value]
-    if len(messages) == 1 and isinstance(messages[0], dict):
-        message = _message(where, place, messages[0])
-        if message.role == "assistant":
-            return message.content
-    raise UserError(f"{where}: field {place!r}: expected text or one assistant message, got {describe(value)}")
 
 
 def _wrong(where: str, row: dict[str, Any], name: str, expected: str) -> UserError:

@@ -1,0 +1,177 @@
+"""The fields of one row and the messages in them, with errors that name file, line and field.
+
+A field that is null counts as absent, in a row and in a message: concatenated datasets have the columns of each other.
+A message is {"role": …, "content": …}, or {"from": …, "value": …} as in ShareGPT. An assistant's turn may say that it
+is not to be learned, by `weight` 0 or `train` false. Any other key of a message could change what it says, so it is
+refused unless it is empty.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from rlhf_jax.data.dialogues import ROLES, Message
+from rlhf_jax.data.jsonl import describe
+from rlhf_jax.errors import UserError
+
+SPELLINGS = (("role", "content"), ("from", "value"))
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+MARKS = ("weight", "train")
+SYSTEMS = ("system", "system_prompt")
+# They change what a row says or how much it counts. All other fields of a row that no form names are bookkeeping.
+MEANINGFUL = (
+    *("tools", "functions", "tool_calls", "function_call", "reasoning_content", "history", "chat_template"),
+    *("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio", "loss_mask", "sample_weight"),
+)
+
+
+class Useless(Exception):
+    """A well-formed row from which nothing can be learned; the message is the reason."""
+
+
+class Turns(NamedTuple):
+    """Messages, and for each whether it is to be learned: True or False where the row says so, else None."""
+
+    messages: tuple[Message, ...]
+    learned: tuple[bool | None, ...]
+
+
+def is_empty(value: object) -> bool:
+    """True for a value that says nothing: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+class Row:
+    """The fields of one row that are not null."""
+
+    def __init__(self, where: str, fields: dict[str, Any]):
+        self.where = where
+        self.fields = {name: value for name, value in fields.items() if value is not None}
+        self._nulls = [name for name, value in fields.items() if value is None]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def among(self, names: tuple[str, ...]) -> list[str]:
+        """Those of the names that are fields of the row."""
+        return [name for name in names if name in self.fields]
+
+    def missing(self, expected: str, hint: str = "") -> UserError:
+        for name in self._nulls:
+            if expected == repr(name):
+                return self.wrong(name, "null", "text")
+        there = ", ".join(map(repr, list(self.fields)[:12])) or "none"
+        return UserError(f"{self.where}: field {expected}: missing; the row's fields are {there}{hint}")
+
+    def wrong(self, name: str, got: str, expected: str) -> UserError:
+        return UserError(f"{self.where}: field {name!r}: expected {expected}, got {got}")
+
+    def value(self, name: str) -> Any:
+        if name not in self.fields:
+            raise self.missing(repr(name))
+        return self.fields[name]
+
+    def text(self, name: str) -> str:
+        value = self.value(name)
+        if not isinstance(value, str):
+            raise self.wrong(name, describe(value), "text")
+        return value
+
+    def turns(self, name: str) -> Turns:
+        return self.as_turns(name, self.value(name))
+
+    def as_turns(self, name: str, value: Any) -> Turns:
+        """Parses the messages in a field, or in a part of one.
+
+        Args:
+          name: the field's name in errors.
+        """
+        if isinstance(value, dict):
+            value = [value]
+            places = [name]
+        elif not isinstance(value, list) or not value:
+            raise self.wrong(name, describe(value), "a list of at least one message")
+        else:
+            places = [f"{name}[{number}]" for number in range(len(value))]
+        messages, learned = [], []
+        for number, (place, message) in enumerate(zip(places, value, strict=True)):
+            messages.append(self._message(place, message))
+            learned.append(self._mark(place, message, messages[-1].role))
+            if messages[-1].role == "system" and number:
+                raise self.wrong(
+                    f"{place}.role", "a system message in the middle", "a system message only in first place"
+                )
+        return Turns(tuple(messages), tuple(learned))
+
+    def with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The messages after the row's own system message, if a field beside them has one."""
+        names = [name for name in SYSTEMS if not is_empty(self.fields.get(name))]
+        if not names:
+            return messages
+        if len(names) > 1:
+            raise self.wrong(names[1], f"{names[0]!r} as well", "one field with the system message")
+        system = Message("system", self.text(names[0]))
+        if messages and messages[0].role == "system":
+            if messages[0] != system:
+                raise self.wrong(names[0], describe(system.content), "the system message that the messages begin with")
+            return messages
+        return (system, *messages)
+
+    def refuse_unread(self) -> None:
+        """Raises UserError for a field that changes the row's meaning and that no record can hold."""
+        for name in self.among(MEANINGFUL):
+            value = self.fields[name]
+            if not is_empty(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
+                raise self.wrong(
+                    name,
+                    describe(value),
+                    "a row without it, as it changes the row's meaning and is not supported; use its text in the "
+                    "messages, or leave such rows out",
+                )
+        if self.fields.get("weight", 1) != 1 or self.fields.get("weight") is True:
+            raise self.wrong("weight", describe(self.fields["weight"]), "1, as every row counts once; remove the field")
+        if self.fields.get("train", True) is False:
+            raise self.wrong("train", "the truth value false", "rows to train on alone; leave the row out")
+
+    def _message(self, place: str, message: Any) -> Message:
+        if not isinstance(message, dict):
+            raise self.wrong(place, describe(message), 'a message {"role": …, "content": …}')
+        given = {key: value for key, value in message.items() if value is not None}
+        names = SPELLINGS[1] if "from" in given and "role" not in given else SPELLINGS[0]
+        for key, value in given.items():
+            if key not in (*names, *MARKS) and not is_empty(value):
+                raise self.wrong(
+                    f"{place}.{key}",
+                    describe(value),
+                    f"a message of {names[0]} and {names[1]}, with {' or '.join(MARKS)} at most; use its text in "
+                    f"{names[1]}, or remove the key",
+                )
+        for key in names:
+            if key not in given:
+                raise self.missing(f"'{place}.{key}'")
+            if not isinstance(given[key], str):
+                raise self.wrong(f"{place}.{key}", describe(given[key]), "text")
+        role, content = (given[key] for key in names)
+        known = SHAREGPT_ROLES if names == SPELLINGS[1] else {role: role for role in ROLES}
+        if role not in known:
+            raise self.wrong(f"{place}.{names[0]}", describe(role), f"one of {', '.join(known)}")
+        return Message(known[role], content)
+
+    def _mark(self, place: str, message: dict[str, Any], role: str) -> bool | None:
+        """Whether a message says that it is to be learned."""
+        said = []
+        for key in MARKS:
+            value = message.get(key)
+            if value is None:
+                continue
+            numeric = isinstance(value, int | float) and not isinstance(value, bool) and value in (0, 1)
+            if not (numeric if key == "weight" else isinstance(value, bool)):
+                raise self.wrong(f"{place}.{key}", describe(value), "0 or 1" if key == "weight" else "true or false")
+            if value and role != "assistant":
+                raise self.wrong(
+                    f"{place}.{key}", describe(value), "it on the assistant's turns alone, as no others are learned"
+                )
+            said.append(bool(value))
+        if len(set(said)) == 2:
+            raise self.wrong(f"{place}.train", "the opposite of its weight", "the same as its weight")
+        return said[0] if said else None

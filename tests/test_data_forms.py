@@ -1,0 +1,354 @@
+"""Datasets as people have them: each form gives one prompt, with the same ids in every stage and command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_jax.data import (
+    Comparison,
+    Demonstration,
+    Dialogue,
+    Ledger,
+    Message,
+    Prompt,
+    Ranking,
+    chat_ids,
+    encode_demonstrations,
+    encode_prompts,
+    encode_rankings,
+    read_records,
+)
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.export import export
+from rlhf_jax.feedback.features import rows_of
+from rlhf_jax.feedback.records import Judgement
+from rlhf_jax.feedback.tasks import read_tasks
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
+from tests.cases import case
+from tests.tiny_tokenizers import CHATML, THINKS, load, unmarked
+
+pytestmark = pytest.mark.core
+
+BYTES = Tokenizer.bytes()
+ROLES = {"S": "system", "U": "user", "A": "assistant"}
+SHAREGPT = {"S": "system", "U": "human", "A": "gpt"}
+HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why\n\nAssistant:"
+
+
+def m(said: str, **more: Any) -> list[Any]:
+    """ "Uq|Ax" -> messages; `more` goes into the last one."""
+    messages = [{"role": ROLES[part[0]], "content": part[1:]} for part in said.split("|")]
+    return [*messages[:-1], messages[-1] | more]
+
+
+def g(said: str) -> list[Any]:
+    """ "Uq|Ax" -> messages as ShareGPT has them."""
+    return [{"from": SHAREGPT[part[0]], "value": part[1:]} for part in said.split("|")]
+
+
+def turns(said: str) -> tuple[Message, ...]:
+    return tuple(Message(ROLES[part[0]], part[1:]) for part in said.split("|")) if said else ()
+
+
+PAIR = {"chosen": "c", "rejected": "r"}
+SAID = {"chosen": m("Ac"), "rejected": m("Ar")}
+WHOLE = {"chosen": m("Uq|Ac"), "rejected": m("Uq|Ar")}
+# (row, its prompt as turns, or "=text" for text that is continued as it stands, the kinds that it is read as)
+FORMS: list[tuple[dict[str, Any], str, str]] = [
+    # TRL: prompt-only, prompt-completion, preference with explicit and with implicit prompt.
+    ({"prompt": "The sky is"}, "=The sky is", "prompts"),
+    ({"prompt": m("Uq")}, "Uq", "prompts"),
+    ({"prompt": "The sky is", "completion": " blue."}, "=The sky is", "prompts demonstrations"),
+    ({"prompt": m("Uq"), "completion": m("Ac")}, "Uq", "prompts demonstrations"),
+    ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "=The sky is", "prompts comparisons label"),
+    ({"prompt": m("SBe.|Uq"), **SAID}, "SBe.|Uq", "prompts comparisons label"),
+    (WHOLE, "Uq", "prompts comparisons label"),
+    ({"messages": m("Uq|Ac")}, "Uq", "prompts demonstrations dialogues"),
+    # Text beside answers that are messages is the user's turn, whatever the kind.
+    ({"prompt": "q", **SAID}, "Uq", "prompts comparisons label"),
+    ({"prompt": "q", **WHOLE}, "Uq", "prompts comparisons label"),
+    ({"prompt": "q", "prompt_id": "7", **WHOLE, "messages": m("Uq|Ac"), "score_chosen": 8.0}, "Uq",
+     "prompts comparisons demonstrations dialogues label"),
+    ({"prompt": " q ", "chosen": m("SBe.|Uq|Ac"), "rejected": m("SBe.|Uq|Ar")}, "SBe.|Uq", "prompts comparisons label"),
+    ({"prompt": "q", "chosen": m("Uq|Ax|Uz|Ac"), "rejected": m("Uq|Ax|Uz|Ar")}, "Uq|Ax|Uz",
+     "prompts comparisons label"),
+    ({"prompt": "q", "completion": m("Ac")}, "Uq", "prompts demonstrations"),
+    ({"prompt": "q", "completion": m("SBe.|Uq|Ac")}, "SBe.|Uq", "prompts demonstrations"),
+    ({"prompt": "q", "responses": ["a", m("Ab"), m("Uq|Ad")], "ranks": [1, 2, 2]}, "Uq",
+     "prompts rankings label"),
+    ({"prompt": "q", "responses": [m("Aa")[0], m("Ab")[0]], "ranks": [2, 1]}, "Uq", "prompts rankings label"),
+    ({"prompt": "q", "messages": m("SBe.|Uq|Ax|Uz|Ac")}, "SBe.|Uq", "prompts"),
+    ({"prompt": "q", "messages": m("SBe.|Uq|Ax"), **PAIR}, "SBe.|Uq", "prompts comparisons demonstrations label"),
+    # A question under another name, and a system message beside it.
+    ({"instruction": "q", "input": "", "output": "c"}, "Uq", "prompts demonstrations"),
+    ({"instruction": "q", "input": "with this", "output": "c", "text": "Below is"}, "Uq\nwith this",
+     "prompts demonstrations"),
+    ({"instruction": "q", "output": "c", "system": "Be.", "history": []}, "SBe.|Uq", "prompts demonstrations"),
+    ({"system": "Be.", "question": "q", **PAIR}, "SBe.|Uq", "prompts comparisons label"),
+    ({"system": "", "question": "q", **PAIR}, "Uq", "prompts comparisons label"),
+    ({"system_prompt": "Be.", "question": "q", "response": "c", "id": "flan.7"}, "SBe.|Uq", "prompts demonstrations"),
+    ({"system": "Be.", "prompt": "q", **PAIR}, "SBe.|Uq", "prompts comparisons label"),
+    ({"system": "Be.", **WHOLE}, "SBe.|Uq", "prompts comparisons label"),
+    ({"system": "Be.", "messages": m("SBe.|Uq|Ac")}, "SBe.|Uq", "prompts demonstrations dialogues"),
+    ({"question": "q", "answer": "#### 4"}, "Uq", "prompts demonstrations"),
+    ({"problem": "q", "solution": "2 + 2", "answer": 4}, "Uq", "prompts"),
+    ({"query": "q", "responses": ["a", "b"], "ranks": [1, 2]}, "Uq", "prompts rankings label"),
+    ({"input": m("Uq"), "output": m("Ac")[0]}, "Uq", "prompts demonstrations"),
+    # ShareGPT, with answers beside as LLaMA-Factory has them.
+    ({"conversations": g("SBe.|Uq|Ax|Uz|Ac")}, "SBe.|Uq|Ax|Uz", "prompts demonstrations dialogues"),
+    ({"conversations": m("Uq|Ac"), "system": "Be."}, "SBe.|Uq", "prompts demonstrations dialogues"),
+    ({"conversations": g("Uq"), "chosen": g("Ac")[0], "rejected": g("Ar")[0]}, "Uq", "prompts comparisons label"),
+    # HH-RLHF.
+    ({"chosen": HH + " c", "rejected": HH + " r"}, "Uhi|Ayes?|Uwhy", "prompts comparisons label"),
+    ({"prompt": "", "chosen": HH + " c", "rejected": HH + " r"}, "Uhi|Ayes?|Uwhy", "prompts comparisons label"),
+    ({"prompt": "why", "chosen": HH + " c", "rejected": HH + " r"}, "Uhi|Ayes?|Uwhy", "prompts comparisons label"),
+    ({"prompt": HH, "chosen": HH + " c", "rejected": HH + " r"}, "=" + HH, "prompts comparisons label"),
+    # Columns of the other files of a concatenation are null, in a row and in a message.
+    ({"prompt": None, **WHOLE, "responses": None, "ranks": None, "label": None, "tools": None}, "Uq",
+     "prompts comparisons rankings label"),
+    ({"prompt": "q", "chosen": None, "rejected": None, "messages": None, "responses": ["a", "b"], "ranks": [1, 2]},
+     "=q", "prompts comparisons rankings label"),
+    ({"messages": m("Uq", name=None, weight=None) + m("Ac", tool_calls=None, train=None), "completion": None}, "Uq",
+     "prompts demonstrations dialogues"),
+]  # fmt: skip
+
+
+def wanted_ids(prompt: str, tokenizer: TextTokenizer) -> list[int]:
+    """The prompt's ids by hand: ChatML's, or those of the Human / Assistant template with eos after an answer."""
+    if prompt.startswith("="):
+        return [*tokenizer.start_ids, *tokenizer.encode(prompt[1:])]
+    if tokenizer is BYTES:
+        text = "".join(
+            {"S": "{}", "U": "\n\nHuman: {}", "A": "\n\nAssistant: {}\0"}[part[0]].format(part[1:])
+            for part in prompt.split("|")
+        )
+        ids = [BYTES.bos_id, *(text + "\n\nAssistant:").encode()]
+        return [BYTES.eos_id if id == 0 else id for id in ids]  # type: ignore[misc]
+    start, end = (tokenizer.special_tokens[f"<|im_{name}|>"] for name in ("start", "end"))
+    ids, newline = [], tokenizer.encode("\n")
+    for message in turns(prompt):
+        ids += [start, *tokenizer.encode(f"{message.role}\n{message.content}"), end, *newline]
+    return [*ids, start, *tokenizer.encode("assistant\n")]
+
+
+def rows_by_stage(path: Path, kinds: str, tokenizer: TextTokenizer) -> dict[str, list[list[int]]]:
+    """Ids of the file's only row as each stage reads it."""
+    found: dict[str, list[list[int]]] = {}
+    for kind in set(kinds.split()) - {"label"}:
+        records: Any = read_records(path, kind, Ledger())  # type: ignore[call-overload]
+        ledger = Ledger()
+        if kind == "prompts":
+            found[kind] = list(map(list, encode_prompts(records, tokenizer, max_tokens=999, ledger=ledger).rows))
+        elif kind in ("demonstrations", "dialogues"):
+            rows = encode_demonstrations(records, tokenizer, max_tokens=999, ledger=ledger)
+            found[kind] = [list(row[0]) for row in rows.rows]
+        else:
+            rankings = encode_rankings(records, tokenizer, max_tokens=999, ledger=ledger).rows
+            found[kind] = list(map(list, rankings[0][0]))
+        assert ledger.accepted == 1 and not ledger.decisions
+    return found
+
+
+def rows_by_label(path: Path, folder: Path, tokenizer: TextTokenizer) -> dict[str, list[list[int]]]:
+    """Ids of the file's only row as `label` and `feedback` read it, and as the stages read their exports."""
+    (item,) = read_tasks([path])
+    found = {"label": rows_of(item, tokenizer, ended=True)}
+    judgement = Judgement(item.id, "ann", tuple(range(1, len(item.responses) + 1)))
+    for form in ("rankings", "comparisons", "trl"):
+        export([item], [judgement], folder, form=form)
+        lines = (folder / f"{form}.jsonl").read_text().splitlines()
+        path.write_text(lines[0] + "\n")
+        found |= {f"{form} {kind}": ids for kind, ids in rows_by_stage(path, "prompts rankings", tokenizer).items()}
+    return found
+
+
+def test_each_form_has_one_prompt_in_every_stage_and_command(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    for tokenizer in (BYTES, load("gpt2", {"eos_token": "<|im_end|>", "chat_template": unmarked(CHATML)})):
+        for one in FORMS:
+            with case((tokenizer.name, one)) as (_, (row, prompt, kinds)):
+                path.write_text(json.dumps(row) + "\n")
+                ids = wanted_ids(prompt, tokenizer)
+                if not prompt.startswith("="):
+                    assert chat_ids(turns(prompt), tokenizer) == ids  # as in `generate --chat`
+                found = rows_by_stage(path, kinds, tokenizer)
+                if "label" in kinds:
+                    found |= rows_by_label(path, tmp_path / "export", tokenizer)
+                for stage, rows in found.items():
+                    for row_ids in rows:
+                        assert row_ids[: len(ids)] == ids, stage
+                        assert (len(row_ids) == len(ids)) == stage.endswith("prompts"), stage
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    # An answer that is text does not show where the prompt in it ends.
+    ("comparisons", {"chosen": "It is blue.", "rejected": "It is green."},
+     "field 'prompt': missing; the row's fields are 'chosen', 'rejected'; where it ends in answers that are text"),
+    ("prompts", {"chosen": "It is blue.", "rejected": "It is green."}, "field 'prompt': missing"),
+    ("comparisons", {"ask": "q", **PAIR}, "it is read from one of prompt, instruction, question, problem, query, inp"),
+    ("comparisons", SAID, "field 'prompt': missing"),
+    ("prompts", {"prompt": None}, "field 'prompt': expected text, got null"),
+    ("demonstrations", {"question": "q", "problem": "q", "answer": "a"},
+     "field 'problem': expected one field with the prompt; remove or rename one, got 'question' as well"),
+    ("comparisons", {"prompt": "p", "question": "q", **PAIR}, "field 'question': expected one field with the prompt"),
+    ("demonstrations", {"problem": "q", "solution": "2 + 2", "answer": "4"},
+     "field 'solution': expected one field with the answer; remove or rename one, got 'answer' as well"),
+    ("demonstrations", {"prompt": "q", "messages": m("Uq|Ax"), "response": "x"}, "field 'response': expected one fiel"),
+    ("demonstrations", {"instruction": "q", "context": "A passage.", "response": "x"}, "field 'context': expected"),
+    ("prompts", {"prompt": "other", "messages": m("Uq|Ax")}, "field 'prompt': expected one of the user's turns"),
+    ("comparisons", {"prompt": "other", **WHOLE}, "field 'prompt': expected one of the user's turns"),
+    ("comparisons", {"prompt": "other", "chosen": HH + " c", "rejected": HH + " r"}, "field 'prompt': expected one of"),
+    ("comparisons", {"prompt": m("Uother"), **WHOLE}, "field 'prompt': expected the messages that each answer begins"),
+    ("comparisons", {"prompt": m("Uq|Ax"), **SAID}, "field 'prompt': expected messages that end with the user's turn"),
+    ("prompts", {"prompt": m("Uq|Ax")}, "field 'prompt': expected messages that end with the user's turn"),
+    ("comparisons", {"prompt": "q", **PAIR, "responses": ["a", "b"], "ranks": [1, 2]}, "a ranking or a comparison alo"),
+    ("dialogues", {"messages": m("Uq|Ax"), "conversations": g("Uq|Ax")}, "field 'conversations': expected one field"),
+    ("dialogues", {"system": "Be.", "messages": m("SNo.|Uq|Ax")}, "field 'system': expected the system message that"),
+    ("prompts", {"prompt": "q", "system": "Be.", "system_prompt": "Be."}, "field 'system_prompt': expected one field"),
+    ("prompts", {"prompt": "q", "system": ["Be."]}, "field 'system': expected text, got a list of 1"),
+    ("demonstrations", {"prompt": "q", "completion": m("Aa|Uz|Ab")}, "field 'completion': expected one message of the"),
+    # Unpaired preferences.
+    ("demonstrations", {"prompt": "q", "completion": "c", "label": False}, "field 'label': expected no unpaired"),
+    ("comparisons", {"prompt": "q", "completion": "c", "label": True}, "field 'label': expected no unpaired"),
+    ("rankings", {"prompt": m("Uq"), "completion": m("Ac"), "label": 0}, "field 'label': expected no unpaired"),
+    # What a row says beside its messages.
+    ("dialogues", {"messages": m("Uq|Ax"), "tools": [{"type": "function"}]}, "field 'tools': expected a row without i"),
+    ("prompts", {"prompt": "q", "tools": '[{"name": "f"}]'}, "field 'tools': expected a row without it"),
+    ("comparisons", {"prompt": "q", **PAIR, "weight": 0.5}, "field 'weight': expected 1, as every row counts once"),
+    ("demonstrations", {"instruction": "q", "output": "x", "history": [["a", "b"]]}, "field 'history': expected a row"),
+    ("text", {"messages": m("Uq|Ax"), "images": ["a.png"]}, "field 'images': expected a row without it"),
+    # What a message says beside its role and content.
+    ("dialogues", {"messages": m("Uq|Ax", tool_calls=[{"id": "1"}])},
+     "field 'messages[1].tool_calls': expected a message of role and content, with weight or train at most"),
+    ("dialogues", {"messages": [*m("Uq"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, ".tool_calls'"),
+    ("dialogues", {"messages": m("Uq|Ax", function_call={"name": "f"})}, "field 'messages[1].function_call': expected"),
+    ("dialogues", {"messages": m("Uq|Ax", reasoning_content="hm")}, "field 'messages[1].reasoning_content': expected"),
+    ("dialogues", {"messages": m("Uq|Ax", loss_mask=0)}, "field 'messages[1].loss_mask': expected a message of role"),
+    ("dialogues", {"conversations": [{"from": "human", "value": "q", "name": "Ann"}]}, "field 'conversations[0].name'"),
+    ("dialogues", {"conversations": [{"from": "observation", "value": "q"}]}, "'conversations[0].from': expected one "),
+    ("prompts", {"prompt": m("Uq", name="Ann")}, "field 'prompt[0].name': expected a message of role and content"),
+    ("comparisons", {"prompt": "q", "chosen": m("Ac", thinking="hm"), "rejected": m("Ar")}, "field 'chosen[0].thinkin"),
+    ("rankings", {"prompt": "q", "responses": ["a", m("Ab", prefix=True)], "ranks": [1, 2]}, "'responses[1][0].prefix"),
+    ("dialogues", {"messages": m("Uq|Ax", weight=0.5)}, "field 'messages[1].weight': expected 0 or 1, got the number "),
+    ("dialogues", {"messages": m("Uq|Ax", weight=True)}, "field 'messages[1].weight': expected 0 or 1, got the truth"),
+    ("dialogues", {"messages": m("Uq|Ax", train="no")}, "field 'messages[1].train': expected true or false, got the t"),
+    ("dialogues", {"messages": m("Uq|Ax", train=True, weight=0)}, "field 'messages[1].train': expected the same as it"),
+    ("dialogues", {"messages": m("Uq", weight=1) + m("Ax")}, "field 'messages[0].weight': expected it on the assistan"),
+    ("comparisons", {"prompt": "q", "chosen": m("Ac", weight=0), "rejected": m("Ar")}, "field 'chosen': expected no w"),
+    ("text", {"messages": m("Uq|Ax", train=False)}, "field 'messages': expected no weight 0 or train false"),
+]  # fmt: skip
+
+
+def test_what_cannot_be_read_with_certainty_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    for one in REFUSED:
+        with case(one) as (kind, row, message):
+            path.write_text("\n" + json.dumps(row) + "\n")
+            with pytest.raises(UserError) as error:
+                read_records(path, kind, Ledger())
+            assert f"{path}:2: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+            if kind in ("comparisons", "rankings") and "label" not in row:
+                with pytest.raises(UserError, match=r"data\.jsonl:2: "):
+                    read_tasks([path])
+
+
+def test_answers_and_columns_of_the_forms_are_read_as_their_records(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    asked = "\n\nHuman: q\n\nAssistant:"
+    for row, record in (
+        ({"instruction": "q", "output": "c"}, Demonstration(asked, " c", turns=turns("Uq"))),
+        ({"query": "q", **PAIR}, Comparison(asked, " c", " r", turns=turns("Uq"))),
+        (
+            {"query": "q", "responses": ["a", "b"], "ranks": [4, 2]},
+            Ranking(asked, (" a", " b"), (2, 1), "", turns("Uq")),
+        ),
+        ({"conversations": g("Uq|Ac")}, Dialogue(turns("Uq|Ac"))),
+        ({"problem": "q"}, Prompt(asked, turns=turns("Uq"))),
+    ):
+        with case((row, record)):
+            path.write_text(json.dumps(row) + "\n")
+            kind = f"{type(record).__name__.lower()}s"
+            assert read_records(path, kind, Ledger()) == [record]  # type: ignore[call-overload]
+
+
+UNLEARNED = [
+    (m("Uq|Aaa", weight=0) + m("Ur|Abb", weight=1), (1,), ["bb"]),
+    (m("Uq|Aaa", train=True) + m("Ur|Abb", train=False), (3,), ["aa"]),
+    (
+        m("SBe.|Uq", train=False) + m("Aaa", weight=0.0) + m("Ur|Abb") + m("Us|Acc", weight=0, train=False),
+        (2, 6),
+        ["bb"],
+    ),
+    ([g("Uq")[0], g("Aaa")[0] | {"weight": 0}, *g("Ur|Abb")], (1,), ["bb"]),
+]
+
+
+def test_a_turn_that_is_not_to_be_learned_carries_no_loss(tmp_path: Path) -> None:
+    path, ledger = tmp_path / "data.jsonl", Ledger()
+    config = {"eos_token": "<|im_end|>"}
+    for messages, unlearned, learned in UNLEARNED:
+        for source in (CHATML, unmarked(CHATML), THINKS, None):
+            with case((messages, source)):
+                path.write_text(json.dumps({"messages": messages}) + "\n")
+                records = read_records(path, "dialogues", ledger)
+                assert records[0].unlearned == unlearned
+                tokenizer = BYTES if source is None else load("gpt2", config | {"chat_template": source})
+                rows = encode_demonstrations(records, tokenizer, max_tokens=99, ledger=ledger)
+                ids, mask = rows.rows[0]
+                targets = tokenizer.decode(id for id, target in zip(ids, mask) if target)
+                assert targets.replace("<think>\n\n</think>\n\n", "").split() == learned
+                assert not ledger.decisions
+    path.write_text(json.dumps({"messages": m("Uq|Aaa", weight=0)}) + "\n")
+    assert read_records(path, "demonstrations", ledger) == []
+    assert ledger.decisions[-1].reason == "no assistant turn that is to be learned"
+
+
+PARTED = [
+    ("Uq|Aa|Ur|Ab", "Uq|Ac", "Uq"),
+    ("Uq|Ac", "Uq|Aa|Ur|Ab", "Uq"),
+    ("Uq|Aa|Ur|Ab", "Uq|Aa|Us|Ab", "Uq"),
+    ("SBe.|Uq|Aa|Ur|Ab|Us|Ac", "SBe.|Uq|Aa|Ur|Ad|Us|Ac", "SBe.|Uq|Aa|Ur"),
+    ("Uq|Aa|Ur|Ab", "Uq|Aa", "Uq"),
+]
+
+
+def transcript(said: str) -> str:
+    return "".join({"U": "\n\nHuman: ", "A": "\n\nAssistant: "}[part[0]] + part[1:] for part in said.split("|"))
+
+
+def test_dialogues_that_part_before_the_last_answer_keep_their_turns(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    chatml = load("gpt2", {"eos_token": "<|im_end|>", "chat_template": CHATML})
+    for chosen, rejected, shared in PARTED:
+        rows: list[dict[str, Any]] = [
+            {"chosen": m(chosen), "rejected": m(rejected)},
+            {"prompt": "q", "chosen": m(chosen), "rejected": m(rejected)},
+        ]
+        if not chosen.startswith("S"):
+            rows.append({"chosen": transcript(chosen), "rejected": transcript(rejected)})
+            rows.append({"prompt": m("Uq"), "chosen": m(chosen)[1:], "rejected": m(rejected)[1:]})
+            rows.append({"prompt": "q", "chosen": m(chosen)[1:], "rejected": m(rejected)[1:]})
+        for row in rows:
+            with case(row):
+                path.write_text(json.dumps(row) + "\n")
+                for tokenizer in (chatml, BYTES):
+                    (ids,) = (r for r, _ in encode_rankings(
+                        read_records(path, "comparisons", Ledger()), tokenizer, max_tokens=99, ledger=Ledger()
+                    ).rows)  # fmt: skip
+                    whole = [wanted_ids(said, tokenizer) for said in (chosen, rejected)]
+                    # What follows the last answer's end is the header of the next.
+                    end = tokenizer.eos_id
+                    assert ids == [own[: len(own) - own[::-1].index(end)] for own in whole]
+                    (prompt,) = encode_prompts(
+                        read_records(path, "prompts", Ledger()), tokenizer, max_tokens=99, ledger=Ledger()
+                    ).rows
+                    assert prompt == wanted_ids(shared, tokenizer)
+                with pytest.raises(UserError, match=r"data\.jsonl:1: .*differ in their last answer alone"):
+                    read_tasks([path])
+    ledger = Ledger()
+    path.write_text(json.dumps({"chosen": m("Uq|Aa|Ur"), "rejected": m("Uq|Ac")}) + "\n")
+    assert read_records(path, "comparisons", ledger) == []
+    assert ledger.decisions[0].reason == "chosen does not end with an assistant turn"

@@ -1,0 +1,127 @@
+"""Published forms of data: our ids of each row against transformers' rendering of the messages that it stands for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_jax.data import Ledger, encode_demonstrations, encode_prompts, encode_rankings, read_records
+from tests.tiny_tokenizers import CHATML, LLAMA3, ZEPHYR, unmarked
+from tests_interop.test_interop_tokenizer import both, config_of
+
+HH = "\n\nHuman: Why?\n\nAssistant: Light.\n\nHuman: What  light?\n\nAssistant: "
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def says(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+BE = {"role": "system", "content": "Be brief."}
+ASK = user("Why is the sky blue? 12, naïve café")
+TALK = [user("Why?"), says("Light."), user("What  light?")]
+# (row, the kinds that it is read as, its prompt, its answers) with both as transformers takes them
+FORMS: list[tuple[dict[str, Any], str, list[Any], list[Any]]] = [
+    ({"prompt": [ASK]}, "prompts", [ASK], []),
+    ({"messages": [BE, *TALK, says("Blue.")]}, "prompts demonstrations dialogues", [BE, *TALK], [[says("Blue.")]]),
+    ({"prompt": [ASK], "completion": [says("It is.")]}, "prompts demonstrations", [ASK], [[says("It is.")]]),
+    (
+        {"prompt": [BE, ASK], "chosen": [says("It is.")], "rejected": [says("No")]},
+        "prompts comparisons",
+        [BE, ASK],
+        [[says("It is.")], [says("No")]],
+    ),
+    (
+        {"chosen": [*TALK, says("It is.")], "rejected": [*TALK, says("No")]},
+        "prompts comparisons",
+        TALK,
+        [[says("It is.")], [says("No")]],
+    ),
+    (
+        {"prompt": ASK["content"], "chosen": [ASK, says("It is.")], "rejected": [ASK, says("No")], "score_chosen": 1.0},
+        "prompts comparisons",
+        [ASK],
+        [[says("It is.")], [says("No")]],
+    ),
+    (
+        {"chosen": [ASK, says("a"), user("b"), says("c")], "rejected": [ASK, says("d")]},
+        "prompts comparisons",
+        [ASK],
+        [[says("a"), user("b"), says("c")], [says("d")]],
+    ),
+    ({"chosen": HH + "It is.", "rejected": HH + "No"}, "prompts comparisons", TALK, [[says("It is.")], [says("No")]]),
+    (
+        {"instruction": "Why?", "input": "It is blue.", "output": "Light."},
+        "prompts demonstrations",
+        [user("Why?\nIt is blue.")],
+        [[says("Light.")]],
+    ),
+    (
+        {"system": "Be brief.", "question": ASK["content"], "chosen": "It is.", "rejected": "No"},
+        "prompts comparisons",
+        [BE, ASK],
+        [[says("It is.")], [says("No")]],
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Light."}], "system": None},
+        "prompts dialogues",
+        [user("Why?")],
+        [[says("Light.")]],
+    ),
+    (
+        {"query": "Why?", "responses": ["a", "b"], "ranks": [2, 1]},
+        "prompts rankings",
+        [user("Why?")],
+        [[says("a")], [says("b")]],
+    ),
+]
+
+
+def read(path: Path, row: dict[str, Any], kind: Any, tokenizer: Any) -> list[list[int]]:
+    """The ids of a row as its stage has them."""
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    records: Any = read_records(path, kind, Ledger())
+    if kind == "prompts":
+        return [list(ids) for ids in encode_prompts(records, tokenizer, max_tokens=999, ledger=Ledger()).rows]
+    if kind in ("comparisons", "rankings"):
+        return [list(ids) for ids in encode_rankings(records, tokenizer, max_tokens=999, ledger=Ledger()).rows[0][0]]
+    return [list(ids) for ids, _ in encode_demonstrations(records, tokenizer, max_tokens=999, ledger=Ledger()).rows]
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, ZEPHYR], ids=["ChatML", "Llama 3", "Zephyr"])
+def test_each_form_is_what_transformers_renders(template: str, kind: str, tmp_path: Path) -> None:
+    ours, theirs = both(tmp_path, kind, config_of(template, unmarked(template)))
+    end = ours.stop_ids[-1]
+    for row, kinds, prompt, answers in FORMS:
+        wanted = theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        whole = [theirs.apply_chat_template([*prompt, *answer], return_dict=False) for answer in answers]
+        # A response ends with its turn: a template may go on with a line feed before the next.
+        ended = [ids[: len(ids) - ids[::-1].index(end)] for ids in whole]
+        for stage in kinds.split():
+            found = read(tmp_path / "data.jsonl", row, stage, ours)
+            if stage == "prompts":
+                assert found == [wanted], row
+                continue
+            assert all(ids[: len(wanted)] == wanted for ids in found), row
+            dialogue = "messages" in row or "conversations" in row
+            assert found == (whole if dialogue else ended), (stage, row)
+
+
+def test_turns_that_are_not_learned(tmp_path: Path) -> None:
+    ours, theirs = both(tmp_path, "qwen2", config_of(CHATML, CHATML))
+    messages = [*TALK[:1], TALK[1] | {"weight": 0}, TALK[2], says("Blue.")]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+    records = read_records(tmp_path / "data.jsonl", "dialogues", Ledger())
+    ((ids, mask),) = encode_demonstrations(records, ours, max_tokens=999, ledger=Ledger()).rows
+    found = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    marks = [bool(target) for target in found["assistant_masks"]]
+    first = len(theirs.apply_chat_template(messages[:2], return_dict=False))
+    assert ids == found["input_ids"]
+    assert list(mask) == [False] * first + marks[first:] and any(marks[:first])
