@@ -38,8 +38,13 @@ def run(config: Config) -> None:
         raise UserError(f"{folder}: expected a labelling folder, got a file")
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder), contextlib.closing(Store(folder)) as store:
-        added = store.add_items(items_of(config))
+        ledger = Ledger()
+        added = store.add_items(items_of(config, ledger))
         total = len(store.items())
+        if ledger.decisions:
+            say(f"{ledger.counts()}\nevery one of them is in {folder / 'ledger.json'}")
+        if ledger.total:
+            ledger.save(folder / "ledger.json")
         say(f"{folder}: {total:,} items, {added:,} of them new")
         if not total:
             raise UserError(
@@ -49,19 +54,22 @@ def run(config: Config) -> None:
             serve(config, store)
 
 
-def items_of(config: Config) -> Iterator[Item]:
-    """Items that the command line adds."""
-    yield from read_tasks(config.quiz, kind="quiz", gold=True)
-    yield from read_tasks(config.calibration, kind="calibration", gold=config.gold)
-    yield from read_tasks(config.data, gold=config.gold)
+def items_of(config: Config, ledger: Ledger) -> Iterator[Item]:
+    """Items that the command line adds; the ledger gets the rows of its files."""
+    yield from read_tasks(config.quiz, kind="quiz", gold=True, ledger=ledger)
+    yield from read_tasks(config.calibration, kind="calibration", gold=config.gold, ledger=ledger)
+    yield from read_tasks(config.data, gold=config.gold, ledger=ledger)
     if config.run:
         # Imported here: the model code takes seconds to import.
         from rlhf_jax.feedback.sampled import sample_items
         from rlhf_jax.pretrained.source import LANGUAGE, open_source
 
+        prompts = read_records(config.prompts, "prompts", ledger)
+        for prompt in prompts:
+            ledger.keep(prompt.where)
         yield from sample_items(
             [open_source(spec, stages=LANGUAGE) for spec in config.run],
-            read_records(config.prompts, "prompts", Ledger()),
+            prompts,
             samples=config.samples,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,

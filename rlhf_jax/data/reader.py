@@ -8,6 +8,9 @@ comparisons     prompt, chosen, rejected; or chosen and rejected with a common p
 rankings        prompt, responses, ranks (a file may mix rankings and comparisons, for either kind)
 prompts         prompt; or the prompt of a comparison, or messages up to the last answer
 
+A response that was cut at the length limit is marked: "ended": false beside a completion, "ended_chosen" and
+"ended_rejected" beside a comparison, "ended" with one value for each response beside a ranking.
+
 A prompt may be text or a list of messages, {"role": "system" | "user" | "assistant", "content": text}; so may a
 response. A malformed row is an error; one from which nothing can be learned is dropped and recorded in the ledger.
 Every row that is read is later recorded there as kept, cut or dropped, by this file or by encode.py.
@@ -23,7 +26,7 @@ from typing import Any, Literal, overload
 from rlhf_jax.data.dialogues import ROLES, Message, is_hh, render, render_prompt, split_hh, split_shared
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
-from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
+from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text, cut_marks
 from rlhf_jax.errors import UserError
 
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
@@ -103,6 +106,13 @@ class _Row:
             raise self.wrong(name, describe(value), "text")
         return value
 
+    def ended(self, name: str) -> bool:
+        """False if the row says that a response was cut; True if it does not say."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(name, describe(value), "true, or false for a response that was cut")
+        return value is not False
+
     def messages(self, name: str) -> tuple[Message, ...]:
         return self.as_messages(name, self.value(name))
 
@@ -166,6 +176,10 @@ def _text(row: _Row) -> Text:
 def _dialogue(row: _Row) -> Dialogue:
     messages = row.messages("messages")
     answers = [message.content for message in messages if message.role == "assistant"]
+    if not row.ended("ended"):
+        raise row.wrong(
+            "ended", "false", "true in a dialogue; use 'prompt' and 'completion' for an answer that was cut"
+        )
     if not answers:
         raise _Useless("no assistant turn")
     if not all(answer.strip() for answer in answers):
@@ -182,7 +196,7 @@ def _demonstration(row: _Row) -> Demonstration:
     prompt, turns, (completion,) = _exchange(row, [(names[0], row.value(names[0]))])
     if not completion.strip():
         raise _Useless(f"empty {names[0]}")
-    return Demonstration(prompt, completion, row.where, turns)
+    return Demonstration(prompt, completion, row.where, turns, row.ended("ended"))
 
 
 def _comparison(row: _Row) -> Comparison:
@@ -192,7 +206,8 @@ def _comparison(row: _Row) -> Comparison:
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise _Useless(f"empty {name} response")
-    return Comparison(prompt, chosen, rejected, row.where, turns)
+    ended = cut_marks([row.ended("ended_chosen"), row.ended("ended_rejected")])
+    return Comparison(prompt, chosen, rejected, row.where, turns, ended)
 
 
 def _pair(row: _Row) -> _Exchange:
@@ -232,10 +247,17 @@ def _ranking(row: _Row) -> Ranking:
         raise _Useless("all responses are equal")
     if not all(text.strip() for text in texts):
         raise _Useless("an empty response")
+    ended = row.fields.get("ended")
+    if ended is not None and (not isinstance(ended, list) or len(ended) != len(texts)):
+        raise row.wrong("ended", describe(ended), f"a list of {len(texts)}, one for each response")
+    for number, value in enumerate(ended or []):
+        if not isinstance(value, bool):
+            raise row.wrong(f"ended[{number}]", describe(value), "true, or false for a response that was cut")
     places = sorted(
         set(ranks)
     )  # renumbered 1, 2, … without gaps: only the order counts, and a file may use any integers
-    return Ranking(prompt, tuple(texts), tuple(places.index(rank) + 1 for rank in ranks), row.where, turns)
+    dense = tuple(places.index(rank) + 1 for rank in ranks)
+    return Ranking(prompt, tuple(texts), dense, row.where, turns, cut_marks(ended or []))
 
 
 def _prompt(row: _Row) -> Prompt:

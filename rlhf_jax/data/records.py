@@ -3,12 +3,14 @@
 In each, `where` is "file:line" or the name of another source, for the ledger and for errors; it is ignored in
 comparisons, so records with the same content are equal. `prompt` is text that the response follows directly. `turns` is
 the same prompt as messages, if it was given that way: then every assistant turn in it ends with eos, as in training,
-which text cannot express.
+which text cannot express. `ended` is False for a response that was cut at the length limit: it is trained on as it
+stands, without the end token. For several responses it has one value each, or () if all ended.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from rlhf_jax.data.dialogues import Message
 
@@ -38,6 +40,7 @@ class Demonstration:
     completion: str
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
+    ended: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Comparison:
     rejected: str
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
+    ended: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Ranking:
     ranks: tuple[int, ...]
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
+    ended: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,11 @@ class Dialogue:
 
     messages: tuple[Message, ...]
     where: str = dataclasses.field(default="", compare=False)
+
+
+def cut_marks(ended: Sequence[bool]) -> tuple[bool, ...]:
+    """`ended` of several responses as records hold it: () if all of them ended."""
+    return () if all(ended) else tuple(ended)
 
 
 Prompted = Prompt | Demonstration | Comparison | Ranking

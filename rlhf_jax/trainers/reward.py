@@ -23,6 +23,7 @@ from rlhf_jax.data import (
     read_records,
 )
 from rlhf_jax.data.batches import Rows, SharedRankingRows, steps_of_epoch
+from rlhf_jax.data.encode import ordered_rankings
 from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
@@ -79,8 +80,7 @@ def run(
     if rankings is None:
         rankings, heldout = _rows(config, source, limit, ledger, heldout_ledger)
     else:
-        for number, (responses, _) in enumerate(rankings.rows):
-            ledger.keep(f"rankings:{number + 1}", tokens=sum(map(len, responses)))
+        rankings = ordered_rankings(rankings, ledger)
     refuse_empty(rankings, "rankings", ledger)
     if demonstrations is None:
         paths = config.demonstrations
@@ -182,7 +182,7 @@ def accuracy(
     """Held-out accuracy: (fraction of ordered pairs that the scores order correctly, number of pairs)."""
     ranks = np.zeros((len(rankings), rankings.responses), np.int32)
     mask = np.zeros(ranks.shape, bool)
-    for place, (_, row_ranks) in enumerate(rankings.rows):
+    for place, row_ranks in enumerate(rankings.ranks):
         ranks[place, : len(row_ranks)] = row_ranks
         mask[place, : len(row_ranks)] = True
     return pair_accuracy(_scores(model, params, rankings, batch_size, share_prompts), ranks, mask)
