@@ -12,8 +12,10 @@ from rlhf_jax.data.batches import (
     bucket_length,
     default_buckets,
     global_indices,
+    steps_of_epoch,
 )
 from rlhf_jax.errors import UserError
+from tests.cases import case
 
 pytestmark = pytest.mark.core
 
@@ -30,6 +32,19 @@ def test_every_row_once_an_epoch_across_batch_boundaries() -> None:
     epochs = [seen[:7], seen[7:14], seen[14:21]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(7))
+
+
+def test_an_epoch_leaves_no_row_out() -> None:
+    # The last batch of an epoch is filled up with rows of the next, which go on from there.
+    for rows, batch in ((63, 32), (64, 32), (65, 32), (5, 32), (1, 4), (7, 3)):
+        with case((rows, batch)):
+            steps = steps_of_epoch(rows, batch)
+            assert (steps - 1) * batch < rows <= steps * batch
+            drawn = [global_indices(rows, batch_size=batch, seed=1, step=step) for step in range(3 * steps)]
+            stream = np.concatenate(drawn).tolist()
+            assert set(stream[: steps * batch]) == set(range(rows))
+            epochs = [stream[at : at + rows] for at in range(0, len(stream) - rows + 1, rows)]
+            assert len(epochs) >= 3 and all(sorted(epoch) == list(range(rows)) for epoch in epochs)
 
 
 def test_batches_depend_on_seed_and_step_alone() -> None:

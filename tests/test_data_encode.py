@@ -2,8 +2,10 @@
 
 import time
 
+import numpy as np
 import pytest
 
+from rlhf_jax.data.batches import RankingRows, SharedRankingRows
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.data.encode import (
     chat_ids,
@@ -12,6 +14,7 @@ from rlhf_jax.data.encode import (
     encode_prompts,
     encode_rankings,
     encode_text,
+    ordered_rankings,
     prompt_ids,
     ranking_rows,
     response_ids,
@@ -22,6 +25,7 @@ from rlhf_jax.data.packing import pack_text
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Text
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
 from tests.tiny_tokenizers import CHATML, GEMMA, THINKS, load
 
 pytestmark = pytest.mark.core
@@ -105,6 +109,61 @@ def test_responses_equal_once_encoded_are_dropped() -> None:
     ]
 
 
+def test_equal_responses_are_ties() -> None:
+    cases: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [
+        ("xxy", (1, 2, 3), (1, 1, 2)),
+        ("yxx", (1, 2, 3), (1, 2, 2)),
+        ("xyxz", (1, 2, 3, 4), (1, 1, 1, 2)),  # y is above and below x
+        ("xxyy", (2, 1, 4, 3), (1, 1, 2, 2)),
+        ("xxyz", (1, 2, 2, 3), (1, 1, 1, 2)),  # y is tied with one x, so with both
+        ("xyxy", (1, 2, 3, 4), ()),
+        ("xyx", (3, 2, 1), ()),
+        ("xyyz", (1, 3, 3, 4), (1, 3, 3, 4)),  # a tie already: as it was
+        ("xyz", (2, 1, 2), (2, 1, 2)),
+    ]
+    for number, row in enumerate(cases):
+        with case(row) as (texts, ranks, wanted):
+            for encoded in (False, True):
+                ledger, raw = Ledger(), [[1, ord(text)] for text in texts]
+                if encoded:
+                    rows = ordered_rankings(RankingRows([(raw, ranks)], 9), ledger)
+                else:
+                    records = [Ranking("p", tuple(texts), ranks, f"f:{number}")]
+                    rows = encode_rankings(records, BYTES, max_tokens=9, ledger=ledger)
+                assert [found for _, found in rows.rows] == ([wanted] if wanted else [])
+                assert (ledger.accepted, ledger.rejected) == ((1, 0) if wanted else (0, 1))
+                reasons = [d.reason for d in ledger.decisions]
+                if not wanted:
+                    assert reasons == ["all ranks are tied, as equal responses are"]
+                else:
+                    assert reasons == ["equal responses with unlike ranks, which are a tie"] * (wanted != ranks)
+                if wanted:  # rows that came past both are tied in the batch
+                    own = RankingRows([(raw, ranks)], 9)
+                    for batch in (own.batch(np.array([0])), SharedRankingRows(own).batch(np.array([0]))):
+                        assert batch.ranks_BK.tolist() == [list(wanted)]
+
+
+def test_a_response_that_was_cut_is_trained_on_as_it_stands() -> None:
+    rows = encode_demonstrations(
+        [Demonstration("p", "c", ended=False), Demonstration("p", "c")], BYTES, max_tokens=9, ledger=Ledger()
+    )
+    assert rows.rows[0] == ([BOS, *ids("pc")], [False, False, True])
+    assert rows.rows[1] == ([BOS, *ids("pc"), EOS], [False, False, True, True])
+    records: list[Comparison | Ranking] = [
+        Comparison("p", "c", "r", ended=(True, False)),
+        Ranking(
+            "p", ("x", "y", "x"), (1, 2, 3), ended=(True, True, False)
+        ),  # x that ended is better than x that was cut
+    ]
+    rankings = encode_rankings(records, BYTES, max_tokens=9, ledger=Ledger()).rows
+    assert rankings[0] == ([[BOS, *ids("pc"), EOS], [BOS, *ids("pr")]], (1, 2))
+    assert rankings[1] == ([[BOS, *ids("px"), EOS], [BOS, *ids("py"), EOS], [BOS, *ids("px")]], (1, 2, 3))
+    tokenizer = load("gpt2", {"eos_token": "<|im_end|>", "chat_template": CHATML})
+    cut = Comparison("any", " a", " b", turns=ASK, ended=(False, True))
+    ((chosen, rejected), _) = encode_rankings([cut], tokenizer, max_tokens=50, ledger=Ledger()).rows[0]
+    assert chosen == [*rejected[:-2], *tokenizer.encode("a")] and rejected[-1] == tokenizer.special_tokens["<|im_end|>"]
+
+
 def test_special_text_in_a_prompt_is_plain_text() -> None:
     row = prompt_ids(Prompt("<|endoftext|>"), BYTES)
     assert row == [BOS, *ids("<|endoftext|>")]
@@ -169,9 +228,9 @@ def test_answers_that_a_template_rewrites_are_remarked() -> None:
 
 def test_messages_that_a_template_refuses_are_named() -> None:
     tokenizer = load("gpt2", {"eos_token": "<end_of_turn>", "chat_template": GEMMA})
-    with pytest.raises(UserError, match=r"^f:3: chat template: System role not supported"):
+    with pytest.raises(UserError, match=r"^f:3: .*field 'chat_template': chat template: System role not supported"):
         encode_prompts([Prompt("any", "f:3", turns=CHAT)], tokenizer, max_tokens=99, ledger=Ledger())
-    with pytest.raises(UserError, match=r"^f:4: chat template: Roles must alternate"):
+    with pytest.raises(UserError, match=r"^f:4: .*field 'chat_template': chat template: Roles must alternate"):
         encode_demonstrations([Dialogue((*ASK, *ASK), "f:4")], tokenizer, max_tokens=99, ledger=Ledger())
 
 

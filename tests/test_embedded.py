@@ -118,7 +118,14 @@ def test_the_corpus_is_large_and_shaped(corpus: Corpus) -> None:
 
 def test_nothing_held_out_is_trained_on(corpus: Corpus) -> None:
     texts = {text.text for text in corpus.texts}
-    assert texts.isdisjoint(text.text for text in corpus.heldout_texts)
+    # Neither a page nor its docstring under another name, another signature, or other white space, whole or as a part.
+    every = "\0".join(" ".join(text.split()) for text in texts)
+    assert len(corpus.heldout_texts) > 250 and len(corpus.heldout_demonstrations) > 200
+    for page in corpus.heldout_texts:
+        docstring = page.text.split("\n\n", 1)[-1] if page.text.startswith(" ") else page.text
+        assert " ".join(docstring.split()) not in every, page.where
+    for record in corpus.heldout_demonstrations:
+        assert " ".join(record.completion.split()) not in every, record.where
     heldout_sentences = {f" {sentence}" for sentence in corpus.heldout_sentences.values()}
     # Most texts stand under their function's name and signature, a line that starts with a space.
     bodies = [text.split("\n\n", 1)[-1] if text.startswith(" ") else text for text in texts]

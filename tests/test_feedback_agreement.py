@@ -178,9 +178,10 @@ def test_a_judgement_that_does_not_fit_is_named() -> None:
 
 def test_files(tmp_path: Path) -> None:
     items, said = tmp_path / "items.jsonl", tmp_path / "judgements.jsonl"
-    items.write_text("".join(json.dumps(item_row(item)) + "\n" for item in ITEMS))
+    every = [*ITEMS, Item("3", "p", ("x", "y"), ended=(False, True))]
+    items.write_text("".join(json.dumps(item_row(item)) + "\n" for item in every))
     said.write_text("".join(json.dumps(judgement_row(judgement)) + "\n" for judgement in SAID))
-    assert read_items([items]) == ITEMS and read_judgements([said]) == SAID
+    assert read_items([items]) == every and read_judgements([said]) == SAID
     said.write_text('{"item": "1", "labeller": "ann", "ranks": [1, 0]}')
     with pytest.raises(UserError, match=r"judgements.jsonl:1: field 'ranks\[1\]': expected whole .*, got the number 0"):
         read_judgements([said])

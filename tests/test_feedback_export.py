@@ -168,6 +168,25 @@ def test_demonstrations(tmp_path: Path) -> None:
     assert export([*ITEMS, line], [said[-2], *JUDGEMENTS], tmp_path)["counts"]["left_out"]["a demonstration"] == 1
     with pytest.raises(UserError, match="consensus: expected none for demonstrations"):
         export(ITEMS, JUDGEMENTS, tmp_path, form="demonstrations", consensus=True)
+def test_responses_that_were_cut_stay_marked(tmp_path: Path) -> None:
+    cut = make_item("p", [" a", " b", " c"], ended=[True, False, True])
+    chat = make_item("\n\nHuman: q\n\nAssistant:", ["a", "b"], turns=[Message("user", "q")], ended=[False, True])
+    said = [Judgement(cut.id, "ann", (1, 2, 3)), Judgement(chat.id, "ann", (2, 1))]
+    for form in [form for form in FORMS if form != "demonstrations"]:
+        for consensus in (False, True):
+            with case((form, consensus)):
+                export([cut, chat], said, tmp_path / form, form=form, consensus=consensus)
+                found = records(tmp_path / form / f"{form}.jsonl")
+                if form == "rankings":
+                    assert sorted(record.ended for record in found) == [(False, True), (True, False, True)]
+                else:
+                    marks = {(record.chosen, record.rejected): tuple(record.ended or (True, True)) for record in found}
+                    assert marks == {
+                        (" a", " b"): (True, False),
+                        (" a", " c"): (True, True),
+                        (" b", " c"): (False, True),
+                        (" b", " a"): (True, False),
+                    }
 
 
 def test_the_same_judgements_are_the_same_bytes(tmp_path: Path) -> None:

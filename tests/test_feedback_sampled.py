@@ -3,8 +3,11 @@
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from rlhf_jax.cli.app import main
@@ -12,6 +15,8 @@ from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback import sampled
+from rlhf_jax.feedback.features import rows_of
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.sampled import sample_items
 from rlhf_jax.feedback.store import Store
@@ -57,6 +62,52 @@ def test_each_model_answers_each_prompt() -> None:
     alone = sample_items([models[0], models[0]], PROMPTS, max_new_tokens=6, temperature=1.0, seed=3)
     # The same model twice is no pair of copies: each column has draws of its own.
     assert any(item.responses[0] != item.responses[1] for item in alone)
+
+
+def test_a_response_without_an_end_is_marked_as_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, calls = Tokenizer.bytes(), iter(([104, 105, Tokenizer.bytes().eos_id], [104, 105, 33]))
+
+    def generate(*_: object, **__: object) -> Any:
+        tokens = np.tile(next(calls), (sampled.ROWS, 1))
+        return SimpleNamespace(tokens=tokens, mask=np.ones_like(tokens, bool))
+
+    monkeypatch.setattr(sampled, "generate", generate)
+    (item,) = sample_items([source("runs/a"), source("runs/other")], PROMPTS[:1], max_new_tokens=3)
+    assert item.responses == ("hi", "hi!") and item.ended == (True, False)
+    whole, cut = rows_of(item, tokenizer, ended=True)
+    assert whole[-1] == tokenizer.eos_id and cut[-1] == 33
+    assert rows_of(item, tokenizer, ended=False)[0] == whole[:-1]
+
+
+def test_rows_that_are_no_item_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs = [("a", "b"), ("a", "a"), ("a", " "), ("a", "b"), ("b", "a"), ("c", "c")]
+    rows = [{"prompt": "p", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit) as end:
+        main(["label", "labels", "--data", "pairs.jsonl", "--no-serve"])
+    assert end.value.code == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "6 rows: 2 kept, 0 cut, 4 dropped",
+        "  dropped 2: chosen equals rejected (first at pairs.jsonl:2)",
+        "  dropped 1: empty rejected response (first at pairs.jsonl:3)",
+        "  dropped 1: the same prompt and responses as in an earlier row (first at pairs.jsonl:4)",
+        "  remarked 1: the same as an earlier row (first at pairs.jsonl:4)",
+        "every one of them is in labels/ledger.json",
+        "labels: 2 items, 2 of them new",
+    ]
+    decided = json.loads(Path("labels/ledger.json").read_text())["rows"]
+    assert {row["where"] for row in decided} == {f"pairs.jsonl:{line}" for line in (2, 3, 4, 6)}
+    Path("none.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(SystemExit) as end:
+        main(["label", "labels", "--data", "none.jsonl", "--no-serve"])
+    assert end.value.code == 2
+    assert (
+        "none.jsonl: expected one JSON object on each line, got none to label, the last at none.jsonl:1: chosen equals"
+        in (capsys.readouterr().err)
+    )
 
 
 def test_what_cannot_be_sampled_is_named() -> None:

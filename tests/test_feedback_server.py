@@ -494,6 +494,9 @@ def test_items_from_files(tmp_path: Path) -> None:
     transcript, plain = read_tasks([pairs], gold=True)
     assert transcript.turns == (Message("user", "Q"),) and transcript.responses == ("yes", "no")
     assert plain.responses == (" a", " b") and plain.gold == transcript.gold == (1, 2)
+    path.write_text(json.dumps(rows[0] | {"ended": [True, False, True]}))
+    pairs.write_text(json.dumps(hh | {"ended_chosen": False}))
+    assert [item.ended for item in read_tasks([path, pairs])] == [(True, False, True), (False, True)]
 
 
 USELESS_ROWS = [
@@ -514,6 +517,8 @@ USELESS_ROWS = [
         {"prompt": "p", "responses": ["a", "b"], "sources": ["x"]},
         "field 'sources': expected a list of 2.*, got a list of 1",
     ),
+    ({"prompt": "p", "responses": ["a", "b"], "ended": [1, True]}, "field 'ended': expected a list of 2, .*"),
+    ({"prompt": "p", "responses": ["a", "b"], "ended": False}, "field 'ended': expected a list of 2, .*"),
     (
         {"prompt": [{"role": "user"}], "responses": ["a", "b"]},
         r"field 'prompt\[0\].content': missing; the row's fields are 'prompt', 'responses'",

@@ -79,9 +79,10 @@ DIFFERENT: dict[str, Any] = {
 def test_items_and_judgements_come_back_as_they_were(store: Store) -> None:
     wanted = [
         Item("a", "p\u2028é\x00", ("x", "y"), sources=("runs/one", "runs/two")),
+        Item("c", "q", ("x", "y"), ended=(True, False)),
         Item("b", "", ("x", "y", "z"), turns=(Message("user", "hi"),), kind="quiz", gold=(1, 2, 2)),
     ]
-    assert store.add_items(wanted) == 2 and store.add_items(wanted) == 0
+    assert store.add_items(wanted) == 3 and store.add_items(wanted) == 0
     assert store.items() == wanted
     said = Judgement(
         "a",
@@ -117,6 +118,7 @@ REFUSED_ITEMS = [
     (Item("x", "p", ("one",), kind="calibration"), "expected 2 to 9 responses, .*, got 1"),
     (Item("x", "p", ("one", "two"), kind="quiz"), r"expected gold ranks that differ, .*, got \[\]"),
     (Item("x", "p", ("one", "two"), gold=(1, 2, 3)), "expected 2 gold ranks, got 3"),
+    (Item("x", "p", ("one", "two"), ended=(False,)), "expected 2 ended, got 1"),
     (Item("task0", "p", ("one", "two"), kind="calibration"), "expected kind task, as stored, got calibration"),
 ]
 

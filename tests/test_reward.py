@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.batches import RaggedRows, RankingRows
-from rlhf_jax.evaluation.heldout import scores_of
+from rlhf_jax.evaluation.heldout import _in_batches, scores_of
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.trainers import reward
 
@@ -39,6 +39,13 @@ def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(
     monkeypatch.setattr(reward, "FEWEST_RESPONSES", 12)
     assert reward.score_mean_and_scale(model, params, rows, 2) == (None, None)
     assert reward.score_mean_and_scale(model, params, None, 2) == (None, None)
+
+
+def test_every_row_is_evaluated_once_whatever_the_batch() -> None:
+    rows = RaggedRows([([n], [True]) for n in range(5)], 8)
+    for batch in (1, 2, 4, 5, 7):
+        counted = [int(n) for _, indices, counted_B in _in_batches(rows, batch) for n in indices[counted_B]]
+        assert counted == list(range(5)), batch
 
 
 def test_without_demonstrations_no_score_is_shifted() -> None:

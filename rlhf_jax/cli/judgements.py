@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.feedback.agreement import INSTRUCTGPT_AGREEMENT, flags, report
 from rlhf_jax.feedback.ai_feedback import STAGES, Judge, judge_items
 from rlhf_jax.feedback.database import folder_lock
@@ -42,7 +43,11 @@ def page_of(config: Judgements) -> Page:
 def read(config: Judgements) -> tuple[list[Item], list[Judgement]]:
     """Reads all items and judgements."""
     if not config.labels:
-        return read_items(config.items), read_judgements(config.judgements, page_of(config))
+        ledger = Ledger()
+        items = read_items(config.items, ledger)
+        if ledger.rejected:
+            print(ledger.counts())
+        return items, read_judgements(config.judgements, page_of(config))
     with contextlib.closing(Store(Path(config.labels), read_only=True)) as store:
         return store.items(), store.judgements()
 

@@ -41,8 +41,13 @@ def run(config: Config) -> None:
     with folder_lock(folder), contextlib.closing(Store(folder)) as store:
         if config.page:
             store.set_page(read_page(config.page))
-        added = store.add_items(items_of(config))
+        ledger = Ledger()
+        added = store.add_items(items_of(config, ledger))
         total = len(store.items())
+        if ledger.decisions:
+            say(f"{ledger.counts()}\nevery one of them is in {folder / 'ledger.json'}")
+        if ledger.total:
+            ledger.save(folder / "ledger.json")
         say(f"{folder}: {total:,} items, {added:,} of them new")
         if not total:
             raise UserError(
@@ -53,20 +58,23 @@ def run(config: Config) -> None:
             serve(config, store)
 
 
-def items_of(config: Config) -> Iterator[Item]:
-    """Items that the command line adds."""
-    yield from read_tasks(config.quiz, kind="quiz", gold=True)
-    yield from read_tasks(config.calibration, kind="calibration", gold=config.gold)
-    yield from read_tasks(config.data, gold=config.gold)
+def items_of(config: Config, ledger: Ledger) -> Iterator[Item]:
+    """Items that the command line adds; the ledger gets the rows of its files."""
+    yield from read_tasks(config.quiz, kind="quiz", gold=True, ledger=ledger)
+    yield from read_tasks(config.calibration, kind="calibration", gold=config.gold, ledger=ledger)
+    yield from read_tasks(config.data, gold=config.gold, ledger=ledger)
     yield from read_demonstration_tasks(config.demonstrations)
     if config.run:
         # Imported here: the model code takes seconds to import.
         from rlhf_jax.feedback.sampled import sample_items
         from rlhf_jax.pretrained.source import LANGUAGE, open_source
 
+        prompts = read_records(config.prompts, "prompts", ledger)
+        for prompt in prompts:
+            ledger.keep(prompt.where)
         yield from sample_items(
             [open_source(spec, stages=LANGUAGE) for spec in config.run],
-            read_records(config.prompts, "prompts", Ledger()),
+            prompts,
             samples=config.samples,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,

@@ -23,7 +23,7 @@ class PretrainConfig(RunConfig):
     heldout: tuple[str, ...] = ()
     """Files of held-out text records to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.02
-    """Fraction of the documents that is held out if heldout is not given."""
+    """Fraction of the documents that is held out, drawn by seed, if heldout is not given."""
     tokenizer: str = "bpe"
     """Tokenizer: bpe (trained on data, with model.vocab_size ids), bytes, or a tiktoken encoding such as gpt2."""
     batch: int = 16
@@ -60,7 +60,7 @@ class SFTConfig(RunConfig):
     heldout: tuple[str, ...] = ()
     """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
-    """Fraction of the records that is held out if heldout is not given."""
+    """Fraction of the prompts that is held out with all their rows, drawn by seed, if heldout is not given."""
     kind: Literal["demonstrations", "dialogues"] = "demonstrations"
     """Kind of records in the files: demonstrations (which may include dialogues) or dialogues only."""
     max_tokens: int | None = None
@@ -104,7 +104,7 @@ class RewardConfig(RunConfig):
     heldout: tuple[str, ...] = ()
     """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
-    """Fraction of the records that is held out if heldout is not given."""
+    """Fraction of the prompts that is held out with all their rows, drawn by seed, if heldout is not given."""
     demonstrations: tuple[str, ...] = ()
     """Files of demonstrations or dialogues; after training, scores are shifted so that their mean score is 0."""
     max_tokens: int | None = None
@@ -118,7 +118,7 @@ class RewardConfig(RunConfig):
     batch: int = 32
     """Batch size in prompts, each with all its responses, over all devices."""
     steps: int = 0
-    """Number of updates; 0 means one epoch, after which InstructGPT overfitted."""
+    """Number of updates; 0 means one epoch, rounded up to whole batches, after which InstructGPT overfitted."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=5e-4))
     """AdamW and its learning-rate schedule; 9e-6 for 6B parameters in InstructGPT."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)

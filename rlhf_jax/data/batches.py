@@ -86,6 +86,11 @@ def global_indices(rows: int, *, batch_size: int, seed: int, step: int) -> Indic
     return np.array([order(rows, seed, int(e))[o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64)
 
 
+def steps_of_epoch(rows: int, batch_size: int) -> int:
+    """Steps after which every row was drawn; the last batch is filled up with the first rows of the next epoch."""
+    return -(-rows // batch_size)
+
+
 def batch_at(
     rows: Rows[Batch],
     *,
@@ -212,9 +217,33 @@ class RaggedRows:
         return _token_batch(tokens, segment_ids, loss_mask)
 
 
+def tied_ranks(responses: Sequence[Sequence[int]], ranks: Sequence[int]) -> tuple[int, ...]:
+    """Ranks in which equal responses are ties: `ranks` itself, or where those differ, ranks 1, 2, … without gaps.
+
+    A response ranked between two equal ones is above and below the same text, so it is tied with them: no order is left
+    that the ranking itself contradicts.
+
+    Args:
+      responses: token ids of each response; equal ids get equal scores, whatever the model.
+    """
+    spans: dict[tuple[int, ...], tuple[int, int]] = {}  # lowest and highest rank of equal responses
+    for ids, rank in zip(responses, ranks, strict=True):
+        low, high = spans.get(tuple(ids), (rank, rank))
+        spans[tuple(ids)] = min(low, rank), max(high, rank)
+    if all(low == high for low, high in spans.values()):
+        return tuple(ranks)
+    ends: list[int] = []  # of the ties, best first
+    for low, high in sorted(spans.values()):
+        if ends and low <= ends[-1]:
+            ends[-1] = max(ends[-1], high)
+        else:
+            ends.append(high)
+    return tuple(next(place for place, end in enumerate(ends, start=1) if rank <= end) for rank in ranks)
+
+
 @dataclasses.dataclass(frozen=True)
 class RankingRows:
-    """Prompts with K ranked responses each, K ragged.
+    """Prompts with K ranked responses each, K ragged. In batches, equal responses are ties (`tied_ranks`).
 
     rows: (one row of ids per response, one rank per response; 1 is best). The other fields are as in RaggedRows.
     """
@@ -246,6 +275,11 @@ class RankingRows:
         return max(len(ranks) for _, ranks in self.rows)
 
     @functools.cached_property
+    def ranks(self) -> list[tuple[int, ...]]:
+        """Ranks of each prompt's responses, equal responses tied."""
+        return [tied_ranks(responses, ranks) for responses, ranks in self.rows]
+
+    @functools.cached_property
     def lengths(self) -> Indices:
         """Tokens of each prompt's longest response, the prompt included."""
         return np.array([max(map(len, responses)) for responses, _ in self.rows], np.int64)
@@ -260,7 +294,7 @@ class RankingRows:
         ranks = np.zeros(shape[:2], np.int32)
         exists = np.zeros(shape[:2], np.bool_)
         for place, index in enumerate(indices):
-            responses, row_ranks = self.rows[index]
+            responses, row_ranks = self.rows[index][0], self.ranks[index]
             ranks[place, : len(row_ranks)] = row_ranks
             exists[place, : len(row_ranks)] = True
             for k, ids in enumerate(responses):
@@ -309,7 +343,7 @@ class SharedRankingRows:
         at, ranks = (np.zeros((len(indices), self.rankings.responses), np.int32) for _ in range(2))
         exists = np.zeros(at.shape, np.bool_)
         for place, index in enumerate(indices):
-            responses, row_ranks = self.rankings.rows[index]
+            responses, row_ranks = self.rankings.rows[index][0], self.rankings.ranks[index]
             used = common = self.common[index]
             tokens[place, :used], segment_ids[place, :used] = responses[0][:used], 1
             for k, ids in enumerate(responses):

@@ -39,8 +39,8 @@ def chat_response_ids(messages: Turns, response: str, tokenizer: TextTokenizer, 
     return talk.ids([answer.prompt, answer.text + (answer.end if ended else "")])[1]
 
 
-def chat_rest_ids(messages: Turns, rest: Turns, tokenizer: TextTokenizer) -> list[int]:
-    """Ids of the rest of a dialogue, which follows `chat_ids(messages)`, up to the end of its last turn.
+def chat_rest_ids(messages: Turns, rest: Turns, tokenizer: TextTokenizer, *, ended: bool = True) -> list[int]:
+    """Ids of the rest of a dialogue, which follows `chat_ids(messages)`, with the end of its last turn if it `ended`.
 
     Raises:
       UserError: if the template does not render the rest directly after its generation prompt.
@@ -49,7 +49,8 @@ def chat_rest_ids(messages: Turns, rest: Turns, tokenizer: TextTokenizer) -> lis
     prompt, whole = talk.render(len(messages), prompt=True), talk.render(len(messages) + len(rest))
     if not whole.startswith(prompt):
         raise UserError(_NOT_AFTER_PROMPT)
-    return talk.ids([prompt, "".join(talk.tokens.split_end(whole[len(prompt) :]))])[1]
+    text, end = talk.tokens.split_end(whole[len(prompt) :])
+    return talk.ids([prompt, text + (end if ended else "")])[1]
 
 
 def chat_row(

@@ -11,10 +11,11 @@ Human / Assistant template. A prompt given as text is used unchanged.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from rlhf_jax.data import chat
-from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows
+from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows, tied_ranks
 from rlhf_jax.data.dialogues import HEADERS, Message, render_message
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompted, Ranking, Text
@@ -70,14 +71,17 @@ def response_ids(
     return [*ids, tokenizer.eos_id] if ended else ids
 
 
-def rest_ids(turns: Sequence[Message], rest: Sequence[Message], tokenizer: TextTokenizer) -> list[int]:
-    """Ids of several messages that answer the turns, the first and the last by the assistant, with the last one's end.
+def rest_ids(
+    turns: Sequence[Message], rest: Sequence[Message], tokenizer: TextTokenizer, *, ended: bool = True
+) -> list[int]:
+    """Ids of several messages that answer the turns, the first and the last by the assistant.
 
-    They follow `chat_ids(turns)`, and both are the row of the dialogue.
+    They follow `chat_ids(turns)`, and both are the row of the dialogue; the last message has its end if it `ended`.
     """
     if tokenizer.chat_template is not None:
-        return chat.chat_rest_ids(turns, rest, tokenizer)
-    return dialogue_row([*turns, *rest], tokenizer)[0][len(chat_ids(turns, tokenizer)) :]
+        return chat.chat_rest_ids(turns, rest, tokenizer, ended=ended)
+    ids = dialogue_row([*turns, *rest], tokenizer)[0][len(chat_ids(turns, tokenizer)) :]
+    return ids if ended else ids[:-1]
 
 
 def dialogue_row(messages: Sequence[Message], tokenizer: TextTokenizer, *, unlearned: Collection[int] = ()) -> Row:
@@ -122,7 +126,7 @@ def encode_demonstrations(
             if isinstance(record, Dialogue):
                 row = dialogue_row(record.messages, tokenizer, unlearned=record.unlearned)
             else:
-                response = response_ids(record.completion, tokenizer, turns=record.turns)
+                response = response_ids(record.completion, tokenizer, turns=record.turns, ended=record.ended)
                 row = response_row(prompt_ids(record, tokenizer), response)
         if len(row[0]) > max_tokens:
             ledger.drop(record.where, _too_long(max_tokens))
@@ -145,7 +149,10 @@ def encode_rankings(
     ledger: Ledger,
     buckets: tuple[int, ...] = (),
 ) -> RankingRows:
-    """Encodes rows for the reward model; a prompt is dropped if any of its responses exceeds `max_tokens`."""
+    """Encodes rows for the reward model; a prompt is dropped if any of its responses exceeds `max_tokens`.
+
+    Responses that are equal once encoded are ties; a prompt without two that differ in rank is dropped.
+    """
     rows, kept = [], []
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -155,20 +162,50 @@ def encode_rankings(
         else:
             responses, ranks, same = record.responses, record.ranks, "all responses are equal"
         with _named(record.where):
+            ends = record.ended or [True] * len(responses)
             if record.rests:
-                answers = [rest_ids(record.turns, rest, tokenizer) for rest in record.rests]
+                answers = [
+                    rest_ids(record.turns, rest, tokenizer, ended=ended)
+                    for rest, ended in zip(record.rests, ends, strict=True)
+                ]
             else:
-                answers = [response_ids(text, tokenizer, turns=record.turns) for text in responses]
+                answers = [
+                    response_ids(text, tokenizer, turns=record.turns, ended=ended)
+                    for text, ended in zip(responses, ends, strict=True)
+                ]
             ids = ranking_rows(prompt_ids(record, tokenizer), answers)
         if max(map(len, ids)) > max_tokens:
             ledger.drop(record.where, _too_long(max_tokens))
-        elif all(row == ids[0] for row in ids):
-            ledger.drop(record.where, f"{same}, once encoded")
-        else:
-            ledger.keep(record.where, tokens=sum(map(len, ids)))
-            rows.append((ids, ranks))
+        elif tied := _ordered(ids, ranks, record.where, ledger, same):
+            rows.append((ids, tied))
             kept.append(record)
     return RankingRows(rows, max_tokens, tokenizer.pad_id, buckets, kept)
+
+
+def ordered_rankings(rankings: RankingRows, ledger: Ledger) -> RankingRows:
+    """The rows that `encode_rankings` would keep of rows that are encoded already; the ledger numbers them from 1."""
+    rows = []
+    for number, (ids, ranks) in enumerate(rankings.rows, start=1):
+        if tied := _ordered(ids, ranks, f"rankings:{number}", ledger, "all responses are equal"):
+            rows.append((ids, tied))
+    return dataclasses.replace(rankings, rows=rows, sources=())
+
+
+def _ordered(
+    ids: Sequence[Sequence[int]], ranks: Sequence[int], where: str, ledger: Ledger, same: str
+) -> tuple[int, ...]:
+    """Ranks with equal rows of ids tied, () if they order nothing, recorded in the ledger either way."""
+    tied = tied_ranks(ids, ranks)
+    if all(list(row) == list(ids[0]) for row in ids):
+        ledger.drop(where, f"{same}, once encoded")
+        return ()
+    if len(set(tied)) == 1:
+        ledger.drop(where, "all ranks are tied" + ("" if tied == tuple(ranks) else ", as equal responses are"))
+        return ()
+    ledger.keep(where, tokens=sum(map(len, ids)))
+    if tied != tuple(ranks):
+        ledger.remark(where, "equal responses with unlike ranks, which are a tie")
+    return tied
 
 
 def encode_prompts(

@@ -1,4 +1,4 @@
-"""Record of every data row that was kept, cut or dropped, with the reason. No row disappears without an entry."""
+"""Record of every data row that was kept, cut, dropped or held out, with the reason. No row goes without an entry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOKENS_PER_BOOK = 67_000  # 50,000 words at 0.75 words a token
 class Decision(NamedTuple):
     """A row that is not simply kept.
 
-    where: "file:line". what: "cut", "dropped" or "remarked" (kept unchanged).
+    where: "file:line". what: "cut", "dropped", "held out" or "remarked" (kept unchanged).
     """
 
     where: str
@@ -22,7 +22,7 @@ class Decision(NamedTuple):
 
 
 class Ledger:
-    """Row counts by file. Kept + cut + dropped = rows read, once every row is decided; `undecided` counts the rest.
+    """Row counts by file. Kept + cut + dropped + held out = rows read, once all are decided; `undecided` are the rest.
 
     `where` is "file:line"; embedded data names its source in the same way.
     """
@@ -57,6 +57,20 @@ class Ledger:
         self._count(where)["dropped"] += 1
         self.decisions.append(Decision(where, "dropped", reason))
 
+    def hold_out(self, where: str, reason: str, kept_tokens: int | None = None) -> None:
+        """Records a row that is evaluated on instead of trained on.
+
+        Args:
+          kept_tokens: number of tokens that `keep` has counted for this row before, which no longer count; None if the
+            row was not counted yet.
+        """
+        counts = self._count(where)
+        counts["held_out"] += 1
+        if kept_tokens is not None:
+            counts["kept"] -= 1
+            counts["tokens"] -= kept_tokens
+        self.decisions.append(Decision(where, "held out", reason))
+
     def remark(self, where: str, reason: str) -> None:
         """Records a note about a row that is used; the row itself is counted by `keep` or `cut`."""
         self._count(where)["remarked"] += 1
@@ -71,14 +85,19 @@ class Ledger:
         return self._sum("dropped")
 
     @property
+    def held_out(self) -> int:
+        return self._sum("held_out")
+
+    @property
     def total(self) -> int:
         """Rows seen: those counted by `read`, and those of sources that do not call it."""
-        return sum(max(c["read"], c["kept"] + c["cut"] + c["dropped"]) for c in self._counts.values())
+        names = ("kept", "cut", "dropped", "held_out")
+        return sum(max(c["read"], sum(c[name] for name in names)) for c in self._counts.values())
 
     @property
     def undecided(self) -> int:
-        """Rows read but neither accepted nor rejected yet; 0 once all rows are accounted for."""
-        return self.total - self.accepted - self.rejected
+        """Rows read but not accepted, rejected or held out yet; 0 once all rows are accounted for."""
+        return self.total - self.accepted - self.rejected - self.held_out
 
     @property
     def tokens(self) -> int:
@@ -92,12 +111,13 @@ class Ledger:
         return {what: dict(counter.most_common()) for what, counter in table.items()}
 
     def to_dict(self) -> dict[str, object]:
-        """Returns plain JSON: totals, counts by file, counts by reason, and every row cut, dropped or remarked on."""
-        names = ("read", "kept", "cut", "dropped", "remarked", "tokens")
+        """Returns plain JSON: totals, counts by file, counts by reason, and every row not simply kept."""
+        names = ("read", "kept", "cut", "dropped", "held_out", "remarked", "tokens")
         return {
             "total": self.total,
             "accepted": self.accepted,
             "rejected": self.rejected,
+            "held_out": self.held_out,
             "undecided": self.undecided,
             "tokens": self.tokens,
             "books": self.tokens / TOKENS_PER_BOOK,
@@ -121,15 +141,27 @@ class Ledger:
         Args:
           parameters: number of parameters of the model that trains on the data.
         """
-        rows = f"{self.total:,} rows: {self._sum('kept'):,} kept, {self._sum('cut'):,} cut, {self.rejected:,} dropped"
-        if self.undecided:
-            rows += f", {self.undecided:,} undecided"
         tokens = f"{self.tokens:,} tokens, as many as in {_short(self.tokens / TOKENS_PER_BOOK, 1)} books"
         if parameters is not None:
             tokens += f", {_short(self.tokens / parameters, 2)} for each of {parameters:,} parameters"
-        lines = [rows, tokens]
+        rows, *reasons = self.counts().split("\n")
+        return "\n".join([rows, tokens, *reasons])
+
+    def counts(self) -> str:
+        """Human-readable counts: rows, and the rows of each reason with the first of them."""
+        rows = f"{self.total:,} rows: {self._sum('kept'):,} kept, {self._sum('cut'):,} cut, {self.rejected:,} dropped"
+        if self.held_out:
+            rows += f", {self.held_out:,} held out"
+        if self.undecided:
+            rows += f", {self.undecided:,} undecided"
+        first: dict[tuple[str, str], str] = {}
+        for where, what, reason in self.decisions:
+            first.setdefault((what, reason), where)
+        lines = [rows]
         for what, reasons in self.reasons().items():
-            lines += [f"  {what} {count:,}: {reason}" for reason, count in reasons.items()]
+            for reason, count in reasons.items():
+                where = first[what, reason]
+                lines.append(f"  {what} {count:,}: {reason}" + (f" (first at {where})" if where else ""))
         return "\n".join(lines)
 
     def _count(self, where: str) -> collections.Counter[str]:

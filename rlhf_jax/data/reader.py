@@ -9,9 +9,11 @@ rankings        prompt, responses, ranks (a file may mix rankings and comparison
 prompts         prompt; or the prompt of any other row, or messages up to the last answer
 
 These are TRL's names. forms.py has the others (of Alpaca, ShareGPT and so on) and the one rule for how a prompt is
-rendered; rows.py what a message may hold. A malformed row, or one that cannot be read with certainty, is an error; one
-from which nothing can be learned is dropped and recorded in the ledger. Every row that is read is later recorded there
-as kept, cut or dropped, by this file or by encode.py.
+rendered; rows.py what a message may hold. A response that was cut at the length limit is marked: "ended": false beside
+a completion, "ended_chosen" and "ended_rejected" beside a comparison, "ended" with one value for each response beside a
+ranking. A malformed row, or one that cannot be read with certainty, is an error; one from which nothing can be learned
+is dropped and recorded in the ledger. Every row that is read is later recorded there as kept, cut or dropped, by this
+file or by encode.py.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from rlhf_jax.data.dialogues import render
 from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange, prompt_alone
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
-from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
+from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text, cut_marks
 from rlhf_jax.data.rows import Row, Useless
 from rlhf_jax.errors import UserError
 
@@ -130,6 +132,10 @@ def _dialogue(row: Row) -> Dialogue:
     added = len(messages) - len(turns.messages)
     answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
     unlearned = tuple(at for at in answers if turns.learned[at - added] is False)
+    if not row.ended("ended"):
+        raise row.wrong(
+            "ended", "false", "true in a dialogue; use 'prompt' and 'completion' for an answer that was cut"
+        )
     if not answers:
         raise Useless("no assistant turn")
     if len(unlearned) == len(answers):
@@ -154,7 +160,7 @@ def _demonstration(row: Row) -> Demonstration:
     (completion,) = found.texts
     if not completion.strip():
         raise Useless(f"empty {names[0]}")
-    return Demonstration(found.prompt, completion, row.where, found.turns)
+    return Demonstration(found.prompt, completion, row.where, found.turns, row.ended("ended"))
 
 
 def _comparison(row: Row) -> Comparison:
@@ -167,7 +173,8 @@ def _comparison(row: Row) -> Comparison:
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise Useless(f"empty {name} response")
-    return Comparison(found.prompt, chosen, rejected, row.where, found.turns, found.rests)
+    ended = cut_marks([row.ended("ended_chosen"), row.ended("ended_rejected")])
+    return Comparison(found.prompt, chosen, rejected, row.where, found.turns, found.rests, ended)
 
 
 def _ranking(row: Row) -> Ranking:
@@ -189,10 +196,16 @@ def _ranking(row: Row) -> Ranking:
         raise Useless("all responses are equal")
     if not all(text.strip() for text in texts):
         raise Useless("an empty response")
+    ended = row.fields.get("ended")
+    if ended is not None and (not isinstance(ended, list) or len(ended) != len(texts)):
+        raise row.wrong("ended", describe(ended), f"a list of {len(texts)}, one for each response")
+    for number, value in enumerate(ended or []):
+        if not isinstance(value, bool):
+            raise row.wrong(f"ended[{number}]", describe(value), "true, or false for a response that was cut")
     # Renumbered 1, 2, … without gaps: only the order counts, and a file may use any integers.
     places = sorted(set(ranks))
     dense = tuple(places.index(rank) + 1 for rank in ranks)
-    return Ranking(found.prompt, tuple(texts), dense, row.where, found.turns, found.rests)
+    return Ranking(found.prompt, tuple(texts), dense, row.where, found.turns, found.rests, cut_marks(ended or []))
 
 
 def _prompt(row: Row) -> Prompt:

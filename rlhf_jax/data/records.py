@@ -4,13 +4,14 @@ In each, `where` is "file:line" or the name of another source, for the ledger an
 comparisons, so records with the same content are equal. `prompt` is text that the response follows directly. `turns` is
 the same prompt as messages, if it was given that way: then every assistant turn in it ends with eos, as in training,
 which text cannot express. `rests` are the responses as messages, if one has several: dialogues that diverge before
-their last answer.
+their last answer. `ended` is False for a response that was cut at the length limit: it is trained on as it stands,
+without the end token. For several responses it has one value each, or () if all ended.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rlhf_jax.data.dialogues import Message
 
@@ -40,6 +41,7 @@ class Demonstration:
     completion: str
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
+    ended: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Comparison:
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
     rests: tuple[tuple[Message, ...], ...] = ()
+    ended: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Ranking:
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
     rests: tuple[tuple[Message, ...], ...] = ()
+    ended: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,11 @@ class Dialogue:
     messages: tuple[Message, ...]
     where: str = dataclasses.field(default="", compare=False)
     unlearned: tuple[int, ...] = ()
+
+
+def cut_marks(ended: Sequence[bool]) -> tuple[bool, ...]:
+    """`ended` of several responses as records hold it: () if all of them ended."""
+    return () if all(ended) else tuple(ended)
 
 
 Prompted = Prompt | Demonstration | Comparison | Ranking

@@ -77,6 +77,13 @@ class Row:
             raise self.wrong(name, describe(value), "text")
         return value
 
+    def ended(self, name: str) -> bool:
+        """False if the row says that a response was cut; True if it does not say."""
+        value = self.fields.get(name, True)
+        if not isinstance(value, bool):
+            raise self.wrong(name, describe(value), "true, or false for a response that was cut")
+        return value
+
     def turns(self, name: str) -> Turns:
         return self.as_turns(name, self.value(name))
 

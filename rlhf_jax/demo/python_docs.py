@@ -66,7 +66,8 @@ class Corpus:
     """The embedded corpus, split by a hash of the prompt or text, so that the split is the same for every seed.
 
     texts, heldout_texts: for pretraining, about 24 to 1. demonstrations, heldout_demonstrations: (prompt, first
-    sentence), about 9 to 1. prompts, heldout_prompts: all prompts of each split, with or without a demonstration.
+    sentence), about 9 to 1. No docstring or sentence of the held-out sides is anywhere in texts. prompts,
+    heldout_prompts: all prompts of each split, with or without a demonstration.
     heldout_sentences: held-out prompt -> first sentence of its docstring, whether or not it is a demonstration.
     descriptions: (prompt, first paragraph of the docstring) of the functions in texts.
     """
@@ -174,6 +175,11 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
+def _plain(text: str) -> str:
+    """Text with each run of white space as one space, so that indentation and line breaks hide no copy."""
+    return " ".join(text.split())
+
+
 def _functions_of_library(root: Path) -> list[tuple[str, str | None, str, list[str]]]:
     """Lists (where, docstring, name, arguments) of everything that the standard library's source files define."""
     found: list[tuple[str, str | None, str, list[str]]] = []
@@ -255,21 +261,33 @@ def load_corpus() -> Corpus:
     unseen = {prompt for prompt in functions if _share(prompt) < 0.1}
     heldout_sentences = {f.sentence for f in functions.values() if f.sentence and f.prompt in unseen}
 
+    def body(text: str, prompt: str) -> str:
+        return text.split("\n\n", 1)[-1] if prompt else text
+
     def held_out(text: str, prompt: str) -> bool:
-        body = text.split("\n\n", 1)[-1] if prompt else text
-        return _share(text) < 0.04 or prompt in unseen or first_sentence(body) in heldout_sentences
+        return _share(text) < 0.04 or prompt in unseen or first_sentence(body(text, prompt)) in heldout_sentences
 
     demonstrated = [d for d in demonstrations if d.prompt not in unseen]
     training = [(text, prompt) for text, prompt in pages if not held_out(text.text, prompt)]
-    # A method overridden with another signature has the same sentence, which is not held-out if it is in training.
+    # A method overridden with another signature, or under another name, has the same docstring, and a class may quote
+    # its method's: what is in training, whole or as a part, is not held-out.
+    trained = "\0".join(_plain(text.text) for text, _ in training)
     shown = {d.completion for d in demonstrated}
     return Corpus(
         texts=[text for text, _ in training]
         + [t for p, t in undocumented.items() if functions[p].sentence is None and p not in unseen]
         * _TIMES_UNDOCUMENTED,
-        heldout_texts=[text for text, _ in pages if _share(text.text) < 0.04],
+        heldout_texts=[
+            text
+            for text, prompt in pages
+            if _share(text.text) < 0.04 and _plain(body(text.text, prompt)) not in trained
+        ],
         demonstrations=demonstrated,
-        heldout_demonstrations=[d for d in demonstrations if d.prompt in unseen and d.completion not in shown],
+        heldout_demonstrations=[
+            d
+            for d in demonstrations
+            if d.prompt in unseen and d.completion not in shown and _plain(d.completion) not in trained
+        ],
         prompts=[p for p in prompts if p.prompt not in unseen],
         heldout_prompts=[p for p in prompts if p.prompt in unseen],
         heldout_sentences={f.prompt: f.sentence for f in functions.values() if f.sentence and f.prompt in unseen},

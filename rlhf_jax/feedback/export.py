@@ -2,13 +2,15 @@
 answers that labellers wrote, as demonstrations.
 
 An export is a folder with one JSONL file and manifest.json with its SHA-256 and counts; the same judgements give the
-same bytes. Only ranks train the reward model: labeller, seconds, ratings, flags, comments and rationale are in fields that
-data/reader.py ignores. Judgements and pairs that carry no information are left out and counted by reason.
+same bytes. Ranks train the reward model, and `ended` tells it which responses were cut; labeller, seconds, ratings,
+flags, comments and rationale are in fields that data/reader.py ignores. Judgements and pairs without information are
+left out and counted by reason.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 import json
 import os
@@ -19,7 +21,7 @@ from typing import Any, Literal
 from rlhf_jax.data.dialogues import Message, is_hh, render, render_prompt, split_hh, split_shared
 from rlhf_jax.data.jsonl import read_rows
 from rlhf_jax.data.reader import record_of
-from rlhf_jax.data.records import Comparison, Demonstration, Ranking
+from rlhf_jax.data.records import Comparison, Demonstration, Ranking, cut_marks
 from rlhf_jax.data.rows import Useless
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judged import Judged, join
@@ -31,7 +33,7 @@ from rlhf_jax.runs.atomic_files import MANIFEST, UNFINISHED, read_manifest, seal
 FORMS: tuple[Form, ...] = ("rankings", "comparisons", "trl", "hh", "demonstrations")
 KIND = "rlhf_jax feedback"
 CONSENSUS = "consensus"
-_OF_RESPONSES = ("ratings", "flags", "comments", "sources")
+BESIDE = ("ratings", "flags", "comments", "sources", "ended")  # fields with one value for each response
 Said = tuple[Item, tuple[int, ...], dict[str, Any]]  # an item, dense ranks, and further fields
 _Row = tuple[dict[str, Any], Comparison | Ranking | Demonstration]
 
@@ -146,9 +148,13 @@ def _said(judged: Judged, models: bool, left_out: collections.Counter[str]) -> I
             about["comments"] = list(judgement.comments)
         if judgement.rationale:
             about["rationale"] = judgement.rationale
-        if item.sources:
-            about["sources"] = list(item.sources)
+        about |= _of_responses(item)
         yield item, dense(judgement.ranks), about
+
+
+def _of_responses(item: Item) -> dict[str, list[Any]]:
+    """The item's own fields with one value for each response."""
+    return {name: list(values) for name, values in (("sources", item.sources), ("ended", item.ended)) if values}
 
 
 def _useless(item: Item, judgement: Judgement, models: bool) -> str:
@@ -227,8 +233,7 @@ def _agreed(
             about["ratings"] = [_mean([rating for rating in column if rating is not None]) for column in zip(*ratings)]
         if flags := [one["flags"] for one in abouts if "flags" in one]:
             about["flags"] = [_half(column, len(flags)) for column in zip(*flags)]
-        if item.sources:
-            about["sources"] = list(item.sources)
+        about |= _of_responses(item)
         agreed.append((item, ranks, about))
     return agreed
 
@@ -247,7 +252,8 @@ def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form,
     prompt: Any = [message._asdict() for message in item.turns] or item.prompt
     space = " " if item.turns else ""
     if form == "rankings":
-        record = Ranking(item.prompt, tuple(space + text for text in item.responses), ranks, turns=item.turns)
+        texts = tuple(space + text for text in item.responses)
+        record = Ranking(item.prompt, texts, ranks, turns=item.turns, ended=item.ended)
         yield {"prompt": prompt, "responses": list(item.responses), "ranks": list(ranks), **about}, record
         return
     for first, second in itertools.combinations(range(len(ranks)), 2):
@@ -259,17 +265,18 @@ def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form,
         if chosen == rejected:
             left_out["chosen equals rejected"] += 1
             continue
-        beside = {key: value for key, value in about.items() if key not in _OF_RESPONSES}
-        for name in _OF_RESPONSES:
+        beside = {key: value for key, value in about.items() if key not in BESIDE}
+        for name in BESIDE:
             if name in about:
                 beside[f"{name}_chosen"], beside[f"{name}_rejected"] = about[name][best], about[name][worst]
-        pair = Comparison(item.prompt, space + chosen, space + rejected, turns=item.turns)
+        ended = cut_marks([item.ended[best], item.ended[worst]]) if item.ended else ()
+        pair = Comparison(item.prompt, space + chosen, space + rejected, turns=item.turns, ended=ended)
         if form == "hh":
             transcripts = _transcripts(item, chosen, rejected)
             if transcripts is None:
                 left_out["no transcript says it"] += 1
                 continue
-            texts, pair = transcripts
+            texts, pair = transcripts[0], dataclasses.replace(transcripts[1], ended=ended)
             yield {"chosen": texts[0], "rejected": texts[1], **beside}, pair
         elif not item.turns and all(map(is_hh, (chosen, rejected))):
             # Reading takes them for full dialogues, whatever the prompt is.

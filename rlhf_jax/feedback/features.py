@@ -29,10 +29,11 @@ _EVERY = 50
 
 
 def rows_of(item: Item, tokenizer: TextTokenizer, *, ended: bool) -> list[list[int]]:
-    """Token ids of the prompt with each response, with the end token if `ended`."""
+    """Token ids of the prompt with each response; with `ended`, with the end token of those that were not cut."""
     # A response to a prompt given as messages follows a space, as everywhere in data/.
     texts = [f" {text}" for text in item.responses] if item.turns else item.responses
-    answers = [response_ids(text, tokenizer, turns=item.turns, ended=ended) for text in texts]
+    ends = [ended and of_one for of_one in item.ended or [True] * len(texts)]
+    answers = [response_ids(text, tokenizer, turns=item.turns, ended=end) for text, end in zip(texts, ends)]
     return ranking_rows(prompt_ids(Prompt(item.prompt, turns=item.turns), tokenizer), answers)
 
 

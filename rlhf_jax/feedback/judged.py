@@ -1,6 +1,6 @@
 """Items and judgements as JSONL, and their checked join.
 
-An item is {"id", "prompt": text or messages, "responses", "sources", "kind", "gold"}; a judgement is {"item",
+An item is {"id", "prompt": text or messages, "responses", "sources", "kind", "gold", "ended"}; a judgement is {"item",
 "labeller", "ranks", "ratings", "flags": a list of names for each response, "skip", "seconds", "at", "comments": one for
 each response, "rationale", "demonstration", "corrects"}. Fields with a default in records.py are optional.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 from rlhf_jax.data.dialogues import Message, render_prompt
 from rlhf_jax.data.jsonl import describe, read_rows
+from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.data.records import cut_marks
 from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.page import Page
@@ -73,8 +75,8 @@ def join(items: Iterable[Item], judgements: Iterable[Judgement]) -> Judged:
     return Judged(known, tuple(pairs))
 
 
-def read_items(paths: Iterable[str | Path]) -> list[Item]:
-    """Read items from JSONL files; a file whose first row has no id is read by `read_tasks`.
+def read_items(paths: Iterable[str | Path], ledger: Ledger | None = None) -> list[Item]:
+    """Read items from JSONL files; a file whose first row has no id is read by `read_tasks`, with the ledger.
 
     Raises:
       UserError: with file, line and field.
@@ -83,7 +85,7 @@ def read_items(paths: Iterable[str | Path]) -> list[Item]:
     for path in paths:
         first = next(read_rows(path), None)
         if first is not None and "id" not in first[1]:
-            items += read_tasks([path])
+            items += read_tasks([path], ledger=ledger)
         else:
             items += [_item(where, row) for where, row in read_rows(path)]
     return items
@@ -107,7 +109,8 @@ def item_row(item: Item) -> dict[str, Any]:
     """The JSON object that `read_items` reads as this item."""
     prompt = [message._asdict() for message in item.turns] if item.turns else item.prompt
     row = {"id": item.id, "prompt": prompt, "responses": list(item.responses), "kind": item.kind}
-    return row | {name: list(values) for name, values in (("sources", item.sources), ("gold", item.gold)) if values}
+    more = (("sources", item.sources), ("gold", item.gold), ("ended", item.ended))
+    return row | {name: list(values) for name, values in more if values}
 
 
 def judgement_row(judgement: Judgement) -> dict[str, Any]:
@@ -168,13 +171,15 @@ def _item(where: str, row: dict[str, Any]) -> Item:
         )
     sources = _list(where, row, "sources", _text, "text")
     gold = _list(where, row, "gold", _rank, "whole numbers from 1")
-    for field, values in (("sources", sources), ("gold", gold)):
+    ended = _list(where, row, "ended", lambda value: isinstance(value, bool), "true or false")
+    for field, values in (("sources", sources), ("gold", gold), ("ended", ended)):
         if values and len(values) != len(responses):
             raise _wrong(where, field, list(values), f"{len(responses)}, one for each response")
     kind = _field(where, row, "kind", str, "task", f"one of {', '.join(KINDS)}")
     if kind not in KINDS:
         raise _wrong(where, "kind", kind, f"one of {', '.join(KINDS)}")
-    return Item(_field(where, row, "id", str, None, "text"), prompt, responses, turns, sources, kind, gold)
+    id = _field(where, row, "id", str, None, "text")
+    return Item(id, prompt, responses, turns, sources, kind, gold, cut_marks(ended))
 
 
 def _judgement(where: str, row: dict[str, Any], page: Page) -> Judgement:

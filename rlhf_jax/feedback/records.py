@@ -37,6 +37,7 @@ class Item:
       kind: "task" for a set number of labellers, "calibration" for every labeller, or "quiz", whose gold ranks screen
         labellers.
       gold: reference ranks, 1 is best; () if unknown.
+      ended: False for a response that was cut at the length limit; () if all ended.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Item:
     sources: tuple[str, ...] = ()
     kind: str = "task"
     gold: tuple[int, ...] = ()
+    ended: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

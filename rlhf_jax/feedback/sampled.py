@@ -61,18 +61,19 @@ def sample_items(
     ]
     items = {}
     for prompt, answers in zip(prompts, zip(*columns, strict=True), strict=True):
-        responses = [text for texts in answers for text in texts]
+        responses, ended = zip(*(one for several in answers for one in several), strict=True)
         if prompt.turns:
-            responses = [text.strip() for text in responses]
+            responses = tuple(text.strip() for text in responses)
         sources = [model.where for model in models for _ in range(samples)]
-        item = make_item(prompt.prompt, responses, turns=prompt.turns, sources=sources)
+        item = make_item(prompt.prompt, responses, turns=prompt.turns, sources=sources, ended=ended)
         items[item.id] = item
     return list(items.values())
 
 
 def _responses(
     model: Source, prompts: Sequence[Prompt], *, samples: int, max_new_tokens: int, temperature: float, seed: int
-) -> list[list[str]]:
+) -> list[list[tuple[str, bool]]]:
+    """(text, True if it ended) of each response to each prompt."""
     tokenizer, network, params = model.tokenizer, model.network(), model.params()
     room = model.model.context - max_new_tokens
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
@@ -87,7 +88,7 @@ def _responses(
     # Random numbers belong to a response's place, so a response does not depend on the batch it is sampled in.
     numbers = [uniform_numbers(jax.random.fold_in(key, part), ROWS, max_new_tokens) for part in parts]
     uniform_NR = np.concatenate(numbers)
-    texts = [""] * len(order)
+    answers = [("", False)] * len(order)
     for among in by_length([len(rows[place]) for place in order], ROWS):
         part = [rows[order[place]] for place in among]
         width = bucket_length(max(map(len, part)), default_buckets(room))
@@ -108,5 +109,7 @@ def _responses(
         tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
         for place, ids, row, mask in zip(among, part, tokens_BR, mask_BR):
             # Decoding a response without its prompt could drop its leading space.
-            texts[place] = tokenizer.decode([*ids, *row[mask].tolist()])[len(tokenizer.decode(ids)) :]
-    return [texts[place * samples : (place + 1) * samples] for place in range(len(rows))]
+            said = row[mask].tolist()
+            text = tokenizer.decode([*ids, *said])[len(tokenizer.decode(ids)) :]
+            answers[place] = text, said[-1] in tokenizer.stop_ids
+    return [answers[place * samples : (place + 1) * samples] for place in range(len(rows))]

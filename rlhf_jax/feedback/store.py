@@ -270,6 +270,7 @@ def item_of(id: str, kind: str, content: str) -> Item:
         sources=tuple(fields["sources"]),
         kind=kind,
         gold=tuple(fields["gold"]),
+        ended=tuple(fields.get("ended", ())),
     )
 
 
@@ -376,7 +377,7 @@ def _refuse_item(item: Item) -> None:
         raise UserError(
             f"item {item.id}: expected gold ranks that differ, by which a quiz is marked, got {list(item.gold)}"
         )
-    for name, values in (("gold ranks", item.gold), ("sources", item.sources)):
+    for name, values in (("gold ranks", item.gold), ("sources", item.sources), ("ended", item.ended)):
         if values and len(values) != len(item.responses):
             raise UserError(f"item {item.id}: expected {len(item.responses)} {name}, got {len(values)}")
 
@@ -388,6 +389,8 @@ def _content(item: Item) -> str:
         "responses": item.responses,
         "sources": item.sources,
         "gold": item.gold,
+        # Folders from before responses were marked as cut have no such field.
+        **({"ended": item.ended} if item.ended else {}),
     }
     return json.dumps(fields, ensure_ascii=False)
 

@@ -1,15 +1,16 @@
 """Items to label, from JSONL files.
 
 A row has a prompt and `responses`, or it is a comparison, in any form that training reads (data/reader.py). `ranks`, or
-chosen over rejected, become gold ranks on request; `sources` may name the model of each response. After a prompt of
-messages a response is the content of the next assistant message; after a prompt that is text it continues the text.
+chosen over rejected, become gold ranks on request; `sources` may name the model of each response, and `ended` (or
+ended_chosen, ended_rejected) tells which were not cut at the length limit. After a prompt of messages a response is the
+content of the next assistant message; after a prompt that is text it continues the text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rlhf_jax.data.forms import dialogue_field, exchange, prompt_alone, prompt_f
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
-from rlhf_jax.data.records import Comparison
+from rlhf_jax.data.records import Comparison, cut_marks
 from rlhf_jax.data.rows import Row, Useless
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
@@ -33,34 +34,55 @@ def make_item(
     sources: Sequence[str] = (),
     kind: str = "task",
     gold: Sequence[int] = (),
+    ended: Sequence[bool] = (),
 ) -> Item:
     """Make an item whose id is a hash of its prompt and responses, so that equal content has the same id everywhere."""
     content = json.dumps([prompt, turns, responses], ensure_ascii=False)
     id = hashlib.sha256(content.encode()).hexdigest()[:20]
-    return Item(id, prompt, tuple(responses), tuple(turns), tuple(sources), kind, dense(gold))
+    return Item(id, prompt, tuple(responses), tuple(turns), tuple(sources), kind, dense(gold), cut_marks(ended))
 
 
-def read_tasks(paths: Iterable[str | Path], *, kind: str = "task", gold: bool = False) -> list[Item]:
+def read_tasks(
+    paths: Iterable[str | Path], *, kind: str = "task", gold: bool = False, ledger: Ledger | None = None
+) -> list[Item]:
     """Read items from files; duplicate rows become one item.
 
     Args:
       paths: JSONL files.
       kind: of the items.
       gold: use ranks as gold ranks, which a quiz requires.
+      ledger: of the rows; those that are no item of their own are dropped in it.
 
     Raises:
-      UserError: `file:line: field 'x': expected …, got …`, and for a file without rows.
+      UserError: `file:line: field 'x': expected …, got …`, and for a file without rows that can be labelled.
     """
     items: dict[str, Item] = {}
+    ledger = ledger if ledger is not None else Ledger()
     for path in paths:
-        if compares(path):
-            read = [_of_comparison(record, kind, gold) for record in read_records(path, "comparisons", Ledger())]
-        else:
-            read = [_of_row(where, row, kind, gold) for where, row in read_rows(path)]
+        read = list(_read(path, kind, gold, ledger))
         if not read:
-            raise UserError(f"{path}: expected one JSON object on each line, got no rows to label")
-        items.update((item.id, item) for item in read if item.id not in items)
+            why = "no rows to label"
+            if ledger.decisions and ledger.decisions[-1].where.startswith(f"{path}:"):
+                why = f"none to label, the last at {ledger.decisions[-1].where}: {ledger.decisions[-1].reason}"
+            raise UserError(f"{path}: expected one JSON object on each line, got {why}")
+        for where, item in read:
+            if item.id in items:
+                ledger.drop(where, "the same prompt and responses as in an earlier row")
+            else:
+                ledger.keep(where)
+                items[item.id] = item
     return list(items.values())
+
+
+def _read(path: str | Path, kind: str, gold: bool, ledger: Ledger) -> Iterator[tuple[str, Item]]:
+    """The items of a file's rows, with file and line; the reader of comparisons drops those that say nothing."""
+    if compares(path):
+        for record in read_records(path, "comparisons", ledger):
+            yield record.where, _of_comparison(record, kind, gold)
+        return
+    for where, row in read_rows(path):
+        ledger.read(where)
+        yield where, _of_row(where, row, kind, gold)
 
 
 def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
@@ -114,7 +136,8 @@ def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
     responses = [record.chosen, record.rejected]
     if record.turns:
         responses = [response.removeprefix(" ") for response in responses]
-    return make_item(record.prompt, responses, turns=record.turns, kind=kind, gold=(1, 2) if gold else ())
+    ranks = (1, 2) if gold else ()
+    return make_item(record.prompt, responses, turns=record.turns, kind=kind, gold=ranks, ended=record.ended)
 
 
 def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
@@ -128,9 +151,12 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
             raise UserError(f"{where}: field 'responses[{number}]': expected text, got an empty response")
     if len(set(responses)) == 1:
         raise UserError(f"{where}: field 'responses': expected responses that differ, got the same text everywhere")
-    sources = row.get("sources", [])
+    sources = checked.fields.get("sources", [])
     if not isinstance(sources, list) or len(sources) not in (0, len(values)) or not _all(sources, str):
         raise _wrong(where, row, "sources", f"a list of {len(values)} names, one for each response")
+    ended = checked.fields.get("ended", [])
+    if not isinstance(ended, list) or len(ended) not in (0, len(values)) or {*map(type, ended)} - {bool}:
+        raise _wrong(where, row, "ended", f"a list of {len(values)}, true or false for each response")
     return make_item(
         prompt,
         responses,
@@ -138,6 +164,7 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
         sources=sources,
         kind=kind,
         gold=_gold(where, row, len(values)) if gold else (),
+        ended=ended,
     )
 
 

@@ -127,7 +127,14 @@ def label(
     differ = gold[:, first] != gold[:, other]
     same = (ranks[:, first] < ranks[:, other]) == (second[:, first] < second[:, other])
     lines = [
-        json.dumps({"prompt": p.prompt, "responses": [judge.tokenizer.decode(ids) for ids in row], "ranks": r.tolist()})
+        json.dumps(
+            {
+                "prompt": p.prompt,
+                "responses": [judge.tokenizer.decode(ids) for ids in row],
+                "ranks": r.tolist(),
+                "ended": [judge.ended(ids) for ids in row],
+            }
+        )
         for p, row, r in zip(chosen.sources, responses, ranks, strict=True)
     ]
     if processes.is_first():

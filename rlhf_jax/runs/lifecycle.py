@@ -197,11 +197,18 @@ def train(
     return near(state, mesh) if replicated else state
 
 
-def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger) -> Finished:
-    """Marks a run as finished, with its summary and ledger."""
+def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger, **others: Ledger) -> Finished:
+    """Marks a run as finished, with its summary and ledger.
+
+    Args:
+      others: ledgers of data that is not trained on as such, each saved as ledger_NAME.json unless it is empty.
+    """
 
     def write() -> None:
         ledger.save(run.path / "ledger.json")
+        for name, other in others.items():
+            if other.total:
+                other.save(run.path / f"ledger_{name}.json")
         run.finish(summary)
 
     processes.by_first(write)
@@ -216,47 +223,64 @@ def fingerprint_of(records: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def hold_out(records: Sequence[Any], fraction: float, ledger: Ledger | None = None) -> tuple[list[Any], list[Any]]:
-    """Splits records into (kept, held-out), chosen by a hash of their content alone.
-
-    Args:
-      fraction: approximate share of the records to hold out.
-      ledger: ledger of the training data, in which held-out rows are recorded as dropped.
-    """
-    out = [int.from_bytes(hashlib.sha256(_content(record)).digest()[:6]) < fraction * 2**48 for record in records]
-    if ledger is not None:
-        for record, held in zip(records, out, strict=True):
-            if held:
-                ledger.drop(record.where, "held out, to evaluate on")
-    return [r for r, o in zip(records, out, strict=True) if not o], [r for r, o in zip(records, out, strict=True) if o]
-
-
 def longest_row(max_tokens: int | None, buckets: Sequence[int], context: int) -> int:
     """Maximum row length in tokens: the least of the user's limit, the largest bucket and the context."""
     allowed = context if max_tokens is None else max_tokens
     return min(allowed, context, max(buckets, default=context))
 
 
-def refuse_empty(rows: Sized, what: str, ledger: Ledger) -> None:
-    """Raises UserError if no row is left to train on, with the most common reason in the ledger."""
+def refuse_empty(rows: Sized, what: str, ledger: Ledger, *, field: str = "data", use: str = "train on") -> None:
+    """Raises UserError if no row is left to use, with the most common reason in the ledger."""
     if len(rows):
         return
     dropped = ledger.reasons().get("dropped", {})
     if not dropped:
-        raise UserError(f"data: expected at least 1 of the {what}, got none")
+        raise UserError(f"{field}: expected at least 1 of the {what}, got none")
     reason, count = next(iter(dropped.items()))
     first = next(decision.where for decision in ledger.decisions if decision.reason == reason)
     # A chat template with its default system message can exceed the default limit by itself.
     hint = "; --prompt-length allows more" if what == "prompts" and reason.startswith("longer than") else ""
     raise UserError(
-        f"data: none of {ledger.total:,} {what} is left to train on; {count:,} dropped, the first at {first}: "
+        f"{field}: none of {ledger.total:,} {what} is left to {use}; {count:,} dropped, the first at {first}: "
         f"{reason}{hint}"
     )
+
+
+def refuse_unevaluated(rows: Sized, ledger: Ledger) -> None:
+    """Raises UserError if held-out data was given and no row of it is left to evaluate on."""
+    if ledger.total:
+        refuse_empty(rows, "held-out rows", ledger, field="heldout", use="evaluate on")
 
 
 def _content(record: Any) -> bytes:
     values = {field.name: getattr(record, field.name) for field in dataclasses.fields(record) if field.compare}
     return f"{type(record).__name__} {values}\n".encode("utf-8", "surrogatepass")
+
+
+def say_data(ledger: Ledger, parameters: int | None = None, **others: Ledger) -> None:
+    """Prints the summary of the training data's ledger, and the counts of others that are not empty, by name."""
+    say(ledger.summary(parameters))
+    for name, other in others.items():
+        if other.total:
+            say(f"{name}: {other.counts()}")
+
+
+def say_epochs(rows: Sized, *, batch: int, steps: int, what: str = "rows", heldout: Sized | None = None) -> None:
+    """Prints how often a run visits its rows, and a warning if rows were to be held out and none is.
+
+    Args:
+      heldout: the rows that were to be held out; None if none was to be.
+    """
+    drawn = steps * batch
+    never = f"; {len(rows) - drawn:,} of them are never drawn" if drawn < len(rows) else ""
+    say(
+        f"{steps:,} steps of {batch:,} {what} are {drawn / max(len(rows), 1):.3g} epochs of {len(rows):,} {what}{never}"
+    )
+    if heldout is not None and not len(heldout):
+        say(
+            "warning: nothing is held out, as all rows have the same prompt: nothing is evaluated, and no checkpoint "
+            "is the best; use --heldout FILES, or --heldout-fraction 0"
+        )
 
 
 def say(text: str) -> None:

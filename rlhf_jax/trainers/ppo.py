@@ -43,6 +43,8 @@ from rlhf_jax.runs.lifecycle import (
     refuse_empty,
     release,
     say,
+    say_data,
+    say_epochs,
     train,
 )
 from rlhf_jax.runs.metrics import read_rows
@@ -96,13 +98,15 @@ def run(
             f"pretraining_row_length: expected at most the context of {networks.policy.config.context} tokens, got "
             f"{config.pretraining_row_length}"
         )
-    ledger = Ledger()
+    ledger, text_ledger = Ledger(), Ledger()
     if prompts is None:
         prompts = read_records(config.data, "prompts", ledger) if config.data else load_corpus().prompts
     mixing = config.pretraining_batch > 0
     if texts is None and mixing:
         paths = config.pretraining_data
-        texts = read_records(paths, "text", Ledger()) if paths else load_corpus().texts
+        texts = read_records(paths, "text", text_ledger) if paths else load_corpus().texts
+    if mixing:
+        refuse_empty(texts or (), "texts of the pretraining mix", text_ledger, field="pretraining_data")
     inputs = {
         "init": source.fingerprint,
         "reward": reward_model.fingerprint,
@@ -123,15 +127,18 @@ def run(
     )
     if folder.finished:
         return Finished(folder, folder.summary)
-    say(ledger.summary())
     text_rows = None
     if mixing and texts is not None:
         text_rows = pack_text(
-            encode_text(texts, tokenizer, ledger=Ledger()),
+            encode_text(texts, tokenizer, ledger=text_ledger),
             length=config.pretraining_row_length + 1,
             start_ids=tokenizer.start_ids,
             eos_id=tokenizer.eos_id,
         )
+    say_data(ledger, pretraining_data=text_ledger)
+    say_epochs(rows, batch=config.batch, steps=config.steps, what="prompts")
+    if text_rows is not None:
+        say_epochs(text_rows, batch=config.pretraining_batch, steps=config.steps, what="rows of the pretraining mix")
 
     def batch(step: int, **share: Any) -> Batch:
         text = None
@@ -178,7 +185,7 @@ def run(
         "score_mean": mean,
         "score_scale": scale,
     }
-    return complete(folder, summary, ledger)
+    return complete(folder, summary, ledger, pretraining_data=text_ledger)
 
 
 def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np.ndarray]) -> tuple[float, float]:

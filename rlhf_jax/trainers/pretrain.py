@@ -10,6 +10,7 @@ import jax
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.data import Ledger, Text, TokenRows, batch_at, encode_text, pack_text, read_records
+from rlhf_jax.data.split import hold_out_texts, remark_shared
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import mean_loss
@@ -22,9 +23,10 @@ from rlhf_jax.runs.lifecycle import (
     complete,
     create_run,
     fingerprint_of,
-    hold_out,
     refuse_empty,
-    say,
+    refuse_unevaluated,
+    say_data,
+    say_epochs,
     train,
 )
 from rlhf_jax.stages.pretrain import STAGE, Config, make_update
@@ -43,11 +45,15 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     Raises:
       UserError: for settings or files that do not fit.
     """
-    ledger = Ledger()
+    ledger, heldout_ledger = Ledger(), Ledger()
     if texts is None:
-        texts, heldout = _records(config, ledger)
-    elif heldout is None:
-        texts, heldout = hold_out(texts, config.heldout_fraction)
+        texts, heldout = _records(config, ledger, heldout_ledger)
+    splitting = heldout is None and config.heldout_fraction > 0
+    if heldout is None:
+        texts, heldout = hold_out_texts(texts, config.heldout_fraction, seed=config.seed, ledger=ledger)
+    else:
+        refuse_unevaluated(heldout, heldout_ledger)
+        remark_shared(texts, heldout, heldout_ledger)
     refuse_empty(texts, "texts", ledger)
     source = open_source(config.init, stages=("pretrain", "sft", "ppo")) if config.init else None
     tokenizer = _tokenizer(config, texts) if source is None else source.tokenizer
@@ -75,9 +81,10 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     if folder.finished:
         return Finished(folder, folder.summary)
     rows = pack(texts, tokenizer, config.row_length, ledger)
-    heldout_rows = pack(heldout, tokenizer, config.row_length, Ledger())
+    heldout_rows = pack(heldout, tokenizer, config.row_length, heldout_ledger)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    say(ledger.summary(count_parameters(start.base or start.params)))
+    say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
+    say_epochs(rows, batch=config.batch, steps=config.steps, heldout=heldout_rows if splitting else None)
     heldout_bytes = sum(len(text.text.encode()) for text in heldout)
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -105,7 +112,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         "heldout_loss": figures.get("loss"),
         "heldout_bits_per_byte": figures.get("bits_per_byte"),
     }
-    return complete(folder, summary, ledger)
+    return complete(folder, summary, ledger, heldout=heldout_ledger)
 
 
 def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledger: Ledger) -> TokenRows:
@@ -118,14 +125,13 @@ def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledge
     )
 
 
-def _records(config: Config, ledger: Ledger) -> tuple[Sequence[Text], Sequence[Text]]:
+def _records(config: Config, ledger: Ledger, heldout_ledger: Ledger) -> tuple[Sequence[Text], Sequence[Text] | None]:
+    """Training and held-out texts; None if those are to be held out from the training texts."""
     if not config.data:
         corpus = load_corpus()
         return corpus.texts, corpus.heldout_texts
     texts = read_records(config.data, "text", ledger)
-    if config.heldout:
-        return texts, read_records(config.heldout, "text", Ledger())
-    return hold_out(texts, config.heldout_fraction, ledger)
+    return texts, read_records(config.heldout, "text", heldout_ledger) if config.heldout else None
 
 
 def _tokenizer(config: Config, texts: Sequence[Text]) -> Tokenizer:

@@ -23,7 +23,9 @@ from rlhf_jax.data import (
     new_lengths,
     read_records,
 )
-from rlhf_jax.data.batches import Rows, SharedRankingRows
+from rlhf_jax.data.batches import Rows, SharedRankingRows, steps_of_epoch
+from rlhf_jax.data.encode import ordered_rankings
+from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
 from rlhf_jax.lora import attach
@@ -35,11 +37,12 @@ from rlhf_jax.runs.lifecycle import (
     complete,
     create_run,
     fingerprint_of,
-    hold_out,
     longest_row,
     refuse_empty,
+    refuse_unevaluated,
     release,
-    say,
+    say_data,
+    say_epochs,
     train,
 )
 from rlhf_jax.stages.reward import STAGE, Config, make_update
@@ -75,23 +78,25 @@ def run(
     tokenizer = source.tokenizer
     model = Transformer(source.model, scalar=True)
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
-    ledger = Ledger()
+    ledger, heldout_ledger, demonstrations_ledger = Ledger(), Ledger(), Ledger()
+    splitting = rankings is None and not config.heldout and config.heldout_fraction > 0
     if rankings is None:
-        rankings, heldout = _rows(config, source, limit, ledger)
+        rankings, heldout = _rows(config, source, limit, ledger, heldout_ledger)
     else:
-        for number, (responses, _) in enumerate(rankings.rows):
-            ledger.keep(f"rankings:{number + 1}", tokens=sum(map(len, responses)))
+        rankings = ordered_rankings(rankings, ledger)
     refuse_empty(rankings, "rankings", ledger)
     if demonstrations is None:
         paths = config.demonstrations
-        demonstrations = read_records(paths, "demonstrations", Ledger()) if paths else []
-    demonstration_rows = encode_demonstrations(demonstrations, tokenizer, max_tokens=limit, ledger=Ledger())
+        demonstrations = read_records(paths, "demonstrations", demonstrations_ledger) if paths else []
+    demonstration_rows = encode_demonstrations(
+        demonstrations, tokenizer, max_tokens=limit, ledger=demonstrations_ledger
+    )
     if config.demonstrations and not len(demonstration_rows):
         raise UserError(
             f"demonstrations: expected some of at most {limit} tokens to center the scores on, with prompt and "
             f"completion, got none in {', '.join(config.demonstrations)}"
         )
-    config = dataclasses.replace(config, steps=config.steps or max(len(rankings) // config.batch, 1))
+    config = dataclasses.replace(config, steps=config.steps or steps_of_epoch(len(rankings), config.batch))
     inputs = {
         "init": source.fingerprint,
         # Without sources (file and line of each ranking), so that the fingerprint depends on the content only.
@@ -112,7 +117,11 @@ def run(
     if folder.finished:
         return Finished(folder, folder.summary)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    say(ledger.summary(count_parameters(start.base or start.params)))
+    others = {"heldout": heldout_ledger, "demonstrations": demonstrations_ledger}
+    say_data(ledger, count_parameters(start.base or start.params), **others)
+    say_epochs(
+        rankings, batch=config.batch, steps=config.steps, what="prompts", heldout=(heldout or ()) if splitting else None
+    )
 
     rows: Rows[Any] = SharedRankingRows(rankings) if config.share_prompts else rankings
 
@@ -168,7 +177,7 @@ def run(
         "score_mean": mean,
         "score_scale": scale,
     }
-    return complete(folder, summary, ledger)
+    return complete(folder, summary, ledger, **others)
 
 
 def accuracy(
@@ -177,7 +186,7 @@ def accuracy(
     """Held-out accuracy: (fraction of ordered pairs that the scores order correctly, number of pairs)."""
     ranks = np.zeros((len(rankings), rankings.responses), np.int32)
     mask = np.zeros(ranks.shape, bool)
-    for place, (_, row_ranks) in enumerate(rankings.rows):
+    for place, row_ranks in enumerate(rankings.ranks):
         ranks[place, : len(row_ranks)] = row_ranks
         mask[place, : len(row_ranks)] = True
     return pair_accuracy(_scores(model, params, rankings, batch_size, share_prompts), ranks, mask)
@@ -246,16 +255,18 @@ def centred(
     return {**params, "score": score}, shift
 
 
-def _rows(config: Config, source: Source, limit: int, ledger: Ledger) -> tuple[RankingRows, RankingRows | None]:
+def _rows(
+    config: Config, source: Source, limit: int, ledger: Ledger, heldout_ledger: Ledger
+) -> tuple[RankingRows, RankingRows | None]:
     if not config.data:
         raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
     records = read_records(config.data, "rankings", ledger)
-    if config.heldout:
-        held = read_records(config.heldout, "rankings", Ledger())
-    else:
-        records, held = hold_out(records, config.heldout_fraction, ledger)
     rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
-    if not held:
-        return rows, None
-    held_rows = encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
-    return rows, held_rows if len(held_rows) else None
+    if not config.heldout:
+        rows, held_rows = hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
+        return rows, held_rows if len(held_rows) else None
+    held = read_records(config.heldout, "rankings", heldout_ledger)
+    remark_shared(records, held, heldout_ledger)
+    held_rows = encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=heldout_ledger, buckets=config.buckets)
+    refuse_unevaluated(held_rows, heldout_ledger)
+    return rows, held_rows

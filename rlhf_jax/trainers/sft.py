@@ -21,6 +21,7 @@ from rlhf_jax.data import (
 )
 from rlhf_jax.data.batches import Rows
 from rlhf_jax.data.packing import pack_rows
+from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import mean_loss
@@ -33,10 +34,12 @@ from rlhf_jax.runs.lifecycle import (
     complete,
     create_run,
     fingerprint_of,
-    hold_out,
     longest_row,
     refuse_empty,
+    refuse_unevaluated,
     say,
+    say_data,
+    say_epochs,
     train,
 )
 from rlhf_jax.stages.sft import STAGE, Config, make_update
@@ -61,15 +64,12 @@ def run(
     if not config.init:
         raise UserError("init: expected a pretrained model, got nothing; use --init FOLDER or --init hf:FOLDER")
     source = open_source(config.init, stages=("pretrain", "sft", "ppo"))
-    ledger = Ledger()
+    ledger, heldout_ledger = Ledger(), Ledger()
     if records is None:
-        records, heldout = _records(config, ledger)
-    elif heldout is None:
-        records, heldout = hold_out(records, config.heldout_fraction)
+        records, heldout = _records(config, ledger, heldout_ledger)
     tokenizer = source.tokenizer
     trained = Transformer(dataclasses.replace(source.model, dropout=config.dropout))
     model = Transformer(dataclasses.replace(source.model, dropout=0.0))
-    inputs = {"init": source.fingerprint, "records": fingerprint_of(records), "heldout": fingerprint_of(heldout)}
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
     if config.pack is not None:
         if config.pack > model.config.context:
@@ -77,6 +77,20 @@ def run(
         limit = min(limit, config.pack)
     rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     refuse_empty(rows, "demonstrations", ledger)
+    splitting = heldout is None and config.heldout_fraction > 0
+    if heldout is None:
+        rows, heldout_rows = hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
+    else:
+        remark_shared(records, heldout, heldout_ledger)
+        heldout_rows = encode_demonstrations(
+            heldout, tokenizer, max_tokens=limit, ledger=heldout_ledger, buckets=config.buckets
+        )
+        refuse_unevaluated(heldout_rows, heldout_ledger)
+    inputs = {
+        "init": source.fingerprint,
+        "records": fingerprint_of(rows.sources),
+        "heldout": fingerprint_of(heldout_rows.sources),
+    }
     start = start_from(source, config.lora, lambda: first_key(config.seed))
     folder = create_run(
         config,
@@ -89,13 +103,13 @@ def run(
     )
     if folder.finished:
         return Finished(folder, folder.summary)
-    heldout_rows = encode_demonstrations(heldout, tokenizer, max_tokens=limit, ledger=Ledger(), buckets=config.buckets)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    say(ledger.summary(count_parameters(start.base or start.params)))
+    say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
     if start.base is not None:
         say(f"adapters of {count_parameters(start.params):,} parameters")
 
     training: Rows[TokenBatch] = rows if config.pack is None else pack_rows(rows, length=config.pack + 1)
+    say_epochs(training, batch=config.batch, steps=config.steps, heldout=heldout_rows if splitting else None)
 
     def heldout_loss(params: Params) -> float | None:
         if not len(heldout_rows):
@@ -127,19 +141,18 @@ def run(
         "heldout_response_nll": heldout_loss(state.params),
         "heldout_response_nll_before": before,
     }
-    return complete(folder, summary, ledger)
+    return complete(folder, summary, ledger, heldout=heldout_ledger)
 
 
 def _records(
-    config: Config, ledger: Ledger
-) -> tuple[Sequence[Demonstration | Dialogue], Sequence[Demonstration | Dialogue]]:
+    config: Config, ledger: Ledger, heldout_ledger: Ledger
+) -> tuple[Sequence[Demonstration | Dialogue], Sequence[Demonstration | Dialogue] | None]:
+    """Training and held-out records; None if those are to be held out from the training records."""
     if not config.data:
         corpus = load_corpus()
         return corpus.demonstrations, corpus.heldout_demonstrations
     records = _read(config.data, config.kind, ledger)
-    if config.heldout:
-        return records, _read(config.heldout, config.kind, Ledger())
-    return hold_out(records, config.heldout_fraction, ledger)
+    return records, _read(config.heldout, config.kind, heldout_ledger) if config.heldout else None
 
 
 def _read(

@@ -25,11 +25,12 @@ MOST_REASONS = 40
 
 
 def ledgers(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Section of the rows kept, cut and dropped in each stage, by source and by reason."""
+    """Section of the rows kept, cut, dropped and held out in each stage, by source and by reason."""
     totals, reasons, sources = [], [], []
     for stage, ledger in found.items():
         files = _mapping(ledger.get("files"))
-        counts = {name: sum(_count(_mapping(c), name) for c in files.values()) for name in ("kept", "cut", "dropped")}
+        names = ("kept", "cut", "dropped", "held_out")
+        counts = {name: sum(_count(_mapping(c), name) for c in files.values()) for name in names}
         total, tokens, books = (_count(ledger, name) for name in ("total", "tokens", "books"))
         if total:
             row = (f"{count:,.0f}" for count in (total, *counts.values(), tokens))
@@ -43,15 +44,15 @@ def ledgers(found: Mapping[str, Mapping[str, Any]]) -> str:
     return section(
         "ledger",
         "Data ledger",
-        table("Rows and tokens", ("Stage", "Rows", "Kept", "Cut", "Dropped", "Tokens", "Books"), totals),
-        table("Reasons for rows cut, dropped or noted", ("Stage", "What", "Reason", "Rows"), why, words=3),
+        table("Rows and tokens", ("Stage", "Rows", "Kept", "Cut", "Dropped", "Held out", "Tokens", "Books"), totals),
+        table("Reasons for rows cut, dropped, held out or noted", ("Stage", "What", "Reason", "Rows"), why, words=3),
         details("Rows by source", "".join(sources)),
-        lead="Every row of data is kept, cut or dropped for a recorded reason. A book is 67,000 tokens.",
+        lead="Every row of data is kept, cut, dropped or held out for a recorded reason. A book is 67,000 tokens.",
     )
 
 
 def _sources(stage: str, files: Mapping[str, Any]) -> str:
-    names = ("kept", "cut", "dropped", "tokens")
+    names = ("kept", "cut", "dropped", "held_out", "tokens")
     order = sorted(files, key=lambda file: -_count(_mapping(files[file]), "tokens"))
     rows = []
     for file in order[:MOST_SOURCES]:
@@ -60,7 +61,7 @@ def _sources(stage: str, files: Mapping[str, Any]) -> str:
         rest = order[MOST_SOURCES:]
         sums = (sum(_count(_mapping(files[file]), name) for file in rest) for name in names)
         rows.append((f"{len(rest):,} more", *(f"{count:,.0f}" for count in sums)))
-    return table(stage, ("Source", "Kept", "Cut", "Dropped", "Tokens"), rows)
+    return table(stage, ("Source", "Kept", "Cut", "Dropped", "Held out", "Tokens"), rows)
 
 
 def time(figures: Figures, metrics: Mapping[str, Rows]) -> str:
