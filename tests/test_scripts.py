@@ -31,6 +31,7 @@ from rlhf_jax.evaluation.heldout import row_scores
 from rlhf_jax.model import Transformer
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import model_of, released_params
+from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.stages import reward as reward_stage
@@ -219,6 +220,70 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
 
 
 @pytest.mark.usefixtures("user")
+def test_sft_keeps_the_best_and_says_that_it_over_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    # What is held out has other answers, so the loss on it falls while words are learned and rises with the pairs.
+    write(Path("other.jsonl"), [{"prompt": f"{a} {b} ->", "completion": f" {a}."} for a in WORDS for b in WORDS])
+    arguments = (*SFT[: SFT.index("--steps")], "--heldout", "other.jsonl", "--buckets", "32", "--epochs", "20")
+    arguments += ("--optimizer.learning-rate", "0.02")
+    assert call("sft", "--name", "over", *arguments) == 0
+    said = capsys.readouterr().err
+    run = RunFolder.open("runs/over", stages=("sft",))
+    best, steps = run.summary["released_step"], run.summary["steps"]
+    assert steps == 85 and run.summary["epochs"] == 20  # 17 rows, 4 at a time
+    curve = {row["step"]: row["eval/loss"] for row in read_rows(run.metrics) if "eval/loss" in row}
+    assert list(curve) == [*range(8, 85, 8), 85]
+    assert min(curve, key=lambda step: curve[step]) == best < steps
+    assert run.summary["heldout_response_nll"] == pytest.approx(curve[best], abs=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, released_params(run), run.load_params("best"))
+    (warning,) = run.summary["warnings"]
+    assert f"it over-fits; later stages take the model of step {best}" in warning and f"warning: {warning}\n" in said
+    # Said again of a finished run; and the last model is there for whoever asks for it.
+    assert call("sft", "--name", "over", *arguments) == 0
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    assert call("sft", "--name", "last", *arguments, "--release", "last", "--eval-every", "40") == 0
+    run = RunFolder.open("runs/last", stages=("sft",))
+    assert (run.summary["released_step"], run.summary["heldout_response_nll"]) == (85, pytest.approx(curve[85]))
+    jax.tree.map(np.testing.assert_array_equal, released_params(run), run.load_params("last"))
+
+
+@pytest.mark.usefixtures("user")
+def test_a_reward_model_that_may_be_chance_says_so_and_ppo_again(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = RunFolder.open("runs/judge", stages=("reward",)).summary
+    (doubt,) = summary["warnings"]
+    assert doubt.startswith("do not trust this reward model: ")
+    assert call("ppo", "--name", "doubtful", *changed(PPO, steps="0")) == 0
+    assert f"warning: runs/judge: {doubt}\n" in capsys.readouterr().err
+    # All pairs of the same two words, so that 60 comparisons are enough to be sure.
+    rows = [{"prompt": f"{n}", "chosen": " red.", "rejected": " blue."} for n in range(60)]
+    write(Path("clear.jsonl"), rows)
+    flags = ("--init", "runs/answers", "--data", "clear.jsonl", "--heldout", "clear.jsonl", "--buckets", "32")
+    assert call("reward", "--name", "clear", *flags, "--epochs", "2", "--optimizer.learning-rate", "0.01") == 0
+    said = capsys.readouterr().err
+    summary = RunFolder.open("runs/clear", stages=("reward",)).summary
+    assert "60 rankings, batch 4: 30 steps, 2 epochs\n" in said and "warning" not in said
+    assert (summary["heldout_accuracy"], summary["heldout_prompts"], summary["warnings"]) == (1.0, 60, [])
+    assert summary["heldout_accuracy_interval"] == [pytest.approx(0.9398, abs=1e-4), 1.0]  # 1 / (1 + 1.96² / 60)
+
+
+@pytest.mark.usefixtures("user")
+def test_no_steps_evaluate_and_save_the_initial_model() -> None:
+    for command, arguments, origin in (
+        ("pretrain", changed(PRETRAIN, init="runs/base"), "runs/base"),
+        ("sft", SFT, "runs/base"),
+        ("reward", REWARD, "runs/answers"),
+        ("ppo", PPO, "runs/answers"),
+    ):
+        with case(command):
+            assert call(command, "--name", f"none/{command}", *changed(arguments, steps="0")) == 0
+            run = RunFolder.open(f"runs/none/{command}", stages=(command,))
+            first = released_params(RunFolder.open(origin, stages=("pretrain", "sft")))
+            last = {name: tree for name, tree in released_params(run).items() if name != "score"}
+            first = {name: first[name] for name in last}
+            jax.tree.map(np.testing.assert_array_equal, last, first)
+            assert (run.load_params() is not None) and run.finished
+
+
+@pytest.mark.usefixtures("user")
 def test_a_file_of_settings_and_a_flag_over_it(capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_text("init: runs/base\ndata: answers.jsonl\nbatch: 4\nbuckets: [32]\nsteps: 7\n")
     assert call("sft", "--name", "answers", "--config", "mine.yaml", "--steps", "2") == 0
@@ -366,6 +431,17 @@ def changed(arguments: tuple[str, ...], **flags: str) -> tuple[str, ...]:
 
 
 MISTAKES = [
+    ("pretrain", PRETRAIN[2:], "data: expected files of text, got nothing; .* or --data embedded"),
+    ("sft", SFT[:2], "data: expected files of demonstrations, got nothing; .* or --data embedded"),
+    ("reward", REWARD[:2], "data: expected comparisons or rankings, got nothing"),
+    ("reward", changed(REWARD, data="embedded"), "data: expected files of comparisons .*got embedded, which has none"),
+    ("ppo", PPO[:4], "data: expected files of prompts, got nothing; .* or --data embedded"),
+    (
+        "ppo",
+        (*PPO, "--pretraining-coef", "1", "--pretraining-batch", "2"),
+        "pretraining_data: expected files of text for the pretraining mix, got nothing; use --pretraining-data FILE",
+    ),
+    ("sft", (*SFT, "--epochs", "3"), "epochs: expected epochs or steps, got 3 epochs and 2 steps"),
     (
         "sft",
         changed(SFT, init="runs/judge"),

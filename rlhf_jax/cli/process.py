@@ -23,7 +23,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import processes
 from rlhf_jax.parallel.mesh import use_cpu_devices
 from rlhf_jax.runs.atomic_files import user_cache
-from rlhf_jax.runs.lifecycle import Finished
+from rlhf_jax.runs.lifecycle import Finished, say
 from rlhf_jax.runs.loop import Stopped
 
 C = TypeVar("C")
@@ -72,11 +72,20 @@ def run_stage(work: Callable[[S], Finished], config: S) -> None:
     table = Table("figure", box=box.SIMPLE)
     table.add_column("value", justify="right")
     for name, value in finished.summary.items():
-        shown = "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), shown)
+        if name != "warnings":
+            table.add_row(name.replace("_", " "), _shown(value))
     table.add_row("peak resident memory", f"{peak_memory() / 2**30:.2f} GiB")
     print(f"{finished.run.path}: {finished.run.stage} {state}")
     Console(highlight=False).print(table)
+    if again:  # otherwise the trainer has just said them
+        for warning in finished.summary.get("warnings", ()):
+            say(f"warning: {warning}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_shown, value))
+    return "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def peak_memory() -> int:

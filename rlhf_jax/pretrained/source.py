@@ -47,6 +47,7 @@ class Source:
       lora: settings of the adapter.
       score_mean: mean of a reward model's scores.
       score_scale: scale of a reward model's scores.
+      warnings: reasons not to trust a reward model, from its run's summary.
     """
 
     where: str
@@ -62,6 +63,7 @@ class Source:
     lora: LoraConfig | None = None
     score_mean: float = 0.0
     score_scale: float = 1.0
+    warnings: tuple[str, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -145,11 +147,12 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
     if run.base is not None:
         base = _base(run)
         lora = from_plain(LoraConfig, run.base["lora"], where=f"{run.path}/config.json: base.lora")
-    facts: dict[str, float] = {}
+    facts: dict[str, Any] = {}
     if run.stage == "reward":
         if not run.finished:
             raise UserError(f"{run.path}: the reward model is not finished; start its command again to resume it")
         facts = {name: run.summary[name] for name in ("score_mean", "score_scale")}
+        facts["warnings"] = tuple(run.summary.get("warnings", ()))
     return Source(
         where=spec,
         spec=str(run.path.absolute()),
@@ -237,6 +240,7 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         identify=lambda: model.fingerprint,
         score_mean=float(ours.get("score_mean", 0.0)),
         score_scale=float(ours.get("score_scale", 1.0)),
+        warnings=tuple(ours.get("warnings", ())),
     )
 
 

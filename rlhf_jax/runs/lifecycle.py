@@ -118,6 +118,7 @@ def train(
     """Trains until config.steps, resuming from the run's last checkpoint if there is one.
 
     Args:
+      config: settings, with a number of steps.
       make_state: makes the initial state; called only after compilation, so that the compiler's memory and the
         optimizer state are never held together.
       make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
@@ -134,6 +135,9 @@ def train(
       UserError: for a setting that does not fit the devices.
       Stopped: after SIGTERM, with the state saved.
     """
+    steps, eval_every = config.steps, config.eval_every or 0
+    if steps is None:
+        raise TypeError("config.steps: expected a number, got None; derive it with runs.length.run_length")
     mesh = make_mesh(**config.mesh_shape)
     use_all(mesh)
     places = row_places(mesh)
@@ -164,7 +168,7 @@ def train(
 
     with run.lock() if processes.is_first() else contextlib.nullcontext():
         # A resumed run restores before it compiles, so that a checkpoint that does not match fails early.
-        fresh = config.steps > 0 and processes.from_first(lambda: not checkpoints.steps())
+        fresh = steps > 0 and processes.from_first(lambda: not checkpoints.steps())
         state = outline(make_state, mesh) if fresh else begin()
 
         def prepare(state: TrainState) -> TrainState:
@@ -173,7 +177,7 @@ def train(
                 update.prepare(state, read(step), *held)
             if fresh:
                 state = begin()
-            if 0 < config.eval_every < config.steps:
+            if 0 < eval_every < steps:
                 figures(state)
             return state
 
@@ -181,13 +185,13 @@ def train(
             state,
             lambda state, batch: update(state, batch, *held),
             read,
-            steps=config.steps,
+            steps=steps,
             writers=Writers(outputs),
             checkpoints=checkpoints,
             save_every=config.save_every,
             log_every=config.log_every,
             evaluate=None if evaluate is None else figures,
-            eval_every=config.eval_every,
+            eval_every=eval_every,
             flops_per_token=flops_per_token,
             prepare=prepare,
         )
@@ -198,13 +202,15 @@ def train(
 
 
 def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger) -> Finished:
-    """Marks a run as finished, with its summary and ledger."""
+    """Marks a run as finished, with its summary and ledger, and says the summary's warnings."""
 
     def write() -> None:
         ledger.save(run.path / "ledger.json")
         run.finish(summary)
 
     processes.by_first(write)
+    for warning in summary.get("warnings", ()):
+        say(f"warning: {warning}")
     return Finished(run, dict(summary))
 
 

@@ -30,6 +30,7 @@ from rlhf_jax.runs.lifecycle import (
 from rlhf_jax.stages.pretrain import STAGE, Config, make_update
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
+from rlhf_jax.trainers.inputs import wants_embedded
 
 
 def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequence[Text] | None = None) -> Finished:
@@ -120,12 +121,12 @@ def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledge
 
 
 def _records(config: Config, ledger: Ledger) -> tuple[Sequence[Text], Sequence[Text]]:
-    if not config.data:
-        corpus = load_corpus()
-        return corpus.texts, corpus.heldout_texts
-    texts = read_records(config.data, "text", ledger)
+    embedded = wants_embedded("data", config.data, "text")
+    texts = load_corpus().texts if embedded else read_records(config.data, "text", ledger)
     if config.heldout:
         return texts, read_records(config.heldout, "text", Ledger())
+    if embedded:
+        return texts, load_corpus().heldout_texts
     return hold_out(texts, config.heldout_fraction, ledger)
 
 

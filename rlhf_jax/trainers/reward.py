@@ -25,10 +25,13 @@ from rlhf_jax.data import (
 from rlhf_jax.data.batches import Rows, SharedRankingRows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
+from rlhf_jax.evaluation.intervals import wilson
+from rlhf_jax.evaluation.warnings import reward_warnings
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.pretrained.source import Source, Start, open_source, start_from
+from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -42,9 +45,12 @@ from rlhf_jax.runs.lifecycle import (
     train,
 )
 from rlhf_jax.stages.reward import STAGE, Config, make_update
+from rlhf_jax.trainers.inputs import EMBEDDED
 
 # Number of prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too.
 REFERENCE_PROMPTS = 2048
+# Default number of passes over the data.
+EPOCHS = 1.0
 
 
 def run(
@@ -88,7 +94,6 @@ def run(
             f"demonstrations: expected some of at most {limit} tokens to center the scores on, with prompt and "
             f"completion, got none in {', '.join(config.demonstrations)}"
         )
-    config = dataclasses.replace(config, steps=config.steps or max(len(rankings) // config.batch, 1))
     inputs = {
         "init": source.fingerprint,
         # Without sources (file and line of each ranking), so that the fingerprint depends on the content only.
@@ -108,8 +113,9 @@ def run(
     )
     if folder.finished:
         return Finished(folder, folder.summary)
-    optimizer = make_optimizer(config.optimizer, config.steps)
     say(ledger.summary(count_parameters(start.base or start.params)))
+    length = run_length(config, len(rankings), epochs=EPOCHS, what="rankings")
+    optimizer = make_optimizer(config.optimizer, length.steps)
 
     rows: Rows[Any] = SharedRankingRows(rankings) if config.share_prompts else rankings
 
@@ -120,7 +126,7 @@ def run(
 
     def held_out(rankings: RankingRows, params: Params, step: int) -> tuple[float, int]:
         if step not in held:
-            held[step] = accuracy(model, attached(params), rankings, config.batch, config.share_prompts)
+            held[step] = accuracy(model, attached(params), rankings, length.batch, config.share_prompts)
         return held[step]
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -128,14 +134,14 @@ def run(
 
     state = train(
         folder,
-        config,
+        dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch),
         lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
         lambda axis: make_update(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
-        lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
+        lambda step, **share: batch_at(rows, batch_size=length.batch, seed=config.seed, step=step, **share),
         new_shapes=lambda first: new_lengths(
-            rows, batch_size=config.batch, seed=config.seed, first=first, steps=config.steps
+            rows, batch_size=length.batch, seed=config.seed, first=first, steps=length.steps
         ),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate,
@@ -148,21 +154,31 @@ def run(
         model,
         state.params,
         demonstration_rows,
-        config.batch,
+        length.batch,
         base=start.base,
         lora_scale=config.lora.scale,
     )
-    mean, scale = score_mean_and_scale(model, attached(params), rankings, config.batch, config.share_prompts)
-    release(folder, params, config.steps)
+    mean, scale = score_mean_and_scale(model, attached(params), rankings, length.batch, config.share_prompts)
+    release(folder, params, length.steps)
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
-    right, pairs = (None, 0) if heldout is None else held_out(heldout, params, config.steps)
+    right, pairs = (None, 0) if heldout is None else held_out(heldout, params, length.steps)
+    # One observation per prompt, because the pairs of a ranking are not independent.
+    judged = 0 if heldout is None else sum(len(set(ranks)) > 1 for _, ranks in heldout.rows)
+    right = right if judged else None
+    interval = None if right is None else wilson(right, judged)
+    warmup = config.optimizer.warmup(length.steps)
     summary = {
         "prompts": len(rankings),
+        "steps": length.steps,
+        "epochs": length.epochs,
         "heldout_accuracy": right,
+        "heldout_accuracy_interval": interval,
         "heldout_pairs": pairs,
+        "heldout_prompts": judged,
         "shift": shift,
         "score_mean": mean,
         "score_scale": scale,
+        "warnings": reward_warnings(right, interval, judged, steps=length.steps, warmup=warmup),
     }
     return complete(folder, summary, ledger)
 
@@ -239,6 +255,11 @@ def centred(
 def _rows(config: Config, source: Source, limit: int, ledger: Ledger) -> tuple[RankingRows, RankingRows | None]:
     if not config.data:
         raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
+    if EMBEDDED in config.data:
+        raise UserError(
+            "data: expected files of comparisons or rankings, got embedded, which has none; rlhf-jax recipe writes "
+            "some to runs/recipe/rankings.jsonl"
+        )
     records = read_records(config.data, "rankings", ledger)
     if config.heldout:
         held = read_records(config.heldout, "rankings", Ledger())
