@@ -458,6 +458,13 @@ MISTAKES = [
         "runs/answers: expected the folder of a rew",
     ),
     ("ppo", changed(PPO, init="nowhere"), "nowhere: expected the folder of a sft or pretrain run, got no such folder"),
+    (
+        "sft",
+        changed(SFT, init="nobody/model"),
+        "nobody/model: no such folder; .* hf download nobody/model --local-dir m",
+    ),
+    ("ppo", changed(PPO, reward="hf:nobody/model"), "nobody/model: no such folder; .*, and give hf:model\n"),
+    ("sft", changed(SFT, init="runs/nothing"), "runs/nothing: expected the folder of a .* run, got no such folder\n"),
     ("ppo", changed(PPO, reward="other"), "other: its vocabulary of 300 tokens is not that of runs/answers"),
     (
         "pretrain",

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from fractions import Fraction
 from typing import Any
 
 from rlhf_jax.errors import UserError
+
+HINT = "hint"
+
+
+def hinted(default: Any, hint: str = "required") -> Any:
+    """Field whose help on the command line ends in "(hint)" in place of its default.
+
+    "required" marks what a command needs, though a program may give records in its place.
+    """
+    return dataclasses.field(default=default, metadata={HINT: hint})
 
 
 def at_least(config: Any, field: str, low: float) -> None:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from rlhf_jax.config.checks import at_least, ceil_product, within
+from rlhf_jax.config.checks import at_least, ceil_product, hinted, within
 from rlhf_jax.config.sampling import CacheDtype, SamplingConfig
 from rlhf_jax.errors import UserError
 
@@ -24,7 +24,7 @@ PLACES = ("query", "key", "value", "out", "gate", "up", "down")
 class RunConfig:
     """Settings shared by the runs of all stages."""
 
-    name: str = ""
+    name: str = hinted("", "required, or --out")
     """Name of the run, stored in the folder runs/NAME."""
     out: str = ""
     """Run folder, in place of runs/NAME."""
@@ -53,7 +53,7 @@ class RunConfig:
     keep_last: int = 2
     """Number of most recent checkpoints to keep, besides the best one."""
     tensorboard: bool = False
-    """Also write TensorBoard event files; requires pip install 'rlhf_jax[tensorboard]'."""
+    """Also write TensorBoard event files; requires the package tensorboardX."""
 
     def __post_init__(self) -> None:
         for field in ("devices", "batch", "microbatches", "log_every", "keep_last"):

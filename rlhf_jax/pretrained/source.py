@@ -15,7 +15,7 @@ from rlhf_jax.config import LoraConfig, ModelConfig, from_plain, to_plain
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import init_adapter, merge
 from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
-from rlhf_jax.pretrained.huggingface import OURS, as_published, pretrained, read_folder
+from rlhf_jax.pretrained.huggingface import OURS, as_published, download_hint, pretrained, read_folder
 from rlhf_jax.pretrained.peft import base_of, read_adapter
 from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.checkpoint import fingerprint
@@ -278,6 +278,8 @@ def _is_run(folder: str) -> bool:
 def _refuse_bare(spec: str) -> None:
     """Raise UserError for a published model without its prefix."""
     path = Path(spec)
+    if not path.exists() and (hint := download_hint(spec)):
+        raise UserError(f"{spec}: no such folder{hint}")
     if path.suffix == ".gguf" and path.is_file():
         raise UserError(f"{spec}: expected a run's folder, got a GGUF file; for the file, write gguf:{spec}")
     config = path / "config.json"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import tiktoken
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, install_command
 from rlhf_jax.tokenizers.merges import from_letters, nfc, unknown_characters
 
 if TYPE_CHECKING:
@@ -144,8 +144,7 @@ class PackageEncoder:
             import tokenizers
         except ImportError:
             raise UserError(
-                f"{self._name}: its tokenizer.json needs the package tokenizers; install it with: "
-                'pip install "rlhf_jax[hf]"'
+                f"{self._name}: its tokenizer.json needs the package tokenizers; run: {install_command('hf')}"
             ) from None
         content = {
             **self._content,
