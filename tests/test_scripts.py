@@ -6,10 +6,12 @@ One small run of each stage, made once, serves every test here.
 import contextlib
 import dataclasses
 import gzip
+import importlib
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax.cli import completion, process
 from rlhf_jax.cli.app import main
+from rlhf_jax.cli.before_after import lines_of
+from rlhf_jax.cli.flags import parse
 from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.data import Ledger, encode_demonstrations, read_records
 from rlhf_jax.evaluation.heldout import row_scores
@@ -178,6 +182,51 @@ def test_a_finished_run_is_not_trained_again(
     summary = RunFolder.open("runs/aligned", stages=("ppo",)).summary
     assert summary["first_ratio_error"] <= 1e-4 and abs(summary["first_kl"]) <= 1e-4
     assert all(name.replace("_", " ") in out for name in summary)
+
+
+@pytest.mark.usefixtures("user")
+def test_a_stage_ends_with_answers_before_and_after_and_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, name, arguments, keys, following in (
+        ("pretrain", "base", PRETRAIN, {"prompt", "after"}, "sft --name answers --init runs/base --data answers.jsonl"),
+        ("sft", "answers", SFT, {"prompt", "before", "after"}, "reward --name judge --init runs/answers --data "),
+        (
+            "reward",
+            "judge",
+            REWARD,
+            {"prompt", "preferred", "preferred_score", "other", "other_score"},
+            "ppo --name aligned --init runs/answers --reward runs/judge --data prompts.jsonl",
+        ),
+        ("ppo", "aligned", PPO, {"prompt", "before", "after"}, "generate runs/aligned --prompt 'red red ->'"),
+    ):
+        with case(command):
+            assert call(command, "--name", name, *arguments) == 0
+            out = capsys.readouterr().out
+            (after,) = re.findall("^next: rlhf-jax (.*)$", out, re.MULTILINE)
+            assert after.startswith(following)
+            program, *rest = shlex.split(after)
+            assert parse(importlib.import_module(f"rlhf_jax.cli.{program}").Config, rest)
+            samples = json.loads(Path("runs", name, "samples.json").read_text())["samples"]
+            assert 1 <= len(samples) <= 4 and all(set(sample) == keys for sample in samples)
+            assert len(re.findall("^prompt: ", out, re.MULTILINE)) == len(samples)
+            assert len(re.findall("^  (?:after|preferred)[^:]*: ", out, re.MULTILINE)) == len(samples)
+    # Trained on, the words after an arrow are more likely; the same random numbers show it.
+    answers = json.loads(Path("runs/answers/samples.json").read_text())["samples"]
+    assert any(sample["before"] != sample["after"] for sample in answers)
+    assert samples[0]["prompt"] == "red red ->" and len(samples) == 4
+    judged = json.loads(Path("runs/judge/samples.json").read_text())["samples"][0]
+    assert re.fullmatch(r"\w+ \w+ -> ?|a ?", judged["prompt"]) and judged["preferred"] != judged["other"]
+
+
+def test_lines_of_a_sample() -> None:
+    rows = [{"prompt": "\nHuman: Hi\x07", "before": "a\tb", "after": "x" * 241}]
+    assert lines_of(rows) == ["prompt: Human: Hi·", "  before: a·b", "  after: " + "x" * 239 + "…"]
+    assert lines_of(
+        [{"prompt": "p", "preferred": "a\nb", "preferred_score": 0.5, "other": "", "other_score": -1.0}]
+    ) == [
+        "prompt: p",
+        "  preferred +0.50: a⏎b",
+        "  other -1.00: ",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError
 # Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices`, `mesh`
 # and `pmap` are included: rows and their order stay the same, but the last bits of a sum may differ.
 MAY_CHANGE = frozenset(
-    {"name", "out", "devices", "mesh", "pmap", "log_every", "save_every", "eval_every", "keep_last", "tensorboard"}
+    "name out devices mesh pmap log_every save_every eval_every keep_last tensorboard examples".split()
 )
 _WARMUP = 0.05
 PLACES = ("query", "key", "value", "out", "gate", "up", "down")
@@ -55,10 +55,13 @@ class RunConfig:
     tensorboard: bool = False
     """Also write TensorBoard event files; requires the package tensorboardX."""
 
+    examples: int = 4
+    """Held-out prompts whose answers before and after the stage are shown at its end; 0 shows none."""
+
     def __post_init__(self) -> None:
         for field in ("devices", "batch", "microbatches", "log_every", "keep_last"):
             at_least(self, field, 1)
-        for field in ("seed", "steps", "save_every", "eval_every"):
+        for field in ("seed", "steps", "save_every", "eval_every", "examples"):
             at_least(self, field, 0)
         if self.mesh and self.devices != 1:
             raise UserError(f"devices: expected 1 with mesh {self.mesh!r}, got {self.devices}; use one of the two")

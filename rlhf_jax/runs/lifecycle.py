@@ -15,7 +15,9 @@ import rich.console
 
 from rlhf_jax.arrays import Params, TrainState
 from rlhf_jax.config import ModelConfig, RunConfig, from_plain, to_plain
+from rlhf_jax.data.batches import RankingRows
 from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import processes
 from rlhf_jax.parallel.mesh import (
@@ -43,10 +45,11 @@ _RELEASED = "released"
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A complete run: its folder, and the content of summary.json."""
+    """A complete run: its folder, the content of summary.json, and prompts to show it by, held out if any are."""
 
     run: RunFolder
     summary: dict[str, Any]
+    examples: Sequence[Prompt] | RankingRows = ()
 
 
 def create_run(

@@ -26,7 +26,7 @@ from rlhf_jax.runs.lifecycle import (
 )
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.ppo import STAGE, Batch, Config, Frozen, Networks, initial_state, make_update, rescaled
-from rlhf_jax.trainers.inputs import wants_embedded
+from rlhf_jax.trainers.inputs import EXAMPLES, wants_embedded
 
 
 def run(
@@ -155,7 +155,7 @@ def run(
         "last_kl": metrics[-1].get("kl"),
         "kl_coef": float(state.extras["kl_coef"]),
     }
-    return complete(folder, summary, ledger)
+    return dataclasses.replace(complete(folder, summary, ledger), examples=list(rows.sources)[:EXAMPLES])
 
 
 def starts(config: Config, source: Source, reward_model: Source) -> tuple[Start, Start]:

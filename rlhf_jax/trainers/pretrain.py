@@ -30,7 +30,7 @@ from rlhf_jax.runs.lifecycle import (
 from rlhf_jax.stages.pretrain import STAGE, Config, make_update
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
-from rlhf_jax.trainers.inputs import wants_embedded
+from rlhf_jax.trainers.inputs import beginnings, wants_embedded
 
 
 def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequence[Text] | None = None) -> Finished:
@@ -107,7 +107,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         "heldout_loss": figures.get("loss"),
         "heldout_bits_per_byte": figures.get("bits_per_byte"),
     }
-    return complete(folder, summary, ledger)
+    return dataclasses.replace(complete(folder, summary, ledger), examples=beginnings(heldout or texts))
 
 
 def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledger: Ledger) -> TokenRows:

@@ -180,7 +180,7 @@ def run(
         "score_scale": scale,
         "warnings": reward_warnings(right, interval, judged, steps=length.steps, warmup=warmup),
     }
-    return complete(folder, summary, ledger)
+    return dataclasses.replace(complete(folder, summary, ledger), examples=heldout or rankings)
 
 
 def accuracy(

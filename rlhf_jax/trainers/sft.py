@@ -47,7 +47,7 @@ from rlhf_jax.runs.lifecycle import (
 )
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.sft import STAGE, Config, make_update
-from rlhf_jax.trainers.inputs import wants_embedded
+from rlhf_jax.trainers.inputs import prompts_of, wants_embedded
 
 # Default number of passes over the data, and of evaluations in a run.
 EPOCHS, EVALUATIONS = 3.0, 10
@@ -147,7 +147,7 @@ def run(
         "heldout_response_nll_before": before,
         "warnings": sft_warnings(read_rows(folder.metrics), before, release=config.release),
     }
-    return complete(folder, summary, ledger)
+    return dataclasses.replace(complete(folder, summary, ledger), examples=prompts_of(heldout or records))
 
 
 def _best(folder: RunFolder, steps: int, last: Params) -> tuple[int, Params]:
