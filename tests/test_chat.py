@@ -226,5 +226,7 @@ def test_without_jinja(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_environment", chat_template._environment.__wrapped__)
     for name in [name for name in sys.modules if name.split(".")[0] == "jinja2"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r'need jinja2; install it with: pip install "rlhf_jax\[hf\]"'):
+    with pytest.raises(
+        UserError, match=r"need jinja2; run: pip install 'gguf>=.*' 'jinja2>=.*' 'safetensors>=.*' 'tokenizers>="
+    ):
         ChatTemplate("x").render([("user", "a")])

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 from rlhf_jax.cli import flags, process
 from rlhf_jax.cli.app import main
-from rlhf_jax.config import RunConfig
+from rlhf_jax.cli.other_names import OTHER_NAMES
+from rlhf_jax.config import PPOConfig, PretrainConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.loop import Stopped
 from tests.cases import case
@@ -142,6 +144,60 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypat
         "flags override them",
     ):
         assert explained in text
+
+
+def test_help_of_a_stage_begins_with_the_basics(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    basics = ("init", "reward", "data", "name", "epochs", "steps", "batch", "learning-rate", "config")
+    titles = ("data and method", "run and checkpoints", "devices and processes")
+    for cls in (PretrainConfig, SFTConfig, RewardConfig, PPOConfig):
+        with pytest.raises(SystemExit) as end:
+            flags.parse(cls, ["--help"])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        marks = re.findall(rf"^[│├─ -]*?(?:-h, |)(--[a-z][\w-]*|{'|'.join(titles)})(?= |$)", text, re.MULTILINE)
+        here = [f"--{name}" for name in basics if f"--{name}" in marks]
+        assert marks[1 : len(here) + 2] == [*here, titles[0]] and {"--init", "--data", "--name"} <= {*here}
+        order = ["--heldout", titles[1], "--seed", titles[2], "--mesh"]
+        assert [mark for mark in marks if mark in order] == order[cls is PPOConfig :]
+        assert text.count("(required)") == {PretrainConfig: 1, PPOConfig: 3}.get(cls, 2)
+        for field in dataclasses.fields(cls):
+            assert field.name.replace("_", "-") in text
+
+
+def test_learning_rate_is_short_for_that_of_the_optimizer(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("learning_rate: 1e-4\noptimizer: {weight_decay: 0.1}\n")
+    (tmp_path / "y.yaml").write_text("learning_rate: 1e-4\noptimizer: {learning_rate: 1e-5}\n")
+    config = flags.parse(SFTConfig, ["--config", str(tmp_path / "x.yaml")])
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (1e-4, 0.1)
+    assert flags.parse(SFTConfig, ["--learning_rate=2e-4"]).optimizer.learning_rate == 2e-4
+    ppo = flags.parse(PPOConfig, ["--learning-rate", "2e-5"])
+    assert (ppo.policy.learning_rate, ppo.critic, ppo.policy.schedule) == (2e-5, PPOConfig().critic, "linear")
+    with pytest.raises(UserError, match=r"expected learning_rate or optimizer\.learning_rate, got both"):
+        flags.parse(SFTConfig, ["--config", str(tmp_path / "y.yaml")])
+
+
+def test_names_of_other_libraries_are_suggested() -> None:
+    for cls, given, ours in (
+        (SFTConfig, "--lr=1e-4", "--learning-rate"),
+        (SFTConfig, "--model_name_or_path", "--init"),
+        (SFTConfig, "--dataset-name", "--data with a JSONL file"),
+        (SFTConfig, "--output_dir", "--out"),
+        (RewardConfig, "--num_train_epochs", "--epochs"),
+        (PretrainConfig, "--num_train_epochs", "--steps"),
+        (RewardConfig, "--per_device_train_batch_size", "--batch, which counts the rows over all devices"),
+        (PPOConfig, "--max_steps", "--steps"),
+        (PPOConfig, "--gradient_accumulation_steps", "--microbatches; it splits --batch"),
+        (PPOConfig, "--beta", "--kl-coef"),
+        (PPOConfig, "--warmup_ratio", "--policy.warmup-fraction"),
+    ):
+        with case((cls, given)), pytest.raises(UserError) as error:
+            flags.parse(cls, [given, "1"])
+        assert str(error.value).startswith(f"unknown flag {given.partition('=')[0]}; use {ours}")
+    every = {flag for cls in (PretrainConfig, SFTConfig, RewardConfig, PPOConfig) for flag in flags._flags(cls)}
+    assert {flag for ours in OTHER_NAMES.values() for flag in ours} <= every | {"--learning-rate"}
 
 
 def raising(error: BaseException) -> Callable[[Any], NoReturn]:

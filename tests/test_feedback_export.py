@@ -168,6 +168,8 @@ def test_demonstrations(tmp_path: Path) -> None:
     assert export([*ITEMS, line], [said[-2], *JUDGEMENTS], tmp_path)["counts"]["left_out"]["a demonstration"] == 1
     with pytest.raises(UserError, match="consensus: expected none for demonstrations"):
         export(ITEMS, JUDGEMENTS, tmp_path, form="demonstrations", consensus=True)
+
+
 def test_responses_that_were_cut_stay_marked(tmp_path: Path) -> None:
     cut = make_item("p", [" a", " b", " c"], ended=[True, False, True])
     chat = make_item("\n\nHuman: q\n\nAssistant:", ["a", "b"], turns=[Message("user", "q")], ended=[False, True])

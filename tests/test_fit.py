@@ -177,11 +177,20 @@ def test_evaluation_and_the_best(tmp_path: Path) -> None:
     def evaluate(state: TrainState) -> dict[str, jax.Array]:
         return {"distance": jnp.abs(state.step - 4)}
 
-    options: dict[str, Any] = {"save_every": 2, "log_every": 100, "evaluate": evaluate, "eval_every": 4}
+    options: dict[str, Any] = {"save_every": 3, "log_every": 100, "evaluate": evaluate, "eval_every": 4}
     fit(initial(), update, batch_at, steps=10, writers=recorder, checkpoints=checkpoints, **options)
     distances = {step: row["eval/distance"] for step, row in recorder.rows if "eval/distance" in row}
     assert distances == {4: 0, 8: 4, 10: 6}
-    assert checkpoints.steps() == [4, 10]
+    assert checkpoints.steps() == [4, 10]  # an evaluated state is saved, or the best could not be kept
+
+
+def test_no_steps_evaluate_and_save_the_initial_state(tmp_path: Path) -> None:
+    recorder, checkpoints = Recorder(), Checkpoints(tmp_path)
+    options: dict[str, Any] = {"evaluate": lambda state: {"sum": state.params["w"].sum()}, "checkpoints": checkpoints}
+    state = initial()
+    none = fit(state, update, lambda step: pytest.fail("a batch"), steps=0, writers=recorder, **options)
+    assert none is state and checkpoints.steps() == [0] and not recorder.open
+    assert recorder.rows == [(0, {"eval/sum": float(state.params["w"].sum())})]
 
 
 def test_throughput_leaves_compiling_and_saving_out() -> None:

@@ -6,10 +6,12 @@ One small run of each stage, made once, serves every test here.
 import contextlib
 import dataclasses
 import gzip
+import importlib
 import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,12 +27,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax.cli import completion, process
 from rlhf_jax.cli.app import main
+from rlhf_jax.cli.before_after import lines_of
+from rlhf_jax.cli.flags import parse
 from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.data import Ledger, encode_demonstrations, read_records
 from rlhf_jax.evaluation.heldout import row_scores
 from rlhf_jax.model import Transformer
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import model_of, released_params
+from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages import ppo as ppo_stage
 from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.stages import reward as reward_stage
@@ -179,6 +184,51 @@ def test_a_finished_run_is_not_trained_again(
     assert all(name.replace("_", " ") in out for name in summary)
 
 
+@pytest.mark.usefixtures("user")
+def test_a_stage_ends_with_answers_before_and_after_and_the_next_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, name, arguments, keys, following in (
+        ("pretrain", "base", PRETRAIN, {"prompt", "after"}, "sft --name answers --init runs/base --data answers.jsonl"),
+        ("sft", "answers", SFT, {"prompt", "before", "after"}, "reward --name judge --init runs/answers --data "),
+        (
+            "reward",
+            "judge",
+            REWARD,
+            {"prompt", "preferred", "preferred_score", "other", "other_score"},
+            "ppo --name aligned --init runs/answers --reward runs/judge --data prompts.jsonl",
+        ),
+        ("ppo", "aligned", PPO, {"prompt", "before", "after"}, "generate runs/aligned --prompt 'red red ->'"),
+    ):
+        with case(command):
+            assert call(command, "--name", name, *arguments) == 0
+            out = capsys.readouterr().out
+            (after,) = re.findall("^next: rlhf-jax (.*)$", out, re.MULTILINE)
+            assert after.startswith(following)
+            program, *rest = shlex.split(after)
+            assert parse(importlib.import_module(f"rlhf_jax.cli.{program}").Config, rest)
+            samples = json.loads(Path("runs", name, "samples.json").read_text())["samples"]
+            assert 1 <= len(samples) <= 4 and all(set(sample) == keys for sample in samples)
+            assert len(re.findall("^prompt: ", out, re.MULTILINE)) == len(samples)
+            assert len(re.findall("^  (?:after|preferred)[^:]*: ", out, re.MULTILINE)) == len(samples)
+    # Trained on, the words after an arrow are more likely; the same random numbers show it.
+    answers = json.loads(Path("runs/answers/samples.json").read_text())["samples"]
+    assert any(sample["before"] != sample["after"] for sample in answers)
+    assert samples[0]["prompt"] == "red red ->" and len(samples) == 4
+    judged = json.loads(Path("runs/judge/samples.json").read_text())["samples"][0]
+    assert re.fullmatch(r"\w+ \w+ -> ?|a ?", judged["prompt"]) and judged["preferred"] != judged["other"]
+
+
+def test_lines_of_a_sample() -> None:
+    rows = [{"prompt": "\nHuman: Hi\x07", "before": "a\tb", "after": "x" * 241}]
+    assert lines_of(rows) == ["prompt: Human: Hi·", "  before: a·b", "  after: " + "x" * 239 + "…"]
+    assert lines_of(
+        [{"prompt": "p", "preferred": "a\nb", "preferred_score": 0.5, "other": "", "other_score": -1.0}]
+    ) == [
+        "prompt: p",
+        "  preferred +0.50: a⏎b",
+        "  other -1.00: ",
+    ]
+
+
 @pytest.mark.parametrize(
     ("command", "stage", "arguments", "undisturbed"),
     [("pretrain", pretrain_trainer, PRETRAIN, "base"), ("ppo", ppo_trainer, PPO, "aligned")],
@@ -216,6 +266,70 @@ def test_a_stopped_run_goes_on_with_the_same_bits(
     assert runs[0].summary == runs[1].summary
     steps = [[json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] for run in runs]
     assert steps[0] == sorted(set(steps[0])) and {1, 3} <= set(steps[0])
+
+
+@pytest.mark.usefixtures("user")
+def test_sft_keeps_the_best_and_says_that_it_over_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    # What is held out has other answers, so the loss on it falls while words are learned and rises with the pairs.
+    write(Path("other.jsonl"), [{"prompt": f"{a} {b} ->", "completion": f" {a}."} for a in WORDS for b in WORDS])
+    arguments = (*SFT[: SFT.index("--steps")], "--heldout", "other.jsonl", "--buckets", "32", "--epochs", "20")
+    arguments += ("--optimizer.learning-rate", "0.02")
+    assert call("sft", "--name", "over", *arguments) == 0
+    said = capsys.readouterr().err
+    run = RunFolder.open("runs/over", stages=("sft",))
+    best, steps = run.summary["released_step"], run.summary["steps"]
+    assert steps == 85 and run.summary["epochs"] == 20  # 17 rows, 4 at a time
+    curve = {row["step"]: row["eval/loss"] for row in read_rows(run.metrics) if "eval/loss" in row}
+    assert list(curve) == [*range(8, 85, 8), 85]
+    assert min(curve, key=lambda step: curve[step]) == best < steps
+    assert run.summary["heldout_response_nll"] == pytest.approx(curve[best], abs=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, released_params(run), run.load_params("best"))
+    (warning,) = run.summary["warnings"]
+    assert f"it over-fits; later stages take the model of step {best}" in warning and f"warning: {warning}\n" in said
+    # Said again of a finished run; and the last model is there for whoever asks for it.
+    assert call("sft", "--name", "over", *arguments) == 0
+    assert f"warning: {warning}\n" in capsys.readouterr().err
+    assert call("sft", "--name", "last", *arguments, "--release", "last", "--eval-every", "40") == 0
+    run = RunFolder.open("runs/last", stages=("sft",))
+    assert (run.summary["released_step"], run.summary["heldout_response_nll"]) == (85, pytest.approx(curve[85]))
+    jax.tree.map(np.testing.assert_array_equal, released_params(run), run.load_params("last"))
+
+
+@pytest.mark.usefixtures("user")
+def test_a_reward_model_that_may_be_chance_says_so_and_ppo_again(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = RunFolder.open("runs/judge", stages=("reward",)).summary
+    (doubt,) = summary["warnings"]
+    assert doubt.startswith("do not trust this reward model: ")
+    assert call("ppo", "--name", "doubtful", *changed(PPO, steps="0")) == 0
+    assert f"warning: runs/judge: {doubt}\n" in capsys.readouterr().err
+    # All pairs of the same two words, so that 60 comparisons are enough to be sure.
+    rows = [{"prompt": f"{n}", "chosen": " red.", "rejected": " blue."} for n in range(60)]
+    write(Path("clear.jsonl"), rows)
+    flags = ("--init", "runs/answers", "--data", "clear.jsonl", "--heldout", "clear.jsonl", "--buckets", "32")
+    assert call("reward", "--name", "clear", *flags, "--epochs", "2", "--optimizer.learning-rate", "0.01") == 0
+    said = capsys.readouterr().err
+    summary = RunFolder.open("runs/clear", stages=("reward",)).summary
+    assert "60 rankings, batch 4: 30 steps, 2 epochs\n" in said and "warning" not in said
+    assert (summary["heldout_accuracy"], summary["heldout_prompts"], summary["warnings"]) == (1.0, 60, [])
+    assert summary["heldout_accuracy_interval"] == [pytest.approx(0.9398, abs=1e-4), 1.0]  # 1 / (1 + 1.96² / 60)
+
+
+@pytest.mark.usefixtures("user")
+def test_no_steps_evaluate_and_save_the_initial_model() -> None:
+    for command, arguments, origin in (
+        ("pretrain", changed(PRETRAIN, init="runs/base"), "runs/base"),
+        ("sft", SFT, "runs/base"),
+        ("reward", REWARD, "runs/answers"),
+        ("ppo", PPO, "runs/answers"),
+    ):
+        with case(command):
+            assert call(command, "--name", f"none/{command}", *changed(arguments, steps="0")) == 0
+            run = RunFolder.open(f"runs/none/{command}", stages=(command,))
+            first = released_params(RunFolder.open(origin, stages=("pretrain", "sft")))
+            last = {name: tree for name, tree in released_params(run).items() if name != "score"}
+            first = {name: first[name] for name in last}
+            jax.tree.map(np.testing.assert_array_equal, last, first)
+            assert (run.load_params() is not None) and run.finished
 
 
 @pytest.mark.usefixtures("user")
@@ -366,6 +480,17 @@ def changed(arguments: tuple[str, ...], **flags: str) -> tuple[str, ...]:
 
 
 MISTAKES = [
+    ("pretrain", PRETRAIN[2:], "data: expected files of text, got nothing; .* or --data embedded"),
+    ("sft", SFT[:2], "data: expected files of demonstrations, got nothing; .* or --data embedded"),
+    ("reward", REWARD[:2], "data: expected comparisons or rankings, got nothing"),
+    ("reward", changed(REWARD, data="embedded"), "data: expected files of comparisons .*got embedded, which has none"),
+    ("ppo", PPO[:4], "data: expected files of prompts, got nothing; .* or --data embedded"),
+    (
+        "ppo",
+        (*PPO, "--pretraining-coef", "1", "--pretraining-batch", "2"),
+        "pretraining_data: expected files of text for the pretraining mix, got nothing; use --pretraining-data FILE",
+    ),
+    ("sft", (*SFT, "--epochs", "3"), "epochs: expected epochs or steps, got 3 epochs and 2 steps"),
     (
         "sft",
         changed(SFT, init="runs/judge"),
@@ -382,6 +507,13 @@ MISTAKES = [
         "runs/answers: expected the folder of a rew",
     ),
     ("ppo", changed(PPO, init="nowhere"), "nowhere: expected the folder of a sft or pretrain run, got no such folder"),
+    (
+        "sft",
+        changed(SFT, init="nobody/model"),
+        "nobody/model: no such folder; .* hf download nobody/model --local-dir m",
+    ),
+    ("ppo", changed(PPO, reward="hf:nobody/model"), "nobody/model: no such folder; .*, and give hf:model\n"),
+    ("sft", changed(SFT, init="runs/nothing"), "runs/nothing: expected the folder of a .* run, got no such folder\n"),
     ("ppo", changed(PPO, reward="other"), "other: its vocabulary of 300 tokens is not that of runs/answers"),
     (
         "pretrain",

@@ -12,6 +12,7 @@ import difflib
 import io
 import json
 import re
+import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from rlhf_jax.config import coerce_fields, over_defaults
+from rlhf_jax.cli.help_groups import expand_rate, ordered, rate_owner, shown_fields, with_titles
+from rlhf_jax.cli.other_names import suggestion
+from rlhf_jax.config import RunConfig, coerce_fields, over_defaults
 from rlhf_jax.errors import UserError
 
 C = TypeVar("C")
@@ -55,29 +58,46 @@ def parse_command(
       UserError: for a config file that does not match, and for a wrong flag or value.
       SystemExit: for --help.
     """
-    arguments = list(arguments)
+    owner = rate_owner(config_class)
+    arguments = expand_rate(arguments, owner)
     fields = [field.name for field in dataclasses.fields(config_class) if field.init]  # type: ignore[arg-type]
+    grouped = issubclass(config_class, RunConfig)
     bases = (config_class, Cluster) if "devices" in fields else (config_class,)
     flags = {flag: many for base in bases for flag, many in _flags(base).items()}
-    _refuse_unknown(arguments, {*flags, "--config", "--help"})
+    _refuse_unknown(arguments, {*flags, "--config", "--help", *(["--learning-rate"] if owner else [])})
     arguments = _join_repeated(arguments, [flag for flag, is_list in flags.items() if is_list])
     file = _config_file(arguments)
     values: dict[str, Any] = {}
     if file:
-        values = coerce_fields(config_class, _read(Path(file)), where=file)
+        given_in_file = _read(Path(file))
+        if owner and "learning_rate" in given_in_file:
+            nested = given_in_file.setdefault(owner, {})
+            if not isinstance(nested, dict) or "learning_rate" in nested:
+                raise UserError(
+                    f"{file}: expected learning_rate or {owner}.learning_rate, got both; use one of the two"
+                )
+            nested["learning_rate"] = given_in_file.pop("learning_rate")
+        values = coerce_fields(config_class, given_in_file, where=file)
     with_file = dataclasses.make_dataclass(
         config_class.__name__,
-        [("config", Annotated[str, tyro.conf.arg(help="YAML or JSON file of defaults; flags override them.")], "")],
+        [
+            ("config", Annotated[str, tyro.conf.arg(help="YAML or JSON file of defaults; flags override them.")], ""),
+            *(shown_fields(config_class) if grouped else []),
+        ],
         bases=bases,
         # tyro would reword the error of a failed check; the checks run below, and `main` prints their message.
         namespace={"__post_init__": lambda self: None},
         frozen=True,
         kw_only=True,
     )
+    shown: Any = with_file
+    if grouped:
+        # The order in which tyro lists them; the constructor takes keywords only.
+        shown.__dataclass_fields__ = ordered(shown.__dataclass_fields__)
     default = over_defaults(with_file, values, _unchecked)
-    errors = io.StringIO()
+    errors, printed = io.StringIO(), _Terminal()
     try:
-        with contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
             given = tyro.cli(
                 with_file,
                 prog=program,
@@ -88,6 +108,8 @@ def parse_command(
     except SystemExit as end:
         if end.code:
             raise UserError(_without_box(errors.getvalue())) from None
+        text = printed.getvalue().rstrip("\n")
+        print(with_titles(text, list(shown.__dataclass_fields__)) if grouped else text)
         raise
     config = config_class(**{name: getattr(given, name) for name in fields})
     if Cluster not in bases:
@@ -96,6 +118,22 @@ def parse_command(
     if cluster != Cluster() and not cluster.distributed:
         raise UserError("coordinator, processes, process: expected --distributed with them, got no --distributed")
     return config, cluster
+
+
+class _Terminal(io.StringIO):
+    """Collects what is printed, in the form that standard output allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._output = sys.stdout
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Encoding of standard output, by which tyro decides whether to draw boxes."""
+        return self._output.encoding
+
+    def isatty(self) -> bool:
+        return self._output.isatty()
 
 
 def _without_box(text: str) -> str:
@@ -180,6 +218,9 @@ def _refuse_unknown(arguments: Sequence[str], known: Collection[str]) -> None:
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
         if argument.startswith("--") and flag not in known:
+            ours = suggestion(flag, known)
+            if ours is not None:
+                raise UserError(f"unknown flag {argument.partition('=')[0]}; use {ours}")
             near = difflib.get_close_matches(flag, known, n=1, cutoff=0.6)
             near += [name for name in known if name.endswith("." + flag.removeprefix("--"))]
             hint = f"did you mean {near[0]}?" if near else "--help explains every flag"

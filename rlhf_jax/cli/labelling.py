@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data import Ledger, read_records
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, install_command
 from rlhf_jax.feedback.database import folder_lock
 from rlhf_jax.feedback.guard import Address, is_loopback
 from rlhf_jax.feedback.page import read_page
@@ -89,7 +89,7 @@ def serve(config: Config, store: Store) -> None:
 
         from rlhf_jax.feedback.server import Service, link, make_app
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; install the extra: pip install 'rlhf_jax[ui]'") from None
+        raise UserError(f"{error.name} is not installed; run: {install_command('ui')}") from None
 
     with listen(config.host, config.port) as listening:
         address = Address(config.host, listening.getsockname()[1], config.origin)

@@ -17,13 +17,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_jax.cli.before_after import lines_of, next_command, samples_of
 from rlhf_jax.cli.flags import Cluster
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import processes
 from rlhf_jax.parallel.mesh import use_cpu_devices
 from rlhf_jax.runs.atomic_files import user_cache
-from rlhf_jax.runs.lifecycle import Finished
+from rlhf_jax.runs.lifecycle import Finished, say
 from rlhf_jax.runs.loop import Stopped
 
 C = TypeVar("C")
@@ -72,11 +73,25 @@ def run_stage(work: Callable[[S], Finished], config: S) -> None:
     table = Table("figure", box=box.SIMPLE)
     table.add_column("value", justify="right")
     for name, value in finished.summary.items():
-        shown = "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), shown)
+        if name != "warnings":
+            table.add_row(name.replace("_", " "), _shown(value))
     table.add_row("peak resident memory", f"{peak_memory() / 2**30:.2f} GiB")
+    # Before the table, which is what the user looks for: with several processes, the others have ended already.
+    samples = samples_of(finished, config) if processes.count() == 1 else []
     print(f"{finished.run.path}: {finished.run.stage} {state}")
     Console(highlight=False).print(table)
+    for line in lines_of(samples):
+        print(line)
+    if again:  # otherwise the trainer has just said them
+        for warning in finished.summary.get("warnings", ()):
+            say(f"warning: {warning}")
+    print(f"next: {next_command(finished.run, config, samples)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_shown, value))
+    return "-" if value is None else f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def peak_memory() -> int:

@@ -7,15 +7,16 @@ import math
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from rlhf_jax.config.checks import at_least, within
+from rlhf_jax.config.checks import at_least, ceil_product, hinted, within
 from rlhf_jax.config.sampling import CacheDtype, SamplingConfig
 from rlhf_jax.errors import UserError
 
 # Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices`, `mesh`
 # and `pmap` are included: rows and their order stay the same, but the last bits of a sum may differ.
 MAY_CHANGE = frozenset(
-    {"name", "out", "devices", "mesh", "pmap", "log_every", "save_every", "eval_every", "keep_last", "tensorboard"}
+    "name out devices mesh pmap log_every save_every eval_every keep_last tensorboard examples".split()
 )
+_WARMUP = 0.05
 PLACES = ("query", "key", "value", "out", "gate", "up", "down")
 
 
@@ -23,7 +24,7 @@ PLACES = ("query", "key", "value", "out", "gate", "up", "down")
 class RunConfig:
     """Settings shared by the runs of all stages."""
 
-    name: str = ""
+    name: str = hinted("", "required, or --out")
     """Name of the run, stored in the folder runs/NAME."""
     out: str = ""
     """Run folder, in place of runs/NAME."""
@@ -36,27 +37,31 @@ class RunConfig:
     layer by layer; tensor: shards of the heads, hidden units and vocabulary."""
     pmap: bool = False
     """Replicate the model with pmap instead of sharding with jit; for models that fit on one device."""
-    batch: int
+    batch: int | None
     """Batch size in rows, over all devices."""
-    steps: int
-    """Number of updates in the run."""
+    steps: int | None
+    """Number of updates in the run; 0 evaluates and saves the initial model."""
     microbatches: int = 1
     """Microbatches per optimizer step (gradient accumulation), to save memory; the gradients stay the same."""
     log_every: int = 10
     """Steps between rows of metrics."""
     save_every: int = 200
     """Steps between checkpoints; 0 saves at the end only."""
-    eval_every: int = 0
-    """Steps between evaluations on held-out data; 0 evaluates at the end only."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out data; 0 evaluates at the end only. By default SFT evaluates about ten
+    times, the other stages at the end."""
     keep_last: int = 2
     """Number of most recent checkpoints to keep, besides the best one."""
     tensorboard: bool = False
-    """Also write TensorBoard event files; requires pip install 'rlhf_jax[tensorboard]'."""
+    """Also write TensorBoard event files; requires the package tensorboardX."""
+
+    examples: int = 4
+    """Held-out prompts whose answers before and after the stage are shown at its end; 0 shows none."""
 
     def __post_init__(self) -> None:
         for field in ("devices", "batch", "microbatches", "log_every", "keep_last"):
             at_least(self, field, 1)
-        for field in ("seed", "steps", "save_every", "eval_every"):
+        for field in ("seed", "steps", "save_every", "eval_every", "examples"):
             at_least(self, field, 0)
         if self.mesh and self.devices != 1:
             raise UserError(f"devices: expected 1 with mesh {self.mesh!r}, got {self.devices}; use one of the two")
@@ -64,11 +69,10 @@ class RunConfig:
             raise UserError(
                 f"pmap: expected a mesh with the axis data only, got {self.mesh!r}; pmap replicates the model"
             )
-        shares = self.row_devices * self.microbatches
-        if self.batch % shares:
+        if self.batch is not None and self.batch % self.shares:
             raise UserError(
                 f"batch {self.batch} is not divisible by devices {self.row_devices} x microbatches "
-                f"{self.microbatches}; use --batch {max(shares, self.batch - self.batch % shares)}"
+                f"{self.microbatches}; use --batch {max(self.shares, self.batch - self.batch % self.shares)}"
             )
         parts = PurePosixPath(self.name)
         if self.name and (parts.is_absolute() or ".." in parts.parts):
@@ -102,6 +106,11 @@ class RunConfig:
         return self.mesh_shape["data"] * self.mesh_shape["fsdp"]
 
     @property
+    def shares(self) -> int:
+        """Number of equal parts that a batch is split into, over devices and microbatches."""
+        return self.row_devices * self.microbatches
+
+    @property
     def folder(self) -> Path:
         """Run folder: `out`, or runs/NAME."""
         if self.out:
@@ -117,8 +126,10 @@ class OptimConfig:
 
     learning_rate: float = 1e-3
     """Peak learning rate, reached at the end of the warm-up."""
-    warmup_steps: int = 10
-    """Optimizer steps of linear warm-up from 0."""
+    warmup_fraction: float = _WARMUP
+    """Fraction of the optimizer steps that is linear warm-up from 0, rounded up to whole steps."""
+    warmup_steps: int | None = None
+    """Optimizer steps of linear warm-up from 0, in place of warmup_fraction."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning-rate schedule from the end of the warm-up to the end of the run."""
     final_fraction: float = 0.1
@@ -139,10 +150,20 @@ class OptimConfig:
             at_least(self, field, 0)
         if not self.epsilon > 0:
             raise UserError(f"epsilon: expected more than 0, got {self.epsilon}")
+        within(self, "warmup_fraction", 0, 1)
+        if self.warmup_steps is not None and self.warmup_fraction != _WARMUP:
+            raise UserError(
+                f"warmup_steps: expected warmup_steps or warmup_fraction, got {self.warmup_steps} and "
+                f"{self.warmup_fraction}; use one of the two"
+            )
         within(self, "beta1", 0, 1)
         within(self, "beta2", 0, 1)
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"final_fraction: expected 0 to 1, got {self.final_fraction}")
+
+    def warmup(self, steps: int) -> int:
+        """Number of warm-up steps of a run with `steps` optimizer steps."""
+        return ceil_product(self.warmup_fraction, steps) if self.warmup_steps is None else self.warmup_steps
 
 
 @dataclasses.dataclass(frozen=True)

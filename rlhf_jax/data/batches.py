@@ -86,11 +86,6 @@ def global_indices(rows: int, *, batch_size: int, seed: int, step: int) -> Indic
     return np.array([order(rows, seed, int(e))[o] for e, o in zip(epochs, offsets, strict=True)], dtype=np.int64)
 
 
-def steps_of_epoch(rows: int, batch_size: int) -> int:
-    """Steps after which every row was drawn; the last batch is filled up with the first rows of the next epoch."""
-    return -(-rows // batch_size)
-
-
 def batch_at(
     rows: Rows[Batch],
     *,

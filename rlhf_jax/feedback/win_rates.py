@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.store import AI
 
@@ -66,19 +66,6 @@ def win_rates(
         }
         for (first, second), by_item in sorted(outcomes.items())
     ]
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval for the mean of `count` observations between 0 and 1.
-
-    It is conservative: outcomes between 0 and 1 have at most the variance of binary ones with the same mean.
-
-    Source: Wilson 1927.
-    """
-    z2 = 1.959964**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = math.sqrt(z2) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def _outcome(ranks: Sequence[int], first: Sequence[int], second: Sequence[int]) -> float:

@@ -66,8 +66,8 @@ def export(
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     template = dialogue_template(tokenizer) if source.dialogues and tokenizer.chat_template is None else None
     extras: dict[str, Any] = {}
-    if source.scalar and not critic and source.score_scale is not None:
-        extras = {"score_mean": source.score_mean, "score_scale": source.score_scale}
+    if source.scalar and not critic:
+        extras = reward_facts(source)
     written = write_folder(
         folder,
         *unstacked(jax.device_get(params), source.model),
@@ -98,9 +98,16 @@ def import_model(spec: str, folder: Path) -> str:
         params = source.params()
         state = TrainState(jnp.zeros((), jnp.int32), params, {}, jax.random.key(0), {})
         Checkpoints(run.checkpoints, keep_last=1).save(0, state, {})
-        facts = {"score_mean": source.score_mean, "score_scale": source.score_scale} if source.scalar else {}
+        facts = reward_facts(source) if source.scalar else {}
         run.finish({"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), **facts})
     return f"{folder}: {run.stage} run of {source.model.layers} layers, width {source.model.width}"
+
+
+def reward_facts(source: Source) -> dict[str, Any]:
+    """Facts of a reward model that are stored with it, as far as known: mean and scale of its scores, its warnings."""
+    facts = {"score_mean": source.score_mean, "score_scale": source.score_scale}
+    known: dict[str, Any] = {name: value for name, value in facts.items() if value is not None}
+    return known | ({"warnings": list(source.warnings)} if source.warnings else {})
 
 
 def critic_params(source: Source) -> Params:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, install_command
 
 Array = np.ndarray
 
@@ -56,7 +56,7 @@ def gguf_package() -> tuple[ModuleType, ModuleType]:
     try:
         from gguf import constants, quants
     except ImportError:
-        raise UserError('reading a GGUF file requires the gguf package; run: pip install "rlhf_jax[hf]"') from None
+        raise UserError(f"reading a GGUF file requires the gguf package; run: {install_command('hf')}") from None
     return constants, quants
 
 

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -166,6 +167,16 @@ class Pretrained:
         return hashlib.sha256(np.ascontiguousarray(self.tensors.tensor(name)).view(np.uint8).data).digest()
 
 
+def download_hint(name: str) -> str:
+    """How to get the folder of a model that a hub knows as ORG/NAME; "" for any other name."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.exists():
+        return ""
+    folder = name.partition("/")[2]
+    return (
+        f"; for the model of the Hugging Face hub, run: hf download {name} --local-dir {folder}, and give hf:{folder}"
+    )
+
+
 def read_folder(folder: str | Path) -> Pretrained:
     """Open the model in a folder.
 
@@ -174,7 +185,10 @@ def read_folder(folder: str | Path) -> Pretrained:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected one with a config.json and safetensors files")
+        raise UserError(
+            f"{folder}: no such folder; expected one with a config.json and safetensors files"
+            + download_hint(str(folder))
+        )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no config.json in it; expected a model's folder in Hugging Face's layout")
     config, generation = read_json(folder / "config.json"), None

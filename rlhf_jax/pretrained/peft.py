@@ -21,7 +21,7 @@ import numpy as np
 
 from rlhf_jax.arrays import Params
 from rlhf_jax.config import PLACES, LoraConfig, ModelConfig
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, install_command
 from rlhf_jax.pretrained.config_fields import Fields
 from rlhf_jax.pretrained.families import FAMILIES
 from rlhf_jax.pretrained.huggingface import flattened, nested, parameter_shapes
@@ -410,9 +410,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f'PEFT adapters require the package {error.name}; install it with: pip install "rlhf_jax[hf]"'
-        ) from None
+        raise UserError(f"PEFT adapters require the package {error.name}; run: {install_command('hf')}") from None
 
 
 def _check_shape(path: Path, name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, install_command
 from rlhf_jax.runs.atomic_files import read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,6 +134,5 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"reading and writing safetensors requires the package {error.name}; install it with: "
-            'pip install "rlhf_jax[hf]"'
+            f"reading and writing safetensors requires the package {error.name}; run: {install_command('hf')}"
         ) from None

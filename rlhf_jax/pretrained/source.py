@@ -15,7 +15,7 @@ from rlhf_jax.config import LoraConfig, ModelConfig, from_plain, to_plain
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import init_adapter, merge
 from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
-from rlhf_jax.pretrained.huggingface import OURS, as_published, pretrained, read_folder
+from rlhf_jax.pretrained.huggingface import OURS, as_published, download_hint, pretrained, read_folder
 from rlhf_jax.pretrained.peft import base_of, read_adapter
 from rlhf_jax.pretrained.same_tokenizer import differences
 from rlhf_jax.runs.atomic_files import read_json
@@ -49,6 +49,7 @@ class Source:
       dialogues: True if it was trained on messages; rendered as `data.dialogues` does if the tokenizer has no template.
       score_mean: mean of a reward model's scores on held-out responses; None if none is recorded.
       score_scale: their standard deviation, likewise.
+      warnings: reasons not to trust a reward model, from its run's summary.
     """
 
     where: str
@@ -65,6 +66,7 @@ class Source:
     dialogues: bool = False
     score_mean: float | None = None
     score_scale: float | None = None
+    warnings: tuple[str, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -148,11 +150,12 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
     if run.base is not None:
         base = _base(run)
         lora = from_plain(LoraConfig, run.base["lora"], where=f"{run.path}/config.json: base.lora")
-    facts: dict[str, float | None] = {}
+    facts: dict[str, Any] = {}
     if run.stage == "reward":
         if not run.finished:
             raise UserError(f"{run.path}: the reward model is not finished; start its command again to resume it")
-        facts = {name: run.summary[name] for name in ("score_mean", "score_scale")}
+        facts = {name: run.summary.get(name) for name in ("score_mean", "score_scale")}
+        facts["warnings"] = tuple(run.summary.get("warnings", ()))
     return Source(
         where=spec,
         spec=str(run.path.absolute()),
@@ -253,6 +256,7 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         identify=lambda: model.fingerprint,
         score_mean=float(ours["score_mean"]) if "score_mean" in ours else None,
         score_scale=float(ours["score_scale"]) if "score_scale" in ours else None,
+        warnings=tuple(ours.get("warnings", ())),
     )
 
 
@@ -290,6 +294,8 @@ def _is_run(folder: str) -> bool:
 def _refuse_bare(spec: str) -> None:
     """Raise UserError for a published model without its prefix."""
     path = Path(spec)
+    if not path.exists() and (hint := download_hint(spec)):
+        raise UserError(f"{spec}: no such folder{hint}")
     if path.suffix == ".gguf" and path.is_file():
         raise UserError(f"{spec}: expected a run's folder, got a GGUF file; for the file, write gguf:{spec}")
     config = path / "config.json"

@@ -43,9 +43,9 @@ def stage_settings(config: RecipeConfig, name: str, *, save_every: int) -> dict[
     }
 
 
-def cosine(rate: float, **changes: Any) -> OptimConfig:
-    """AdamW with a cosine schedule from a learning rate down to a tenth of it."""
-    return OptimConfig(**({"learning_rate": rate} | changes))
+def adamw(rate: float, **changes: Any) -> OptimConfig:
+    """AdamW with ten steps of warm-up, and a cosine schedule down to a tenth of the learning rate."""
+    return OptimConfig(**({"learning_rate": rate, "warmup_steps": 10} | changes))
 
 
 def run(config: RecipeConfig) -> None:
@@ -90,7 +90,7 @@ def run_seed(config: RecipeConfig) -> None:
             batch=size.pretrain_batch,
             steps=size.pretrain_steps,
             row_length=size.row_length,
-            optimizer=cosine(size.pretrain_rate),
+            optimizer=adamw(size.pretrain_rate),
             model=size.model,
         ),
         texts=corpus.texts,
@@ -106,10 +106,12 @@ def run_seed(config: RecipeConfig) -> None:
             init=str(pretrained.run.path),
             batch=size.sft_batch,
             steps=size.sft_steps,
+            # Sentences improve after the held-out loss has begun to rise (docs/lab-notebook.md).
+            release="last",
             max_tokens=limit,
             pack=size.row_length,
             dropout=size.sft_dropout,
-            optimizer=cosine(size.sft_rate),
+            optimizer=adamw(size.sft_rate),
         ),
         records=corpus.demonstrations,
         heldout=corpus.heldout_demonstrations,
@@ -162,8 +164,8 @@ def run_seed(config: RecipeConfig) -> None:
             pretraining_coef=size.pretraining_coef,
             pretraining_batch=size.minibatches * 2 if size.pretraining_coef else 0,
             pretraining_row_length=size.row_length,
-            policy=OptimConfig(learning_rate=size.policy_rate, schedule="linear", epsilon=1e-5),
-            critic=OptimConfig(learning_rate=size.critic_rate, schedule="linear", epsilon=1e-5),
+            policy=adamw(size.policy_rate, schedule="linear", epsilon=1e-5),
+            critic=adamw(size.critic_rate, schedule="linear", epsilon=1e-5),
             episode=EpisodeConfig(
                 response_length=size.response_tokens,
                 missing_end="subtract",
@@ -241,13 +243,15 @@ def train_reward(
     backbone: Literal["init", "scratch"],
 ) -> Finished:
     """Trains a reward model on the SFT model's backbone or on a fresh one."""
+    steps = max(len(rankings) // size.reward_batch, 1)
     return reward.run(
         reward.Config(
             **stage_settings(config, name, save_every=0),
             init=str(tuned.run.path),
             backbone=backbone,
             batch=size.reward_batch,
-            optimizer=cosine(size.reward_rate),
+            steps=steps,
+            optimizer=adamw(size.reward_rate, warmup_steps=min(10, steps // 2)),
             max_tokens=rankings.limit,
             buckets=rankings.buckets,
             share_prompts=True,

@@ -15,7 +15,9 @@ import rich.console
 
 from rlhf_jax.arrays import Params, TrainState
 from rlhf_jax.config import ModelConfig, RunConfig, from_plain, to_plain
+from rlhf_jax.data.batches import RankingRows
 from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import processes
 from rlhf_jax.parallel.mesh import (
@@ -43,10 +45,11 @@ _RELEASED = "released"
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A complete run: its folder, and the content of summary.json."""
+    """A complete run: its folder, the content of summary.json, and prompts to show it by, held out if any are."""
 
     run: RunFolder
     summary: dict[str, Any]
+    examples: Sequence[Prompt] | RankingRows = ()
 
 
 def create_run(
@@ -118,6 +121,7 @@ def train(
     """Trains until config.steps, resuming from the run's last checkpoint if there is one.
 
     Args:
+      config: settings, with a number of steps.
       make_state: makes the initial state; called only after compilation, so that the compiler's memory and the
         optimizer state are never held together.
       make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
@@ -134,6 +138,9 @@ def train(
       UserError: for a setting that does not fit the devices.
       Stopped: after SIGTERM, with the state saved.
     """
+    steps, eval_every = config.steps, config.eval_every or 0
+    if steps is None:
+        raise TypeError("config.steps: expected a number, got None; derive it with runs.length.run_length")
     mesh = make_mesh(**config.mesh_shape)
     use_all(mesh)
     places = row_places(mesh)
@@ -164,7 +171,7 @@ def train(
 
     with run.lock() if processes.is_first() else contextlib.nullcontext():
         # A resumed run restores before it compiles, so that a checkpoint that does not match fails early.
-        fresh = config.steps > 0 and processes.from_first(lambda: not checkpoints.steps())
+        fresh = steps > 0 and processes.from_first(lambda: not checkpoints.steps())
         state = outline(make_state, mesh) if fresh else begin()
 
         def prepare(state: TrainState) -> TrainState:
@@ -173,7 +180,7 @@ def train(
                 update.prepare(state, read(step), *held)
             if fresh:
                 state = begin()
-            if 0 < config.eval_every < config.steps:
+            if 0 < eval_every < steps:
                 figures(state)
             return state
 
@@ -181,13 +188,13 @@ def train(
             state,
             lambda state, batch: update(state, batch, *held),
             read,
-            steps=config.steps,
+            steps=steps,
             writers=Writers(outputs),
             checkpoints=checkpoints,
             save_every=config.save_every,
             log_every=config.log_every,
             evaluate=None if evaluate is None else figures,
-            eval_every=config.eval_every,
+            eval_every=eval_every,
             flops_per_token=flops_per_token,
             prepare=prepare,
         )
@@ -198,7 +205,7 @@ def train(
 
 
 def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger, **others: Ledger) -> Finished:
-    """Marks a run as finished, with its summary and ledger.
+    """Marks a run as finished, with its summary and ledger, and says the summary's warnings.
 
     Args:
       others: ledgers of data that is not trained on as such, each saved as ledger_NAME.json unless it is empty.
@@ -212,6 +219,8 @@ def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger, **other
         run.finish(summary)
 
     processes.by_first(write)
+    for warning in summary.get("warnings", ()):
+        say(f"warning: {warning}")
     return Finished(run, dict(summary))
 
 
@@ -265,18 +274,18 @@ def say_data(ledger: Ledger, parameters: int | None = None, **others: Ledger) ->
             say(f"{name}: {other.counts()}")
 
 
-def say_epochs(rows: Sized, *, batch: int, steps: int, what: str = "rows", heldout: Sized | None = None) -> None:
-    """Prints how often a run visits its rows, and a warning if rows were to be held out and none is.
-
-    Args:
-      heldout: the rows that were to be held out; None if none was to be.
-    """
+def say_epochs(rows: Sized, *, batch: int, steps: int, what: str = "rows") -> None:
+    """Prints how often a run visits its rows."""
     drawn = steps * batch
     never = f"; {len(rows) - drawn:,} of them are never drawn" if drawn < len(rows) else ""
     say(
         f"{steps:,} steps of {batch:,} {what} are {drawn / max(len(rows), 1):.3g} epochs of {len(rows):,} {what}{never}"
     )
-    if heldout is not None and not len(heldout):
+
+
+def say_unheld(heldout: Sized) -> None:
+    """Prints a warning if rows were to be held out and none is."""
+    if not len(heldout):
         say(
             "warning: nothing is held out, as all rows have the same prompt: nothing is evaluated, and no checkpoint "
             "is the best; use --heldout FILES, or --heldout-fraction 0"

@@ -64,11 +64,14 @@ def fit(
     two rows: the mean of each metric over the steps since the previous row. Between rows the host reads nothing back
     and runs ahead of the devices.
 
+    With `steps` 0 the initial state is evaluated and saved.
+
     Args:
       update: one compiled step, which increments state.step by one; metrics are scalars. If "tokens" is among them
         (tokens in this batch), rows have tokens_per_second, and with `flops_per_token` peak_share.
       batch_at: the batch of a step, a pure function of the step.
-      save_every, eval_every: interval in steps; 0 means at the end only.
+      save_every, eval_every: interval in steps; 0 means at the end only. If checkpoints keep the best by a metric, each
+        evaluated state is saved.
       evaluate: metrics of a state, written as "eval/…"; those of a checkpoint's step are saved with it.
       flops_per_token: floating point operations per trained token.
       prepare: called with `state` before the first step to compile the programs, so that no step waits for it; returns
@@ -84,6 +87,8 @@ def fit(
     """
     step = int(state.step)
     if step >= steps:
+        if step == 0:
+            _save_untrained(state, writers, checkpoints, evaluate)
         return state
     first = step + 1
     throughput = Throughput(flops_per_token, lambda: matmul_peak() * machines)
@@ -123,8 +128,10 @@ def fit(
                 if processes.count() > 1 and processes.stop_asked(step):
                     received.append(signal.SIGTERM)
                 stopping = bool(received)
-                saving = checkpoints is not None and _due(step, save_every, steps)
                 evaluating = evaluate is not None and _due(step, eval_every, steps) and not (stopping and step < steps)
+                saving = checkpoints is not None and (
+                    _due(step, save_every, steps) or (evaluating and checkpoints.best_metric is not None)
+                )
                 if stopping or saving or evaluating or step == 1 or _due(step, log_every, steps):
                     processes.phase("waiting for the devices", step, waits=True, limit=pace.limit(len(pending)))
                     rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(pending)]
@@ -150,6 +157,22 @@ def fit(
     finally:
         writers.close()
     return state
+
+
+def _save_untrained(
+    state: TrainState,
+    writers: Writer,
+    checkpoints: Checkpoints | None,
+    evaluate: Callable[[TrainState], Metrics] | None,
+) -> None:
+    """Evaluates and saves the initial state of a run of 0 steps."""
+    figures = {} if evaluate is None else jax.device_get(evaluate(state))
+    row = {f"eval/{name}": float(value) for name, value in figures.items()}
+    writers.start(0, 0)
+    writers.row(0, row)
+    writers.close()
+    if checkpoints is not None:
+        checkpoints.save(0, state, row)
 
 
 def _due(step: int, every: int, steps: int) -> bool:

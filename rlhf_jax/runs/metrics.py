@@ -22,7 +22,7 @@ import rich.live
 import rich.progress
 import rich.text
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, install_command
 from rlhf_jax.runs.atomic_files import UNFINISHED
 
 
@@ -140,7 +140,7 @@ class TensorBoard:
             import tensorboardX
         except ImportError:
             raise UserError(
-                "tensorboard: tensorboardX is not installed; install it with pip install 'rlhf_jax[tensorboard]'"
+                f"tensorboard: tensorboardX is not installed; run: {install_command('tensorboard')}"
             ) from None
         self.folder = Path(folder)
         self._make = tensorboardX.SummaryWriter

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, install_command
 
 if TYPE_CHECKING:
     import jinja2
@@ -180,7 +180,7 @@ def _environment() -> jinja2.Environment:
         import jinja2.ext
         import jinja2.sandbox
     except ImportError:
-        raise UserError('chat templates need jinja2; install it with: pip install "rlhf_jax[hf]"') from None
+        raise UserError(f"chat templates need jinja2; run: {install_command('hf')}") from None
 
     class Generation(jinja2.ext.Extension):
         """Tag {% generation %} … {% endgeneration %}, which renders its body between the two marks."""

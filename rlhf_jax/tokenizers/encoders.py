@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tiktoken
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, install_command
 from rlhf_jax.tokenizers.added_tokens import Added
 from rlhf_jax.tokenizers.merges import from_letters, nfc, unknown_characters
 
@@ -129,9 +129,7 @@ class PackageEncoder:
         try:
             import tokenizers
         except ImportError:
-            raise UserError(
-                f'{self._where}: needs the package tokenizers; install it with: pip install "rlhf_jax[hf]"'
-            ) from None
+            raise UserError(f"{self._where}: needs the package tokenizers; run: {install_command('hf')}") from None
         content = {
             **self._content,
             "normalizer": _placed(self._content.get("normalizer"), place),

@@ -50,6 +50,7 @@ from rlhf_jax.runs.lifecycle import (
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.ppo import STAGE, Batch, Config, Frozen, Networks, initial_state, make_update, rescaled
 from rlhf_jax.tokenizers.protocol import TextTokenizer
+from rlhf_jax.trainers.inputs import EXAMPLES, wants_embedded
 
 # Responses on which mean and scale of the scores are measured: the scale to 4%.
 REFERENCE_RESPONSES = 256
@@ -100,11 +101,13 @@ def run(
         )
     ledger, text_ledger = Ledger(), Ledger()
     if prompts is None:
-        prompts = read_records(config.data, "prompts", ledger) if config.data else load_corpus().prompts
+        embedded = wants_embedded("data", config.data, "prompts")
+        prompts = load_corpus().prompts if embedded else read_records(config.data, "prompts", ledger)
     mixing = config.pretraining_batch > 0
     if texts is None and mixing:
         paths = config.pretraining_data
-        texts = read_records(paths, "text", text_ledger) if paths else load_corpus().texts
+        embedded = wants_embedded("pretraining_data", paths, "text for the pretraining mix")
+        texts = load_corpus().texts if embedded else read_records(paths, "text", text_ledger)
     if mixing:
         refuse_empty(texts or (), "texts of the pretraining mix", text_ledger, field="pretraining_data")
     inputs = {
@@ -127,6 +130,8 @@ def run(
     )
     if folder.finished:
         return Finished(folder, folder.summary)
+    for warning in reward_model.warnings:
+        say(f"warning: {config.reward}: {warning}")
     text_rows = None
     if mixing and texts is not None:
         text_rows = pack_text(
@@ -173,19 +178,20 @@ def run(
         show=("score", "kl", "response_tokens", "missing_end"),
     )
     release(folder, state.extras["ema"] if config.ema_decay else state.params["policy"], config.steps)
-    metrics = read_rows(folder.metrics)
+    metrics = [row for row in read_rows(folder.metrics) if row["step"] > 0] or [{}]
     summary = {
         "dialogues": source.dialogues or have_messages(rows.sources),
-        "first_ratio_error": metrics[0]["first_ratio_error"],
-        "first_kl": metrics[0]["kl"],
-        "first_score": metrics[0]["score"],
-        "last_score": metrics[-1]["score"],
-        "last_kl": metrics[-1]["kl"],
+        "first_ratio_error": metrics[0].get("first_ratio_error"),
+        "first_kl": metrics[0].get("kl"),
+        "first_score": metrics[0].get("score"),
+        "last_score": metrics[-1].get("score"),
+        "last_kl": metrics[-1].get("kl"),
         "kl_coef": float(state.extras["kl_coef"]),
         "score_mean": mean,
         "score_scale": scale,
     }
-    return complete(folder, summary, ledger, pretraining_data=text_ledger)
+    finished = complete(folder, summary, ledger, pretraining_data=text_ledger)
+    return dataclasses.replace(finished, examples=list(rows.sources)[:EXAMPLES])
 
 
 def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np.ndarray]) -> tuple[float, float]:

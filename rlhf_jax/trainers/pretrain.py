@@ -27,11 +27,13 @@ from rlhf_jax.runs.lifecycle import (
     refuse_unevaluated,
     say_data,
     say_epochs,
+    say_unheld,
     train,
 )
 from rlhf_jax.stages.pretrain import STAGE, Config, make_update
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
+from rlhf_jax.trainers.inputs import beginnings, wants_embedded
 
 
 def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequence[Text] | None = None) -> Finished:
@@ -84,7 +86,9 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     heldout_rows = pack(heldout, tokenizer, config.row_length, heldout_ledger)
     optimizer = make_optimizer(config.optimizer, config.steps)
     say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
-    say_epochs(rows, batch=config.batch, steps=config.steps, heldout=heldout_rows if splitting else None)
+    say_epochs(rows, batch=config.batch, steps=config.steps)
+    if splitting:
+        say_unheld(heldout_rows)
     heldout_bytes = sum(len(text.text.encode()) for text in heldout)
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -112,7 +116,8 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         "heldout_loss": figures.get("loss"),
         "heldout_bits_per_byte": figures.get("bits_per_byte"),
     }
-    return complete(folder, summary, ledger, heldout=heldout_ledger)
+    finished = complete(folder, summary, ledger, heldout=heldout_ledger)
+    return dataclasses.replace(finished, examples=beginnings(heldout or texts))
 
 
 def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledger: Ledger) -> TokenRows:
@@ -127,11 +132,11 @@ def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledge
 
 def _records(config: Config, ledger: Ledger, heldout_ledger: Ledger) -> tuple[Sequence[Text], Sequence[Text] | None]:
     """Training and held-out texts; None if those are to be held out from the training texts."""
-    if not config.data:
-        corpus = load_corpus()
-        return corpus.texts, corpus.heldout_texts
-    texts = read_records(config.data, "text", ledger)
-    return texts, read_records(config.heldout, "text", heldout_ledger) if config.heldout else None
+    embedded = wants_embedded("data", config.data, "text")
+    texts = load_corpus().texts if embedded else read_records(config.data, "text", ledger)
+    if config.heldout:
+        return texts, read_records(config.heldout, "text", heldout_ledger)
+    return texts, load_corpus().heldout_texts if embedded else None
 
 
 def _tokenizer(config: Config, texts: Sequence[Text]) -> Tokenizer:

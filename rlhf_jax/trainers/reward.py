@@ -23,15 +23,18 @@ from rlhf_jax.data import (
     new_lengths,
     read_records,
 )
-from rlhf_jax.data.batches import Rows, SharedRankingRows, steps_of_epoch
+from rlhf_jax.data.batches import Rows, SharedRankingRows
 from rlhf_jax.data.encode import ordered_rankings
 from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
+from rlhf_jax.evaluation.intervals import wilson
+from rlhf_jax.evaluation.warnings import reward_warnings
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.pretrained.source import Source, Start, open_source, start_from
+from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -42,15 +45,18 @@ from rlhf_jax.runs.lifecycle import (
     refuse_unevaluated,
     release,
     say_data,
-    say_epochs,
+    say_unheld,
     train,
 )
 from rlhf_jax.stages.reward import STAGE, Config, make_update
+from rlhf_jax.trainers.inputs import EMBEDDED
 
 # Most prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too; and the
 # fewest responses, which give the scale to 9%. With fewer, PPO measures both on samples of its starting policy.
 REFERENCE_PROMPTS = 2048
 FEWEST_RESPONSES = 64
+# Default number of passes over the data.
+EPOCHS = 1.0
 
 
 def run(
@@ -96,7 +102,6 @@ def run(
             f"demonstrations: expected some of at most {limit} tokens to center the scores on, with prompt and "
             f"completion, got none in {', '.join(config.demonstrations)}"
         )
-    config = dataclasses.replace(config, steps=config.steps or steps_of_epoch(len(rankings), config.batch))
     inputs = {
         "init": source.fingerprint,
         # Without sources (file and line of each ranking), so that the fingerprint depends on the content only.
@@ -116,12 +121,12 @@ def run(
     )
     if folder.finished:
         return Finished(folder, folder.summary)
-    optimizer = make_optimizer(config.optimizer, config.steps)
     others = {"heldout": heldout_ledger, "demonstrations": demonstrations_ledger}
     say_data(ledger, count_parameters(start.base or start.params), **others)
-    say_epochs(
-        rankings, batch=config.batch, steps=config.steps, what="prompts", heldout=(heldout or ()) if splitting else None
-    )
+    if splitting:
+        say_unheld(heldout or ())
+    length = run_length(config, len(rankings), epochs=EPOCHS, what="rankings")
+    optimizer = make_optimizer(config.optimizer, length.steps)
 
     rows: Rows[Any] = SharedRankingRows(rankings) if config.share_prompts else rankings
 
@@ -132,7 +137,7 @@ def run(
 
     def held_out(rankings: RankingRows, params: Params, step: int) -> tuple[float, int]:
         if step not in held:
-            held[step] = accuracy(model, attached(params), rankings, config.batch, config.share_prompts)
+            held[step] = accuracy(model, attached(params), rankings, length.batch, config.share_prompts)
         return held[step]
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -140,14 +145,14 @@ def run(
 
     state = train(
         folder,
-        config,
+        dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch),
         lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
         lambda axis: make_update(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
-        lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
+        lambda step, **share: batch_at(rows, batch_size=length.batch, seed=config.seed, step=step, **share),
         new_shapes=lambda first: new_lengths(
-            rows, batch_size=config.batch, seed=config.seed, first=first, steps=config.steps
+            rows, batch_size=length.batch, seed=config.seed, first=first, steps=length.steps
         ),
         frozen=() if start.base is None else (start.base,),
         evaluate=evaluate,
@@ -160,24 +165,34 @@ def run(
         model,
         state.params,
         demonstration_rows,
-        config.batch,
+        length.batch,
         base=start.base,
         lora_scale=config.lora.scale,
     )
-    mean, scale = score_mean_and_scale(model, attached(params), heldout, config.batch, config.share_prompts)
-    release(folder, params, config.steps)
+    mean, scale = score_mean_and_scale(model, attached(params), heldout, length.batch, config.share_prompts)
+    release(folder, params, length.steps)
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
-    right, pairs = (None, 0) if heldout is None else held_out(heldout, params, config.steps)
+    right, pairs = (None, 0) if heldout is None else held_out(heldout, params, length.steps)
+    # One observation per prompt, because the pairs of a ranking are not independent.
+    judged = 0 if heldout is None else sum(len(set(ranks)) > 1 for _, ranks in heldout.rows)
+    right = right if judged else None
+    interval = None if right is None else wilson(right, judged)
+    warmup = config.optimizer.warmup(length.steps)
     summary = {
         "dialogues": source.dialogues or have_messages(rankings.sources),
         "prompts": len(rankings),
+        "steps": length.steps,
+        "epochs": length.epochs,
         "heldout_accuracy": right,
+        "heldout_accuracy_interval": interval,
         "heldout_pairs": pairs,
+        "heldout_prompts": judged,
         "shift": shift,
         "score_mean": mean,
         "score_scale": scale,
+        "warnings": reward_warnings(right, interval, judged, steps=length.steps, warmup=warmup),
     }
-    return complete(folder, summary, ledger, **others)
+    return dataclasses.replace(complete(folder, summary, ledger, **others), examples=heldout or rankings)
 
 
 def accuracy(
@@ -260,6 +275,11 @@ def _rows(
 ) -> tuple[RankingRows, RankingRows | None]:
     if not config.data:
         raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
+    if EMBEDDED in config.data:
+        raise UserError(
+            "data: expected files of comparisons or rankings, got embedded, which has none; rlhf-jax recipe writes "
+            "some to runs/recipe/rankings.jsonl"
+        )
     records = read_records(config.data, "rankings", ledger)
     rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     if not config.heldout:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from rlhf_jax.arrays import Params, TokenBatch
 from rlhf_jax.data import (
@@ -25,10 +26,15 @@ from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import mean_loss
+from rlhf_jax.evaluation.warnings import sft_warnings
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters
 from rlhf_jax.optim import first_key, make_optimizer, new_state
+from rlhf_jax.parallel import processes
 from rlhf_jax.pretrained.source import open_source, start_from
+from rlhf_jax.runs.checkpoint import best_step
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -37,12 +43,18 @@ from rlhf_jax.runs.lifecycle import (
     longest_row,
     refuse_empty,
     refuse_unevaluated,
+    release,
     say,
     say_data,
-    say_epochs,
+    say_unheld,
     train,
 )
+from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.sft import STAGE, Config, make_update
+from rlhf_jax.trainers.inputs import prompts_of, wants_embedded
+
+# Default number of passes over the data, and of evaluations in a run.
+EPOCHS, EVALUATIONS = 3.0, 10
 
 
 def run(
@@ -103,56 +115,80 @@ def run(
     )
     if folder.finished:
         return Finished(folder, folder.summary)
-    optimizer = make_optimizer(config.optimizer, config.steps)
     say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
+    if splitting:
+        say_unheld(heldout_rows)
     if start.base is not None:
         say(f"adapters of {count_parameters(start.params):,} parameters")
 
     training: Rows[TokenBatch] = rows if config.pack is None else pack_rows(rows, length=config.pack + 1)
-    say_epochs(training, batch=config.batch, steps=config.steps, heldout=heldout_rows if splitting else None)
+    what = "demonstrations" if config.pack is None else f"rows of {len(rows):,} packed demonstrations"
+    length = run_length(config, len(training), epochs=EPOCHS, what=what)
+    optimizer = make_optimizer(config.optimizer, length.steps)
+    eval_every = max(length.steps // EVALUATIONS, 1) if config.eval_every is None else config.eval_every
 
     def heldout_loss(params: Params) -> float | None:
         if not len(heldout_rows):
             return None
         full_params = attach(start.base, params, config.lora.scale)
-        return mean_loss(model, full_params, heldout_rows, batch_size=config.batch)[0]
+        return mean_loss(model, full_params, heldout_rows, batch_size=length.batch)[0]
 
     before = heldout_loss(start.params)
     state = train(
         folder,
-        config,
+        dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch, eval_every=eval_every),
         lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
         lambda axis: make_update(
             trained, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
         ),
-        lambda step, **share: batch_at(training, batch_size=config.batch, seed=config.seed, step=step, **share),
+        lambda step, **share: batch_at(training, batch_size=length.batch, seed=config.seed, step=step, **share),
         new_shapes=lambda first: new_lengths(
-            training, batch_size=config.batch, seed=config.seed, first=first, steps=config.steps
+            training, batch_size=length.batch, seed=config.seed, first=first, steps=length.steps
         ),
         frozen=() if start.base is None else (start.base,),
         evaluate=(lambda state: {"loss": heldout_loss(state.params)}) if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit),
         best_metric="eval/loss" if len(heldout_rows) else None,
     )
+    chosen, params = length.steps, state.params
+    if config.release == "best":
+        chosen, params = _best(folder, length.steps, state.params)
     summary = {
         "dialogues": source.dialogues or have_messages(rows.sources),
         "demonstrations": len(rows),
         "response_tokens": rows.targets,
-        "heldout_response_nll": heldout_loss(state.params),
+        "steps": length.steps,
+        "epochs": length.epochs,
+        "released_step": chosen,
+        "heldout_response_nll": heldout_loss(params),
         "heldout_response_nll_before": before,
+        "warnings": sft_warnings(read_rows(folder.metrics), before, release=config.release),
     }
-    return complete(folder, summary, ledger, heldout=heldout_ledger)
+    finished = complete(folder, summary, ledger, heldout=heldout_ledger)
+    return dataclasses.replace(finished, examples=prompts_of(heldout_rows.sources or rows.sources))
+
+
+def _best(folder: RunFolder, steps: int, last: Params) -> tuple[int, Params]:
+    """(step, parameters) with the lowest held-out loss, released for later stages if they are not the last ones."""
+    best = processes.from_first(lambda: best_step(folder.checkpoints))
+    if best is None or best == steps:
+        return steps, last
+    params = jax.tree.map(jnp.asarray, folder.load_params("best"))
+    release(folder, params, best)
+    return best, params
 
 
 def _records(
     config: Config, ledger: Ledger, heldout_ledger: Ledger
 ) -> tuple[Sequence[Demonstration | Dialogue], Sequence[Demonstration | Dialogue] | None]:
     """Training and held-out records; None if those are to be held out from the training records."""
-    if not config.data:
-        corpus = load_corpus()
-        return corpus.demonstrations, corpus.heldout_demonstrations
-    records = _read(config.data, config.kind, ledger)
-    return records, _read(config.heldout, config.kind, heldout_ledger) if config.heldout else None
+    embedded = wants_embedded("data", config.data, "demonstrations")
+    if embedded and config.kind == "dialogues":
+        raise UserError("kind: expected demonstrations with --data embedded, which has no dialogues, got dialogues")
+    records = load_corpus().demonstrations if embedded else _read(config.data, config.kind, ledger)
+    if config.heldout:
+        return records, _read(config.heldout, config.kind, heldout_ledger)
+    return records, load_corpus().heldout_demonstrations if embedded else None
 
 
 def _read(

@@ -1,0 +1,71 @@
+"""Warnings at the end of a stage: a reward model that may be no better than chance, a model that over-fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Held-out loss above its lowest by less than this fraction is no over-fitting yet.
+MARGIN = 0.01
+
+
+def reward_warnings(
+    accuracy: float | None, interval: tuple[float, float] | None, prompts: int, *, steps: int, warmup: int
+) -> list[str]:
+    """Reasons not to trust a reward model, at most one sentence; [] if there is none.
+
+    Args:
+      accuracy: held-out accuracy over pairs, None if nothing was held out.
+      interval: its 95% interval.
+      prompts: held-out prompts with an ordered pair.
+      steps: updates done.
+      warmup: updates of the learning rate's warm-up.
+    """
+    reasons = []
+    if accuracy is None or interval is None:
+        reasons.append("nothing was held out, so its accuracy is unknown")
+    elif interval[0] <= 0.5:
+        worse = "is worse than chance" if interval[1] < 0.5 else "may be chance"
+        reasons.append(
+            f"its held-out accuracy {accuracy:.2f} {worse} (95% interval {interval[0]:.2f} to {interval[1]:.2f}, "
+            f"{prompts:,} prompts)"
+        )
+    if steps < warmup:
+        reasons.append(f"its {steps:,} steps are fewer than the {warmup:,} of its warm-up")
+    elif steps == 0:
+        reasons.append("it was not trained")
+    if not reasons:
+        return []
+    return [
+        f"do not trust this reward model: {', and '.join(reasons)}; use more comparisons, more held-out ones or more "
+        "--epochs before PPO"
+    ]
+
+
+def sft_warnings(rows: Sequence[Mapping[str, Any]], before: float | None, *, release: str) -> list[str]:
+    """The sentence that says that a fine-tuned model over-fits; [] if it does not or nothing was held out.
+
+    Args:
+      rows: metrics of the run in the order of steps; those of an evaluation have "eval/loss".
+      before: held-out loss of the initial model.
+      release: "best" or "last", the evaluation whose model later stages take.
+    """
+    curve = [row for row in rows if row.get("eval/loss") is not None]
+    if not curve or before is None:
+        return []
+    best, last = min(curve, key=lambda row: row["eval/loss"]), curve[-1]
+    if before < best["eval/loss"] * (1 - MARGIN):
+        return [
+            f"held-out loss {best['eval/loss']:.3f} at best, {before:.3f} before training: training made it worse; use "
+            "a lower --optimizer.learning-rate"
+        ]
+    if last["eval/loss"] <= best["eval/loss"] * (1 + MARGIN):
+        return []
+    fell = last["loss"] < best["loss"]
+    return [
+        f"held-out loss rose from {best['eval/loss']:.3f} after step {best['step']:,}, its best, to "
+        f"{last['eval/loss']:.3f} after step {last['step']:,}, while the training loss "
+        + (f"fell from {best['loss']:.3f} to {last['loss']:.3f}: it over-fits" if fell else "did not fall: it diverges")
+        + f"; later stages take the model of step {(best if release == 'best' else last)['step']:,}; use "
+        + ("fewer --epochs" if fell else "a lower --optimizer.learning-rate")
+    ]
