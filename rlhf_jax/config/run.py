@@ -14,7 +14,10 @@ from rlhf_jax.errors import UserError
 # Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices`, `mesh`
 # and `pmap` are included: rows and their order stay the same, but the last bits of a sum may differ.
 MAY_CHANGE = frozenset(
-    {"name", "out", "devices", "mesh", "pmap", "log_every", "save_every", "eval_every", "keep_last", "tensorboard"}
+    {
+        *("name", "out", "devices", "mesh", "pmap", "log_every", "save_every", "eval_every", "keep_last"),
+        *("tensorboard", "reward_timeout"),
+    }
 )
 PLACES = ("query", "key", "value", "out", "gate", "up", "down")
 

@@ -252,7 +252,8 @@ def _prompt(row: _Row) -> Prompt:
         raise row.missing("'prompt'")
     if not prompt.strip():
         raise _Useless("empty prompt")
-    return Prompt(prompt, row.where, turns)
+    columns = {name: value for name, value in row.fields.items() if name != "prompt"}
+    return Prompt(prompt, row.where, turns, columns)
 
 
 def _exchange(row: _Row, responses: Sequence[tuple[str, Any]]) -> _Exchange:
@@ -272,6 +273,20 @@ def _exchange(row: _Row, responses: Sequence[tuple[str, Any]]) -> _Exchange:
         raise row.wrong("prompt", describe(prompt), "text or a list of messages")
     turns = (Message("user", prompt),) if isinstance(prompt, str) else row.messages("prompt")
     return render_prompt(turns), turns, [_answer(row, name, value, turns) for name, value in responses]
+
+
+def exchange(where: str, prompt: Any, responses: Sequence[Any]) -> _Exchange:
+    """Prompt, its messages, and responses, each given as in a row of a file: text or messages.
+
+    Args:
+      where: name of the source in errors.
+      prompt: text, or messages.
+      responses: text, or the assistant's message.
+
+    Raises:
+      UserError: naming `where` and the field, for anything else.
+    """
+    return _exchange(_Row(where, {"prompt": prompt}), [("response", response) for response in responses])
 
 
 def _answer(row: _Row, name: str, value: Any, turns: tuple[Message, ...]) -> str:

@@ -9,6 +9,8 @@ which text cannot express.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from rlhf_jax.data.dialogues import Message
 
@@ -23,11 +25,12 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt to sample responses for."""
+    """A prompt to sample responses for. columns: further fields of its row, for reward functions."""
 
     prompt: str
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
