@@ -1,5 +1,8 @@
 """The recipe behind ChatGPT in JAX: pretraining, supervised fine-tuning, reward modelling and PPO.
 
+`load(run)` opens a trained model, to generate text or to score answers; the stages from Python are
+`from rlhf_jax.trainers import ppo`, then `ppo.run(config)`, with reward functions of one's own as `reward_funcs`.
+
 Public names are imported lazily on first access, so that `import rlhf_jax` is cheap. Import a function that shares its
 module's name from the module: `from rlhf_jax.generate import generate`. The stages are modules:
 `from rlhf_jax.stages import ppo`.
@@ -19,11 +22,13 @@ if TYPE_CHECKING:
     from rlhf_jax.config import EpisodeConfig as EpisodeConfig
     from rlhf_jax.config import ModelConfig as ModelConfig
     from rlhf_jax.config import OptimConfig as OptimConfig
+    from rlhf_jax.config import PPOConfig as PPOConfig
     from rlhf_jax.data import Ledger as Ledger
     from rlhf_jax.data import batch_at as batch_at
     from rlhf_jax.data import extract_dialogues as extract_dialogues
     from rlhf_jax.data import read_records as read_records
     from rlhf_jax.errors import UserError as UserError
+    from rlhf_jax.inference import load as load
     from rlhf_jax.kl import adapt_kl_coef as adapt_kl_coef
     from rlhf_jax.kl import kl_estimate as kl_estimate
     from rlhf_jax.losses import clipped_surrogate as clipped_surrogate
@@ -53,9 +58,10 @@ if TYPE_CHECKING:
 _NAMES = {
     "arrays": "PromptBatch RankingBatch Rollout TokenBatch TrainState",
     "data": "Ledger batch_at extract_dialogues read_records",
-    "config": "EpisodeConfig ModelConfig OptimConfig",
+    "config": "EpisodeConfig ModelConfig OptimConfig PPOConfig",
     "stages.ppo": "Frozen Networks make_rollout",
     "errors": "UserError",
+    "inference": "load",
     "kl": "adapt_kl_coef kl_estimate",
     "losses": "clipped_surrogate clipped_value_loss next_token_loss pairwise_loss ranking_loss",
     "masked": "masked_mean masked_whiten",

@@ -106,7 +106,8 @@ class Rollout:
       value_BR: value of the state before each response token.
       advantage_BR: whitened advantage.
       target_BR: value target.
-      score_B: normalized reward model score of the episode, with the missing-end penalty applied.
+      score_B: score of the episode, the reward model's normalized one or a sum with reward functions, with the
+        missing-end penalty applied.
     """
 
     tokens_BT: Array

@@ -1,5 +1,6 @@
 """What README.md names is there, and what it tells to type is understood."""
 
+import contextlib
 import importlib
 import re
 import shlex
@@ -9,7 +10,11 @@ from typing import Any
 import pytest
 
 from rlhf_jax.cli.flags import parse
+from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import Ledger, read_records
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.made_params import random_params
+from tests.made_runs import write_run
 
 pytestmark = pytest.mark.core
 
@@ -19,11 +24,10 @@ KINDS: tuple[Any, ...] = ("text", "demonstrations", "dialogues", "comparisons", 
 COMMANDS = re.findall(r"^(?:rlhf-jax|python .* -- -m rlhf_jax) (.*)$", README, re.MULTILINE)
 
 
-def block(language: str) -> str:
-    """The first block of code in a language."""
-    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return found[1]
+def block(language: str, word: str = "") -> str:
+    """The first block of code in a language that has a word."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return next(code for code in blocks if word in code)
 
 
 def exists(name: str, *folders: str) -> bool:
@@ -59,8 +63,22 @@ def test_the_functions_files_and_links_are_there() -> None:
 
 def test_the_example_in_python_runs() -> None:
     namespace: dict[str, Any] = {}
-    code = block("python")
+    code = block("python", "init_params")
     small = code.replace("vocab_size=1024, context=128", "vocab_size=32, context=8, width=8, layers=1, heads=1")
     assert small != code
     exec(compile(small, "README.md", "exec"), namespace)  # noqa: S102
     assert callable(namespace["update"])
+
+
+def test_ppo_with_a_function_in_a_dozen_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = block("python", "reward_funcs")
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 12
+    model = ModelConfig(vocab_size=Tokenizer.bytes().vocab_size, context=128, width=8, layers=1, heads=1)
+    write_run(tmp_path / "runs" / "answers", "sft", random_params(model), model, Tokenizer.bytes())
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Q: Why?"}\n')
+    small = code.replace("steps=30", "steps=1, batch=4, minibatches=1")
+    assert small != code
+    with contextlib.chdir(tmp_path):
+        exec(compile(small, "README.md", "exec"), {"__name__": "readme"})  # noqa: S102
+    assert capsys.readouterr().out.startswith("[")
+    assert "reward/fewer_commas" in (tmp_path / "runs" / "plain" / "metrics.jsonl").read_text()

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from rlhf_jax import inference
 from rlhf_jax.cli import completion, process
 from rlhf_jax.cli.app import main
 from rlhf_jax.cli.before_after import lines_of
@@ -372,7 +373,7 @@ def test_prompts_of_like_length_are_answered_together(
 ) -> None:
     shapes: list[tuple[int, ...]] = []
     passed: list[tuple[int, str]] = []
-    plain = completion.generate
+    plain = inference.generate
 
     def watched(model: Any, params: Any, tokens_BP: Any, *rest: Any, **settings: Any) -> Any:
         shapes.append(tokens_BP.shape)
@@ -382,8 +383,8 @@ def test_prompts_of_like_length_are_answered_together(
 
     prompts = ("red", "red and " * 5, "blue", "a cat " * 5, "green", "blue " * 8)
     flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
-    monkeypatch.setattr(completion, "generate", watched)
-    monkeypatch.setattr(completion, "ROWS", 2)
+    monkeypatch.setattr(inference, "generate", watched)
+    monkeypatch.setattr(inference, "ROWS", 2)
 
     def said(*more: str) -> str:
         shapes.clear()
@@ -393,7 +394,7 @@ def test_prompts_of_like_length_are_answered_together(
     together = said()
     assert shapes == [(2, 16), (2, 32), (2, 48)]
     # Each part as it came, which pads the short prompts beside the long ones, gives the same answers.
-    monkeypatch.setattr(completion, "by_length", lambda lengths, rows: list(np.arange(len(lengths)).reshape(-1, rows)))
+    monkeypatch.setattr(inference, "by_length", lambda lengths, rows: list(np.arange(len(lengths)).reshape(-1, rows)))
     assert said() == together
     assert shapes == [(2, 48), (2, 32), (2, 48)]
     said("--segments", "2", "--cache-dtype", "int8")

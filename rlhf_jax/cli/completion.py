@@ -6,123 +6,38 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data import chat_ids
-from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
 from rlhf_jax.data.dialogues import HEADERS, Message
 from rlhf_jax.errors import UserError
-from rlhf_jax.generate import generate, stream, uniform_numbers
+from rlhf_jax.inference import Sampler
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.lifecycle import say
 
-# ROWS responses are sampled per batch. AHEAD rows are read at once, to batch rows of similar length.
-ROWS, AHEAD = 32, 256
+# Rows that are read at once, to batch rows of similar length.
+AHEAD = 256
 
 if TYPE_CHECKING:
     from rlhf_jax.cli.generate import Config
 
 
-class Speaker:
+class Speaker(Sampler):
     """A run's model with its sampling settings."""
 
     def __init__(self, config: Config) -> None:
         source = open_source(config.run, stages=("pretrain", "sft", "ppo"))
-        self.config = config
-        self.tokenizer = source.tokenizer
-        self.model = source.network()
-        self.context = self.model.config.context
-        self.room = self.context - config.max_new_tokens
-        if self.room < 1:
-            raise UserError(
-                f"max_new_tokens: expected at most {self.context - 1}, to leave room for a prompt in the model's "
-                f"context of {self.context} tokens, got {config.max_new_tokens}; use --max-new-tokens "
-                f"{max(self.context // 2, 1)}"
-            )
-        self.params = source.params()
-        self.key = jax.random.key(config.seed)
-        self.sampling = SamplingConfig(
+        sampling = SamplingConfig(
             max_new_tokens=config.max_new_tokens,
-            stop_ids=self.tokenizer.stop_ids,
-            pad_id=self.tokenizer.pad_id,
+            stop_ids=source.tokenizer.stop_ids,
+            pad_id=source.tokenizer.pad_id,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             segments=config.segments,
             cache_dtype=config.cache_dtype,
         )
-
-    def refuse(self, ids: Sequence[int], where: str) -> None:
-        """Checks the length of a prompt.
-
-        Raises:
-          UserError: if the prompt is empty, or leaves no room for the response.
-        """
-        if not ids:
-            raise UserError(
-                f"{where}: expected text, got an empty prompt, and this model's tokenizer adds no start token"
-            )
-        if len(ids) > self.room:
-            raise UserError(
-                f"{where}: expected at most {self.room} tokens, the context of {self.context} minus max_new_tokens "
-                f"{self.config.max_new_tokens}, got {len(ids)}"
-            )
-
-    def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """Text of one response to each prompt."""
-        numbers = []
-        for _ in range(0, len(prompts), ROWS):
-            self.key, key = jax.random.split(self.key)
-            numbers.append(np.asarray(uniform_numbers(key, ROWS, self.config.max_new_tokens)))
-        # Each prompt has its own row of random numbers, so its response does not depend on the others in its batch.
-        uniform_NR = np.concatenate(numbers)
-        texts = [""] * len(prompts)
-        for part in by_length(list(map(len, prompts)), ROWS):
-            for place, text in zip(part, self.side_by_side([prompts[place] for place in part], uniform_NR[part])):
-                texts[place] = text
-        return texts
-
-    def side_by_side(self, prompts: Sequence[Sequence[int]], uniform_BR: np.ndarray) -> list[str]:
-        """Responses of one batch, each sampled with its own row of uniform numbers."""
-        # Widths and row counts are bucketed, so that few shapes are compiled.
-        width = bucket_length(max(map(len, prompts)), default_buckets(self.room))
-        rows = np.arange(1 << (len(prompts) - 1).bit_length()) % len(prompts)
-        batch = PromptRows(list(prompts), width, self.tokenizer.pad_id).batch(rows)
-        out = generate(
-            self.model,
-            self.params,
-            batch.tokens_BP,
-            batch.mask_BP,
-            self.key,
-            self.sampling,
-            uniform_BR=jnp.asarray(uniform_BR[rows]),
-        )
-        decode = self.tokenizer.decode
-        tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
-        kept = zip(tokens_BR[: len(prompts)], mask_BR[: len(prompts)])
-        # Decoded alone, a response would lose its leading space: SentencePiece strips one at the start of a text.
-        wholes = [decode([*ids, *row[mask].tolist()]) for ids, (row, mask) in zip(prompts, kept)]
-        return [whole[len(decode(ids)) :] for ids, whole in zip(prompts, wholes)]
-
-    def spoken(self, ids: Sequence[int]) -> Iterator[str]:
-        """Text of the response to one prompt, streamed as it is sampled."""
-        width = bucket_length(len(ids), default_buckets(self.room))
-        batch = PromptRows([list(ids)], width, self.tokenizer.pad_id).batch(np.arange(1))
-        self.key, key = jax.random.split(self.key)
-        decode = self.tokenizer.decode
-        columns = stream(self.model, self.params, batch.tokens_BP, batch.mask_BP, key, self.sampling)
-        before, printed, text = [*ids], len(decode(ids)), ""
-        for token_B, _ in columns:
-            before.append(int(token_B[0]))
-            text = decode(before)
-            # A character made of several tokens decodes only once its last token is there.
-            if not text.endswith("\ufffd"):
-                yield text[printed:]
-                printed = max(printed, len(text))
-        yield text[printed:]
+        super().__init__(source, sampling, config.seed)
+        self.config = config
 
 
 def run(config: Config) -> None:

@@ -14,7 +14,7 @@ from rlhf_jax.errors import UserError
 # Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices`, `mesh`
 # and `pmap` are included: rows and their order stay the same, but the last bits of a sum may differ.
 MAY_CHANGE = frozenset(
-    "name out devices mesh pmap log_every save_every eval_every keep_last tensorboard examples".split()
+    "name out devices mesh pmap log_every save_every eval_every keep_last tensorboard examples reward_timeout".split()
 )
 _WARMUP = 0.05
 PLACES = ("query", "key", "value", "out", "gate", "up", "down")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from rlhf_jax.config.checks import at_least, hinted, row_settings, within
@@ -154,8 +155,18 @@ class PPOConfig(RunConfig):
     init: str = hinted("")
     """Initial policy and reference model, fine-tuned or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
     pypi:PACKAGE."""
-    reward: str = hinted("")
-    """Reward model: a run's folder, or hf:FOLDER of a model with a score head."""
+    reward: str = hinted("", "or --reward-function")
+    """Reward model: a run's folder, or hf:FOLDER of a model with a score head. Not needed with a reward_function; the
+    value network then starts from the policy."""
+    reward_function: tuple[str, ...] = ()
+    """Reward function FILE.py:NAME or package.module:NAME; may be repeated. f(prompts, completions, **columns) returns
+    a number for each completion, as in TRL; columns are the other fields of the prompts. Its value is added to the
+    reward model's normalized score, if there is one."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of the terms of the reward, the reward model's first if there is one; 1 each by default."""
+    reward_timeout: float = 60.0
+    """Time limit in seconds of a call of a reward function, in a thread; 0 sets no limit and calls it in the main
+    thread, as functions that use signals need."""
     data: tuple[str, ...] = hinted(())
     """Files of prompts; or embedded, for function names of Python's own documentation."""
     pretraining_data: tuple[str, ...] = ()
@@ -207,6 +218,10 @@ class PPOConfig(RunConfig):
             at_least(self, field, 1)
         for field in ("clip", "value_clip", "value_coef", "kl_coef", "pretraining_coef", "pretraining_batch"):
             at_least(self, field, 0)
+        at_least(self, "reward_timeout", 0)
+        for field, values in (("reward_timeout", (self.reward_timeout,)), ("reward_weights", self.reward_weights)):
+            if not all(map(math.isfinite, values)):
+                raise UserError(f"{field}: expected finite numbers, got {values}")
         within(self, "ema_decay", 0, 1)
         for field in ("kl_target", "kl_horizon"):
             value = dataclasses.asdict(self)[field]

@@ -23,6 +23,7 @@ from rlhf_jax.data.encode import (
     ranking_rows,
     response_ids,
     response_row,
+    response_text,
 )
 from rlhf_jax.data.gopher import as_messages, extract_dialogues
 from rlhf_jax.data.ledger import Ledger
@@ -66,5 +67,6 @@ __all__ = [
     "render_prompt",
     "response_ids",
     "response_row",
+    "response_text",
     "split_hh",
 ]

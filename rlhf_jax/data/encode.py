@@ -71,6 +71,14 @@ def response_ids(
     return [*ids, tokenizer.eos_id] if ended else ids
 
 
+def response_text(prompt_ids: Sequence[int], response_ids: Sequence[int], tokenizer: TextTokenizer) -> str:
+    """Text of a sampled response, without the token that ends it and without special tokens."""
+    if response_ids and response_ids[-1] in tokenizer.stop_ids:
+        response_ids = response_ids[:-1]
+    # Decoded alone, a response would lose its leading space: SentencePiece strips one at the start of a text.
+    return tokenizer.decode([*prompt_ids, *response_ids])[len(tokenizer.decode(prompt_ids)) :]
+
+
 def rest_ids(
     turns: Sequence[Message], rest: Sequence[Message], tokenizer: TextTokenizer, *, ended: bool = True
 ) -> list[int]:

@@ -212,7 +212,8 @@ def _prompt(row: Row) -> Prompt:
     found = prompt_alone(row)
     if not found.prompt.strip():
         raise Useless("empty prompt")
-    return Prompt(found.prompt, row.where, found.turns)
+    columns = {name: value for name, value in row.fields.items() if name != "prompt"}
+    return Prompt(found.prompt, row.where, found.turns, columns)
 
 
 def _refuse_unpaired(row: Row) -> None:

@@ -11,7 +11,8 @@ without the end token. For several responses it has one value each, or () if all
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rlhf_jax.data.dialogues import Message
 
@@ -26,11 +27,12 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt to sample responses for."""
+    """A prompt to sample responses for. columns: further fields of its row, for reward functions."""
 
     prompt: str
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

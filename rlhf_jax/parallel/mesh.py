@@ -153,7 +153,8 @@ def use_all(mesh: Mesh) -> None:
         )
 
 
-def _row_layout(mesh: Mesh) -> NamedSharding:
+def row_layout(mesh: Mesh) -> NamedSharding:
+    """Layout of a batch, whose rows are sharded over the axes `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
@@ -163,7 +164,7 @@ def row_places(mesh: Mesh) -> Callable[[int], np.ndarray] | None:
         return None
 
     def places(rows: int) -> np.ndarray:
-        parts = _row_layout(mesh).addressable_devices_indices_map((rows,)).values()
+        parts = row_layout(mesh).addressable_devices_indices_map((rows,)).values()
         return np.unique(np.concatenate([np.arange(rows)[part] for part in parts if part is not None]))
 
     return places
@@ -182,7 +183,7 @@ def shard_rows(batch: Any, mesh: Mesh) -> Any:
         raise UserError(
             f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
         )
-    return jax.device_put(batch, _row_layout(mesh))
+    return jax.device_put(batch, row_layout(mesh))
 
 
 def _gather_rows(batch: Any, mesh: Mesh) -> Any:
@@ -200,7 +201,7 @@ def _gather_rows(batch: Any, mesh: Mesh) -> Any:
             at = own.index((index[0].start or 0) // size) * size
             return local[at : at + size]
 
-        return jax.make_array_from_callback(shape, _row_layout(mesh), part)
+        return jax.make_array_from_callback(shape, row_layout(mesh), part)
 
     return jax.tree.map(one, batch)
 
@@ -250,12 +251,12 @@ class _Mapped:
         self._compiled: dict[int, Any] = {}
 
     def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, metrics = self._pmap(len(frozen))(state, self._split(batch), *frozen)
+        state, metrics = self._pmap(len(frozen))(state, split_rows(batch, self._mesh.devices.size), *frozen)
         # Same sharding as the first state: pmap recompiles for another one.
         return replicate(state, self._mesh), metrics
 
     def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
-        self._pmap(len(frozen)).lower(state, self._split(batch), *frozen).compile()
+        self._pmap(len(frozen)).lower(state, split_rows(batch, self._mesh.devices.size), *frozen).compile()
 
     def _pmap(self, frozen: int) -> Any:
         if frozen not in self._compiled:
@@ -268,13 +269,19 @@ class _Mapped:
             )
         return self._compiled[frozen]
 
-    def _split(self, batch: Any) -> Any:
-        rows, devices = jax.tree.leaves(batch)[0].shape[0], self._mesh.devices.size
-        if rows % devices:
-            raise UserError(
-                f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
-            )
-        return jax.tree.map(lambda x: np.asarray(x).reshape(devices, -1, *x.shape[1:]), batch)
+
+def split_rows(batch: Any, devices: int) -> Any:
+    """Splits the rows of a batch for pmap: [devices, rows / devices, …].
+
+    Raises:
+      UserError: if the number of rows is not divisible.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if rows % devices:
+        raise UserError(
+            f"batch {rows} is not divisible by {devices} devices; use --batch {max(rows - rows % devices, devices)}"
+        )
+    return jax.tree.map(lambda x: np.asarray(x).reshape(devices, -1, *x.shape[1:]), batch)
 
 
 def pmap_update(update: Update, devices: int) -> CompiledUpdate:

@@ -20,6 +20,7 @@ from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import processes
+from rlhf_jax.parallel.host_step import HostStep, with_host_step
 from rlhf_jax.parallel.mesh import (
     Update,
     copied,
@@ -110,6 +111,7 @@ def train(
     batch_at: Callable[..., Any],
     *,
     frozen: Sequence[Any] = (),
+    host_step: HostStep | None = None,
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
     flops_per_token: float | None = None,
     show: Sequence[str] = ("loss",),
@@ -127,6 +129,7 @@ def train(
       make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
       batch_at: step -> its batch; with several processes, called with places=… for this process's rows.
       frozen: networks that the update reads; placed on the mesh and not saved.
+      host_step: work of the host before the update, on what the devices compute for it; None for none.
       new_shapes: first step -> the steps at which a batch shape occurs for the first time; None if all batches have one
         shape.
       writers: writers in addition to the console and metrics.jsonl.
@@ -150,6 +153,8 @@ def train(
         update = pmap_update(make_update(DATA), config.device_count)
     else:
         update = jit_update(make_update(None), mesh)
+    if host_step is not None:
+        update = with_host_step(update, host_step, mesh, pmap=config.pmap)
     held = tuple(place(network, mesh) for network in frozen)
     checkpoints = Checkpoints(run.checkpoints, config.keep_last, best_metric, best_mode)
     outputs: list[Writer] = []

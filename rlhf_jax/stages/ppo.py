@@ -7,6 +7,9 @@ One iteration, `make_update`, has four steps:
   3 advantages  reward = r at the last token - β (log π - log π_ref), then GAE and whitening, [B, R]
   4 optimize    epochs × minibatches: clipped surrogate + value loss + γ pretraining loss, one Adam step each
 
+r is the reward model's normalized score, or a sum of it and of reward functions (rewards.py). Functions need the text:
+the host has `make_sampling` do step 1, decodes the responses, and gives them to the update with the functions' values.
+
 The layout of rows (padded or packed) and of the sampler's KV cache is handled in packing.py and generate.py; results do
 not depend on it.
 
@@ -36,6 +39,7 @@ from rlhf_jax.model import Transformer
 from rlhf_jax.optim import apply_gradients, global_count, make_optimizer, new_state, summed_gradients
 from rlhf_jax.packing import EpisodeRows, map_episodes, pack_episodes, padded_episodes
 from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
+from rlhf_jax.rewards import Terms, compose
 
 STAGE = "ppo"
 Config = PPOConfig
@@ -59,7 +63,7 @@ class Frozen:
 
     Attributes:
       reference: parameters of the reference model, i.e. the SFT model.
-      reward: parameters of the reward model.
+      reward: parameters of the reward model; None if reward functions alone make the reward.
       score_mean: scalar; scores are normalized to (score - mean) / scale.
       score_scale: scalar.
       backbone: base parameters of the adapters of policy and reference, and of the scorers too if scorer_backbone is
@@ -68,7 +72,7 @@ class Frozen:
     """
 
     reference: Params
-    reward: Params
+    reward: Params | None
     score_mean: Array
     score_scale: Array
     backbone: Params | None = None
@@ -76,11 +80,33 @@ class Frozen:
 
 
 @pytree
+class ScoredResponses:
+    """Responses that were sampled ahead of the update, with what N reward functions say of them.
+
+    Attributes:
+      sampled: the responses.
+      value_BN: value of each function; NaN where it does not apply.
+    """
+
+    sampled: Generation
+    value_BN: Array
+
+
+@pytree
 class Batch:
-    """Batch of one iteration: prompts, and rows of pretraining text (None without the pretraining mix)."""
+    """Batch of one iteration.
+
+    Attributes:
+      prompts: the prompts.
+      pretraining: rows of pretraining text; None without the pretraining mix.
+      row_B: int32, row of each prompt in the data, by which the host finds its text; None without reward functions.
+      scored: responses to the prompts; None if the update itself samples them.
+    """
 
     prompts: PromptBatch
     pretraining: TokenBatch | None
+    row_B: Array | None = None
+    scored: ScoredResponses | None = None
 
 
 @pytree
@@ -92,7 +118,7 @@ class RolloutScores:
       entropy_BR: entropy of the policy, in nats.
       ref_logp_BR: log-probability under the reference model, in nats.
       value_BR: value of the state before the token.
-      score_BR: reward model score read at the token.
+      score_BR: reward model score read at the token; 0 without a reward model.
     """
 
     logp_BR: Array
@@ -113,7 +139,13 @@ class OldPolicyStats:
 
 
 def make_update(
-    networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
+    networks: Networks,
+    config: Config,
+    *,
+    eos_id: int | tuple[int, ...],
+    pad_id: int,
+    axis_name: str | None = None,
+    terms: Terms | None = None,
 ) -> Callable[[TrainState, Batch, Frozen], tuple[TrainState, dict[str, Array]]]:
     """Make one PPO iteration as a pure function: update(state, batch, frozen) -> (state, metrics).
 
@@ -123,6 +155,7 @@ def make_update(
       eos_id: token id that ends a response, or a tuple of such ids.
       pad_id: token id of padding.
       axis_name: mapped axis over which the prompts are split.
+      terms: terms of the reward, with reward functions; every batch must then have scored responses.
     """
     # As many parts as an optimizer step computes, which needs more memory per row than scoring does.
     rollout = make_rollout(
@@ -132,15 +165,13 @@ def make_update(
         pad_id=pad_id,
         parts=config.minibatches * config.microbatches,
         axis_name=axis_name,
+        terms=terms,
     )
     optimizer_step = make_optimizer_step(networks, config, axis_name)
     scale = config.lora.scale
 
     def update(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(state.key, state.step)
-        if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        sample_key, order_key = jax.random.split(key)
+        sample_key, order_key = iteration_keys(state, axis_name)
 
         # 1, 2, 3. Sample, score, compute advantages.
         episodes, metrics = rollout(
@@ -149,6 +180,7 @@ def make_update(
             batch.prompts,
             sample_key,
             state.extras["kl_coef"],
+            batch.scored,
         )
         if axis_name is not None:
             metrics = jax.lax.psum(metrics, axis_name)
@@ -196,6 +228,33 @@ def make_update(
     return update
 
 
+def make_sampling(
+    networks: Networks,
+    config: Config,
+    *,
+    eos_id: int | tuple[int, ...],
+    pad_id: int,
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Batch, Frozen], Generation]:
+    """Make step 1 of the update alone: the responses that update(state, batch, frozen) would sample."""
+
+    def sampling(state: TrainState, batch: Batch, frozen: Frozen) -> Generation:
+        sample_key, _ = iteration_keys(state, axis_name)
+        policy = attach(frozen.backbone, state.params["policy"], config.lora.scale)
+        return sample(networks.policy, policy, batch.prompts, sample_key, config.episode, eos_id=eos_id, pad_id=pad_id)
+
+    return sampling
+
+
+def iteration_keys(state: TrainState, axis_name: str | None) -> tuple[Array, Array]:
+    """Random keys of this iteration and device: (of sampling, of the order of episodes)."""
+    key = jax.random.fold_in(state.key, state.step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    sample_key, order_key = jax.random.split(key)
+    return sample_key, order_key
+
+
 def make_rollout(
     networks: Networks,
     config: EpisodeConfig,
@@ -204,11 +263,13 @@ def make_rollout(
     pad_id: int,
     parts: int = 1,
     axis_name: str | None = None,
-) -> Callable[[dict[str, Params], Frozen, PromptBatch, Array, Array], tuple[Rollout, dict[str, Array]]]:
-    """Make steps 1 to 3: rollout(params, frozen, prompts, key, kl_coef) -> (episodes, metrics).
+    terms: Terms | None = None,
+) -> Callable[..., tuple[Rollout, dict[str, Array]]]:
+    """Make steps 1 to 3: rollout(params, frozen, prompts, key, kl_coef, scored=None) -> (episodes, metrics).
 
     params is {"policy": …, "critic": …} and, like frozen, holds full parameters, not adapters; key must be unique to
-    this iteration and device; kl_coef is β. The metrics are shares, to be summed over the mapped axis.
+    this iteration and device; kl_coef is β; scored holds the responses if they were sampled before. The metrics are
+    shares, to be summed over the mapped axis.
 
     Args:
       networks: architectures of the four networks.
@@ -218,14 +279,34 @@ def make_rollout(
       parts: number of equal parts of the prompts that are scored one after the other, to bound memory; a divisor of
         the number of prompts.
       axis_name: mapped axis over which the prompts are split.
+      terms: terms of the reward, with reward functions.
     """
 
     def rollout(
-        params: dict[str, Params], frozen: Frozen, prompts: PromptBatch, key: Array, kl_coef: Array
+        params: dict[str, Params],
+        frozen: Frozen,
+        prompts: PromptBatch,
+        key: Array,
+        kl_coef: Array,
+        scored: ScoredResponses | None = None,
     ) -> tuple[Rollout, dict[str, Array]]:
-        sampled = sample(networks.policy, params["policy"], prompts, key, config, eos_id=eos_id, pad_id=pad_id)
+        if scored is None:
+            sampled = sample(networks.policy, params["policy"], prompts, key, config, eos_id=eos_id, pad_id=pad_id)
+        else:
+            sampled = scored.sampled
         return score(
-            networks, params, frozen, prompts, sampled, kl_coef, config, eos_id=eos_id, parts=parts, axis_name=axis_name
+            networks,
+            params,
+            frozen,
+            prompts,
+            sampled,
+            kl_coef,
+            config,
+            eos_id=eos_id,
+            parts=parts,
+            axis_name=axis_name,
+            terms=terms,
+            value_BN=None if scored is None else scored.value_BN,
         )
 
     return rollout
@@ -258,8 +339,13 @@ def score(
     eos_id: int | tuple[int, ...],
     parts: int = 1,
     axis_name: str | None = None,
+    terms: Terms | None = None,
+    value_BN: Array | None = None,
 ) -> tuple[Rollout, dict[str, Array]]:
-    """Steps 2 and 3: score the sampled token ids, without decoding them, and compute rewards and advantages [B, R]."""
+    """Steps 2 and 3: score the sampled token ids, without decoding them, and compute rewards and advantages [B, R].
+
+    The values of reward functions come from the host, which decoded the responses.
+    """
     tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
     mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
     mask_BR = sampled.mask
@@ -277,6 +363,10 @@ def score(
     last_B1 = jnp.maximum(jnp.sum(mask_BR, axis=1, keepdims=True) - 1, 0)
     raw_B = jnp.take_along_axis(found.score_BR, last_B1, axis=1)[:, 0]
     score_B = (raw_B - frozen.score_mean) / frozen.score_scale
+    term_metrics: dict[str, Array] = {}
+    if terms is not None and value_BN is not None:
+        model_B = None if frozen.reward is None else score_B
+        score_B, term_metrics = compose(terms, model_B, value_BN, axis_name)
     ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in _ends(eos_id)])
     ended_B = jnp.any(ends_BR & mask_BR, axis=1)
     if config.missing_end == "replace":
@@ -319,6 +409,7 @@ def score(
         "entropy": masked_mean(found.entropy_BR, mask_BR, axis_name),
         "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - found.logp_BR), mask_BR, axis_name),
         "nonfinite": over_episodes(~finite_B),
+        **term_metrics,
     }
     return episodes, metrics
 
@@ -326,15 +417,17 @@ def score(
 def score_rows(
     networks: Networks, params: dict[str, Params], frozen: Frozen, rows: EpisodeRows, *, temperature: float
 ) -> RolloutScores:
-    """Run the four forward passes over rows of episodes."""
+    """Run the four forward passes over rows of episodes; without a reward model there are three, and scores are 0."""
     loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
     ref_loss_BR, _ = response_losses(networks.policy, frozen.reference, rows, temperature=temperature)
+    value_BR = state_values(networks.scorer, params["critic"], rows)
+    without = frozen.reward is None
     return RolloutScores(
         logp_BR=-loss_BR,
         entropy_BR=entropy_BR,
         ref_logp_BR=-ref_loss_BR,
-        value_BR=state_values(networks.scorer, params["critic"], rows),
-        score_BR=response_scores(networks.scorer, frozen.reward, rows),
+        value_BR=value_BR,
+        score_BR=jnp.zeros_like(value_BR) if without else response_scores(networks.scorer, frozen.reward, rows),
     )
 
 
@@ -456,8 +549,9 @@ def attach_adapters(params: dict[str, Params], frozen: Frozen, scale: float) -> 
 
 def attach_frozen(frozen: Frozen, scale: float) -> Frozen:
     """Attach the frozen adapters to their backbones: a `Frozen` with full parameters and no backbone."""
-    both = attach_adapters({"policy": frozen.reference, "critic": frozen.reward}, frozen, scale)
-    return Frozen(both["policy"], both["critic"], frozen.score_mean, frozen.score_scale)
+    adapters = {"policy": frozen.reference} | ({} if frozen.reward is None else {"critic": frozen.reward})
+    full = attach_adapters(adapters, frozen, scale)
+    return Frozen(full["policy"], full.get("critic"), frozen.score_mean, frozen.score_scale)
 
 
 def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
@@ -469,7 +563,7 @@ def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
 
 
 def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
-    """Initial state: the policy starts from the SFT model, the critic from the reward model."""
+    """Initial state: the policy starts from the SFT model, the critic from the reward model, or else the policy."""
     params = {"policy": policy, "critic": critic}
     optimizers = make_optimizers(config)
     opt_state = {name: jax.jit(optimizers[name].init)(params[name]) for name in optimizers}

@@ -1,0 +1,107 @@
+"""Scores of files of answers, for `rlhf-jax score`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_jax.data import Comparison, Demonstration, Dialogue, Ledger, Ranking, read_records, render_prompt
+from rlhf_jax.data.jsonl import read_rows
+from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.win_rates import wilson
+from rlhf_jax.inference import load
+from rlhf_jax.runs.lifecycle import say
+
+if TYPE_CHECKING:
+    from rlhf_jax.cli.score import Config
+
+COMPARED = ("chosen", "rejected", "responses", "ranks")
+
+
+def run(config: Config) -> None:
+    """Writes a row of JSON for each record, with its scores; null for a response that does not fit the model."""
+    judge = load(config.run)
+    if not judge.source.scalar:
+        raise UserError(f"{config.run}: expected a reward model, got a language model")
+    ledger = Ledger()
+    records: list[Any] = []
+    for path in config.data:
+        compared = any(name in COMPARED for _, row in read_rows(path) for name in row)
+        records += read_records(path, "rankings" if compared else "demonstrations", ledger)
+    answers = [answer for record in records for answer in _answers(record)]
+    encoded = Ledger()
+    scores = iter(judge.record_scores(answers, encoded))
+    rows = [(record, [next(scores) for _ in _answers(record)]) for record in records]
+    with _output(config.out) as file:
+        for record, found in rows:
+            file.write(json.dumps(_row(record, found), ensure_ascii=False) + "\n")
+    for line in (*_agreement(rows), *_dropped(ledger, "rows left out"), *_dropped(encoded, "answers without a score")):
+        say(line)
+
+
+def _answers(record: Any) -> list[Demonstration]:
+    """The responses of a record, each with its prompt."""
+    if isinstance(record, Dialogue):
+        last = max(at for at, message in enumerate(record.messages) if message.role == "assistant")
+        turns = record.messages[:last]
+        return [Demonstration(render_prompt(turns), f" {record.messages[last].content}", record.where, turns)]
+    texts = {
+        Demonstration: lambda: [record.completion],
+        Comparison: lambda: [record.chosen, record.rejected],
+        Ranking: lambda: record.responses,
+    }[type(record)]()
+    return [Demonstration(record.prompt, text, record.where, record.turns) for text in texts]
+
+
+def _row(record: Any, scores: Sequence[float | None]) -> dict[str, Any]:
+    answers = _answers(record)
+    row: dict[str, Any] = {"where": record.where, "prompt": answers[0].prompt}
+    if isinstance(record, Comparison):
+        row |= {"chosen": record.chosen, "rejected": record.rejected}
+        return row | dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
+    if isinstance(record, Ranking):
+        return row | {"responses": record.responses, "ranks": record.ranks, "scores": list(scores)}
+    return row | {"completion": answers[0].completion, "score": scores[0]}
+
+
+def _agreement(rows: Sequence[tuple[Any, Sequence[float | None]]]) -> list[str]:
+    """How often the better response scores higher; an interval counts a prompt once, with the mean of its pairs."""
+    shares = []
+    for record, scores in rows:
+        if not isinstance(record, Comparison | Ranking) or None in scores:
+            continue
+        ranks = (1, 2) if isinstance(record, Comparison) else record.ranks
+        gaps = [
+            better - worse
+            for better, rank in zip(scores, ranks, strict=True)
+            for worse, other in zip(scores, ranks, strict=True)
+            if rank < other and better is not None and worse is not None
+        ]
+        shares.append(sum(1.0 if gap > 0 else 0.5 if gap == 0 else 0.0 for gap in gaps) / len(gaps))
+    if not shares:
+        return []
+    share = sum(shares) / len(shares)
+    low, high = wilson(share, len(shares))
+    return [
+        f"the better response scores higher in {share:.3f} of {len(shares):,} prompts (95% interval {low:.3f} to "
+        f"{high:.3f}; 0.5 is chance)"
+    ]
+
+
+def _dropped(ledger: Ledger, what: str) -> list[str]:
+    return [f"{count:,} {what}: {reason}" for reason, count in ledger.reasons().get("dropped", {}).items()]
+
+
+@contextlib.contextmanager
+def _output(out: str) -> Any:
+    if not out:
+        yield sys.stdout
+        return
+    if Path(out).exists():
+        raise UserError(f"out: expected a file that does not exist yet, got {out}; give another --out")
+    with Path(out).open("w", encoding="utf-8") as file:
+        yield file

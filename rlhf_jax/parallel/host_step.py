@@ -1,0 +1,95 @@
+"""Work of the host in the middle of a step: the devices compute rows, the host adds to the batch, the update follows.
+
+Two compiled programs with Python between them, rather than one with a callback: compiled programs stay in the cache,
+the host's code may itself use JAX, and its exceptions are Python's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.parallel.mesh import CompiledUpdate, row_layout, shard_rows, split_rows
+from rlhf_jax.parallel.sharding import DATA
+
+
+class HostStep(NamedTuple):
+    """What happens before the update.
+
+    Attributes:
+      make: axis name (None under jit) -> rows(state, batch, *frozen), a pure function whose arrays have one entry for
+        each row of the batch.
+      fill: (batch, those arrays in this process's memory) -> the update's batch.
+      outline: batch -> an update's batch of the same shapes, to compile for.
+    """
+
+    make: Callable[[str | None], Callable[..., Any]]
+    fill: Callable[[Any, Any], Any]
+    outline: Callable[[Any], Any]
+
+
+def with_host_step(update: CompiledUpdate, step: HostStep, mesh: Mesh, *, pmap: bool) -> CompiledUpdate:
+    """The update on the batch that the host has filled; several processes each fill their own rows.
+
+    Args:
+      update: result of `jit_update` for the mesh, or of `pmap_update`.
+      step: the work before it.
+      mesh: the mesh.
+      pmap: True if the update is mapped.
+    """
+    return _Stepped(update, step, mesh, pmap)
+
+
+class _Stepped:
+    """The result of `with_host_step`."""
+
+    def __init__(self, update: CompiledUpdate, step: HostStep, mesh: Mesh, pmap: bool) -> None:
+        self._update = update
+        self._step = step
+        self._mesh = mesh
+        self._pmap = pmap
+        self._compiled: Any = None
+
+    def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self._update(state, self._step.fill(batch, self._rows(state, batch, *frozen)), *frozen)
+
+    def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
+        if self._pmap:
+            self._program(len(frozen)).lower(state, split_rows(batch, self._mesh.devices.size), *frozen).compile()
+        else:
+            with jax.set_mesh(self._mesh):
+                self._program(len(frozen)).lower(state, shard_rows(batch, self._mesh), *frozen).compile()
+        self._update.prepare(state, self._step.outline(batch), *frozen)
+
+    def _rows(self, state: TrainState, batch: Any, *frozen: Any) -> Any:
+        if self._pmap:
+            found = self._program(len(frozen))(state, split_rows(batch, self._mesh.devices.size), *frozen)
+            return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), found)
+        with jax.set_mesh(self._mesh):
+            found = self._program(len(frozen))(state, shard_rows(batch, self._mesh), *frozen)
+        return jax.tree.map(_own_rows, found)
+
+    def _program(self, frozen: int) -> Any:
+        if self._compiled is None and self._pmap:
+            self._compiled = jax.pmap(
+                self._step.make(DATA),
+                axis_name=DATA,
+                in_axes=(None, 0, *(None,) * frozen),
+                devices=list(self._mesh.devices.flat),
+            )
+        elif self._compiled is None:
+            self._compiled = jax.jit(self._step.make(None), out_shardings=row_layout(self._mesh))
+        return self._compiled
+
+
+def _own_rows(x: jax.Array) -> np.ndarray:
+    """The rows on this process's devices, in the order of the batch that it passes to `shard_rows`."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

@@ -1,0 +1,186 @@
+"""The front door in Python, and `rlhf-jax score`: what they say is what the stages train and see."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rlhf_jax
+from rlhf_jax.cli.app import main
+from rlhf_jax.config import ModelConfig
+from rlhf_jax.data import Message, chat_ids
+from rlhf_jax.errors import UserError
+from rlhf_jax.model import Transformer
+from rlhf_jax.pretrained.convert import export
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
+from tests.made_params import random_params
+from tests.made_runs import write_run
+
+pytestmark = pytest.mark.core
+
+BYTES = Tokenizer.bytes()
+MODEL = ModelConfig(vocab_size=BYTES.vocab_size, context=64, width=16, layers=1, heads=2)
+TALK = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    write_run(root / "sft", "sft", random_params(MODEL), MODEL, BYTES)
+    scores = {"score_mean": 0.5, "score_scale": 2.0}
+    write_run(root / "judge", "reward", random_params(MODEL, True, 1), MODEL, BYTES, **scores)
+    return root
+
+
+@functools.partial(jax.jit, static_argnames="scalar")
+def outputs(ids: jax.Array, *, scalar: bool) -> jax.Array:
+    params = jax.tree.map(jnp.asarray, random_params(MODEL, True, 1) if scalar else random_params(MODEL))
+    return Transformer(MODEL, scalar=scalar).apply({"params": params}, ids)[0]
+
+
+def at_last(ids: list[int], *, scalar: bool) -> np.ndarray:
+    """The network's output at the last id; later ones, always the same number, do not change it."""
+    return np.asarray(outputs(np.array([ids + [0] * (48 - len(ids))]), scalar=scalar))[len(ids) - 1]
+
+
+def raw_score(ids: list[int]) -> float:
+    return float(at_last(ids, scalar=True))
+
+
+def test_scores_are_those_that_ppo_sees(runs: Path) -> None:
+    judge = rlhf_jax.load(runs / "judge")
+    bos, eos, encode = [*BYTES.start_ids], [BYTES.eos_id], BYTES.encode
+    first = (raw_score([*bos, *encode("a:"), *encode(" b"), *eos]) - 0.5) / 2.0
+    second = (raw_score([*bos, *encode("a:"), *encode(" a long one"), *eos]) - 0.5) / 2.0
+    third = (raw_score([*chat_ids([Message("user", "hi")], BYTES), *encode(" ho"), *eos]) - 0.5) / 2.0
+    cases: list[Any] = [
+        (["a:", "a:"], [" b", " a long one"], [first, second]),
+        ("a:", [" b", " a long one", " b"], [first, second, first]),  # one prompt for all
+        ("a:", " b", [first]),
+        (["a:", TALK], [" b", "ho"], [first, third]),
+        (TALK, ["ho", "ho"], [third, third]),
+        ([], [], []),
+    ]
+    for prompts, answers, expected in cases:
+        with case((prompts, answers)):
+            assert judge.score(prompts, answers) == pytest.approx(expected, abs=1e-5)
+    refused: list[Any] = [
+        (["a"], [" b", " c"], "answers: expected 1, one for each prompt, got 2"),
+        ("a", [" b" * 40], r"answers\[0\]: expected prompt and answer to fit the model, got longer than 64 tokens"),
+        (
+            ["a", 7],
+            [" b", " c"],
+            r"answers\[1\]: field 'prompt': expected text or a list of messages, got the number 7",
+        ),
+        ("a", [None], r"answers\[0\]: field 'response': expected text, got null"),
+    ]
+    for prompts, answers, message in refused:
+        with case(message), pytest.raises(UserError, match=message):
+            judge.score(prompts, answers)
+    with pytest.raises(UserError, match="judge: expected a language model to generate with, got a reward model"):
+        judge.generate("a")
+
+
+def test_a_greedy_response_is_what_the_model_says_next(runs: Path) -> None:
+    model = rlhf_jax.load(str(runs / "sft"))
+    ids = [*BYTES.start_ids, *BYTES.encode("say a")]
+    start = len(ids)
+    for _ in range(5):
+        logits = at_last(ids, scalar=False)
+        ids.append(int(np.argmax(np.where(np.arange(len(logits)) == BYTES.pad_id, -np.inf, logits))))
+    greedy: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.0}
+    assert BYTES.eos_id not in ids[start:]
+    assert model.generate("say a", **greedy) == [BYTES.decode(ids[start:])]
+    assert model.generate(["x", "say a", TALK], **greedy)[1] == BYTES.decode(ids[start:])
+    drawn = [model.generate(["say a"] * 3, max_new_tokens=5, temperature=2.0, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 1
+    assert model.generate([], max_new_tokens=5) == []
+    refused: list[Any] = [
+        (["a", "b" * 70], {}, r"prompts\[1\]: expected at most 32 tokens"),
+        ("a", {"top_p": 0.0}, "top_p: expected above 0"),
+        (["a", None], {}, r"prompts\[1\]: field 'prompt': expected text or a list of messages, got null"),
+        ("a", {"max_new_tokens": 64}, "max_new_tokens: expected at most 63"),
+    ]
+    for prompts, settings, message in refused:
+        with case(message), pytest.raises(UserError, match=message):
+            model.generate(prompts, **({"max_new_tokens": 32} | settings))
+    with pytest.raises(UserError, match="sft: expected a reward model to score with, got a language model"):
+        model.score("a", "b")
+
+
+def test_a_published_folder_is_loaded_without_a_prefix(runs: Path, tmp_path: Path) -> None:
+    for name in ("sft", "judge"):
+        export(str(runs / name), tmp_path / name)
+    prompts, answers = ["a:", "a:"], [" b", " c"]
+    assert rlhf_jax.load(tmp_path / "sft").generate(prompts, temperature=0.0, max_new_tokens=4) == rlhf_jax.load(
+        runs / "sft"
+    ).generate(prompts, temperature=0.0, max_new_tokens=4)
+    expected = rlhf_jax.load(runs / "judge").score(prompts, answers)
+    for spec in (tmp_path / "judge", f"hf:{tmp_path / 'judge'}"):
+        assert rlhf_jax.load(spec).score(prompts, answers) == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(UserError, match=r"none: expected the folder of a .* run, got no such folder"):
+        rlhf_jax.load(tmp_path / "none")
+
+
+def call(*arguments: str) -> Any:
+    with pytest.raises(SystemExit) as end:
+        main(["score", *arguments])
+    return end.value.code
+
+
+def test_a_file_of_answers_is_scored(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = [" b", " a long one"]
+    low, high = sorted(texts, key=lambda text: rlhf_jax.load(runs / "judge").score("a:", text)[0])
+    worse, better = rlhf_jax.load(runs / "judge").score("a:", [low, high])
+    rows: list[Any] = [{"prompt": "a:", "chosen": high, "rejected": low}] * 2
+    rows += [{"prompt": "a:", "chosen": low, "rejected": high}, {"prompt": "a", "chosen": "b", "rejected": "b"}]
+    rows += [{"prompt": "a:", "chosen": " x" * 40, "rejected": low}]
+    rows += [{"prompt": "a:", "responses": [low, high, low], "ranks": [2, 1, 2]}]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call(str(runs / "judge"), "--data", "pairs.jsonl", "--out", "scored.jsonl") == 0
+    said = capsys.readouterr().err
+    # By hand: 3 of 4 prompts; Wilson's interval of 3/4.
+    assert (
+        "the better response scores higher in 0.750 of 4 prompts (95% interval 0.301 to 0.954; 0.5 is chance)" in said
+    )
+    assert "1 rows left out: chosen equals rejected" in said
+    assert "1 answers without a score: longer than 64 tokens" in said
+    scored = [json.loads(line) for line in Path("scored.jsonl").read_text().splitlines()]
+    assert scored[0] == {
+        "where": "pairs.jsonl:1",
+        **rows[0],
+        "chosen_score": pytest.approx(better, abs=1e-5),
+        "rejected_score": pytest.approx(worse, abs=1e-5),
+    }
+    assert scored[3]["chosen_score"] is None and scored[3]["rejected_score"] == pytest.approx(worse, abs=1e-5)
+    assert scored[4]["scores"] == pytest.approx([worse, better, worse], abs=1e-5)
+    assert call(str(runs / "judge"), "--data", "pairs.jsonl", "--out", "scored.jsonl") == 2
+    assert "out: expected a file that does not exist yet, got scored.jsonl" in capsys.readouterr().err
+    answers = [{"prompt": "a:", "completion": high}, {"messages": [*TALK, {"role": "assistant", "content": "ho"}]}]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    assert call(str(runs / "judge"), "--data", "answers.jsonl") == 0
+    said = capsys.readouterr()
+    found = [json.loads(line)["score"] for line in said.out.splitlines()]
+    assert found == pytest.approx([better, *rlhf_jax.load(runs / "judge").score(TALK, "ho")], abs=1e-5)
+    assert "prompts" not in said.err
+    assert call(str(runs / "sft"), "--data", "answers.jsonl") == 2
+    assert "sft: expected a reward model, got a language model" in capsys.readouterr().err
+
+
+def test_loading_reads_the_parameters_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = rlhf_jax.load(runs / "judge")
+    reads = []
+    plain = judge.source.own
+    object.__setattr__(judge.source, "own", lambda: reads.append(1) or plain())
+    for _ in range(2):
+        judge.score("a:", " b")
+    assert len(reads) == 1 and jax.tree.leaves(judge.params)

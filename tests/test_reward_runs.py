@@ -1,0 +1,220 @@
+"""PPO with reward functions: runs on one device and on eight, what they write, and how they resume."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
+from rlhf_jax.data import Message, Prompt, read_records, response_text
+from rlhf_jax.data.ledger import Ledger
+from rlhf_jax.errors import UserError
+from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.metrics import read_rows
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.trainers import ppo
+from tests.cases import case
+from tests.made_params import random_params
+from tests.made_runs import write_run
+
+pytestmark = pytest.mark.core
+
+BYTES = Tokenizer.bytes()
+MODEL = ModelConfig(vocab_size=BYTES.vocab_size, context=64, width=16, layers=1, heads=2)
+# Two rows of eight are messages; those have no answer.
+ROWS = [{"prompt": f"say {i}:", "answer": i} for i in range(6)]
+ROWS += [{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in (6, 7)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy, a reward model and prompts."""
+    root = tmp_path_factory.mktemp("rewards")
+    write_run(root / "sft", "sft", random_params(MODEL), MODEL, BYTES)
+    scores = {"score_mean": 0.5, "score_scale": 2.0}
+    write_run(root / "judge", "reward", random_params(MODEL, True, 1), MODEL, BYTES, **scores)
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return root
+
+
+def config(folder: Path, out: str, **settings: Any) -> ppo.Config:
+    given: dict[str, Any] = {
+        "init": str(folder / "sft"),
+        "data": (str(folder / "prompts.jsonl"),),
+        "batch": 8,
+        "steps": 2,
+        "minibatches": 1,
+        "kl_coef": 0.0,
+        "prompt_length": 32,
+        "episode": EpisodeConfig(response_length=6, missing_end="keep"),
+    }
+    return ppo.Config(out=str(folder / out), **(given | settings))
+
+
+class Heard:
+    """A reward function: the number of the prompt, and 100 times the length of the completion; keeps its calls."""
+
+    def __init__(self, fail_after: int | None = None) -> None:
+        self.calls: list[list[tuple[Any, str, Any]]] = []
+        self.fail_after = fail_after
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any]) -> list[float]:
+        if len(self.calls) == self.fail_after:
+            raise RuntimeError("enough")
+        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+        self.calls.append(list(zip(prompts, texts, answer, strict=True)))
+        return [number(prompt) + 100.0 * len(text) for prompt, text in zip(prompts, texts)]
+
+
+def number(prompt: Any) -> int:
+    return int(re.findall(r"\d", str(prompt))[-1])
+
+
+def few(completions: Sequence[Any], **_: Any) -> list[float | None]:
+    return [None, *(-1.0 for _ in completions[1:])]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> tuple[Heard, Any]:
+    """(function, run) of one device."""
+    heard = Heard()
+    return heard, ppo.run(config(folder, "alone"), reward_funcs=heard)
+
+
+def test_a_function_alone_is_the_reward(alone: tuple[Heard, Any]) -> None:
+    heard, done = alone
+    rows = read_rows(done.run.metrics)
+    assert len(rows) == len(heard.calls) == 2
+    for row, call in zip(rows, heard.calls, strict=True):
+        values = [number(prompt) + 100.0 * len(text) for prompt, text, _ in call]
+        assert row["reward/Heard"] == pytest.approx(np.mean(values)) == row["score"]
+        assert sorted(number(prompt) for prompt, _, _ in call) == list(range(8))
+        for prompt, text, answer in call:
+            assert "<|" not in text and "\ufffe" not in text
+            assert (answer, isinstance(prompt, str)) == (
+                (number(prompt), True) if number(prompt) < 6 else (None, False)
+            )
+    first = next(prompt for prompt, _, _ in heard.calls[0] if number(prompt) == 6)
+    assert first == [{"role": "user", "content": "say 6"}]
+    about = RunFolder.open(done.run.path, stages=("ppo",))
+    assert about.config["reward_function"] == [f"{__name__}:Heard"]
+    assert "reward" not in about.inputs and {"reward_functions", "columns"} <= set(about.inputs)
+    assert done.summary["first_score"] == rows[0]["score"]
+
+
+def test_eight_devices_give_the_function_what_one_does(folder: Path, alone: tuple[Heard, Any]) -> None:
+    ways: dict[str, dict[str, Any]] = {"jit": {"mesh": "data=4,fsdp=2"}, "pmap": {"devices": 8, "pmap": True}}
+    calls = {"one": alone[0].calls[0]}
+    metrics = {"one": read_rows(alone[1].run.metrics)[0]}
+    for way, settings in ways.items():
+        heard = Heard()
+        done = ppo.run(config(folder, f"on_{way}", steps=1, **settings), reward_funcs=[heard])
+        (calls[way],), (metrics[way],) = heard.calls, read_rows(done.run.metrics)
+    # Under jit the samples are those of one device; pmap's devices have keys of their own.
+    assert calls["jit"] == calls["one"] and metrics["jit"]["score"] == metrics["one"]["score"]
+    assert [prompt for prompt, _, _ in calls["pmap"]] == [prompt for prompt, _, _ in calls["one"]]
+    values = [number(prompt) + 100.0 * len(text) for prompt, text, _ in calls["pmap"]]
+    assert metrics["pmap"]["score"] == metrics["pmap"]["reward/Heard"] == pytest.approx(np.mean(values))
+
+
+def test_a_stopped_run_resumes_bit_for_bit_and_with_the_same_functions_only(folder: Path) -> None:
+    both: dict[str, Any] = {"reward": str(folder / "judge"), "reward_weights": (2.0, 0.5, 1.0), "save_every": 1}
+
+    def start(out: str, functions: Any, **settings: Any) -> Any:
+        return ppo.run(config(folder, out, **({"steps": 3} | both | settings)), reward_funcs=functions)
+
+    whole = start("whole", [Heard(), few])
+    rows = read_rows(whole.run.metrics)
+    for row in rows:
+        assert row["reward/few"] == -1.0
+        parts = 2 * row["reward/model"] + 0.5 * row["reward/Heard"] - 7 / 8
+        assert row["score"] == pytest.approx(parts, rel=1e-5)
+    with pytest.raises(
+        UserError, match=r"'Heard': .*prompts.jsonl:\d: RuntimeError: enough \(.*test_reward_runs.py:\d+\)"
+    ):
+        start("cut", [Heard(fail_after=2), few])
+    changes: list[Any] = [
+        ([Heard()], {"reward_weights": (2.0, 0.5)}, "reward_function: expected .*few.* as in the earlier run"),
+        ([Heard(), few], {"reward_weights": (2.0, 0.5, 2.0)}, "reward_weights: expected"),
+        ([Heard(), renamed(lambda completions: [0.0] * len(completions))], {}, "inputs.reward_functions: expected"),
+    ]
+    for functions, settings, message in changes:
+        with case(message), pytest.raises(UserError, match=message):
+            start("cut", functions, **settings)
+    again = Heard()
+    cut = start("cut", [again, few], reward_timeout=0.0)
+    assert len(again.calls) == 1
+    timeless = [
+        {k: v for k, v in row.items() if k in ("step", "score", "kl", "loss")} for row in read_rows(cut.run.metrics)
+    ]
+    assert timeless == [{k: row[k] for k in timeless[0]} for row in rows]
+    jax.tree.map(np.testing.assert_array_equal, cut.run.load_params(), whole.run.load_params())
+
+
+def renamed(function: Any) -> Any:
+    """Another function under the name of `few`."""
+    function.__module__, function.__qualname__ = few.__module__, few.__qualname__
+    return function
+
+
+def test_without_a_reward_model_the_value_network_is_the_policy_with_a_head_of_zeros(folder: Path) -> None:
+    for lora in (LoraConfig(), LoraConfig(rank=2)):
+        settings = config(folder, "unused", lora=lora)
+        policy, value = ppo.starts(settings, open_source(str(folder / "sft"), stages=("sft",)), None)
+        assert value.base is policy.base and not any(map(np.any, jax.tree.leaves(value.params["score"])))
+        kept = {name: leaf for name, leaf in value.params.items() if name != "score"}
+        jax.tree.map(np.testing.assert_array_equal, kept, {name: policy.params[name] for name in kept})
+        assert set(policy.params) - set(kept) <= {"unembedding"}
+    done = ppo.run(config(folder, "adapter", steps=1, lora=LoraConfig(rank=2)), reward_funcs=Heard())
+    assert read_rows(done.run.metrics)[0]["first_ratio_error"] < 1e-5
+
+
+def test_settings_that_do_not_fit_are_refused(folder: Path) -> None:
+    cases: list[Any] = [
+        (
+            [],
+            {},
+            "reward: expected a reward model or a reward function, got nothing; use --reward FOLDER or --reward-f",
+        ),
+        ([], {"reward": "judge", "reward_weights": (1.0,)}, "reward_weights: expected none without a reward function"),
+        ([few], {"reward_weights": (1.0, 2.0)}, "reward_weights: expected 1, one for each of few, got 2"),
+        (
+            ["runs/judge"],
+            {},
+            r"reward_funcs\[0\]: expected a function, got 'runs/judge'; a reward model is the setting",
+        ),
+        ([lambda completions, gold: []], {}, "parameter 'gold': .*; the fields are answer"),
+    ]
+    for functions, settings, message in cases:
+        with case(message), pytest.raises(UserError, match=message):
+            ppo.run(config(folder, "refused", **settings), reward_funcs=functions)
+    assert not (folder / "refused").exists()
+    for settings in ({"reward_timeout": -1.0}, {"reward_timeout": float("inf")}, {"reward_weights": (float("nan"),)}):
+        with case(settings), pytest.raises(UserError, match=next(iter(settings))):
+            config(folder, "refused", **settings)
+
+
+def test_an_ended_response_has_no_special_tokens_in_its_text() -> None:
+    ids = BYTES.encode(" a, é")
+    prompt = [*BYTES.start_ids, *BYTES.encode("say:")]
+    cases = [(ids, " a, é"), ([*ids, BYTES.eos_id], " a, é"), ([BYTES.eos_id], ""), ([], "")]
+    for response, text in cases:
+        with case(response):
+            assert response_text(prompt, response, BYTES) == text
+
+
+def test_the_other_fields_of_a_prompt_are_its_columns(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "a", "answer": null, "more": {"x": [1]}}\n'
+        '{"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}], "id": 2}\n'
+    )
+    first, second = read_records(tmp_path / "prompts.jsonl", "prompts", Ledger())
+    assert first.columns == {"answer": None, "more": {"x": [1]}}
+    assert second.columns["id"] == 2 and second.turns == (Message("user", "b"),)
+    assert first == Prompt("a") and hash(first) == hash(Prompt("a"))
