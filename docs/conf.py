@@ -53,4 +53,4 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
-copybutton_exclude = ".linenos, .gp, .go"
+html_show_search_summary = False  # excerpts are fetched, which a browser refuses for files

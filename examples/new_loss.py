@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import ModelConfig, OptimConfig, Transformer, batch_at, init_params, make_optimizer, masked_mean, new_state
+from rlhf_jax import ModelConfig, OptimConfig, Transformer, batch_at, init_params, make_optimizer, masked_mean
 from rlhf_jax.data import RankingRows
 from rlhf_jax.evaluation.heldout import pair_accuracy, scores_of
 from rlhf_jax.logprobs import ranking_scores
 from rlhf_jax.losses import ordered_pairs, ranking_loss
-from rlhf_jax.optim import global_count, gradient_step
+from rlhf_jax.optim import global_count, gradient_step, new_state
 
 
 def hinge_loss(scores, ranks, mask):
