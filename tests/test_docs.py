@@ -244,7 +244,7 @@ def literal_keys(tree: ast.AST) -> set[str]:
     return {key.value for node in dicts for key in node.keys if isinstance(key, ast.Constant)}
 
 
-@pytest.mark.core
+@pytest.mark.slow
 def test_every_metric_is_explained_and_none_that_is_not_written() -> None:
     throughput = Throughput(1.0, lambda: 1.0).lap(1.0)
     evaluated: set[str] = set()
