@@ -1,7 +1,7 @@
 # The doors of the project; `make help` lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe test test-interop test-pods test-lowest test-newest test-wheel lint format lock clean
+.PHONY: help setup recipe test docs test-interop test-pods test-lowest test-newest test-wheel lint format lock clean
 
 # The environment that setup makes and all others use, e.g. `make test VENV=.venv-3.13 PYTHON=python3.13`.
 VENV ?= .venv
@@ -29,6 +29,12 @@ recipe: setup ## the whole recipe on the embedded default: pretrain, SFT, reward
 test: setup ## the tests; ARGS="-m core" for the part to run while working, also speed, pods, demo, pretrained, feedback, slow
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# Strict: a link, a reference or a name that is not there fails, and so does a page that no other links to.
+docs: setup ## the documentation site into build/docs, in .venv-docs; a browser opens build/docs/index.html
+	@sh .ci/setup-docs
+	@.venv-docs/bin/python -m sphinx --builder html --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo "docs: build/docs/index.html"
+
 test-interop: setup ## the tests against torch and transformers, in .venv-interop
 	@sh .ci/setup-interop
 	@.venv-interop/bin/python -m pytest -q tests_interop $(ARGS)
@@ -55,9 +61,11 @@ format: setup ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-lock: setup ## resolve requirements.lock anew from pyproject.toml
+lock: setup ## resolve requirements.lock and requirements-docs.lock anew from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
 	  --no-emit-index-url --extra dev --extra notebook --extra tensorboard --extra hf --extra ui pyproject.toml --output-file requirements.lock
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
+	  --extra docs --constraint requirements.lock pyproject.toml | grep -vxFf requirements.lock >requirements-docs.lock
 
 clean: ## remove the environments and every cache; runs/ stays
 	@rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jax_cache build dist *.egg-info

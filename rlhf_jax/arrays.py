@@ -3,6 +3,7 @@
 Shape key, used as a suffix of array names wherever the rank is fixed:
   B rows, T tokens, P prompt tokens, R response tokens, V vocabulary, D width, H heads,
   K responses to one prompt.
+
 A mask is named after what True keeps. Every pytree here is a frozen dataclass of arrays (or pytrees of them).
 """
 

@@ -1,0 +1,21 @@
+"""Docstrings are plain text with `code`; the characters that mean something else to Sphinx are escaped."""
+
+import re
+from typing import Any
+
+CODE = re.compile(r"(`[^`]*`)")
+SPECIAL = re.compile(r"[*|\\]|(?<=\w)_(?!\w)")
+
+
+def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Escape all but code, before the sections are parsed."""
+    for number, line in enumerate(lines):
+        parts = CODE.split(line)
+        parts[::2] = [SPECIAL.sub(r"\\\g<0>", part) for part in parts[::2]]
+        lines[number] = "".join(parts)
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Run before napoleon, which listens with the default priority of 500."""
+    app.connect("autodoc-process-docstring", escape, priority=400)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
