@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax.config import ModelConfig
+from rlhf_jax.config import EpisodeConfig, ModelConfig
 from rlhf_jax.data import Comparison, Demonstration, Dialogue, Ledger, Message, Prompt, Ranking, Text, read_records
 from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows
 from rlhf_jax.data.dialogues import render_prompt
@@ -20,7 +20,7 @@ from rlhf_jax.feedback.export import export
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.trainers import reward, sft
+from rlhf_jax.trainers import ppo, pretrain, reward, sft
 from tests.cases import case
 from tests.made_runs import random_source
 
@@ -165,7 +165,7 @@ def started(monkeypatch: pytest.MonkeyPatch, trainer: Any, config: Any) -> Any:
     def stop(folder: Any, config: Any, *_: Any, **__: Any) -> None:
         raise _Stop(config)
 
-    monkeypatch.setattr(trainer, "open_source", lambda *_, **__: random_source(model))
+    monkeypatch.setattr(trainer, "open_source", lambda spec, **_: random_source(model, scalar=spec == "judge"))
     monkeypatch.setattr(trainer, "train", stop)
     with pytest.raises(_Stop) as stopped:
         trainer.run(config)
@@ -183,21 +183,34 @@ def test_trainers_say_what_is_held_out(
     rows = [{"prompt": f"p{n % 21}", "chosen": "a" * (n // 21 + 1), "rejected": "b"} for n in range(63)]
     pairs = write(tmp_path / "pairs.jsonl", [*rows, {"prompt": "long" * 9, "chosen": "a", "rejected": "b"}])
     one = write(tmp_path / "one.jsonl", [{"prompt": "p", "completion": str(n)} for n in range(5)])
+    texts = write(tmp_path / "texts.jsonl", [{"text": "abc"}, {"text": "defghijk"}, {"text": " "}])
     long = write(tmp_path / "long.jsonl", [{"prompt": "long" * 9, "chosen": "a", "rejected": "b"}] * 2)
     shared = write(tmp_path / "shared.jsonl", [rows[4], {"prompt": "new", "chosen": "a", "rejected": "b"}])
+    short: dict[str, Any] = {
+        "prompt_length": 9,
+        "pretraining_row_length": 8,
+        "episode": EpisodeConfig(response_length=4),
+    }
+    mix: dict[str, Any] = {"pretraining_data": (texts,), "pretraining_batch": 4, "pretraining_coef": 1.0}
     cases: list[tuple[Any, Any, int, list[str]]] = [
         # 60 rows are left of 63, and one epoch of them is two batches of 32.
         (reward, {"data": (pairs,)}, 2, ["64 rows: 60 kept, 0 cut, 1 dropped, 3 held out\n",
             "held out 3: 1 of 21 prompts, to evaluate on (first at ",
-            "\n2 steps of 32 prompts are 1.07 epochs of 60 prompts\n"]),
+            " 1.07 epochs"]),
         (reward, {"data": (pairs,), "heldout": (shared,), "steps": 1}, 1, ["64 rows: 63 kept, 0 cut, 1 dropped\n",
-            "heldout: 2 rows: 2 kept, 0 cut, 0 dropped\n  remarked 1: also trained on: its prompt",
-            " epochs of 63 prompts; 31 of them are never drawn\n"]),
+            "heldout: 2 rows: 2 kept, 0 cut, 0 dropped\n  remarked 1: also trained on: its prompt"]),
+        (ppo, {"data": (pairs,), "steps": 1, "reward": "judge", **short, **mix},
+            1, ["pretraining_data: 3 rows: 2 kept, 0 cut, 1 dropped\n  dropped 1: empty text (first at ",
+                "\n1 steps of 32 prompts are 0.508 epochs of 63 prompts; 31 of them are never drawn\n",
+                "\n1 steps of 4 rows of the pretraining mix are 2 epochs of 2 rows"]),
+        (pretrain, {"data": (texts,), "heldout": (texts,), "tokenizer": "bytes", "steps": 1, "init": ""}, 1, [
+            "heldout: 3 rows: 2 kept, 0 cut, 1 dropped\n", "  remarked 2: also trained on"]),
         (sft, {"data": (one,), "steps": 1}, 1, ["warning: nothing is held out, as all rows have the same prompt"]),
     ]  # fmt: skip
     for number, (trainer, settings, steps, wanted) in enumerate(cases):
         with case((settings, wanted)):
-            config = trainer.Config(init="tiny", out=str(tmp_path / str(number)), batch=32, **settings)
+            given = {"init": "tiny", "out": str(tmp_path / str(number)), "batch": 32, **settings}
+            config = trainer.Config(**given)
             assert started(monkeypatch, trainer, config).steps == steps
             said = capsys.readouterr().err
             assert all(text in said for text in wanted), said
@@ -206,4 +219,15 @@ def test_trainers_say_what_is_held_out(
         UserError, match=r"heldout: none of 2 held-out rows is left to evaluate on; 2 dropped, the first at "
     ):
         reward.run(config)
+    assert not (tmp_path / "none").exists()
+    blank = write(tmp_path / "blank.jsonl", [{"text": " "}])
+    mix["pretraining_data"] = (blank,)
+    with pytest.raises(
+        UserError, match=r"pretraining_data: none of 1 texts of the pretraining mix is left to train on"
+    ):
+        ppo.run(ppo.Config(init="tiny", reward="judge", out=str(tmp_path / "none"), data=(pairs,), **short, **mix))
+    with pytest.raises(
+        UserError, match=r"heldout: none of 1 held-out rows is left to evaluate on; 1 dropped, the first"
+    ):
+        pretrain.run(pretrain.Config(out=str(tmp_path / "none"), data=(texts,), heldout=(blank,)))
     assert not (tmp_path / "none").exists()

@@ -156,6 +156,10 @@ def test_scores_are_centred_on_demonstrations_and_dialogues() -> None:
 
 @pytest.mark.usefixtures("user")
 def test_useless_rows_are_in_the_ledger() -> None:
+    beside = json.loads(Path("runs/judge/ledger_demonstrations.json").read_text())
+    assert (beside["total"], beside["files"]["answers.jsonl"]["kept"], beside["rejected"]) == (19, 17, 2)
+    # One of the 17 prompts of the pairs, and of those of the answers, is held out.
+    assert (ledger("judge")["held_out"], ledger("answers")["held_out"]) == (1, 1)
     assert dropped("base") == {("texts.jsonl.gz:1", "empty text")}
     assert dropped("answers") == {
         ("answers.jsonl:17", "empty completion"),
