@@ -76,11 +76,15 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "q", "chosen": m("Uq|Ax|Uz|Ac"), "rejected": m("Uq|Ax|Uz|Ar")}, "Uq|Ax|Uz",
      "prompts comparisons label"),
     ({"prompt": "q", "completion": m("Ac")}, "Uq", "prompts demonstrations"),
+    ({"prompt": "q", "completion": "c", **SAID}, "Uq", "prompts demonstrations comparisons label"),
+    ({"prompt": m("Uq"), "chosen": "c", "rejected": " r"}, "Uq", "prompts comparisons label"),
     ({"prompt": "q", "completion": m("SBe.|Uq|Ac")}, "SBe.|Uq", "prompts demonstrations"),
     ({"prompt": "q", "responses": ["a", m("Ab"), m("Uq|Ad")], "ranks": [1, 2, 2]}, "Uq",
      "prompts rankings label"),
     ({"prompt": "q", "responses": [m("Aa")[0], m("Ab")[0]], "ranks": [2, 1]}, "Uq", "prompts rankings label"),
     ({"prompt": "q", "messages": m("SBe.|Uq|Ax|Uz|Ac")}, "SBe.|Uq", "prompts"),
+    ({"prompt": "", "messages": m("SBe.|Uq|Ac")}, "SBe.|Uq", "prompts demonstrations"),
+    ({"prompt": "", "messages": m("Uq"), **PAIR}, "Uq", "prompts comparisons label"),
     ({"prompt": "q", "messages": m("SBe.|Uq|Ax"), **PAIR}, "SBe.|Uq", "prompts comparisons demonstrations label"),
     # A question under another name, and a system message beside it.
     ({"instruction": "q", "input": "", "output": "c"}, "Uq", "prompts demonstrations"),
@@ -94,6 +98,7 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
     ({"system": "Be.", **WHOLE}, "SBe.|Uq", "prompts comparisons label"),
     ({"system": "Be.", "messages": m("SBe.|Uq|Ac")}, "SBe.|Uq", "prompts demonstrations dialogues"),
     ({"question": "q", "answer": "#### 4"}, "Uq", "prompts demonstrations"),
+    ({"prompt": "", "query": "q", "input": "", **PAIR}, "Uq", "prompts comparisons label"),
     ({"problem": "q", "solution": "2 + 2", "answer": 4}, "Uq", "prompts"),
     ({"query": "q", "responses": ["a", "b"], "ranks": [1, 2]}, "Uq", "prompts rankings label"),
     ({"input": m("Uq"), "output": m("Ac")[0]}, "Uq", "prompts demonstrations"),
@@ -198,6 +203,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
      "field 'solution': expected one field with the answer; remove or rename one, got 'answer' as well"),
     ("demonstrations", {"prompt": "q", "messages": m("Uq|Ax"), "response": "x"}, "field 'response': expected one fiel"),
     ("demonstrations", {"instruction": "q", "context": "A passage.", "response": "x"}, "field 'context': expected"),
+    ("comparisons", {"prompt": m("Uq"), **SAID, "messages": m("Uother|Ax")}, "field 'messages': expected messages t"),
+    ("demonstrations", {"prompt": "q", "completion": m("SBe.|Uq|Ac"), **WHOLE}, "field 'chosen': expected mess"),
     ("prompts", {"prompt": "other", "messages": m("Uq|Ax")}, "field 'prompt': expected one of the user's turns"),
     ("comparisons", {"prompt": "other", **WHOLE}, "field 'prompt': expected one of the user's turns"),
     ("comparisons", {"prompt": "other", "chosen": HH + " c", "rejected": HH + " r"}, "field 'prompt': expected one of"),
@@ -349,6 +356,15 @@ def test_dialogues_that_part_before_the_last_answer_keep_their_turns(tmp_path: P
                 with pytest.raises(UserError, match=r"data\.jsonl:1: .*differ in their last answer alone"):
                     read_tasks([path])
     ledger = Ledger()
-    path.write_text(json.dumps({"chosen": m("Uq|Aa|Ur"), "rejected": m("Uq|Ac")}) + "\n")
+    useless = [
+        {"chosen": m("Uq|Aa|Ur"), "rejected": m("Uq|Ac")},
+        {"chosen": m("Ah|Uq|Aa"), "rejected": m("Ai|Ur|Ab")},
+        {"chosen": m("SBe.|Ah|Uq|Aa"), "rejected": m("SBe.|Ai|Ur|Ab")},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in useless))
     assert read_records(path, "comparisons", ledger) == []
-    assert ledger.decisions[0].reason == "chosen does not end with an assistant turn"
+    assert [decision.reason for decision in ledger.decisions] == [
+        "chosen does not end with an assistant turn",
+        "chosen and rejected share no turn of the user",
+        "chosen and rejected share no turn of the user",
+    ]

@@ -20,8 +20,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from rlhf_jax.data.dialogues import render
-from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange, prompt_alone
+from rlhf_jax.data.dialogues import Message, render
+from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange_of, prompt_alone
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
@@ -112,16 +112,18 @@ def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
 
 def _text(row: Row) -> Text:
     name = None if "text" in row else dialogue_field(row)
+    messages: tuple[Message, ...] = ()
     if name is None:
         text = row.text("text")
     else:
         turns = row.turns(name)
         if False in turns.learned:
             raise row.wrong(name, "a turn that is not to be learned", "no weight 0 or train false, as all is learned")
-        text = render(row.with_system(turns.messages))
+        messages = row.with_system(turns.messages)
+        text = render(messages)
     if not text.strip():
         raise Useless("empty text")
-    return Text(text, row.where)
+    return Text(text, row.where, messages)
 
 
 def _dialogue(row: Row) -> Dialogue:
@@ -147,7 +149,7 @@ def _demonstration(row: Row) -> Demonstration:
         if names:
             raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the answer; remove or rename one")
         raise row.missing("'completion'")
-    found = exchange(row, [(names[0], row.value(names[0]))])
+    found = exchange_of(row, [(names[0], row.value(names[0]))])
     if found.rests:
         got = "messages of " + ", ".join(message.role for message in found.rests[0])
         raise row.wrong(names[0], got, "one message of the assistant; give dialogues as 'messages'")
@@ -160,14 +162,14 @@ def _demonstration(row: Row) -> Demonstration:
 def _comparison(row: Row) -> Comparison:
     if isinstance(row.value("chosen"), str) and row.value("chosen") == row.value("rejected"):
         raise Useless("chosen equals rejected")
-    found = exchange(row, [(name, row.value(name)) for name in ("chosen", "rejected")])
+    found = exchange_of(row, [(name, row.value(name)) for name in ("chosen", "rejected")])
     chosen, rejected = found.texts
     if chosen == rejected:
         raise Useless("chosen equals rejected")
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise Useless(f"empty {name} response")
-    return Comparison(found.prompt, chosen, rejected, row.where, found.turns, found.rests)
+    return Comparison(found.prompt, chosen, rejected, row.where, found.turns, rests=found.rests)
 
 
 def _ranking(row: Row) -> Ranking:
@@ -179,7 +181,7 @@ def _ranking(row: Row) -> Ranking:
     for number, rank in enumerate(ranks):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise row.wrong(f"ranks[{number}]", describe(rank), "a whole number from 1, the best")
-    found = exchange(row, [(f"responses[{n}]", value) for n, value in enumerate(responses)])
+    found = exchange_of(row, [(f"responses[{n}]", value) for n, value in enumerate(responses)])
     texts = found.texts
     if not 2 <= len(texts) <= MAX_RESPONSES:
         raise Useless(f"expected 2 to {MAX_RESPONSES} responses, got {len(texts)}")
@@ -192,7 +194,7 @@ def _ranking(row: Row) -> Ranking:
     # Renumbered 1, 2, … without gaps: only the order counts, and a file may use any integers.
     places = sorted(set(ranks))
     dense = tuple(places.index(rank) + 1 for rank in ranks)
-    return Ranking(found.prompt, tuple(texts), dense, row.where, found.turns, found.rests)
+    return Ranking(found.prompt, tuple(texts), dense, row.where, found.turns, rests=found.rests)
 
 
 def _prompt(row: Row) -> Prompt:

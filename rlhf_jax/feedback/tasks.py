@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.dialogues import Message
-from rlhf_jax.data.forms import dialogue_field, exchange, prompt_fields
+from rlhf_jax.data.forms import dialogue_field, exchange_of, prompt_fields
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
@@ -94,7 +94,7 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
     if not isinstance(values, list) or not 2 <= len(values) <= MOST_RESPONSES:
         raise _wrong(where, row, "responses", f"a list of 2 to {MOST_RESPONSES}, or 'chosen' and 'rejected'")
     try:
-        found = exchange(checked, [(f"responses[{number}]", value) for number, value in enumerate(values)])
+        found = exchange_of(checked, [(f"responses[{number}]", value) for number, value in enumerate(values)])
     except Useless as useless:
         raise UserError(f"{where}: field 'prompt': expected a prompt to label responses to, got {useless}") from None
     if found.rests:
