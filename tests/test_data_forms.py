@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.config import PPOConfig
 from rlhf_jax.data import (
     Comparison,
     Demonstration,
@@ -279,6 +280,34 @@ def test_answers_and_columns_of_the_forms_are_read_as_their_records(tmp_path: Pa
             path.write_text(json.dumps(row) + "\n")
             kind = f"{type(record).__name__.lower()}s"
             assert read_records(path, kind, Ledger()) == [record]  # type: ignore[call-overload]
+
+
+COLUMNS = [
+    ("prompts", {"task": "p", "question": "q"}, ["prompt=task"], Prompt("p")),
+    ("prompts", {"task": "q"}, ["question=task"], Prompt("\n\nHuman: q\n\nAssistant:", turns=turns("Uq"))),
+    ("demonstrations", {"problem": "p", "solution": "s", "answer": "4"}, ["prompt=problem", "completion=solution"],
+     Demonstration("p", "s")),
+    ("comparisons", {"prompt": "old", "ask": "p", "good": "c", "bad": "r"},
+     ["prompt=ask", "chosen=good", "rejected=bad"], Comparison("p", "c", "r")),
+    ("dialogues", {"talk": g("Uq|Ac")}, ["messages=talk"], Dialogue(turns("Uq|Ac"))),
+]  # fmt: skip
+
+
+def test_fields_under_other_names_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    for one in COLUMNS:
+        with case(one) as (kind, row, columns, record):
+            path.write_text(json.dumps(row) + "\n")
+            assert read_records(path, kind, Ledger(), columns=columns) == [record]
+    for wrong, message in (
+        (["prompt=nothing"], r"data\.jsonl:1: field 'nothing': missing; .*; columns say that it is 'prompt'"),
+        (["title=talk"], "columns: expected fields among prompt, .*, got 'title'"),
+    ):
+        with case(wrong), pytest.raises(UserError, match=message):
+            read_records(path, "prompts", Ledger(), columns=wrong)
+    for entries in (("prompt",), ("=task",), ("prompt=",), ("prompt=a", "prompt=b")):
+        with case(entries), pytest.raises(UserError, match="columns: expected "):
+            PPOConfig(columns=entries)
 
 
 UNLEARNED = [

@@ -29,12 +29,29 @@ def within(config: Any, field: str, low: float, below: float) -> None:
         raise UserError(f"{field}: expected {low} or more and less than {below}, got {value}")
 
 
+def columns_setting(config: Any) -> None:
+    """Check that columns are FIELD=COLUMN, each field once.
+
+    Raises:
+      UserError: if one is not.
+    """
+    fields = []
+    for entry in config.columns:
+        field, equals, column = entry.partition("=")
+        if not (field and equals and column):
+            raise UserError(f"columns: expected FIELD=COLUMN, such as prompt=task, got {entry!r}")
+        fields.append(field)
+    if len(set(fields)) < len(fields):
+        raise UserError(f"columns: expected each field once, got {', '.join(config.columns)}")
+
+
 def row_settings(config: Any) -> None:
-    """Check heldout_fraction, max_tokens and buckets of a stage that trains on rows of different lengths.
+    """Check columns, heldout_fraction, max_tokens and buckets of a stage that trains on rows of different lengths.
 
     Raises:
       UserError: if one of them is out of range.
     """
+    columns_setting(config)
     within(config, "heldout_fraction", 0, 1)
     if config.max_tokens is not None:
         at_least(config, "max_tokens", 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from rlhf_jax.config.checks import at_least, row_settings, within
+from rlhf_jax.config.checks import at_least, columns_setting, row_settings, within
 from rlhf_jax.config.model import ModelConfig
 from rlhf_jax.config.run import EpisodeConfig, LoraConfig, OptimConfig, RunConfig
 from rlhf_jax.errors import UserError
@@ -61,6 +61,8 @@ class SFTConfig(RunConfig):
     """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
     """Fraction of the records that is held out if heldout is not given."""
+    columns: tuple[str, ...] = ()
+    """Fields of data and heldout under other names, such as prompt=task completion=reply."""
     kind: Literal["demonstrations", "dialogues"] = "demonstrations"
     """Kind of records in the files: demonstrations (which may include dialogues) or dialogues only."""
     max_tokens: int | None = None
@@ -105,6 +107,8 @@ class RewardConfig(RunConfig):
     """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
     """Fraction of the records that is held out if heldout is not given."""
+    columns: tuple[str, ...] = ()
+    """Fields of data and heldout under other names, such as prompt=task chosen=better."""
     demonstrations: tuple[str, ...] = ()
     """Files of demonstrations or dialogues; after training, scores are shifted so that their mean score is 0."""
     max_tokens: int | None = None
@@ -148,6 +152,8 @@ class PPOConfig(RunConfig):
     """Reward model: a run's folder, or hf:FOLDER of a model with a score head."""
     data: tuple[str, ...] = ()
     """Files of prompts; the embedded corpus, Python's documentation, by default."""
+    columns: tuple[str, ...] = ()
+    """Fields of data under other names, such as prompt=task."""
     pretraining_data: tuple[str, ...] = ()
     """Files of text for the pretraining mix (PPO-ptx); the embedded corpus by default."""
     pretraining_row_length: int = 64
@@ -193,6 +199,7 @@ class PPOConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        columns_setting(self)
         for field in ("steps", "prompt_length", "epochs", "minibatches", "pretraining_row_length"):
             at_least(self, field, 1)
         for field in ("clip", "value_clip", "value_coef", "kl_coef", "pretraining_coef", "pretraining_batch"):

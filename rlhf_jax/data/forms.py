@@ -8,16 +8,18 @@ message, and text beside answers that are messages, which is the user's turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.dialogues import Message, is_hh, render_answer, render_prompt, shared_turns, split_hh
 from rlhf_jax.data.jsonl import describe
-from rlhf_jax.data.rows import Row, Useless, is_empty
+from rlhf_jax.data.rows import SYSTEMS, Row, Useless, is_empty
+from rlhf_jax.errors import UserError
 
 PROMPTS = ("prompt", "instruction", "question", "problem", "query", "input")
 COMPLETIONS = ("completion", "response", "output", "answer", "solution")
 DIALOGUES = ("messages", "conversations")
+GROUPS = (PROMPTS, COMPLETIONS, DIALOGUES, ("chosen",), ("rejected",), ("responses",), ("ranks",), ("text",))
 PROMPT_HINT = f"; it is read from one of {', '.join(PROMPTS)}, or from messages"
 Answers = Sequence[tuple[str, Any]]  # (name for errors, value)
 Talk = tuple[Message, ...]
@@ -77,6 +79,26 @@ def prompt_alone(row: Row) -> Exchange:
     return Exchange(render_prompt(turns), turns, [], ())
 
 
+def renamed(where: str, fields: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """The fields of a row with those that are under other names, each given as "FIELD=COLUMN", in their places.
+
+    The row's further fields for the prompt or for the answer are left out, since it is said which one counts.
+    """
+    pairs = [entry.partition("=")[::2] for entry in columns]
+    if not pairs:
+        return fields
+    for field, column in pairs:
+        if field not in (*sum(GROUPS, ()), *SYSTEMS):
+            known = ", ".join((*sum(GROUPS, ()), *SYSTEMS))
+            raise UserError(f"columns: expected fields among {known}, got {field!r}")
+        if column not in fields:
+            raise Row(where, fields).missing(repr(column), f"; columns say that it is {field!r}")
+    named = {name for field, _ in pairs for group in GROUPS if field in group for name in group}
+    left_out = named.union(column for _, column in pairs)
+    rest = {name: value for name, value in fields.items() if name not in left_out}
+    return rest | {field: fields[column] for field, column in pairs}
+
+
 def dialogue_field(row: Row) -> str | None:
     """Name of the row's field with a dialogue."""
     names = row.among(DIALOGUES)
@@ -128,8 +150,9 @@ def _exchange(row: Row, answers: Answers) -> Exchange:
         raise row.wrong(
             asked.name if asked else answers[0][0], "the assistant's turn as the last of the prompt", "the user's"
         )
-    if (name := dialogue_field(row)) and row.with_system(row.turns(name).messages)[: len(turns)] != turns:
-        raise row.wrong(name, "others", "messages that begin with the prompt that the row has as well")
+    beside = dialogue_field(row)
+    if beside is not None and row.with_system(row.turns(beside).messages)[: len(turns)] != turns:
+        raise row.wrong(beside, "others", "messages that begin with the prompt that the row has as well")
     texts = [render_answer(rest) for rest in rests]
     return Exchange(render_prompt(turns), turns, texts, tuple(rests) if any(len(rest) > 1 for rest in rests) else ())
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from rlhf_jax.data.dialogues import Message, render
-from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange_of, prompt_alone
+from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange_of, prompt_alone, renamed
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text
@@ -30,23 +30,34 @@ from rlhf_jax.errors import UserError
 
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
 Paths = str | Path | Iterable[str | Path]
+Columns = Iterable[str]
 MAX_RESPONSES = 9
 
 
 @overload
-def read_records(paths: Paths, kind: Literal["text"], ledger: Ledger) -> list[Text]: ...
-@overload
-def read_records(paths: Paths, kind: Literal["demonstrations"], ledger: Ledger) -> list[Demonstration | Dialogue]: ...
-@overload
-def read_records(paths: Paths, kind: Literal["dialogues"], ledger: Ledger) -> list[Dialogue]: ...
+def read_records(paths: Paths, kind: Literal["text"], ledger: Ledger, *, columns: Columns = ()) -> list[Text]: ...
 @overload
 def read_records(
-    paths: Paths, kind: Literal["comparisons", "rankings"], ledger: Ledger
+    paths: Paths, kind: Literal["demonstrations"], ledger: Ledger, *, columns: Columns = ()
+) -> list[Demonstration | Dialogue]: ...
+@overload
+def read_records(
+    paths: Paths, kind: Literal["dialogues"], ledger: Ledger, *, columns: Columns = ()
+) -> list[Dialogue]: ...
+@overload
+def read_records(
+    paths: Paths, kind: Literal["comparisons", "rankings"], ledger: Ledger, *, columns: Columns = ()
 ) -> list[Comparison | Ranking]: ...
 @overload
-def read_records(paths: Paths, kind: Literal["prompts"], ledger: Ledger) -> list[Prompt]: ...
-def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
+def read_records(paths: Paths, kind: Literal["prompts"], ledger: Ledger, *, columns: Columns = ()) -> list[Prompt]: ...
+def read_records(paths: Paths, kind: Kind, ledger: Ledger, *, columns: Columns = ()) -> Any:
     """Reads all rows of the files as records of a kind, in order. A duplicate row is kept, with a remark in the ledger.
+
+    Args:
+      paths: JSONL files.
+      kind: of the records.
+      ledger: of the rows.
+      columns: "FIELD=COLUMN" for each field that the rows have under another name.
 
     Raises:
       UserError: `file:line: field 'x': expected …, got …` for a malformed row, and for a file without rows.
@@ -59,7 +70,7 @@ def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
             empty = False
             ledger.read(where)
             try:
-                record = record_of(where, fields, kind)
+                record = record_of(where, renamed(where, fields, columns), kind)
             except Useless as useless:
                 ledger.drop(where, str(useless))
                 continue

@@ -76,7 +76,9 @@ def run(
         )
     ledger = Ledger()
     if prompts is None:
-        prompts = read_records(config.data, "prompts", ledger) if config.data else load_corpus().prompts
+        prompts = load_corpus().prompts
+        if config.data:
+            prompts = read_records(config.data, "prompts", ledger, columns=config.columns)
     mixing = config.pretraining_batch > 0
     if texts is None and mixing:
         paths = config.pretraining_data

@@ -239,9 +239,9 @@ def centred(
 def _rows(config: Config, source: Source, limit: int, ledger: Ledger) -> tuple[RankingRows, RankingRows | None]:
     if not config.data:
         raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
-    records = read_records(config.data, "rankings", ledger)
+    records = read_records(config.data, "rankings", ledger, columns=config.columns)
     if config.heldout:
-        held = read_records(config.heldout, "rankings", Ledger())
+        held = read_records(config.heldout, "rankings", Ledger(), columns=config.columns)
     else:
         records, held = hold_out(records, config.heldout_fraction, ledger)
     rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)

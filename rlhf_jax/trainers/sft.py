@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 
@@ -134,15 +133,13 @@ def _records(
     if not config.data:
         corpus = load_corpus()
         return corpus.demonstrations, corpus.heldout_demonstrations
-    records = _read(config.data, config.kind, ledger)
+    records = _read(config, config.data, ledger)
     if config.heldout:
-        return records, _read(config.heldout, config.kind, Ledger())
+        return records, _read(config, config.heldout, Ledger())
     return hold_out(records, config.heldout_fraction, ledger)
 
 
-def _read(
-    paths: Sequence[str], kind: Literal["demonstrations", "dialogues"], ledger: Ledger
-) -> Sequence[Demonstration | Dialogue]:
-    if kind == "dialogues":
-        return read_records(paths, "dialogues", ledger)
-    return read_records(paths, "demonstrations", ledger)
+def _read(config: Config, paths: Sequence[str], ledger: Ledger) -> Sequence[Demonstration | Dialogue]:
+    if config.kind == "dialogues":
+        return read_records(paths, "dialogues", ledger, columns=config.columns)
+    return read_records(paths, "demonstrations", ledger, columns=config.columns)
