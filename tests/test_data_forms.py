@@ -117,6 +117,8 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
      "prompts comparisons rankings label"),
     ({"prompt": "q", "chosen": None, "rejected": None, "messages": None, "responses": ["a", "b"], "ranks": [1, 2]},
      "=q", "prompts comparisons rankings label"),
+    ({"conversations": [message | {"role": None, "content": None} for message in g("Uq|Ac")]}, "Uq",
+     "prompts demonstrations dialogues"),
     ({"messages": m("Uq", name=None, weight=None) + m("Ac", tool_calls=None, train=None), "completion": None}, "Uq",
      "prompts demonstrations dialogues"),
 ]  # fmt: skip
@@ -246,6 +248,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("dialogues", {"messages": m("Uq|Ax", train=True, weight=0)}, "field 'messages[1].train': expected the same as it"),
     ("dialogues", {"messages": m("Uq", weight=1) + m("Ax")}, "field 'messages[0].weight': expected it on the assistan"),
     ("comparisons", {"prompt": "q", "chosen": m("Ac", weight=0), "rejected": m("Ar")}, "field 'chosen': expected no w"),
+    ("demonstrations", {"prompt": m("Uq|Ax", weight=1) + m("Uz"), "completion": "c"}, "field 'prompt': expected no "),
+    ("demonstrations", {"prompt": "z", "completion": m("Uq|Ax", train=True) + m("Uz|Ac")}, "field 'completion': exp"),
     ("text", {"messages": m("Uq|Ax", train=False)}, "field 'messages': expected no weight 0 or train false"),
 ]  # fmt: skip
 

@@ -178,10 +178,20 @@ def _asked(row: Row, answers: Answers) -> _Asked | None:
         return _Asked(names[0], value, (Message("user", value),), plain)
     if not isinstance(value, list):
         raise row.wrong(names[0], describe(value), "text or a list of messages")
-    turns = row.turns(names[0]).messages
+    turns, learned = row.turns(names[0])
     if turns[-1].role == "assistant":
         raise row.wrong(names[0], "the assistant's turn in last place", "messages that end with the user's turn")
+    if any(name in COMPLETIONS for name, _ in answers):
+        _refuse_learned(row, names[0], learned)
     return _Asked(names[0], None, turns, plain=False)
+
+
+def _refuse_learned(row: Row, name: str, learned: Sequence[bool | None]) -> None:
+    """Raises UserError for a turn before a completion that is said to be learned, as the completion alone is."""
+    if True in learned:
+        raise row.wrong(
+            name, "a turn to learn before the answer", "no weight 1 or train true there; give dialogues as 'messages'"
+        )
 
 
 def _numbered(responses: object) -> Answers:
@@ -226,6 +236,8 @@ def _talks(row: Row, asked: _Asked | None, answers: Answers) -> list[Talk | None
         turns = None if isinstance(value, str) else row.as_turns(name, value)
         if turns is not None and turns.learned[-1] is False:
             raise row.wrong(name, "an answer that is not to be learned", "no weight 0 or train false on an answer")
+        if turns is not None and name in COMPLETIONS:
+            _refuse_learned(row, name, turns.learned[:-1])
         talks.append(None if turns is None else turns.messages)
     return talks
 
