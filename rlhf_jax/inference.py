@@ -20,7 +20,7 @@ from rlhf_jax.arrays import Params
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data import Demonstration, Ledger, Prompt, encode_demonstrations, prompt_ids, response_text
 from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
-from rlhf_jax.data.forms import Answers, Exchange, exchange, prompt_alone
+from rlhf_jax.data.forms import Answers, Exchange, exchange_of, prompt_alone
 from rlhf_jax.data.rows import Row, Useless
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import row_scores
@@ -173,7 +173,7 @@ def _exchange(where: str, prompt: Asked, answers: Answers) -> Exchange:
     """The prompt and the answers to it, by the rule that rows of files are read by."""
     row = Row(where, {"prompt": prompt})
     try:
-        return exchange(row, answers) if answers else prompt_alone(row)
+        return exchange_of(row, answers) if answers else prompt_alone(row)
     except Useless as useless:
         raise UserError(f"{where}: expected text or messages, got {useless}") from None
 

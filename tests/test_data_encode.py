@@ -26,7 +26,7 @@ from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, R
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.cases import case
-from tests.tiny_tokenizers import CHATML, GEMMA, THINKS, load
+from tests.tiny_tokenizers import CHATML, GEMMA, LLAMA3, THINKS, load
 
 pytestmark = pytest.mark.core
 
@@ -197,6 +197,24 @@ def test_a_published_chat_template_writes_messages() -> None:
     assert rows[1] == (rows[0][0] + newline, rows[0][1] + [False] * len(newline))
     rankings = encode_rankings([Comparison("any", " a", " b", turns=ASK)], tokenizer, max_tokens=50, ledger=Ledger())
     assert rankings.rows[0][0] == [prompt + answer, [*prompt, *tokenizer.encode("b"), end]]
+
+
+def test_a_dialogue_to_pretrain_on_is_written_by_the_template() -> None:
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "chat_template": LLAMA3}
+    talk = (*ASK, Message("assistant", "a"))
+    document = Text("\n\nHuman: u\n\nAssistant: a", "f:1", talk)
+    for start in ("", "<|begin_of_text|>"):
+        tokenizer = load("llama3", config, start=start)
+        begin, header, end, eot = (
+            tokenizer.special_tokens[f"<|{name}|>"]
+            for name in ("begin_of_text", "start_header_id", "end_header_id", "eot_id")
+        )
+        # What stands before every text comes with packing.
+        wanted = [] if tokenizer.start_ids else [begin]
+        for role, content in talk:
+            wanted += [header, *tokenizer.encode(role), end, *tokenizer.encode(f"\n\n{content}"), eot]
+        assert encode_text([document], tokenizer, ledger=Ledger()) == [wanted]
+    assert encode_text([document], BYTES, ledger=Ledger()) == [ids(document.text)]
 
 
 def test_a_prompt_of_text_stays_text() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.config import PPOConfig
 from rlhf_jax.data import (
     Comparison,
     Demonstration,
@@ -76,11 +77,15 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "q", "chosen": m("Uq|Ax|Uz|Ac"), "rejected": m("Uq|Ax|Uz|Ar")}, "Uq|Ax|Uz",
      "prompts comparisons label"),
     ({"prompt": "q", "completion": m("Ac")}, "Uq", "prompts demonstrations"),
+    ({"prompt": "q", "completion": "c", **SAID}, "Uq", "prompts demonstrations comparisons label"),
+    ({"prompt": m("Uq"), "chosen": "c", "rejected": " r"}, "Uq", "prompts comparisons label"),
     ({"prompt": "q", "completion": m("SBe.|Uq|Ac")}, "SBe.|Uq", "prompts demonstrations"),
     ({"prompt": "q", "responses": ["a", m("Ab"), m("Uq|Ad")], "ranks": [1, 2, 2]}, "Uq",
      "prompts rankings label"),
     ({"prompt": "q", "responses": [m("Aa")[0], m("Ab")[0]], "ranks": [2, 1]}, "Uq", "prompts rankings label"),
     ({"prompt": "q", "messages": m("SBe.|Uq|Ax|Uz|Ac")}, "SBe.|Uq", "prompts"),
+    ({"prompt": "", "messages": m("SBe.|Uq|Ac")}, "SBe.|Uq", "prompts demonstrations"),
+    ({"prompt": "", "messages": m("Uq"), **PAIR}, "Uq", "prompts comparisons label"),
     ({"prompt": "q", "messages": m("SBe.|Uq|Ax"), **PAIR}, "SBe.|Uq", "prompts comparisons demonstrations label"),
     # A question under another name, and a system message beside it.
     ({"instruction": "q", "input": "", "output": "c"}, "Uq", "prompts demonstrations"),
@@ -94,6 +99,7 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
     ({"system": "Be.", **WHOLE}, "SBe.|Uq", "prompts comparisons label"),
     ({"system": "Be.", "messages": m("SBe.|Uq|Ac")}, "SBe.|Uq", "prompts demonstrations dialogues"),
     ({"question": "q", "answer": "#### 4"}, "Uq", "prompts demonstrations"),
+    ({"prompt": "", "query": "q", "input": "", **PAIR}, "Uq", "prompts comparisons label"),
     ({"problem": "q", "solution": "2 + 2", "answer": 4}, "Uq", "prompts"),
     ({"query": "q", "responses": ["a", "b"], "ranks": [1, 2]}, "Uq", "prompts rankings label"),
     ({"input": m("Uq"), "output": m("Ac")[0]}, "Uq", "prompts demonstrations"),
@@ -111,6 +117,8 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
      "prompts comparisons rankings label"),
     ({"prompt": "q", "chosen": None, "rejected": None, "messages": None, "responses": ["a", "b"], "ranks": [1, 2]},
      "=q", "prompts comparisons rankings label"),
+    ({"conversations": [message | {"role": None, "content": None} for message in g("Uq|Ac")]}, "Uq",
+     "prompts demonstrations dialogues"),
     ({"messages": m("Uq", name=None, weight=None) + m("Ac", tool_calls=None, train=None), "completion": None}, "Uq",
      "prompts demonstrations dialogues"),
 ]  # fmt: skip
@@ -198,6 +206,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
      "field 'solution': expected one field with the answer; remove or rename one, got 'answer' as well"),
     ("demonstrations", {"prompt": "q", "messages": m("Uq|Ax"), "response": "x"}, "field 'response': expected one fiel"),
     ("demonstrations", {"instruction": "q", "context": "A passage.", "response": "x"}, "field 'context': expected"),
+    ("comparisons", {"prompt": m("Uq"), **SAID, "messages": m("Uother|Ax")}, "field 'messages': expected messages t"),
+    ("demonstrations", {"prompt": "q", "completion": m("SBe.|Uq|Ac"), **WHOLE}, "field 'chosen': expected mess"),
     ("prompts", {"prompt": "other", "messages": m("Uq|Ax")}, "field 'prompt': expected one of the user's turns"),
     ("comparisons", {"prompt": "other", **WHOLE}, "field 'prompt': expected one of the user's turns"),
     ("comparisons", {"prompt": "other", "chosen": HH + " c", "rejected": HH + " r"}, "field 'prompt': expected one of"),
@@ -238,6 +248,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("dialogues", {"messages": m("Uq|Ax", train=True, weight=0)}, "field 'messages[1].train': expected the same as it"),
     ("dialogues", {"messages": m("Uq", weight=1) + m("Ax")}, "field 'messages[0].weight': expected it on the assistan"),
     ("comparisons", {"prompt": "q", "chosen": m("Ac", weight=0), "rejected": m("Ar")}, "field 'chosen': expected no w"),
+    ("demonstrations", {"prompt": m("Uq|Ax", weight=1) + m("Uz"), "completion": "c"}, "field 'prompt': expected no "),
+    ("demonstrations", {"prompt": "z", "completion": m("Uq|Ax", train=True) + m("Uz|Ac")}, "field 'completion': exp"),
     ("text", {"messages": m("Uq|Ax", train=False)}, "field 'messages': expected no weight 0 or train false"),
 ]  # fmt: skip
 
@@ -272,6 +284,34 @@ def test_answers_and_columns_of_the_forms_are_read_as_their_records(tmp_path: Pa
             path.write_text(json.dumps(row) + "\n")
             kind = f"{type(record).__name__.lower()}s"
             assert read_records(path, kind, Ledger()) == [record]  # type: ignore[call-overload]
+
+
+COLUMNS = [
+    ("prompts", {"task": "p", "question": "q"}, ["prompt=task"], Prompt("p")),
+    ("prompts", {"task": "q"}, ["question=task"], Prompt("\n\nHuman: q\n\nAssistant:", turns=turns("Uq"))),
+    ("demonstrations", {"problem": "p", "solution": "s", "answer": "4"}, ["prompt=problem", "completion=solution"],
+     Demonstration("p", "s")),
+    ("comparisons", {"prompt": "old", "ask": "p", "good": "c", "bad": "r"},
+     ["prompt=ask", "chosen=good", "rejected=bad"], Comparison("p", "c", "r")),
+    ("dialogues", {"talk": g("Uq|Ac")}, ["messages=talk"], Dialogue(turns("Uq|Ac"))),
+]  # fmt: skip
+
+
+def test_fields_under_other_names_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    for one in COLUMNS:
+        with case(one) as (kind, row, columns, record):
+            path.write_text(json.dumps(row) + "\n")
+            assert read_records(path, kind, Ledger(), columns=columns) == [record]
+    for wrong, message in (
+        (["prompt=nothing"], r"data\.jsonl:1: field 'nothing': missing; .*; columns say that it is 'prompt'"),
+        (["title=talk"], "columns: expected fields among prompt, .*, got 'title'"),
+    ):
+        with case(wrong), pytest.raises(UserError, match=message):
+            read_records(path, "prompts", Ledger(), columns=wrong)
+    for entries in (("prompt",), ("=task",), ("prompt=",), ("prompt=a", "prompt=b")):
+        with case(entries), pytest.raises(UserError, match="columns: expected "):
+            PPOConfig(columns=entries)
 
 
 UNLEARNED = [
@@ -349,6 +389,15 @@ def test_dialogues_that_part_before_the_last_answer_keep_their_turns(tmp_path: P
                 with pytest.raises(UserError, match=r"data\.jsonl:1: .*differ in their last answer alone"):
                     read_tasks([path])
     ledger = Ledger()
-    path.write_text(json.dumps({"chosen": m("Uq|Aa|Ur"), "rejected": m("Uq|Ac")}) + "\n")
+    useless = [
+        {"chosen": m("Uq|Aa|Ur"), "rejected": m("Uq|Ac")},
+        {"chosen": m("Ah|Uq|Aa"), "rejected": m("Ai|Ur|Ab")},
+        {"chosen": m("SBe.|Ah|Uq|Aa"), "rejected": m("SBe.|Ai|Ur|Ab")},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in useless))
     assert read_records(path, "comparisons", ledger) == []
-    assert ledger.decisions[0].reason == "chosen does not end with an assistant turn"
+    assert [decision.reason for decision in ledger.decisions] == [
+        "chosen does not end with an assistant turn",
+        "chosen and rejected share no turn of the user",
+        "chosen and rejected share no turn of the user",
+    ]

@@ -252,6 +252,17 @@ def test_a_file_in_another_format_says_what_to_do(read: Any) -> None:
             assert expected in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_table_says_what_to_do(tmp_path: Path) -> None:
+    for name, content in (("a.csv", "prompt,completion\np,c\n"), ("a.tsv", "prompt\tcompletion\np\tc\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(
+            UserError, match=rf"{name}: expected one JSON object on each line, got a .SV file; write it"
+        ):
+            read_records(tmp_path / name, "demonstrations", Ledger())
+    (tmp_path / "a.csv").write_text('{"text": "a"}\n')
+    assert read_records(tmp_path / "a.csv", "text", Ledger()) == [Text("a")]
+
+
 def test_hostile_lines(read: Any) -> None:
     for row in HOSTILE:
         with case(row) as (line, message):

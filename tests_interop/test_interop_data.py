@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax.data import Ledger, encode_demonstrations, encode_prompts, encode_rankings, read_records
+from rlhf_jax.data import Ledger, encode_demonstrations, encode_prompts, encode_rankings, encode_text, read_records
 from tests.tiny_tokenizers import CHATML, LLAMA3, ZEPHYR, unmarked
 from tests_interop.test_interop_tokenizer import both, config_of
 
@@ -29,7 +29,7 @@ TALK = [user("Why?"), says("Light."), user("What  light?")]
 # (row, the kinds that it is read as, its prompt, its answers) with both as transformers takes them
 FORMS: list[tuple[dict[str, Any], str, list[Any], list[Any]]] = [
     ({"prompt": [ASK]}, "prompts", [ASK], []),
-    ({"messages": [BE, *TALK, says("Blue.")]}, "prompts demonstrations dialogues", [BE, *TALK], [[says("Blue.")]]),
+    ({"messages": [BE, *TALK, says("Blue.")]}, "prompts demonstrations dialogues text", [BE, *TALK], [[says("Blue.")]]),
     ({"prompt": [ASK], "completion": [says("It is.")]}, "prompts demonstrations", [ASK], [[says("It is.")]]),
     (
         {"prompt": [BE, ASK], "chosen": [says("It is.")], "rejected": [says("No")]},
@@ -87,6 +87,8 @@ def read(path: Path, row: dict[str, Any], kind: Any, tokenizer: Any) -> list[lis
     """The ids of a row as its stage has them."""
     path.write_text(json.dumps(row) + "\n", encoding="utf-8")
     records: Any = read_records(path, kind, Ledger())
+    if kind == "text":
+        return [[*tokenizer.start_ids, *ids] for ids in encode_text(records, tokenizer, ledger=Ledger())]
     if kind == "prompts":
         return [list(ids) for ids in encode_prompts(records, tokenizer, max_tokens=999, ledger=Ledger()).rows]
     if kind in ("comparisons", "rankings"):

@@ -42,17 +42,34 @@ def within(config: Any, field: str, low: float, below: float) -> None:
         raise UserError(f"{field}: expected {low} or more and less than {below}, got {value}")
 
 
+def columns_setting(config: Any) -> None:
+    """Check that columns are FIELD=COLUMN, each field once.
+
+    Raises:
+      UserError: if one is not.
+    """
+    fields = []
+    for entry in config.columns:
+        field, equals, column = entry.partition("=")
+        if not (field and equals and column):
+            raise UserError(f"columns: expected FIELD=COLUMN, such as prompt=task, got {entry!r}")
+        fields.append(field)
+    if len(set(fields)) < len(fields):
+        raise UserError(f"columns: expected each field once, got {', '.join(config.columns)}")
+
+
 def ceil_product(factor: float, count: int) -> int:
     """Returns factor × count rounded up, with the factor as it is written: 0.1 × 30 is 3, not 3.0000000000000004."""
     return math.ceil(Fraction(repr(float(factor))) * count)
 
 
 def row_settings(config: Any) -> None:
-    """Check epochs, heldout_fraction, max_tokens and buckets of a stage that trains on rows of different lengths.
+    """Check columns, epochs, heldout_fraction, max_tokens and buckets of a stage that trains on rows of different lengths.
 
     Raises:
       UserError: if one of them is out of range.
     """
+    columns_setting(config)
     if config.epochs is not None:
         within(config, "epochs", 0, math.inf)
         if config.steps is not None:

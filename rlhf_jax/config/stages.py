@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from rlhf_jax.config.checks import at_least, hinted, row_settings, within
+from rlhf_jax.config.checks import at_least, columns_setting, hinted, row_settings, within
 from rlhf_jax.config.model import ModelConfig
 from rlhf_jax.config.run import EpisodeConfig, LoraConfig, OptimConfig, RunConfig
 from rlhf_jax.errors import UserError
@@ -62,6 +62,8 @@ class SFTConfig(RunConfig):
     """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
     """Fraction of the prompts that is held out with all their rows, drawn by seed, if heldout is not given."""
+    columns: tuple[str, ...] = ()
+    """Fields of data and heldout under other names, such as prompt=task completion=reply."""
     kind: Literal["demonstrations", "dialogues"] = "demonstrations"
     """Kind of records in the files: demonstrations (which may include dialogues) or dialogues only."""
     max_tokens: int | None = None
@@ -111,6 +113,8 @@ class RewardConfig(RunConfig):
     """Held-out files to evaluate on; heldout_fraction of data by default."""
     heldout_fraction: float = 0.05
     """Fraction of the prompts that is held out with all their rows, drawn by seed, if heldout is not given."""
+    columns: tuple[str, ...] = ()
+    """Fields of data and heldout under other names, such as prompt=task chosen=better."""
     demonstrations: tuple[str, ...] = ()
     """Files of demonstrations or dialogues; after training, scores are shifted so that their mean score is 0."""
     max_tokens: int | None = None
@@ -169,6 +173,8 @@ class PPOConfig(RunConfig):
     thread, as functions that use signals need."""
     data: tuple[str, ...] = hinted(())
     """Files of prompts; or embedded, for function names of Python's own documentation."""
+    columns: tuple[str, ...] = ()
+    """Fields of data under other names, such as prompt=task."""
     pretraining_data: tuple[str, ...] = ()
     """Files of text for the pretraining mix (PPO-ptx); or embedded, for Python's own documentation."""
     pretraining_row_length: int = 64
@@ -214,6 +220,7 @@ class PPOConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        columns_setting(self)
         for field in ("prompt_length", "epochs", "minibatches", "pretraining_row_length"):
             at_least(self, field, 1)
         for field in ("clip", "value_clip", "value_coef", "kl_coef", "pretraining_coef", "pretraining_batch"):

@@ -26,6 +26,12 @@ def chat_ids(messages: Turns, tokenizer: TextTokenizer) -> list[int]:
     return talk.ids([talk.render(len(messages), prompt=True)])[0]
 
 
+def dialogue_ids(messages: Turns, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of a full dialogue."""
+    talk = _Talk(messages, tokenizer)
+    return talk.ids([talk.render(len(messages))])[0]
+
+
 def chat_response_ids(messages: Turns, response: str, tokenizer: TextTokenizer, *, ended: bool = True) -> list[int]:
     """Ids of the assistant's response to `chat_ids(messages)`, with the end of its turn if it `ended`.
 

@@ -113,7 +113,8 @@ def encode_text(records: Iterable[Text], tokenizer: TextTokenizer, *, ledger: Le
     """Ids of the documents, without special ids, for `pack_text`; the ledger also counts those that it adds."""
     docs = []
     for record in records:
-        ids = tokenizer.encode(record.text)
+        with _named(record.where):
+            ids = _document_ids(record, tokenizer)
         ledger.keep(record.where, tokens=len(tokenizer.start_ids) + len(ids) + 1)
         docs.append(ids)
     return docs
@@ -231,6 +232,14 @@ def encode_prompts(
         rows.append(ids)
         kept.append(record)
     return PromptRows(rows, max_tokens, tokenizer.pad_id, kept)
+
+
+def _document_ids(record: Text, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of a document without start ids; a dialogue is rendered by the chat template, if there is one."""
+    if not record.messages or tokenizer.chat_template is None:
+        return tokenizer.encode(record.text)
+    ids, start = chat.dialogue_ids(record.messages, tokenizer), list(tokenizer.start_ids)
+    return ids[len(start) :] if ids[: len(start)] == start else ids
 
 
 def _turns(

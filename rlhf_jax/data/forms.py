@@ -8,16 +8,18 @@ message, and text beside answers that are messages, which is the user's turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rlhf_jax.data.dialogues import Message, is_hh, render_answer, render_prompt, shared_turns, split_hh
 from rlhf_jax.data.jsonl import describe
 from rlhf_jax.data.rows import SYSTEMS, Row, Useless, is_empty
+from rlhf_jax.errors import UserError
 
 PROMPTS = ("prompt", "instruction", "question", "problem", "query", "input")
 COMPLETIONS = ("completion", "response", "output", "answer", "solution")
 DIALOGUES = ("messages", "conversations")
+GROUPS = (PROMPTS, COMPLETIONS, DIALOGUES, ("chosen",), ("rejected",), ("responses",), ("ranks",), ("text",))
 PROMPT_HINT = f"; it is read from one of {', '.join(PROMPTS)}, or from messages"
 Answers = Sequence[tuple[str, Any]]  # (name for errors, value)
 Talk = tuple[Message, ...]
@@ -45,13 +47,81 @@ class _Asked(NamedTuple):
     plain: bool
 
 
-def exchange(row: Row, answers: Answers) -> Exchange:
+def exchange_of(row: Row, answers: Answers) -> Exchange:
     """The row's prompt, and the answers of some of its fields.
 
     Raises:
       UserError: if the row has no prompt, or one that cannot be told from its answers with certainty.
       Useless: if the prompt is empty, or the answers do not belong to the same turns.
     """
+    found = _exchange(row, answers)
+    for others in _answers_of_messages(row):
+        # Read as another kind of record, the row has the same prompt.
+        if [name for name, _ in others] != [name for name, _ in answers] and _exchange(row, others)[:2] != found[:2]:
+            raise row.wrong(others[0][0], "others", "messages that begin with the prompt that the row has as well")
+    return found
+
+
+def prompt_alone(row: Row) -> Exchange:
+    """The prompt of a row as `exchange_of` has it with any answers; of a dialogue, the turns up to its last answer."""
+    pair, responses = row.among(("chosen", "rejected")), row.fields.get("responses")
+    answers: Answers = [(name, row.fields[name]) for name in pair] or _numbered(responses)
+    answers = answers or next(iter(_answers_of_messages(row)), [])
+    name = dialogue_field(row)
+    if answers or name is None or not all(is_empty(row.fields[own]) for own in prompt_fields(row)):
+        return exchange_of(row, answers)
+    turns = row.turns(name).messages
+    while turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise Useless("empty prompt")
+    turns = row.with_system(turns)
+    return Exchange(render_prompt(turns), turns, [], ())
+
+
+def renamed(where: str, fields: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """The fields of a row with those that are under other names, each given as "FIELD=COLUMN", in their places.
+
+    The row's further fields for the prompt or for the answer are left out, since it is said which one counts.
+    """
+    pairs = [entry.partition("=")[::2] for entry in columns]
+    if not pairs:
+        return fields
+    for field, column in pairs:
+        if field not in (*sum(GROUPS, ()), *SYSTEMS):
+            known = ", ".join((*sum(GROUPS, ()), *SYSTEMS))
+            raise UserError(f"columns: expected fields among {known}, got {field!r}")
+        if column not in fields:
+            raise Row(where, fields).missing(repr(column), f"; columns say that it is {field!r}")
+    named = {name for field, _ in pairs for group in GROUPS if field in group for name in group}
+    left_out = named.union(column for _, column in pairs)
+    rest = {name: value for name, value in fields.items() if name not in left_out}
+    return rest | {field: fields[column] for field, column in pairs}
+
+
+def dialogue_field(row: Row) -> str | None:
+    """Name of the row's field with a dialogue."""
+    names = row.among(DIALOGUES)
+    if len(names) > 1:
+        raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the dialogue; remove one")
+    return names[0] if names else None
+
+
+def prompt_fields(row: Row) -> list[str]:
+    """Names of the row's fields with the prompt: one, or Alpaca's instruction and input; [] if there is none."""
+    names = row.among(PROMPTS)
+    if len(names) > 1:
+        names = [name for name in names if not is_empty(row.fields[name])] or names[:1]
+    if len(names) > 1 and names != ["instruction", "input"]:
+        raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the prompt; remove or rename one")
+    if names and names[0] != "prompt" and not is_empty(row.fields.get("context")):
+        raise row.wrong(
+            "context", describe(row.fields["context"]), f"a question without it; use {names[0]!r} for all of the text"
+        )
+    return names
+
+
+def _exchange(row: Row, answers: Answers) -> Exchange:
     for name, value in answers:
         if not isinstance(value, str | list | dict):
             raise row.wrong(name, describe(value), "text")
@@ -80,56 +150,11 @@ def exchange(row: Row, answers: Answers) -> Exchange:
         raise row.wrong(
             asked.name if asked else answers[0][0], "the assistant's turn as the last of the prompt", "the user's"
         )
+    beside = dialogue_field(row)
+    if beside is not None and row.with_system(row.turns(beside).messages)[: len(turns)] != turns:
+        raise row.wrong(beside, "others", "messages that begin with the prompt that the row has as well")
     texts = [render_answer(rest) for rest in rests]
     return Exchange(render_prompt(turns), turns, texts, tuple(rests) if any(len(rest) > 1 for rest in rests) else ())
-
-
-def prompt_alone(row: Row) -> Exchange:
-    """The prompt of a row, as `exchange` has it with any answers; of a dialogue, the turns before the last answer."""
-    answers = answers_beside(row)
-    name = dialogue_field(row)
-    if answers or name is None or prompt_fields(row):
-        return exchange(row, answers)
-    turns = row.turns(name).messages
-    while turns and turns[-1].role == "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise Useless("empty prompt")
-    turns = row.with_system(turns)
-    return Exchange(render_prompt(turns), turns, [], ())
-
-
-def answers_beside(row: Row) -> Answers:
-    """The answers that a row read for its prompt has, as far as they decide what the prompt is."""
-    if names := row.among(("chosen", "rejected")):
-        return [(name, row.fields[name]) for name in names]
-    responses = row.fields.get("responses")
-    if isinstance(responses, list) and responses:
-        return [(f"responses[{number}]", value) for number, value in enumerate(responses)]
-    # One field of several may hold the answer, or a number to check it by: only messages decide anything.
-    return [(name, row.fields[name]) for name in row.among(COMPLETIONS) if isinstance(row.fields[name], list | dict)]
-
-
-def dialogue_field(row: Row) -> str | None:
-    """Name of the row's field with a dialogue."""
-    names = row.among(DIALOGUES)
-    if len(names) > 1:
-        raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the dialogue; remove one")
-    return names[0] if names else None
-
-
-def prompt_fields(row: Row) -> list[str]:
-    """Names of the row's fields with the prompt: one, or Alpaca's instruction and input; [] if there is none."""
-    names = row.among(PROMPTS)
-    if len(names) > 1 and is_empty(row.fields.get("input")):
-        names = [name for name in names if name != "input"]
-    if len(names) > 1 and names != ["instruction", "input"]:
-        raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the prompt; remove or rename one")
-    if names and names[0] != "prompt" and not is_empty(row.fields.get("context")):
-        raise row.wrong(
-            "context", describe(row.fields["context"]), f"a question without it; use {names[0]!r} for all of the text"
-        )
-    return names
 
 
 def _asked(row: Row, answers: Answers) -> _Asked | None:
@@ -138,8 +163,8 @@ def _asked(row: Row, answers: Answers) -> _Asked | None:
     if len(names) == 2:
         text = "\n".join(part for part in map(row.text, names) if part.strip())
         return _Asked(names[0], text, (Message("user", text),), plain=False)
-    if not names:
-        name = dialogue_field(row)
+    name = dialogue_field(row)
+    if not names or (name is not None and is_empty(row.fields[names[0]])):
         if name is None or not answers:
             return None
         # A dialogue that ends with the user is what the answers answer; another is a copy of one of theirs.
@@ -147,17 +172,48 @@ def _asked(row: Row, answers: Answers) -> _Asked | None:
         return _Asked(name, None, turns, plain=False) if turns[-1].role == "user" else None
     value = row.fields[names[0]]
     if isinstance(value, str):
-        beside = dialogue_field(row)
-        if beside is not None and value.strip():
-            return _Asked(names[0], value, _up_to(row, names[0], value, row.turns(beside).messages), plain=False)
-        plain = names[0] == "prompt" and all(is_empty(row.fields.get(name)) for name in SYSTEMS)
+        if name is not None:
+            return _Asked(names[0], value, _up_to(row, names[0], value, row.turns(name).messages), plain=False)
+        plain = names[0] == "prompt" and not row.has_system and not _answers_of_messages(row)
         return _Asked(names[0], value, (Message("user", value),), plain)
     if not isinstance(value, list):
         raise row.wrong(names[0], describe(value), "text or a list of messages")
-    turns = row.turns(names[0]).messages
+    turns, learned = row.turns(names[0])
     if turns[-1].role == "assistant":
         raise row.wrong(names[0], "the assistant's turn in last place", "messages that end with the user's turn")
+    if any(name in COMPLETIONS for name, _ in answers):
+        _refuse_learned(row, names[0], learned)
     return _Asked(names[0], None, turns, plain=False)
+
+
+def _refuse_learned(row: Row, name: str, learned: Sequence[bool | None]) -> None:
+    """Raises UserError for a turn before a completion that is said to be learned, as the completion alone is."""
+    if True in learned:
+        raise row.wrong(
+            name, "a turn to learn before the answer", "no weight 1 or train true there; give dialogues as 'messages'"
+        )
+
+
+def _numbered(responses: object) -> Answers:
+    if not isinstance(responses, list):
+        return []
+    return [(f"responses[{number}]", value) for number, value in enumerate(responses)]
+
+
+def _answers_of_messages(row: Row) -> list[Answers]:
+    """The answers in the row, for each kind of record, that are messages: they decide what its prompt is."""
+    several: list[Answers] = [
+        [(name, row.fields[name]) for name in row.among(("chosen", "rejected"))],
+        _numbered(row.fields.get("responses")),
+        *([(name, row.fields[name])] for name in row.among(COMPLETIONS)),
+    ]
+    return [answers for answers in several if any(_is_messages(value) for _, value in answers)]
+
+
+def _is_messages(value: object) -> bool:
+    """True for a message or a list of them, and not for other lists and objects, such as numbers to check by."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and not {"role", "from"}.isdisjoint(first)
 
 
 def _up_to(row: Row, name: str, text: str, dialogue: Talk) -> Talk:
@@ -180,6 +236,8 @@ def _talks(row: Row, asked: _Asked | None, answers: Answers) -> list[Talk | None
         turns = None if isinstance(value, str) else row.as_turns(name, value)
         if turns is not None and turns.learned[-1] is False:
             raise row.wrong(name, "an answer that is not to be learned", "no weight 0 or train false on an answer")
+        if turns is not None and name in COMPLETIONS:
+            _refuse_learned(row, name, turns.learned[:-1])
         talks.append(None if turns is None else turns.messages)
     return talks
 
@@ -230,6 +288,8 @@ def _shared(row: Row, answers: Answers, talks: Sequence[Talk | None]) -> tuple[T
     shared = shared_turns(whole)
     if shared is None:
         raise Useless(f"{' and '.join(name for name, _ in answers)} do not diverge at an assistant turn")
+    if not _whole([whole[0][:shared]]):
+        raise Useless(f"{' and '.join(name for name, _ in answers)} share no turn of the user")
     for (name, _), talk in zip(answers, whole, strict=True):
         if talk[-1].role != "assistant":
             raise Useless(f"{name} does not end with an assistant turn")

@@ -126,6 +126,9 @@ def _refuse_other_format(first: bytes, path: str | Path) -> None:
     """Raises UserError if a file that begins with this line is in another format that people keep rows in."""
     got, advice = next(((name, do) for begin, name, do in _OTHERS if first.startswith(begin)), ("", ""))
     text = first.strip()
+    kind = Path(path).suffix.lower()
+    if not got and kind in (".csv", ".tsv") and not text.startswith(b"{"):
+        got, advice = f"a {kind[1:].upper()} file", _PANDAS.format("csv" if kind == ".csv" else "table")
     if not got and text.startswith(b"[") and (text == b"[" or text[1:].lstrip()[:1] in (b"{", b"]", b"")):
         got, advice = "one JSON array", "write its objects one to a line: jq -c '.[]' FILE > NEW"
     if not got and text == b"{":

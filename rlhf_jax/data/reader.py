@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from rlhf_jax.data.dialogues import render
-from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange, prompt_alone
+from rlhf_jax.data.dialogues import Message, render
+from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange_of, prompt_alone, renamed
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text, cut_marks
@@ -32,23 +32,34 @@ from rlhf_jax.errors import UserError
 
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
 Paths = str | Path | Iterable[str | Path]
+Columns = Iterable[str]
 MAX_RESPONSES = 9
 
 
 @overload
-def read_records(paths: Paths, kind: Literal["text"], ledger: Ledger) -> list[Text]: ...
-@overload
-def read_records(paths: Paths, kind: Literal["demonstrations"], ledger: Ledger) -> list[Demonstration | Dialogue]: ...
-@overload
-def read_records(paths: Paths, kind: Literal["dialogues"], ledger: Ledger) -> list[Dialogue]: ...
+def read_records(paths: Paths, kind: Literal["text"], ledger: Ledger, *, columns: Columns = ()) -> list[Text]: ...
 @overload
 def read_records(
-    paths: Paths, kind: Literal["comparisons", "rankings"], ledger: Ledger
+    paths: Paths, kind: Literal["demonstrations"], ledger: Ledger, *, columns: Columns = ()
+) -> list[Demonstration | Dialogue]: ...
+@overload
+def read_records(
+    paths: Paths, kind: Literal["dialogues"], ledger: Ledger, *, columns: Columns = ()
+) -> list[Dialogue]: ...
+@overload
+def read_records(
+    paths: Paths, kind: Literal["comparisons", "rankings"], ledger: Ledger, *, columns: Columns = ()
 ) -> list[Comparison | Ranking]: ...
 @overload
-def read_records(paths: Paths, kind: Literal["prompts"], ledger: Ledger) -> list[Prompt]: ...
-def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
+def read_records(paths: Paths, kind: Literal["prompts"], ledger: Ledger, *, columns: Columns = ()) -> list[Prompt]: ...
+def read_records(paths: Paths, kind: Kind, ledger: Ledger, *, columns: Columns = ()) -> Any:
     """Reads all rows of the files as records of a kind, in order. A duplicate row is kept, with a remark in the ledger.
+
+    Args:
+      paths: JSONL files.
+      kind: of the records.
+      ledger: of the rows.
+      columns: "FIELD=COLUMN" for each field that the rows have under another name.
 
     Raises:
       UserError: `file:line: field 'x': expected …, got …` for a malformed row, and for a file without rows.
@@ -61,7 +72,7 @@ def read_records(paths: Paths, kind: Kind, ledger: Ledger) -> Any:
             empty = False
             ledger.read(where)
             try:
-                record = record_of(where, fields, kind)
+                record = record_of(where, renamed(where, fields, columns), kind)
             except Useless as useless:
                 ledger.drop(where, str(useless))
                 continue
@@ -114,16 +125,18 @@ def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
 
 def _text(row: Row) -> Text:
     name = None if "text" in row else dialogue_field(row)
+    messages: tuple[Message, ...] = ()
     if name is None:
         text = row.text("text")
     else:
         turns = row.turns(name)
         if False in turns.learned:
             raise row.wrong(name, "a turn that is not to be learned", "no weight 0 or train false, as all is learned")
-        text = render(row.with_system(turns.messages))
+        messages = row.with_system(turns.messages)
+        text = render(messages)
     if not text.strip():
         raise Useless("empty text")
-    return Text(text, row.where)
+    return Text(text, row.where, messages)
 
 
 def _dialogue(row: Row) -> Dialogue:
@@ -153,7 +166,7 @@ def _demonstration(row: Row) -> Demonstration:
         if names:
             raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the answer; remove or rename one")
         raise row.missing("'completion'")
-    found = exchange(row, [(names[0], row.value(names[0]))])
+    found = exchange_of(row, [(names[0], row.value(names[0]))])
     if found.rests:
         got = "messages of " + ", ".join(message.role for message in found.rests[0])
         raise row.wrong(names[0], got, "one message of the assistant; give dialogues as 'messages'")
@@ -166,7 +179,7 @@ def _demonstration(row: Row) -> Demonstration:
 def _comparison(row: Row) -> Comparison:
     if isinstance(row.value("chosen"), str) and row.value("chosen") == row.value("rejected"):
         raise Useless("chosen equals rejected")
-    found = exchange(row, [(name, row.value(name)) for name in ("chosen", "rejected")])
+    found = exchange_of(row, [(name, row.value(name)) for name in ("chosen", "rejected")])
     chosen, rejected = found.texts
     if chosen == rejected:
         raise Useless("chosen equals rejected")
@@ -174,7 +187,7 @@ def _comparison(row: Row) -> Comparison:
         if not text.strip():
             raise Useless(f"empty {name} response")
     ended = cut_marks([row.ended("ended_chosen"), row.ended("ended_rejected")])
-    return Comparison(found.prompt, chosen, rejected, row.where, found.turns, found.rests, ended)
+    return Comparison(found.prompt, chosen, rejected, row.where, found.turns, rests=found.rests, ended=ended)
 
 
 def _ranking(row: Row) -> Ranking:
@@ -186,7 +199,7 @@ def _ranking(row: Row) -> Ranking:
     for number, rank in enumerate(ranks):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise row.wrong(f"ranks[{number}]", describe(rank), "a whole number from 1, the best")
-    found = exchange(row, [(f"responses[{n}]", value) for n, value in enumerate(responses)])
+    found = exchange_of(row, [(f"responses[{n}]", value) for n, value in enumerate(responses)])
     texts = found.texts
     if not 2 <= len(texts) <= MAX_RESPONSES:
         raise Useless(f"expected 2 to {MAX_RESPONSES} responses, got {len(texts)}")
@@ -205,7 +218,8 @@ def _ranking(row: Row) -> Ranking:
     # Renumbered 1, 2, … without gaps: only the order counts, and a file may use any integers.
     places = sorted(set(ranks))
     dense = tuple(places.index(rank) + 1 for rank in ranks)
-    return Ranking(found.prompt, tuple(texts), dense, row.where, found.turns, found.rests, cut_marks(ended or []))
+    marks = cut_marks(ended or [])
+    return Ranking(found.prompt, tuple(texts), dense, row.where, found.turns, rests=found.rests, ended=marks)
 
 
 def _prompt(row: Row) -> Prompt:

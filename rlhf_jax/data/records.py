@@ -19,10 +19,11 @@ from rlhf_jax.data.dialogues import Message
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A document to pretrain on."""
+    """A document to pretrain on. messages: a dialogue, of which `text` is the rendering without a chat template."""
 
     text: str
     where: str = dataclasses.field(default="", compare=False)
+    messages: tuple[Message, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,6 +110,10 @@ class Row:
                 )
         return Turns(tuple(messages), tuple(learned))
 
+    @property
+    def has_system(self) -> bool:
+        return any(not is_empty(self.fields.get(name)) for name in SYSTEMS)
+
     def with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """The messages after the row's own system message, if a field beside them has one."""
         names = [name for name in SYSTEMS if not is_empty(self.fields.get(name))]

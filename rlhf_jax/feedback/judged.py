@@ -157,10 +157,16 @@ def _rank(value: object) -> bool:
 
 
 def _item(where: str, row: dict[str, Any]) -> Item:
+    checked = Row(where, row)
+    checked.refuse_unread()
+    if checked.has_system:
+        raise UserError(
+            f"{where}: field 'system': expected an item with it in the prompt's messages, got it beside them"
+        )
     prompt = row.get("prompt")
     turns: tuple[Message, ...] = ()
     if isinstance(prompt, list) and prompt:
-        turns = Row(where, row).turns("prompt").messages
+        turns = checked.turns("prompt").messages
         prompt = render_prompt(turns)
     if not isinstance(prompt, str):
         raise _wrong(where, "prompt", prompt, "text or a list of messages")

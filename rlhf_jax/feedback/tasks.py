@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.dialogues import Message
-from rlhf_jax.data.forms import dialogue_field, exchange, prompt_alone, prompt_fields
+from rlhf_jax.data.forms import dialogue_field, exchange_of, prompt_alone, prompt_fields
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
@@ -174,7 +174,7 @@ def _asked(row: Row, responses: list[tuple[str, Any]]) -> tuple[str, tuple[Messa
     if not (prompt_fields(row) or dialogue_field(row)):
         raise _wrong(row.where, row.fields, "prompt", "text or a list of messages")
     try:
-        found = exchange(row, responses) if responses else prompt_alone(row)
+        found = exchange_of(row, responses) if responses else prompt_alone(row)
     except Useless as useless:
         raise UserError(f"{row.where}: field 'prompt': expected a prompt to label, got {useless}") from None
     if found.rests:

@@ -133,7 +133,11 @@ def run(
     ledger, text_ledger = Ledger(), Ledger()
     if prompts is None:
         embedded = wants_embedded("data", config.data, "prompts")
-        prompts = load_corpus().prompts if embedded else read_records(config.data, "prompts", ledger)
+        prompts = (
+            load_corpus().prompts
+            if embedded
+            else read_records(config.data, "prompts", ledger, columns=config.columns)
+        )
     mixing = config.pretraining_batch > 0
     if texts is None and mixing:
         paths = config.pretraining_data

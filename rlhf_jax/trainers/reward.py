@@ -280,12 +280,12 @@ def _rows(
             "data: expected files of comparisons or rankings, got embedded, which has none; rlhf-jax recipe writes "
             "some to runs/recipe/rankings.jsonl"
         )
-    records = read_records(config.data, "rankings", ledger)
+    records = read_records(config.data, "rankings", ledger, columns=config.columns)
     rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
     if not config.heldout:
         rows, held_rows = hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
         return rows, held_rows if len(held_rows) else None
-    held = read_records(config.heldout, "rankings", heldout_ledger)
+    held = read_records(config.heldout, "rankings", heldout_ledger, columns=config.columns)
     remark_shared(records, held, heldout_ledger)
     held_rows = encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=heldout_ledger, buckets=config.buckets)
     refuse_unevaluated(held_rows, heldout_ledger)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -185,15 +184,13 @@ def _records(
     embedded = wants_embedded("data", config.data, "demonstrations")
     if embedded and config.kind == "dialogues":
         raise UserError("kind: expected demonstrations with --data embedded, which has no dialogues, got dialogues")
-    records = load_corpus().demonstrations if embedded else _read(config.data, config.kind, ledger)
+    records = load_corpus().demonstrations if embedded else _read(config, config.data, ledger)
     if config.heldout:
-        return records, _read(config.heldout, config.kind, heldout_ledger)
+        return records, _read(config, config.heldout, heldout_ledger)
     return records, load_corpus().heldout_demonstrations if embedded else None
 
 
-def _read(
-    paths: Sequence[str], kind: Literal["demonstrations", "dialogues"], ledger: Ledger
-) -> Sequence[Demonstration | Dialogue]:
-    if kind == "dialogues":
-        return read_records(paths, "dialogues", ledger)
-    return read_records(paths, "demonstrations", ledger)
+def _read(config: Config, paths: Sequence[str], ledger: Ledger) -> Sequence[Demonstration | Dialogue]:
+    if config.kind == "dialogues":
+        return read_records(paths, "dialogues", ledger, columns=config.columns)
+    return read_records(paths, "demonstrations", ledger, columns=config.columns)
