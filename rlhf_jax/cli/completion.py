@@ -16,7 +16,7 @@ from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_
 from rlhf_jax.data.dialogues import HEADERS, Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import generate, stream, uniform_numbers
-from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.pretrained.source import on_base, open_source, with_template
 from rlhf_jax.runs.lifecycle import say
 
 # ROWS responses are sampled per batch. AHEAD rows are read at once, to batch rows of similar length.
@@ -30,7 +30,8 @@ class Speaker:
     """A run's model with its sampling settings."""
 
     def __init__(self, config: Config) -> None:
-        source = open_source(config.run, stages=("pretrain", "sft", "ppo"))
+        source = open_source(on_base(config.run, config.base), stages=("pretrain", "sft", "ppo"))
+        source = with_template(source, config.chat_template)
         self.config = config
         self.tokenizer = source.tokenizer
         self.model = source.network()

@@ -84,6 +84,14 @@ class ChatTemplate:
         except (jinja2.TemplateError, *_FAULTS) as error:
             raise UserError(f"{self._label}: {_one_line(error)}") from None
 
+    def check(self) -> None:
+        """Compiles the template.
+
+        Raises:
+          UserError: if it is not a valid template.
+        """
+        _ = self._compiled
+
     @functools.cached_property
     def syntax(self) -> list[Any]:
         """The program of the template, equal for templates that differ in comments, quotes or line breaks in tags.

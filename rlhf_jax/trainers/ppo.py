@@ -23,7 +23,7 @@ from rlhf_jax.data import (
 )
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
-from rlhf_jax.pretrained.source import Source, Start, open_source, same_tokenizer, start_from
+from rlhf_jax.pretrained.source import Source, Start, open_for, same_tokenizer, start_from
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -61,8 +61,8 @@ def run(
     for field, expected in (("init", "a fine-tuned model"), ("reward", "a reward model")):
         if not dataclasses.asdict(config)[field]:
             raise UserError(f"{field}: expected {expected}, got nothing; use --{field} FOLDER")
-    source = open_source(config.init, stages=("sft", "pretrain"))
-    reward_model = open_source(config.reward, stages=("reward",))
+    source = open_for(config, config.init, stages=("sft", "pretrain"))
+    reward_model = open_for(config, config.reward, stages=("reward",))
     same_tokenizer(source, reward_model)
     if not reward_model.score_scale > 0:
         raise UserError(

@@ -16,7 +16,7 @@ from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.pretrained.source import Start, open_source, start_from
+from rlhf_jax.pretrained.source import Start, open_for, start_from
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -49,7 +49,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     elif heldout is None:
         texts, heldout = hold_out(texts, config.heldout_fraction)
     refuse_empty(texts, "texts", ledger)
-    source = open_source(config.init, stages=("pretrain", "sft", "ppo")) if config.init else None
+    source = open_for(config, config.init, stages=("pretrain", "sft", "ppo")) if config.init else None
     tokenizer = _tokenizer(config, texts) if source is None else source.tokenizer
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     if source is not None:

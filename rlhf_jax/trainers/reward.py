@@ -29,7 +29,7 @@ from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.pretrained.source import Source, Start, open_source, start_from
+from rlhf_jax.pretrained.source import Source, Start, open_for, start_from
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -69,7 +69,7 @@ def run(
     """
     if not config.init:
         raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER or --init hf:FOLDER")
-    source = open_source(config.init, stages=("pretrain", "sft"))
+    source = open_for(config, config.init, stages=("pretrain", "sft"))
     tokenizer = source.tokenizer
     model = Transformer(source.model, scalar=True)
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)

@@ -27,7 +27,7 @@ from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.pretrained.source import open_source, start_from
+from rlhf_jax.pretrained.source import open_for, start_from
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -60,7 +60,7 @@ def run(
     """
     if not config.init:
         raise UserError("init: expected a pretrained model, got nothing; use --init FOLDER or --init hf:FOLDER")
-    source = open_source(config.init, stages=("pretrain", "sft", "ppo"))
+    source = open_for(config, config.init, stages=("pretrain", "sft", "ppo"))
     ledger = Ledger()
     if records is None:
         records, heldout = _records(config, ledger)
