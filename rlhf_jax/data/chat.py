@@ -7,6 +7,7 @@ restored once the rendering has been split at its special tokens.
 
 from __future__ import annotations
 
+import os.path
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,12 +31,13 @@ def chat_response_ids(messages: Turns, response: str, tokenizer: TextTokenizer, 
     """Ids of the assistant's response to `chat_ids(messages)`, with the end of its turn if it `ended`.
 
     Raises:
-      UserError: if the template does not render the response directly after its generation prompt.
+      UserError: if the template does not render the response directly after its generation prompt, or removes a part.
     """
     talk = _Talk([*messages, ("assistant", response)], tokenizer)
     answer = talk.answer(len(messages))
+    talk.refuse_cut(len(messages))
     if answer is None:
-        raise UserError(_NOT_AFTER_PROMPT)
+        raise UserError(talk.not_after_prompt(len(messages)))
     return talk.ids([answer.prompt, answer.text + (answer.end if ended else "")])[1]
 
 
@@ -47,12 +49,15 @@ def chat_row(messages: Turns, tokenizer: TextTokenizer) -> tuple[list[int], list
     differently (Qwen3 drops its thoughts); text that the model never has to generate after that prompt is no target.
 
     Raises:
-      UserError: if no answer is left.
+      UserError: if no answer is left, or if the template removes a part of the last one.
     """
     talk = _Talk(messages, tokenizer)
+    last = max((at for at, (role, _) in enumerate(messages) if role == "assistant"), default=None)
+    if last is not None:
+        talk.refuse_cut(last)
     sections = talk.marked_sections() if talk.template.marks_answers else talk.answered_sections()
     if not any(target for _, target in sections):
-        raise UserError(_NOT_AFTER_PROMPT)
+        raise UserError(_NOT_AFTER_PROMPT if last is None else talk.not_after_prompt(last))
     ids: list[int] = []
     mask: list[bool] = []
     for (_, target), part in zip(sections, talk.ids([text for text, _ in sections])):
@@ -63,8 +68,17 @@ def chat_row(messages: Turns, tokenizer: TextTokenizer) -> tuple[list[int], list
 
 _NOT_AFTER_PROMPT = (
     "chat template: expected messages with an assistant answer that is rendered as it follows the generation prompt, "
-    "got none (a template that opens with <think> needs it in the answer)"
+    "got none (a template that opens with <think> needs it in the answer; or use --chat-template FILE)"
 )
+
+
+def _shared(first: str, second: str) -> int:
+    """Number of characters with which both texts start."""
+    return len(os.path.commonprefix([first, second]))
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 80 else f"{text[:60]!r} … ({len(text)} characters)"
 
 
 class _Answer(NamedTuple):
@@ -113,6 +127,38 @@ class _Talk:
         if not whole.startswith(prompt):
             return None
         return _Answer(prompt, *self.tokens.split_end(whole[len(prompt) :]))
+
+    def refuse_cut(self, at: int) -> None:
+        """Checks that the template renders the whole of the assistant turn `at` while it is the last message.
+
+        White space does not count, since many templates strip it or put it around thoughts.
+
+        Raises:
+          UserError: with the text that the template removes, such as the thoughts of a model that reasons.
+        """
+        prompt, whole = self.render(at, prompt=True), self.render(at + 1)
+        said = "".join(self.messages[at][1].split())
+        if said in "".join(whole.split()):
+            return
+        shown = "".join(whole[_shared(prompt, whole) :].split())
+        kept = next((size for size in range(len(said) - 1, 0, -1) if said[-size:] in shown), 0)
+        removed = self.messages[at][1]
+        for character in reversed(said[len(said) - kept :]):
+            removed = removed[: removed.rindex(character)]
+        back = {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
+        raise UserError(
+            f"chat template: expected one that renders the whole answer, got one that removes or changes "
+            f"{_short(removed.strip().translate(back))}; use --chat-template FILE with a template that keeps it, or leave "
+            "it out of the data"
+        )
+
+    def not_after_prompt(self, at: int) -> str:
+        """The error for an answer that does not follow its generation prompt, with what the prompt adds."""
+        prompt, whole = self.render(at, prompt=True), self.render(at + 1)
+        added = prompt[_shared(prompt, whole) :]
+        if not added:
+            return _NOT_AFTER_PROMPT
+        return f"{_NOT_AFTER_PROMPT}; the prompt ends with {_short(added)}, which the rendering of the answer lacks"
 
     def answered_sections(self) -> list[Section]:
         """Sections of the full rendering; answers rendered as they follow their generation prompt are targets."""
