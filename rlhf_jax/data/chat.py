@@ -7,7 +7,7 @@ restored once the rendering has been split at its special tokens.
 
 from __future__ import annotations
 
-import os.path
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -74,7 +74,7 @@ _NOT_AFTER_PROMPT = (
 
 def _shared(first: str, second: str) -> int:
     """Number of characters with which both texts start."""
-    return len(os.path.commonprefix([first, second]))
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 
 def _short(text: str) -> str:
@@ -102,6 +102,7 @@ class _Talk:
         taken = set(self.template.source).union(*contents, *tokenizer.special_tokens)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
         self._marks = (next(free), next(free))
+        self._rendered: dict[tuple[int, bool], str] = {}
         places = [self.tokens.openings(content) for content in contents]
         hidden = sorted({content[at] for content, found in zip(contents, places) for at in found})
         self._stand_ins = dict(zip(hidden, free))
@@ -115,7 +116,10 @@ class _Talk:
 
     def render(self, count: int, *, prompt: bool = False) -> str:
         """Renders the first `count` messages; with `prompt`, followed by the header of the assistant's answer."""
-        return self.template.render(self.messages[:count], add_generation_prompt=prompt)
+        if (count, prompt) not in self._rendered:
+            text = self.template.render(self.messages[:count], add_generation_prompt=prompt)
+            self._rendered[count, prompt] = text
+        return self._rendered[count, prompt]
 
     def ids(self, sections: Sequence[str]) -> list[list[int]]:
         back = {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
@@ -148,8 +152,8 @@ class _Talk:
         back = {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
         raise UserError(
             f"chat template: expected one that renders the whole answer, got one that removes or changes "
-            f"{_short(removed.strip().translate(back))}; use --chat-template FILE with a template that keeps it, or leave "
-            "it out of the data"
+            f"{_short(removed.strip().translate(back))}; use --chat-template FILE with a template that keeps it, or "
+            "leave it out of the data"
         )
 
     def not_after_prompt(self, at: int) -> str:
