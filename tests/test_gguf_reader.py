@@ -513,7 +513,6 @@ CUT_OTHERWISE = [
     ("deepseek-r1-qwen", "नि", ["न", "ि"]),
     ("deepseek-v3", "a中文カ#x +", ["a", "中文カ", "#x", " +"]),
     ("deepseek-coder", "a中文1", ["a", "中文", "1"]),
-    ("bailingmoe", "a\n\nb", ["a", "\n", "\n", "b"]),
     ("seed-coder", "a\n\nb", ["a", "\n\n", "b"]),
     ("bloom", "a, b(c", ["a", ",", " b", "(", "c"]),
 ]
