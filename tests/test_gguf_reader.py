@@ -524,8 +524,8 @@ def test_how_text_is_cut(path: Path) -> None:
             tokenizer = tokenizer_of(path, byte_level(**{"ggml.pre": pre}))
             found = tokenizer.pre_tokenizer.pre_tokenize_str("Hi'LL 1234!!\n\n  x")
             assert [piece for piece, _ in found] == pieces
-    for row in CUT_OTHERWISE:
-        with case(row) as (pre, text, pieces):
+    for other in CUT_OTHERWISE:
+        with case(other) as (pre, text, pieces):
             tokenizer = tokenizer_of(path, byte_level(**{"ggml.pre": pre}))
             found = tokenizer.pre_tokenizer.pre_tokenize_str(text)
             assert [text[start:end] for _, (start, end) in found] == pieces
