@@ -167,6 +167,57 @@ def test_an_answer_that_does_not_follow_the_prompt_is_refused() -> None:
     assert targets(tokenizer, [("user", "a"), ("assistant", "<think>\nb")]) == ["b<|im_end|>"]
 
 
+# Like R1's distilled models: thoughts are cut from every answer, and the prompt opens new ones.
+CUTS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>' + m.content.split('</think>')[-1] + '</s>' }}"
+    "{% else %}{{ m.role + ':' + m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>PROMPT' }}{% endif %}"
+)
+THOUGHT = "<think>\nfirst, hm\n</think>\n\nb"
+REMOVED: list[tuple[str, str, str]] = [
+    (CUTS.replace("PROMPT", ""), THOUGHT, r"removes or changes '<think>\\nfirst, hm\\n</think>'"),
+    (CUTS.replace("PROMPT", "<think>\n"), THOUGHT, r"removes or changes '<think>\\nfirst, hm\\n</think>'"),
+    (
+        CUTS.replace("PROMPT", "<think>\n"),
+        "b",
+        r"needs it in .*; the prompt ends with '<think>\\n', which the rendering",
+    ),
+    (
+        CUTS.replace("PROMPT", ""),
+        f"<think>{'hm' * 99}</think>b",
+        r"changes '<think>\w+' … \(213 characters\); use --chat-t",
+    ),
+    (
+        CUTS.replace("PROMPT", "").replace("m.content.split('</think>')[-1]", "m.content[:3]"),
+        "abcdef",
+        "changes 'abcdef'",
+    ),
+    (
+        CHATML.replace("message.content + '<|im_end|>' }}{% endg", "message.content[6:] + '<|im_end|>' }}{% endg"),
+        "a bird sings",
+        "'a bird'",
+    ),
+]
+
+
+def test_what_a_template_removes_of_an_answer_is_said() -> None:
+    for row in REMOVED:
+        with case(row) as (source, answer, message):
+            tokenizer = speaker(ZEPHYR, source=source)
+            for call in (
+                lambda: chat_row([("user", "a"), ("assistant", answer)], tokenizer),  # noqa: B023
+                lambda: chat_response_ids([("user", "a")], answer, tokenizer),  # noqa: B023
+            ):
+                with pytest.raises(UserError, match=rf"^chat template: .*{message}") as error:
+                    call()
+                assert "--chat-template FILE" in str(error.value)
+    whole = speaker(ZEPHYR, source=CUTS.replace("PROMPT", "").replace(".split('</think>')[-1]", ""))
+    assert targets(whole, [("user", "a"), ("assistant", THOUGHT)]) == [f"{THOUGHT}</s>"]
+    # Thoughts of earlier answers, and white space, may go.
+    assert targets(speaker(THINKS), [("user", "a"), ("assistant", f"\n{THOUGHT} \n")]) == [f"{THOUGHT}<|im_end|>"]
+
+
 def test_no_message_names_a_special_token() -> None:
     for row in itertools.product(CONFIGS, ["gpt2", "llama2", "metaspace", "gemma"]):
         with case(row) as (template, kind):

@@ -76,7 +76,7 @@ MISFITS = [
         {"optim": {"learning_rat": 1}},
         "x.yaml: unknown field 'optim.learning_rat'; did you mean 'optim.learning_rate'",
     ),
-    ({"zzz": 1}, "x.yaml: unknown field 'zzz'; known fields: batch, clip"),
+    ({"zzz": 1}, "x.yaml: unknown field 'zzz'; known fields: base, batch, chat_template, clip"),
     ({"steps": "many"}, "x.yaml: field 'steps': expected a whole number, got 'many'"),
     ({"steps": 1.5}, "field 'steps': expected a whole number, got 1.5"),
     ({"steps": float("inf")}, "field 'steps': expected .*, got inf"),

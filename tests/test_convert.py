@@ -1,5 +1,6 @@
 """Models out of runs and into runs, by the functions under `rlhf-jax convert`."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.cli import convert
+from rlhf_jax.cli import convert, generate
 from rlhf_jax.config import LoraConfig, ModelConfig, to_plain
+from rlhf_jax.config.stages import PPOConfig, SFTConfig
 from rlhf_jax.data import (
     Comparison,
     Demonstration,
@@ -29,7 +31,8 @@ from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export, import_model
 from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.pretrained.huggingface import write_folder
-from rlhf_jax.pretrained.source import Source, open_source
+from rlhf_jax.pretrained.peft import write_adapter
+from rlhf_jax.pretrained.source import Source, on_base, open_source, start_from, with_template
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.export import as_hugging_face
@@ -38,7 +41,7 @@ from rlhf_jax.tokenizers.protocol import TextTokenizer
 from tests.cases import case
 from tests.made_params import random_adapter, random_params, shapes_traced_once  # noqa: F401
 from tests.made_runs import write_run
-from tests.tiny_tokenizers import CHATML, CORPUS, SPECIAL, content_of, load
+from tests.tiny_tokenizers import CHATML, CORPUS, SPECIAL, ZEPHYR, content_of, load
 
 pytestmark = [pytest.mark.pretrained, pytest.mark.usefixtures("shapes_traced_once")]
 
@@ -239,6 +242,128 @@ def test_the_template_that_was_trained_is_exported(runs: Path, tmp_path: Path) -
             after = open_source(f"hf:{tmp_path / f'out{number}'}", stages=("reward" if stage == "reward" else "sft",))
             if expected is not None:
                 assert chat_ids(TALK[:4], after.tokenizer) == chat_ids(TALK[:4], tokenizer)
+
+
+def adapter_folder(folder: Path, base: str, model: ModelConfig, **files: Any) -> Path:
+    """An adapter in PEFT's layout, with files of its own tokenizer."""
+    lora = random_adapter(dataclasses.replace(model, scan_layers=False), LORA, trained=True)
+    write_adapter(folder, lora, LORA, model, "llama", base=base)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+TURNS = content_of("gpt2") | {
+    "added_tokens": [
+        *content_of("gpt2")["added_tokens"],
+        {"id": 590, "content": "<turn>", "special": True, "normalized": False}
+        | {"lstrip": False, "rstrip": False, "single_word": False},
+    ]
+}
+BASE_FILES = TEXT_ENDS | {"chat_template": CHATML, "pad_token": "<bos>"}
+# An adapter's files -> (eos, every end, chat template, pad) of the model.
+ADAPTERS: list[tuple[dict[str, Any], tuple[int, set[int], str | None, int]]] = [
+    ({}, (END, {END, TURN}, CHATML, 5)),
+    ({"chat_template__jinja": ZEPHYR}, (END, {END}, ZEPHYR, 5)),
+    ({"tokenizer_config__json": {"eos_token": "<|im_end|>"}}, (TURN, {END, TURN}, CHATML, 5)),
+    ({"tokenizer_config__json": {"chat_template": ZEPHYR, "eos_token": "</s>"}}, (2, {2, END}, ZEPHYR, 5)),
+    (
+        {"special_tokens_map__json": {"eos_token": "</s>"}, "generation_config__json": {"eos_token_id": [4]}},
+        (0, {0, 4}, CHATML, 5),
+    ),
+    ({"tokenizer__json": content_of("gpt2"), "tokenizer_config__json": TURN_ENDS}, (TURN, {END, TURN}, CHATML, 600)),
+    (
+        {"tokenizer__json": TURNS, "tokenizer_config__json": {"eos_token": "<turn>"}},
+        (590, {590, END, TURN}, CHATML, 600),
+    ),
+    (
+        {
+            "tokenizer_config__json": {
+                "added_tokens_decoder": {"455": {"content": "<turn>", "special": True}},
+                "eos_token": "<turn>",
+            }
+        },
+        (455, {455, END, TURN}, CHATML, 5),
+    ),
+]
+
+
+def test_an_adapters_own_tokenizer_is_used(tmp_path: Path) -> None:
+    model = ModelConfig(vocab_size=600, context=32, width=8, layers=1, heads=2)
+    base = published(tmp_path / "base", model, BASE_FILES, {"eos_token_id": END})
+    for number, row in enumerate(ADAPTERS):
+        with case(row) as (files, (eos, ends, template, pad)):
+            folder = adapter_folder(tmp_path / f"{number}", str(base), model, **files)
+            source = open_source(f"peft:{folder}", stages=("sft",))
+            tokenizer = source.tokenizer
+            assert (tokenizer.eos_id, set(tokenizer.stop_ids), tokenizer.pad_id) == (eos, ends, pad)
+            assert (tokenizer.chat_template.source if tokenizer.chat_template else None) == template
+            assert source.model.vocab_rows == max(600, pad + 1) and source.model.vocab_size == tokenizer.vocab_size
+            # A run that goes on training this adapter finds the base with the same rows again.
+            start = start_from(source, LORA, lambda: pytest.fail("needs no key"))
+            write_run(tmp_path / f"run{number}", "sft", start.params, source.model, tokenizer, base=start.record)
+            again = open_source(str(tmp_path / f"run{number}"), stages=("sft",))
+            jax.tree.map(np.testing.assert_array_equal, again.params(), source.params())
+
+
+def test_the_base_of_an_adapter(runs: Path, tmp_path: Path) -> None:
+    model = ModelConfig(vocab_size=600, context=32, width=8, layers=1, heads=2)
+    base = published(tmp_path / "base", model, BASE_FILES, None)
+    folder = adapter_folder(tmp_path / "hub#1", "org/Base-1B", model)
+    lost = rf"^{folder}/adapter_config\.json: field 'base_model_name_or_path': expected the folder of .*, got 'org/Base"
+    with pytest.raises(UserError, match=lost + r".*; use --base FOLDER \(or peft:ADAPTER#FOLDER\)$"):
+        open_source(f"peft:{folder}", stages=("sft",))
+    with pytest.raises(UserError, match=r"^base: expected the folder of a published model or of a run, got 'nowhere'"):
+        open_source(on_base(f"peft:{folder}", "nowhere"), stages=("sft",))
+    given = open_source(on_base(f"peft:{folder}", str(base)), stages=("sft",))
+    assert given.base is not None and given.base.spec == f"hf:{base}"
+    assert open_source(given.spec, stages=("sft",)).fingerprint == given.fingerprint
+    for spec in (f"peft:{folder}#hf:{base}", f"peft:{folder}#{base}"):
+        assert open_source(spec, stages=("sft",)).fingerprint == given.fingerprint
+    assert on_base("runs/x", "b") == "runs/x" and on_base("peft:x", "") == "peft:x"
+    import_model(on_base(f"peft:{folder}", str(base)), tmp_path / "merged")
+    # Under an adapter of a run, which keeps the run's tokenizer where the adapter's is the same.
+    export(str(runs / "sft"), tmp_path / "own", adapter=True)
+    assert (tmp_path / "own" / "tokenizer.json").exists() and (tmp_path / "own" / "chat_template.jinja").exists()
+    own = open_source(on_base(f"peft:{tmp_path / 'own'}", str(runs / "base")), stages=("sft",))
+    assert isinstance(own.tokenizer, Tokenizer)
+    (tmp_path / "own" / "chat_template.jinja").write_text(CHATML)
+    own = open_source(f"peft:{tmp_path / 'own'}", stages=("sft",))
+    assert own.tokenizer.chat_template is not None and own.tokenizer.chat_template.source == CHATML
+    other = adapter_folder(tmp_path / "other", str(base), model, tokenizer__json=content_of("llama3"))
+    with pytest.raises(
+        UserError, match=rf"^{other}/tokenizer\.json: expected .* as id \d+, as the base model has it, got"
+    ):
+        open_source(f"peft:{other}", stages=("sft",))
+
+
+def test_settings_for_an_adapter_and_a_template() -> None:
+    with pytest.raises(UserError, match=r"^base: expected an adapter, peft:FOLDER, as init or reward, got 'runs/x'"):
+        SFTConfig(name="a", init="runs/x", base="b")
+    assert PPOConfig(name="a", init="runs/x", reward="peft:r", base="b").base == "b"
+    with pytest.raises(UserError, match=r"^chat_template: expected a model to use it with, got no init"):
+        SFTConfig(name="a", chat_template="t")
+    with pytest.raises(UserError, match=r"^base: expected an adapter, peft:FOLDER, as the source, got 'runs/x'"):
+        convert.Config(source="runs/x", target="hf:y", base="b")
+    with pytest.raises(UserError, match=r"^base: expected an adapter, peft:FOLDER, as the model, got 'runs/x'"):
+        generate.Config(run="runs/x", base="b")
+
+
+def test_a_chat_template_in_place_of_the_models_own(runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(CHATML)
+    source = with_template(open_source(str(runs / "sft"), stages=("sft",)), str(file))
+    assert source.tokenizer.chat_template is not None and source.tokenizer.chat_template.source == CHATML
+    assert source.tokenizer.encode("a") == Tokenizer.bytes().encode("a")
+    export(str(runs / "base"), tmp_path / "out", chat_template=str(file))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHATML
+    for text, message in (("{% if %}", r"t\.jinja: chat template: line 1: Expected"), (" \n", "got the empty file")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            with_template(source, str(file))
+    with pytest.raises(UserError, match=r"^chat_template: expected a readable text file, got 'none'"):
+        with_template(source, "none")
 
 
 def test_records_that_are_dialogues() -> None:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained import gguf_file, gguf_reader, gguf_tokenizer
 from rlhf_jax.pretrained.gguf_reader import packaged_gguf, read_gguf
+from rlhf_jax.tokenizers.merges import PATTERNS, pattern_of
 from tests.cases import case
 
 pytestmark = pytest.mark.pretrained
@@ -483,6 +484,37 @@ CUT = [
     ("llama-bpe", ["Hi", "'LL", "Ġ", "123", "4", "!!ĊĊ", "Ġ", "Ġx"]),
     ("qwen2", ["Hi", "'LL", "Ġ", "1", "2", "3", "4", "!!ĊĊ", "Ġ", "Ġx"]),
     ("tekken", ["Hi", "'LL", "Ġ", "1", "2", "3", "4", "!!ĊĊ", "Ġ", "Ġx"]),
+    *(
+        (pre, ["Hi", "'LL", "Ġ", "1", "2", "3", "4", "!!ĊĊ", "Ġ", "Ġx"])
+        for pre in ("deepseek-r1-qwen", "qwen35", "kormo")
+    ),
+    *(
+        (pre, ["Hi", "'LL", "Ġ", "1", "2", "3", "4", "!!ĊĊ", "Ġ", "Ġx"])
+        for pre in ("bailingmoe", "hunyuan", "stablelm2")
+    ),
+    *((pre, ["Hi'LL", "Ġ", "123", "4", "!!ĊĊ", "Ġ", "Ġx"]) for pre in ("gpt-4o", "llama4", "kanana2")),
+    *(
+        (pre, ["Hi", "'LL", "Ġ", "123", "4", "!!ĊĊ", "Ġ", "Ġx"])
+        for pre in ("falcon3", "glm4", "deepseek-v3", "minicpm5")
+    ),
+    ("seed-coder", ["Hi", "'LL", "Ġ", "1", "2", "3", "4", "!!", "ĊĊ", "Ġ", "Ġx"]),
+    ("deepseek-coder", ["Hi", "'", "LL", "Ġ", "1", "2", "3", "4", "!!", "Ċ", "Ċ", "Ġ", "Ġx"]),
+    ("command-r", ["Hi", "'", "LL", "Ġ", "1", "2", "3", "4", "!!", "ĊĊĠ", "Ġx"]),
+    ("bloom", ["Hi'LL", "Ġ1234", "!!ĊĊĠ", "Ġx"]),
+    ("viking", ["Hi'LL", "Ġ", "1", "2", "3", "4", "!!ĊĊĠ", "Ġx"]),
+    ("exaone4", ["Hi", "'", "LL", "Ġ1234", "!!", "ĊĊĠ", "Ġx"]),
+]
+# Other text, where patterns part that agree above.
+CUT_OTHERWISE = [
+    ("llama4", "aBc//\n", ["a", "Bc", "//\n"]),
+    ("gpt-4o", "IT'S ééÉ", ["IT'S", " éé", "É"]),
+    ("tekken", "IT'S", ["IT", "'S"]),
+    ("qwen35", "नि नि", ["नि", " नि"]),
+    ("deepseek-r1-qwen", "नि", ["न", "ि"]),
+    ("deepseek-v3", "a中文カ#x +", ["a", "中文カ", "#x", " +"]),
+    ("deepseek-coder", "a中文1", ["a", "中文", "1"]),
+    ("seed-coder", "a\n\nb", ["a", "\n\n", "b"]),
+    ("bloom", "a, b(c", ["a", ",", " b", "(", "c"]),
 ]
 
 
@@ -492,6 +524,15 @@ def test_how_text_is_cut(path: Path) -> None:
             tokenizer = tokenizer_of(path, byte_level(**{"ggml.pre": pre}))
             found = tokenizer.pre_tokenizer.pre_tokenize_str("Hi'LL 1234!!\n\n  x")
             assert [piece for piece, _ in found] == pieces
+    for other in CUT_OTHERWISE:
+        with case(other) as (pre, text, pieces):
+            tokenizer = tokenizer_of(path, byte_level(**{"ggml.pre": pre}))
+            found = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+            assert [text[start:end] for _, (start, end) in found] == pieces
+    # As published, so that tiktoken encodes.
+    for pre in ("gpt-4o", "llama4", "llama-bpe", "qwen2", "deepseek-r1-qwen"):
+        made = read_gguf(model_file(path, vocabulary=byte_level(**{"ggml.pre": pre}))).tokenizer
+        assert pattern_of(made["pre_tokenizer"]) in PATTERNS, pre
 
 
 def test_normal_form_and_whole_pieces(path: Path) -> None:

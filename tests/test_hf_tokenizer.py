@@ -338,6 +338,12 @@ def test_added_tokens_that_contradict_are_refused() -> None:
     for row in WRONG_ADDED:
         with case(row) as (config, other, message), pytest.raises(UserError, match=rf"m: \w+\.json: .*{message}"):
             added(config, other)
+    gap = content_of("gemma")
+    gap["added_tokens"].append(gap["added_tokens"][0] | {"id": 900, "content": "<tool>", "special": False})
+    with pytest.raises(
+        UserError, match=rf"m: tokenizer\.json: field 'added_tokens': expected id {SIZE_GEMMA} for '<tool>'"
+    ):
+        added({"eos_token": "</s>"}, {"tokenizer.json": gap})
     with pytest.raises(UserError, match=rf"m: tokenizer\.json: expected an id below {SIZE}, .* of '<\|turn_end\|>'"):
         added(TURN | DECODER | {"eos_token": "<|turn_end|>"}, {}, rows=SIZE)
 
@@ -380,7 +386,7 @@ NONE = [None, -1, [], [-1], [None], "", "none", "null", "None"]
 def test_no_token_in_every_spelling(tmp_path: Path) -> None:
     for number, none in enumerate(NONE):
         with case(none):
-            fields = {"eos_token_id": [2, *(none if isinstance(none, list) else [none])]}
+            fields: dict[str, Any] = {"eos_token_id": [2, *(none if isinstance(none, list) else [none])]}
             fields |= {"pad_token_id": none, "bos_token_id": none}
             files = {
                 "tokenizer__json": json.dumps(content_of("gpt2")),

@@ -60,6 +60,8 @@ def test_parameters_and_their_fingerprint(tmp_path: Path) -> None:
 def test_the_same_run_goes_on_with_another_log(tmp_path: Path) -> None:
     create(tmp_path)
     assert create(tmp_path, log_every=1).config["log_every"] == 1
+    # Settings that a later version added, and that are off.
+    create(tmp_path, base="", tensors=False)
     # A start killed before config.json was there begins again.
     (tmp_path / "config.json").unlink()
     create(tmp_path)
@@ -72,6 +74,7 @@ def test_another_run_is_refused_by_the_field(tmp_path: Path) -> None:
         ({"steps": 20}, "steps: expected 10 as in the earlier run, got 20"),
         ({"optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}}, "optim.learning_rate: expected 0.001 .* got 0.002"),
         ({"clip": 0.2}, "clip: expected nothing .* got 0.2"),
+        ({"base": "models/llama"}, "base: expected nothing .* got models/llama"),
         ({"stage": "reward"}, "expected the folder of a reward run, got one of sft"),
     ]
     for change, message in changes:

@@ -276,8 +276,8 @@ def trained_bytes(pre: str) -> Vocabulary:
 
     cut = CUTS[pre]
     before: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []
-    before += [pre_tokenizers.Split(Regex(cut.pattern), "isolated")] if cut.pattern else []
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut.pattern is None)
+    before += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in cut.patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut.patterns)
     trainer = tokenizer_trainer = Tokenizer(models.BPE())
     tokenizer_trainer.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level])
     settings = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=byte_alphabet(), show_progress=False)

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_jax.data import Message
+from rlhf_jax.data import chat_ids as dialogue_ids
 from rlhf_jax.data.chat import chat_ids, chat_row
+from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.export import write_folder
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 from tests.tiny_tokenizers import (
     BYTE_LEVEL,
     CHATML,
@@ -23,6 +27,7 @@ from tests.tiny_tokenizers import (
     SENTENCEPIECE,
     ZEPHYR,
     content_of,
+    load,
     strings,
     unmarked,
 )
@@ -134,3 +139,39 @@ def test_our_own_tokenizer_in_transformers(kind: str, tmp_path: Path) -> None:
     back = HuggingFaceTokenizer.from_folder(tmp_path, rows=ours.vocab_size)
     assert back.backend == "tiktoken" and back.start_ids == ours.start_ids
     assert all(back.encode(text) == ours.encode(text) for text in strings(1_000, seed=3))
+
+
+@pytest.mark.parametrize("where", ["decoder", "listed", "extra"])
+def test_added_tokens_outside_of_tokenizer_json(where: str, tmp_path: Path) -> None:
+    turns = ["<|turn_start|>", "<|turn_end|>"]
+    config: dict[str, Any] = {"eos_token": "</s>", "chat_template": unmarked(CHATML).replace("im_", "turn_")}
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    size = max(token["id"] for token in content_of("gpt2")["added_tokens"]) + 1
+    if where == "decoder":
+        config["added_tokens_decoder"] = {
+            str(size + at): {"content": turn, "special": True} | flags for at, turn in enumerate(turns)
+        }
+    else:
+        config["additional_special_tokens"] = turns
+    if where == "listed":
+        (tmp_path / "added_tokens.json").write_text(json.dumps({turns[1]: size, turns[0]: size + 1}))
+    ours, theirs = both(tmp_path, "gpt2", config)
+    messages = [{"role": "user", "content": "a cat"}]
+    prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat_ids([("user", "a cat")], ours) == prompt
+    assert set(ours.stop_ids) == {theirs.eos_token_id, theirs.convert_tokens_to_ids("<|turn_end|>")}
+
+
+SPEAKERS: list[TextTokenizer] = [Tokenizer.bytes(), Tokenizer.train(CORPUS * 3, 450)]
+SPEAKERS += [load("gpt2"), load("llama3", start="<|begin_of_text|>"), load("metaspace"), load("gemma")]
+
+
+@pytest.mark.parametrize("tokenizer", SPEAKERS, ids=lambda tokenizer: tokenizer.name)
+def test_the_format_of_dialogues_as_a_chat_template(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    write_folder(tokenizer, tmp_path, chat_template=dialogue_template(tokenizer))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    talk = [Message("system", "Be kind."), *(Message(role, content) for role, content in TALK[:3])]
+    for turns in (talk, talk[:2], talk[1:2]):
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert dialogue_ids(turns, tokenizer) == prompt

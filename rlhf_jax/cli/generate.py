@@ -24,6 +24,10 @@ class Config:
 
     run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
     """Model: folder of a pretrain, sft or ppo run, or a published model as hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
+    base: str = ""
+    """Model under an adapter given as peft:FOLDER, in place of the one that the adapter names."""
+    chat_template: str = ""
+    """File of a chat template, in Jinja, in place of the model's own."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Prompt to complete; may be repeated. By default each line of standard input is a prompt."""
     chat: bool = False
@@ -53,6 +57,8 @@ class Config:
             at_least(self, field, 0)
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        if self.base and not self.run.startswith("peft:"):
+            raise UserError(f"base: expected an adapter, peft:FOLDER, as the model, got {self.run!r}")
         if self.chat and (self.prompt or self.samples > 1):
             raise UserError("chat: expected messages from standard input alone, got --prompt or --samples as well")
 

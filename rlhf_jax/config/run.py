@@ -37,6 +37,11 @@ class RunConfig:
     layer by layer; tensor: shards of the heads, hidden units and vocabulary."""
     pmap: bool = False
     """Replicate the model with pmap instead of sharding with jit; for models that fit on one device."""
+    base: str = ""
+    """Model under an adapter given as peft:FOLDER: the folder of a published model or of a run, in place of what the
+    adapter names, which may be a name on the Hub."""
+    chat_template: str = ""
+    """File of a chat template, in Jinja, in place of that of the model in init; for a published reward model too."""
     batch: int | None
     """Batch size in rows, over all devices."""
     steps: int | None
@@ -74,6 +79,11 @@ class RunConfig:
                 f"batch {self.batch} is not divisible by devices {self.row_devices} x microbatches "
                 f"{self.microbatches}; use --batch {max(self.shares, self.batch - self.batch % self.shares)}"
             )
+        models = [str(value) for field, value in vars(self).items() if field in ("init", "reward")]
+        if self.base and not any(model.startswith("peft:") for model in models):
+            raise UserError(f"base: expected an adapter, peft:FOLDER, as init or reward, got {' and '.join(models)!r}")
+        if self.chat_template and not any(models):
+            raise UserError("chat_template: expected a model to use it with, got no init; use --init")
         parts = PurePosixPath(self.name)
         if self.name and (parts.is_absolute() or ".." in parts.parts):
             raise UserError(f"name: expected a name below runs/, got {self.name!r}; use --out for any other folder")

@@ -7,6 +7,7 @@ restored once the rendering has been split at its special tokens.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -36,12 +37,13 @@ def chat_response_ids(messages: Turns, response: str, tokenizer: TextTokenizer, 
     """Ids of the assistant's response to `chat_ids(messages)`, with the end of its turn if it `ended`.
 
     Raises:
-      UserError: if the template does not render the response directly after its generation prompt.
+      UserError: if the template does not render the response directly after its generation prompt, or removes a part.
     """
     talk = _Talk([*messages, ("assistant", response)], tokenizer)
     answer = talk.answer(len(messages))
+    talk.refuse_cut(len(messages))
     if answer is None:
-        raise UserError(_NOT_AFTER_PROMPT)
+        raise UserError(talk.not_after_prompt(len(messages)))
     return talk.ids([answer.prompt, answer.text + (answer.end if ended else "")])[1]
 
 
@@ -72,13 +74,16 @@ def chat_row(
       unlearned: places of assistant turns that are no targets.
 
     Raises:
-      UserError: if no answer is left.
+      UserError: if no answer is left, or if the template removes a part of the last one.
     """
     talk = _Talk(messages, tokenizer)
+    last = max((at for at, (role, _) in enumerate(messages) if role == "assistant"), default=None)
+    if last is not None:
+        talk.refuse_cut(last)
     marked = talk.template.marks_answers
     sections = talk.marked_sections(unlearned) if marked else talk.answered_sections(unlearned)
     if not any(target for _, target in sections):
-        raise UserError(_NOT_AFTER_PROMPT)
+        raise UserError(_NOT_AFTER_PROMPT if last is None else talk.not_after_prompt(last))
     ids: list[int] = []
     mask: list[bool] = []
     for (_, target), part in zip(sections, talk.ids([text for text, _ in sections])):
@@ -89,8 +94,17 @@ def chat_row(
 
 _NOT_AFTER_PROMPT = (
     "chat template: expected messages with an assistant answer that is rendered as it follows the generation prompt, "
-    "got none (a template that opens with <think> needs it in the answer)"
+    "got none (a template that opens with <think> needs it in the answer; or use --chat-template FILE)"
 )
+
+
+def _shared(first: str, second: str) -> int:
+    """Number of characters with which both texts start."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 80 else f"{text[:60]!r} … ({len(text)} characters)"
 
 
 class _Answer(NamedTuple):
@@ -114,6 +128,7 @@ class _Talk:
         taken = set(self.template.source).union(*contents, *tokenizer.special_tokens)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
         self._marks = (next(free), next(free))
+        self._rendered: dict[tuple[int, bool], str] = {}
         places = [self.tokens.openings(content) for content in contents]
         hidden = sorted({content[at] for content, found in zip(contents, places) for at in found})
         self._stand_ins = dict(zip(hidden, free))
@@ -127,7 +142,10 @@ class _Talk:
 
     def render(self, count: int, *, prompt: bool = False) -> str:
         """Renders the first `count` messages; with `prompt`, followed by the header of the assistant's answer."""
-        return self.template.render(self.messages[:count], add_generation_prompt=prompt)
+        if (count, prompt) not in self._rendered:
+            text = self.template.render(self.messages[:count], add_generation_prompt=prompt)
+            self._rendered[count, prompt] = text
+        return self._rendered[count, prompt]
 
     def ids(self, sections: Sequence[str]) -> list[list[int]]:
         back = {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
@@ -139,6 +157,38 @@ class _Talk:
         if not whole.startswith(prompt):
             return None
         return _Answer(prompt, *self.tokens.split_end(whole[len(prompt) :]))
+
+    def refuse_cut(self, at: int) -> None:
+        """Checks that the template renders the whole of the assistant turn `at` while it is the last message.
+
+        White space does not count, since many templates strip it or put it around thoughts.
+
+        Raises:
+          UserError: with the text that the template removes, such as the thoughts of a model that reasons.
+        """
+        prompt, whole = self.render(at, prompt=True), self.render(at + 1)
+        said = "".join(self.messages[at][1].split())
+        if said in "".join(whole.split()):
+            return
+        shown = "".join(whole[_shared(prompt, whole) :].split())
+        kept = next((size for size in range(len(said) - 1, 0, -1) if said[-size:] in shown), 0)
+        removed = self.messages[at][1]
+        for character in reversed(said[len(said) - kept :]):
+            removed = removed[: removed.rindex(character)]
+        back = {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
+        raise UserError(
+            f"chat template: expected one that renders the whole answer, got one that removes or changes "
+            f"{_short(removed.strip().translate(back))}; use --chat-template FILE with a template that keeps it, or "
+            "leave it out of the data"
+        )
+
+    def not_after_prompt(self, at: int) -> str:
+        """The error for an answer that does not follow its generation prompt, with what the prompt adds."""
+        prompt, whole = self.render(at, prompt=True), self.render(at + 1)
+        added = prompt[_shared(prompt, whole) :]
+        if not added:
+            return _NOT_AFTER_PROMPT
+        return f"{_NOT_AFTER_PROMPT}; the prompt ends with {_short(added)}, which the rendering of the answer lacks"
 
     def answered_sections(self, unlearned: Collection[int]) -> list[Section]:
         """Sections of the full rendering; answers rendered as they follow their generation prompt are targets."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rlhf_jax.lora import merge
 from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.pretrained.huggingface import SHARD_BYTES, as_published, write_folder
 from rlhf_jax.pretrained.peft import write_adapter
-from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, unstacked
+from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, unstacked, with_template
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.tokenizers.export import write_folder as write_tokenizer
@@ -39,6 +40,7 @@ def export(
     *,
     adapter: bool = False,
     critic: bool = False,
+    chat_template: str = "",
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
@@ -49,6 +51,7 @@ def export(
       folder: must not exist, or be empty.
       adapter: write the LoRA adapter only.
       critic: write the value network of a PPO run instead of its policy.
+      chat_template: file of a chat template in place of the model's own.
       dtype: of the tensors; by default that of the published model, float32 for an adapter.
       shard_bytes: maximum size of a file.
 
@@ -58,13 +61,12 @@ def export(
     Raises:
       UserError: for a folder in use, and for a model that cannot be written in that form.
     """
-    source = open_any(spec)
+    source = with_template(open_any(spec), chat_template)
     if adapter:
         return _export_adapter(source, folder, dtype or "float32")
     params = critic_params(source) if critic else source.params()
     tokenizer = source.tokenizer
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    template = dialogue_template(tokenizer) if source.dialogues and tokenizer.chat_template is None else None
     extras: dict[str, Any] = {}
     if source.scalar and not critic:
         extras = reward_facts(source)
@@ -74,7 +76,7 @@ def export(
         origin=source.origin,
         special_ids={role: id for role, id in ids.items() if id is not None},
         stop_ids=tokenizer.stop_ids,
-        extra_files=lambda path: write_tokenizer(tokenizer, path, chat_template=template),
+        extra_files=_tokenizer_files(source),
         dtype=dtype,
         extras=extras or None,
         shard_bytes=shard_bytes,
@@ -82,9 +84,15 @@ def export(
     return f"{folder}: {written}"
 
 
-def import_model(spec: str, folder: Path) -> str:
-    """Make a run folder that holds a published model, as a stage would, and return a one-line summary."""
-    source = open_any(spec)
+def import_model(spec: str, folder: Path, *, chat_template: str = "") -> str:
+    """Make a run folder that holds a published model, as a stage would, and return a one-line summary.
+
+    Args:
+      spec: as for `open_source`.
+      folder: of the run.
+      chat_template: file of a chat template in place of the model's own.
+    """
+    source = with_template(open_any(spec), chat_template)
     run = RunFolder.create(
         folder,
         stage="reward" if source.scalar else "pretrain",
@@ -133,5 +141,13 @@ def _export_adapter(source: Source, folder: Path, dtype: str) -> str:
         origin = as_published(*unstacked(jax.device_get(source.base.params()), source.model))[2]
     base = source.base.spec.removeprefix("hf:")
     adapter, model = unstacked(jax.device_get(source.own()), source.model)
-    write_adapter(folder, adapter, source.lora, model, origin["model_type"], base=base, dtype=dtype)
+    files = _tokenizer_files(source)
+    write_adapter(folder, adapter, source.lora, model, origin["model_type"], base=base, dtype=dtype, extra_files=files)
     return f"{folder}: adapter of rank {source.lora.rank} for {base}"
+
+
+def _tokenizer_files(source: Source) -> Callable[[Path], None]:
+    """Writes the tokenizer's files into a folder, with the chat template that was trained."""
+    tokenizer = source.tokenizer
+    template = dialogue_template(tokenizer) if source.dialogues and tokenizer.chat_template is None else None
+    return lambda folder: write_tokenizer(tokenizer, folder, chat_template=template)

@@ -1,7 +1,8 @@
 """The container format of GGUF: typed metadata, and tensors that are dequantised one at a time.
 
-The file is parsed here so that an error can name the field of a damaged file; the `gguf` package (extra `hf`)
-dequantises.
+The file is parsed here, not by `gguf.GGUFReader`: that takes 14 s for the vocabulary of a current model (0.7 s here),
+and a damaged length makes it run on without end (docs/lab-notebook.md). Errors name the field of a damaged file. The
+`gguf` package (extra `hf`) dequantises.
 
 Source: the GGUF specification (ggml, docs/gguf.md).
 """

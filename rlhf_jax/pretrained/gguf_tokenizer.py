@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.gguf_file import GgufFields
+from rlhf_jax.tokenizers.merges import O200K
 
 # Token types of the specification.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -19,39 +20,82 @@ _SPACE = "▁"
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """The pre-tokenizer that a value of tokenizer.ggml.pre names."""
+    """The pre-tokenizer that a value of tokenizer.ggml.pre names; each of its patterns cuts what the last left."""
 
-    pattern: str | None = None  # None for GPT-2's, which ByteLevel has built in
+    patterns: tuple[str, ...] = ()  # none for GPT-2's, which ByteLevel has built in
     digits: bool = False  # split digits into single pieces
-    nfc: bool = False  # normalise to Unicode NFC first
+    nfc: bool = False  # normalise to Unicode NFC first; the file does not say so, only the model's tokenizer.json
     whole: bool = False  # a piece that is a token skips the merges
     bos: bool = False  # add BOS where the file has no add_bos_token
 
 
-def _words(digits: str, word: str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+", end: str = "") -> str:
-    """Pre-tokenizer pattern like cl100k's: words with one leading character, digits, punctuation, white space."""
-    return rf"{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{end}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LETTERS = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+
+
+def _words(digits: str, word: str = _LETTERS, end: str = r"[\r\n]*", letters: str = r"\p{L}") -> str:
+    """Pre-tokenizer pattern like cl100k's: words with one leading character, digits, punctuation, white space.
+
+    Args:
+      digits: pattern of a piece of digits.
+      word: of a word.
+      end: of what ends a piece of punctuation.
+      letters: characters that are not punctuation, besides digits.
+    """
+    return rf"{word}|{digits}| ?[^\s{letters}\p{{N}}]+{end}|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 # Words split at capitals, as in o200k and Mistral's Tekken.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _BY_CASE = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-_LLAMA3_CUT = _Cut(_words(r"\p{N}{1,3}"), whole=True, bos=True)
+_WITH_MARKS = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+"
+_ONE_DIGIT = _words(r"\p{N}")
+_GPT2 = _Cut()
+_DIGITS = _Cut(digits=True)
+_LLAMA3 = _Cut((_words(r"\p{N}{1,3}"),))
+_LLAMA3_WHOLE = dataclasses.replace(_LLAMA3, whole=True, bos=True)
+_QWEN2 = _Cut((_ONE_DIGIT,), nfc=True)
+_O200K = _Cut((O200K,))
+# As in BLOOM: runs of anything but white space, brackets, bars and the full stops and commas of several scripts.
+_RUNS = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_CHINESE_JAPANESE = r"[一-龥぀-ゟ゠-ヿ]+"
+_DEEPSEEK3 = _Cut(
+    (
+        r"\p{N}{1,3}",
+        _CHINESE_JAPANESE,
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    )
+)
+_BAILING = _Cut(
+    (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+",
+    )
+)
+# Values of tokenizer.ggml.pre. Source: llama.cpp, src/llama-vocab.cpp, and the tokenizer.json of the models, from whose
+# patterns llama.cpp's differ for a few characters.
 CUTS = {
-    "default": _Cut(),
-    "gpt-2": _Cut(),
-    "mpt": _Cut(nfc=True),  # the tokenizer of GPT-NeoX and Pythia
-    "olmo": _Cut(nfc=True),
-    "smollm": _Cut(digits=True),
-    "starcoder": _Cut(digits=True),
-    "refact": _Cut(digits=True),
-    "llama-bpe": _LLAMA3_CUT,
-    "llama3": _LLAMA3_CUT,
-    "llama-v3": _LLAMA3_CUT,
-    "smaug-bpe": _Cut(_words(r"\p{N}{1,3}")),
-    "qwen2": _Cut(_words(r"\p{N}"), nfc=True),
-    "stablelm2": _Cut(_words(r"\p{N}"), nfc=True),
-    "tekken": _Cut(_words(r"\p{N}", _BY_CASE, "/"), whole=True, bos=True),
+    **dict.fromkeys(("default", "gpt-2", "phi-2", "exaone4", "gigachat", "a.x-4.0", "mellum", "modern-bert"), _GPT2),
+    **dict.fromkeys(("jais", "trillion", "granite-docling", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de"), _GPT2),
+    **dict.fromkeys(("mpt", "olmo"), _Cut(nfc=True)),  # the tokenizer of GPT-NeoX and Pythia
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS),
+    "command-r": _Cut(digits=True, nfc=True),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA3_WHOLE),
+    **dict.fromkeys(("lfm2", "jina-v5-nano"), _LLAMA3_WHOLE),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), _LLAMA3),
+    "minicpm5": _Cut((r"\p{N}{1,3}", _words(r"\p{N}+")), whole=True),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen"), _QWEN2),
+    **dict.fromkeys(("megrez", "kormo", "f2llmv2", "hunyuan", "solar-open", "grok-2"), _Cut((_ONE_DIGIT,))),
+    "qwen35": _Cut((_words(r"\p{N}", _WITH_MARKS, letters=r"\p{L}\p{M}"),), nfc=True),
+    "seed-coder": _Cut((_words(r"\p{N}", end=""),)),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _BAILING),
+    "tekken": _Cut((_words(r"\p{N}", _BY_CASE, r"[\r\n/]*"),), whole=True, bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _O200K),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), _DEEPSEEK3),
+    "deepseek-coder": _Cut((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+    **dict.fromkeys(("bloom", "poro-chat", "gpt3-finnish"), _Cut((_RUNS,))),
+    "viking": _Cut((_RUNS, r"\p{N}")),
 }
 
 
@@ -145,11 +189,10 @@ def _byte_level(fields: GgufFields, vocab: dict[str, int]) -> tuple[dict[str, An
         if len(merge) != 2 or any(token not in vocab for token in (*merge, "".join(merge))):
             raise UserError(f"{fields.path}: tokenizer.ggml.merges[{index}]: {' '.join(merge)!r} joins no two tokens")
     byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level["use_regex"] = cut.pattern is None
+    byte_level["use_regex"] = not cut.patterns
     before: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if cut.digits else []
-    if cut.pattern is not None:
-        split = {"type": "Split", "pattern": {"Regex": cut.pattern}, "behavior": "Isolated", "invert": False}
-        before.append(split)
+    for pattern in cut.patterns:
+        before.append({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False})
     return {
         "normalizer": {"type": "NFC"} if cut.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*before, byte_level]} if before else byte_level,

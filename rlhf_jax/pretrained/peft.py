@@ -12,7 +12,7 @@ import importlib
 import math
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def write_adapter(
     *,
     base: str,
     dtype: str = "float32",
+    extra_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write an adapter that PEFT can apply to the published model `base`.
 
@@ -66,6 +67,7 @@ def write_adapter(
       model_type: key of FAMILIES.
       base: folder or name of the published model.
       dtype: of the tensors.
+      extra_files: writes the tokenizer's files into the folder it is given.
 
     Raises:
       UserError: for a folder in use, and for parameters that PEFT has no place for.
@@ -95,6 +97,8 @@ def write_adapter(
     write_json(unfinished / CONFIG, config)
     if bias:
         write_json(unfinished / OURS, {"score_bias": bias})
+    if extra_files is not None:
+        extra_files(unfinished)
     if folder.exists():
         folder.rmdir()
     unfinished.rename(folder)

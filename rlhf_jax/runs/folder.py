@@ -261,7 +261,9 @@ def _differences(saved: Any, given: Any, may_change: Collection[str]) -> Iterato
     def walk(a: Any, b: Any, field: str) -> Iterator[tuple[str, Any, Any]]:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in sorted({*a, *b}):
-                if not (field == "config" and key in may_change):
+                # A setting that a later version added is off in an earlier run.
+                added = field == "config" and key not in a and b[key] in ("", False, None)
+                if not added and not (field == "config" and key in may_change):
                     yield from walk(a.get(key, _ABSENT), b.get(key, _ABSENT), f"{field}.{key}" if field else key)
         elif a != b or isinstance(a, bool) != isinstance(b, bool):
             yield field.removeprefix("config."), a, b

@@ -35,7 +35,7 @@ class ChatTemplate:
         Args:
           source: the Jinja template.
           tokens: variables for the texts of special tokens, such as "eos_token".
-          where: file and field of the template, for errors.
+          where: file and field of the template, for errors in its syntax.
         """
         self.source = source
         self._label = f"{where}: chat template" if where else "chat template"
@@ -82,7 +82,15 @@ class ChatTemplate:
                 **self.tokens,
             )
         except (jinja2.TemplateError, *_FAULTS) as error:
-            raise UserError(f"{self._label}: {_one_line(error)}") from None
+            raise UserError(f"chat template: {_one_line(error)}") from None
+
+    def check(self) -> None:
+        """Compiles the template.
+
+        Raises:
+          UserError: if it is not a valid template.
+        """
+        _ = self._compiled
 
     @functools.cached_property
     def syntax(self) -> list[Any]:

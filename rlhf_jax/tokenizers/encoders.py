@@ -140,6 +140,13 @@ class PackageEncoder:
         # The package raises nothing more specific.
         except Exception as error:  # noqa: BLE001
             raise UserError(f"{self._where}: {' '.join(str(error).split())[:200]}") from None
+        for entry in content.get("added_tokens") or []:
+            # The package numbers added tokens itself, without gaps.
+            if not entry["special"] and (id := tokenizer.token_to_id(entry["content"])) != entry["id"]:
+                raise UserError(
+                    f"{self._where}: field 'added_tokens': expected id {id} for {entry['content']!r}, the next without "
+                    f"a gap, got {entry['id']}"
+                )
         tokenizer.encode_special_tokens = True
         self._made[place] = tokenizer
         return tokenizer

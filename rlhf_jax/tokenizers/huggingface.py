@@ -123,6 +123,35 @@ class HuggingFaceTokenizer:
         files = {**self.files, TEMPLATE: source}
         return HuggingFaceTokenizer(files, rows=self.rows, name=self.name, ids=self._ids)
 
+    def with_folder(self, folder: Path) -> HuggingFaceTokenizer:
+        """This tokenizer with the files of a folder that has a tokenizer's files or some of them, such as an adapter's.
+
+        Raises:
+          UserError: if its tokenizer.json gives ids of this tokenizer's text to other text.
+        """
+        own = {name: text for name in _FILES if (text := _read(folder / name)) is not None}
+        if not own:
+            return self
+        config = parse(own.get(CONFIG), str(folder / CONFIG))
+        if TOKENIZER in own:
+            files = {CONFIG: self.files.get(CONFIG, "{}"), **own}
+        else:
+            whole = {**parse(self.files.get(CONFIG), self._where[CONFIG]), **config}
+            files = {**self.files, **own, CONFIG: json.dumps(whole, ensure_ascii=False, indent=2)}
+        if TEMPLATE not in own:
+            files.pop(TEMPLATE, None)
+            if not config.get("chat_template") and self.chat_template is not None:
+                files[TEMPLATE] = self.chat_template.source
+        ids = {**self._ids, **ids_of(folder)}
+        made = type(self)(files, rows=self.rows, name=folder.resolve().name, ids=ids, folder=folder)
+        texts = {id: text for text, id in self.vocabulary.items()}
+        for text, id in made.vocabulary.items():
+            if id < self.rows and id not in self.special_ids and texts.get(id, text) != text:
+                raise UserError(
+                    f"{folder / TOKENIZER}: expected {texts[id]!r} as id {id}, as the base model has it, got {text!r}"
+                )
+        return made
+
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any], path: str | Path) -> HuggingFaceTokenizer:
         """Makes a tokenizer from the parsed file of `save`; called by `load_tokenizer`.

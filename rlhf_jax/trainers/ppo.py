@@ -37,7 +37,7 @@ from rlhf_jax.optim import first_key
 from rlhf_jax.parallel import processes
 from rlhf_jax.parallel.host_step import HostStep
 from rlhf_jax.parallel.mesh import make_mesh, place
-from rlhf_jax.pretrained.source import Source, Start, open_source, same_tokenizer, start_from
+from rlhf_jax.pretrained.source import Source, Start, open_for, same_tokenizer, start_from
 from rlhf_jax.rewards import (
     RewardFunction,
     RewardFunctions,
@@ -112,7 +112,7 @@ def run(
     config, functions, terms = _reward(config, reward_funcs)
     if not config.init:
         raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER")
-    source = open_source(config.init, stages=("sft", "pretrain"))
+    source = open_for(config, config.init, stages=("sft", "pretrain"))
     reward_model = _reward_model(config, source)
     tokenizer = source.tokenizer
     scorer_model = source.model if reward_model is None else reward_model.model
@@ -134,9 +134,7 @@ def run(
     if prompts is None:
         embedded = wants_embedded("data", config.data, "prompts")
         prompts = (
-            load_corpus().prompts
-            if embedded
-            else read_records(config.data, "prompts", ledger, columns=config.columns)
+            load_corpus().prompts if embedded else read_records(config.data, "prompts", ledger, columns=config.columns)
         )
     mixing = config.pretraining_batch > 0
     if texts is None and mixing:
@@ -372,7 +370,7 @@ def _reward_model(config: Config, source: Source) -> Source | None:
                 "--reward-function FILE.py:NAME"
             )
         return None
-    reward_model = open_source(config.reward, stages=("reward",))
+    reward_model = open_for(config, config.reward, stages=("reward",))
     same_tokenizer(source, reward_model)
     if reward_model.score_scale is not None:
         refuse_scale(reward_model, reward_model.score_scale)
