@@ -17,7 +17,8 @@ from rlhf_jax.packing import take_rows
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Make the learning-rate schedule of a run with `steps` optimizer steps."""
-    rest = max(steps - config.warmup_steps, 1)
+    warmup_steps = config.warmup(steps)
+    rest = max(steps - warmup_steps, 1)
     rate, final = config.learning_rate, config.learning_rate * config.final_fraction
     if config.schedule == "constant":
         after = optax.constant_schedule(rate)
@@ -25,8 +26,8 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         after = optax.linear_schedule(rate, final, rest)
     else:
         after = optax.cosine_decay_schedule(rate, rest, config.final_fraction)
-    warmup = optax.linear_schedule(rate / max(config.warmup_steps, 1), rate, max(config.warmup_steps - 1, 1))
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    warmup = optax.linear_schedule(rate / max(warmup_steps, 1), rate, max(warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, after], [warmup_steps])
 
 
 def decayed(params: Params) -> Params:

@@ -15,6 +15,7 @@ from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
 from rlhf_jax.optim import (
     apply_gradient,
     decayed,
+    first_key,
     global_count,
     gradient_step,
     make_optimizer,
@@ -211,6 +212,14 @@ def test_each_share_has_a_key_of_its_own() -> None:
     split, folded = map(np.asarray, expected(jax.random.key(0)))
     assert draws(lambda f: f, 2, None) == both(*split)
     assert draws(lambda f: jax.vmap(f, (None, 0, None), axis_name="data"), 1, "data") == both(*folded)
+
+
+def test_what_is_drawn_before_the_first_step_has_keys_of_its_own() -> None:
+    # A split of a key is what folding in 0, 1, … makes of it, which is how steps get theirs.
+    seed = 5
+    steps = jax.vmap(lambda step: jax.random.fold_in(jax.random.key(seed), step))(jnp.arange(8))
+    keys = [jax.random.key(seed), *steps, *jax.random.split(steps[1]), *(first_key(seed, n) for n in range(3))]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
 def test_impossible_settings_are_refused() -> None:

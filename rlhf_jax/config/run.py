@@ -11,11 +11,12 @@ from rlhf_jax.config.checks import at_least, within
 from rlhf_jax.config.sampling import CacheDtype, SamplingConfig
 from rlhf_jax.errors import UserError
 
-# Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices`, `mesh`
-# and `pmap` are included: rows and their order stay the same, but the last bits of a sum may differ.
-MAY_CHANGE = frozenset(
-    {"name", "out", "devices", "mesh", "pmap", "log_every", "save_every", "eval_every", "keep_last", "tensorboard"}
-)
+# Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices` and
+# `mesh` are included: rows and their order stay the same, but the last bits of a sum may differ.
+MAY_CHANGE = frozenset({"name", "out", "devices", "mesh", "log_every", "save_every", "eval_every", "keep_last"})
+MAY_CHANGE |= {"tensorboard"}
+# Places of inputs whose content is compared instead (`inputs` in config.json), so that they may be moved.
+MAY_CHANGE |= {"init", "reward", "reference", "data", "heldout", "demonstrations", "pretraining_data"}
 PLACES = ("query", "key", "value", "out", "gate", "up", "down")
 
 
@@ -75,6 +76,12 @@ class RunConfig:
             raise UserError(f"name: expected a name below runs/, got {self.name!r}; use --out for any other folder")
 
     @property
+    def may_change(self) -> frozenset[str]:
+        """Fields that may differ when the run resumes."""
+        # Under pmap each device draws with a key of its own, so that other devices would sample other responses.
+        return MAY_CHANGE - {"devices", "mesh"} if self.pmap else MAY_CHANGE
+
+    @property
     def mesh_shape(self) -> dict[str, int]:
         """Number of devices along each of the axes data, fsdp and tensor."""
         shape = {"data": self.devices, "fsdp": 1, "tensor": 1}
@@ -117,8 +124,8 @@ class OptimConfig:
 
     learning_rate: float = 1e-3
     """Peak learning rate, reached at the end of the warm-up."""
-    warmup_steps: int = 10
-    """Optimizer steps of linear warm-up from 0."""
+    warmup_steps: int | None = None
+    """Optimizer steps of linear warm-up from 0; 10, or all of a shorter run, by default."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning-rate schedule from the end of the warm-up to the end of the run."""
     final_fraction: float = 0.1
@@ -135,14 +142,32 @@ class OptimConfig:
     """Maximum global norm of the gradient; 0 disables clipping."""
 
     def __post_init__(self) -> None:
-        for field in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+        for field in ("learning_rate", "weight_decay", "clip_norm"):
             at_least(self, field, 0)
+        if self.warmup_steps is not None:
+            at_least(self, "warmup_steps", 0)
         if not self.epsilon > 0:
             raise UserError(f"epsilon: expected more than 0, got {self.epsilon}")
         within(self, "beta1", 0, 1)
         within(self, "beta2", 0, 1)
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"final_fraction: expected 0 to 1, got {self.final_fraction}")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps` optimizer steps."""
+        return min(10, steps) if self.warmup_steps is None else self.warmup_steps
+
+    def check_steps(self, field: str, steps: int) -> None:
+        """Check that the warm-up ends within a run of `steps` optimizer steps, if that number is known yet (not 0).
+
+        Raises:
+          UserError: if it does not: the run would end before it has reached its learning rate.
+        """
+        if steps and self.warmup(steps) > steps:
+            raise UserError(
+                f"{field}.warmup_steps: expected at most the {steps} optimizer steps of the run, got "
+                f"{self.warmup_steps}; use a shorter warm-up or more steps"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

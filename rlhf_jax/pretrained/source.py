@@ -127,18 +127,19 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
 
     Args:
       spec: one of these forms.
-      stages: accepted stages of a run. A published model is accepted for any of them; if "reward" is the only one, it
-        must have a score head, otherwise a language head.
+      stages: accepted stages of a run. A published model is accepted for any of them: with a score head if "reward" is
+        among them, with a language head if another is.
 
     Raises:
       UserError: if the source is missing, incomplete or of another kind.
     """
     if spec in PUBLISHED:
         raise UserError(f"{spec}: expected a folder, a file or a package, got nothing after the colon")
+    heads = {stage == "reward" for stage in stages}
     if spec.startswith("peft:"):
-        return _adapter(spec, want_scalar=set(stages) == {"reward"})
+        return _adapter(spec, heads)
     if spec.startswith(PUBLISHED):
-        return _published(spec, want_scalar=set(stages) == {"reward"})
+        return _published(spec, heads)
     _refuse_bare(spec)
     run = RunFolder.open(spec, stages=tuple(stages))
     base, lora = None, None
@@ -200,7 +201,7 @@ def _base(run: RunFolder) -> Source:
     return base
 
 
-def _published(spec: str, *, want_scalar: bool) -> Source:
+def _published(spec: str, heads: Collection[bool]) -> Source:
     # Imported here because most sources are runs, which do not need these.
     from rlhf_jax.pretrained.gguf_reader import packaged_gguf, read_gguf
     from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
@@ -220,7 +221,7 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
             file.tokenizer, file.tokenizer_config, rows=model.model.vocab_rows, name=path.stem
         )
         spec = spec if kind == "pypi" else f"gguf:{path.absolute()}"
-    _refuse_other_head(given, model.scalar, want_scalar)
+    _refuse_other_head(given, model.scalar, heads)
     model = model.for_tokenizer(tokenizer.vocab_size, tokenizer.pad_id)
     # Without the scan, thirty blocks in PPO's four networks take minutes to compile.
     scanned = dataclasses.replace(model.model, scan_layers=model.model.layers > MOST_UNROLLED)
@@ -240,7 +241,7 @@ def _published(spec: str, *, want_scalar: bool) -> Source:
     )
 
 
-def _adapter(spec: str, *, want_scalar: bool) -> Source:
+def _adapter(spec: str, heads: Collection[bool]) -> Source:
     """Open a PEFT folder and the base that it names, which is a Hugging Face folder or a run's folder."""
     path = Path(spec.removeprefix("peft:"))
     named = base_of(path)
@@ -251,14 +252,14 @@ def _adapter(spec: str, *, want_scalar: bool) -> Source:
         else as_published(*unstacked(jax.device_get(base.params()), base.model))[2]
     )
     adapter, lora = read_adapter(path, base.model, kind if isinstance(kind, str) else kind["model_type"])
-    _refuse_other_head(spec, "score" in adapter, want_scalar)
+    _refuse_other_head(spec, "score" in adapter, heads)
     tree = stacked(jax.tree.map(jax.numpy.asarray, adapter), base.model)
     return dataclasses.replace(
         base,
         where=spec,
         spec=f"peft:{path.absolute()}",
         stage="published",
-        scalar=want_scalar,
+        scalar="score" in adapter,
         own=lambda: tree,
         identify=lambda: fingerprint(tree),
         base=base,
@@ -281,7 +282,8 @@ def _refuse_bare(spec: str) -> None:
         raise UserError(f"{spec}: expected a run's folder, got a published model; for the model, write hf:{spec}")
 
 
-def _refuse_other_head(spec: str, scalar: bool, want_scalar: bool) -> None:
-    if scalar != want_scalar:
+def _refuse_other_head(spec: str, scalar: bool, heads: Collection[bool]) -> None:
+    """Raise UserError for a model whose head, True for a score head, is not among the accepted ones."""
+    if scalar not in heads:
         got, expected = ("a score head", "a language model") if scalar else ("a language model", "a score head")
         raise UserError(f"{spec}: expected {expected}, got {got}")

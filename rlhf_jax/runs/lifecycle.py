@@ -77,6 +77,7 @@ def create_run(
                 inputs=inputs,
                 origin=origin,
                 base=base,
+                may_change=config.may_change,
             )
         )
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import TrainState
+from rlhf_jax.arrays import Params, TrainState
+from rlhf_jax.config import LoraConfig, to_plain
 from rlhf_jax.data import (
     Ledger,
     Prompt,
@@ -48,6 +49,7 @@ from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.ppo import STAGE, Batch, Config, Frozen, Networks, initial_state, make_update, rescaled
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
+POLICIES = ("sft", "pretrain", "ppo")
 # Responses on which mean and scale of the scores are measured: the scale to 4%.
 REFERENCE_RESPONSES = 256
 
@@ -75,7 +77,7 @@ def run(
     for field, expected in (("init", "a fine-tuned model"), ("reward", "a reward model")):
         if not dataclasses.asdict(config)[field]:
             raise UserError(f"{field}: expected {expected}, got nothing; use --{field} FOLDER")
-    source = open_source(config.init, stages=("sft", "pretrain"))
+    source = open_source(config.init, stages=POLICIES)
     reward_model = open_source(config.reward, stages=("reward",))
     same_tokenizer(source, reward_model)
     if reward_model.score_scale is not None:
@@ -111,6 +113,11 @@ def run(
     rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
     refuse_empty(rows, "prompts", ledger)
     policy, scorer = starts(config, source, reward_model)
+    reference = policy.params
+    if config.reference:
+        other = open_reference(config.reference, source)
+        inputs["reference"] = other.fingerprint
+        reference = reference_params(other, policy, config.lora)
     folder = create_run(
         config,
         stage=STAGE,
@@ -144,7 +151,7 @@ def run(
         lambda: first_scores(config, networks, policy, scorer, rows, tokenizer),
     )
     frozen = Frozen(
-        reference=policy.params,
+        reference=reference,
         reward=scorer.params,
         score_mean=jnp.asarray(mean, jnp.float32),
         score_scale=jnp.asarray(scale, jnp.float32),
@@ -180,9 +187,9 @@ def run(
 
 
 def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np.ndarray]) -> tuple[float, float]:
-    """Mean and scale that scores are normalized by: those recorded with the reward model, else measured once per run.
+    """Mean and scale that scores are normalized by: those recorded with the reward model, else measured.
 
-    What is measured is written to scores.json in the run's folder, so that a resumed run has the same unit of β.
+    They are kept in scores.json in the run's folder, so that a resumed run has the same unit of β.
 
     Args:
       run: the run's folder.
@@ -192,19 +199,19 @@ def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np
     Raises:
       UserError: if the scores do not differ or are not finite.
     """
-    if reward_model.score_mean is not None and reward_model.score_scale is not None:
-        return reward_model.score_mean, reward_model.score_scale
     path = run.path / "scores.json"
-    found: dict[str, Any] | None = processes.from_first(lambda: read_json(path) if path.exists() else None)
-    if found is None:
-        scores = measure().astype(np.float64)
-        mean, scale = float(scores.mean()), float(scores.std())
-        refuse_scale(reward_model, scale)
-        measured = {"responses": len(scores), "score_mean": mean, "score_scale": scale}
-        processes.by_first(lambda: write_json(path, measured))
-        say(f"scores of {len(scores)} responses of the starting policy: mean {mean:.4g}, scale {scale:.4g}")
-        return mean, scale
-    return found["score_mean"], found["score_scale"]
+    facts: dict[str, Any] | None = processes.from_first(lambda: read_json(path) if path.exists() else None)
+    if facts is None:
+        if reward_model.score_mean is not None and reward_model.score_scale is not None:
+            mean, scale, responses = reward_model.score_mean, reward_model.score_scale, None
+        else:
+            scores = measure().astype(np.float64)
+            mean, scale, responses = float(scores.mean()), float(scores.std()), len(scores)
+            refuse_scale(reward_model, scale)
+            say(f"scores of {responses} responses of the starting policy: mean {mean:.4g}, scale {scale:.4g}")
+        found = facts = {"score_mean": mean, "score_scale": scale, "measured_on_responses": responses}
+        processes.by_first(lambda: write_json(path, found))
+    return facts["score_mean"], facts["score_scale"]
 
 
 def refuse_scale(reward_model: Source, scale: float) -> None:
@@ -214,6 +221,30 @@ def refuse_scale(reward_model: Source, scale: float) -> None:
             f"{reward_model.where}: score_scale: expected more than 0, as scores must differ, got {scale}; train it on "
             "more data"
         )
+
+
+def open_reference(spec: str, source: Source) -> Source:
+    """Open a reference model other than the initial policy.
+
+    Raises:
+      UserError: if its tokenizer or architecture is another one.
+    """
+    reference = open_source(spec, stages=POLICIES)
+    same_tokenizer(source, reference)
+    ours, own = (to_plain(dataclasses.replace(each.model, dropout=0.0)) for each in (source, reference))
+    for field, expected in ours.items():
+        if own[field] != expected:
+            raise UserError(
+                f"{reference.where}: {field}: expected {expected} as in the initial policy {source.where}, got "
+                f"{own[field]}; the reference must have the policy's architecture"
+            )
+    return reference
+
+
+def reference_params(reference: Source, policy: Start, lora: LoraConfig) -> Params:
+    """Parameters of a reference model for `Frozen`: an adapter to the policy's backbone, or all parameters."""
+    shared = policy.record is not None and policy.record["fingerprint"] == reference.base_fingerprint
+    return reference.own() if shared and reference.lora == lora else reference.params()
 
 
 def first_scores(
