@@ -130,7 +130,10 @@ def test_a_loss_or_new_parameters_that_are_not_finite_change_nothing() -> None:
         """A step whose gradient is 1 whatever the loss."""
         optimizer = make_optimizer(OptimConfig(learning_rate=rate, warmup_steps=0, clip_norm=0.0), 10)
         state = new_state(params, jax.jit(optimizer.init)(params), 0)
-        objective = lambda p, x, key: (jnp.sum(p["a"]) + jax.lax.stop_gradient(x[0]), {})  # noqa: E731
+
+        def objective(p: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
+            return jnp.sum(p["a"]) + jax.lax.stop_gradient(x[0]), {}
+
         after, metrics = jax.jit(lambda s: gradient_step(s, objective, np.float32([loss]), optimizer))(state)
         return state, after, metrics
 

@@ -170,9 +170,9 @@ def test_scores_are_normalized_by_those_of_the_starting_policy_once(runs: Path, 
             case(equal),
             pytest.raises(UserError, match="judge: score_scale: expected more than 0, as scores must dif"),
         ):
-            ppo.normalization(fresh, judge, lambda equal=equal: np.float32(equal))  # type: ignore[misc]
-    assert ppo.normalization(fresh, judge, lambda: np.float32([-23, -17])) == (-20, 3)
-    assert ppo.normalization(fresh, judge, lambda: np.float32([0, 1])) == (-20, 3)
+            ppo.normalization(fresh, judge, lambda equal=equal: np.array(equal))  # type: ignore[misc]
+    assert ppo.normalization(fresh, judge, lambda: np.array([-23, -17])) == (-20, 3)
+    assert ppo.normalization(fresh, judge, lambda: np.array([0, 1])) == (-20, 3)
 
 
 def test_a_reward_model_goes_on_from_a_reward_model_or_a_policy(runs: Path, tmp_path: Path) -> None:
