@@ -2,11 +2,21 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
-from rlhf_jax.config import RunConfig, from_plain, to_plain
+from rlhf_jax.config import (
+    LoraConfig,
+    OptimConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    RunConfig,
+    SFTConfig,
+    from_plain,
+    to_plain,
+)
 from rlhf_jax.errors import UserError
 from tests.cases import case
 
@@ -60,6 +70,40 @@ def test_settings_that_cannot_be() -> None:
     for row in WRONG_SETTINGS:
         with case(row) as (fields, message), pytest.raises(UserError, match=message):
             Config(**fields)
+
+
+def test_training_that_could_not_do_what_its_settings_say() -> None:
+    lora, long = LoraConfig(rank=2), OptimConfig(warmup_steps=25)
+    adaptive = {"batch": 64, "kl_target": 6.0}
+    rows: list[tuple[Any, dict[str, Any], str]] = [
+        (
+            PretrainConfig,
+            {"steps": 24, "optimizer": long},
+            "optimizer.warmup_steps: expected at most the 24 .*, got 25",
+        ),
+        (SFTConfig, {"steps": 24, "optimizer": long}, "optimizer.warmup_steps: expected at most the 24 .*, got 25"),
+        (RewardConfig, {"steps": 24, "optimizer": long}, "optimizer.warmup_steps: expected at most the 24 .*, got 25"),
+        (PPOConfig, {"steps": 6, "policy": long}, "policy.warmup_steps: expected at most the 24 .*, got 25"),
+        (PPOConfig, {"steps": 6, "critic": long}, "critic.warmup_steps: expected at most the 24 .*, got 25"),
+        (PPOConfig, adaptive | {"kl_coef": 0.0}, "kl_coef: expected more than 0 with kl_target 6.0"),
+        (PPOConfig, adaptive | {"kl_horizon": 12.8}, "kl_horizon: expected more than a fifth of the 64 .*, got 12.8"),
+        (PPOConfig, {"ema_decay": 0.9, "lora": lora}, "ema_decay: expected 0 with adapters, got 0.9"),
+    ]
+    for row in rows:
+        with case(row) as (kind, fields, message), pytest.raises(UserError, match=message):
+            kind(**fields)
+    # As long as the run, in a run of an epoch of unknown length, or by default: 10, or all of a shorter run.
+    PPOConfig(steps=6, policy=OptimConfig(warmup_steps=24), critic=OptimConfig(warmup_steps=24), kl_coef=0.0)
+    RewardConfig(optimizer=long)
+    with pytest.raises(UserError, match="the 3 optimizer steps of the run, got 25"):
+        dataclasses.replace(RewardConfig(optimizer=long), steps=3)
+    assert [OptimConfig().warmup(steps) for steps in (3, 10, 2000)] == [3, 10, 10]
+    PPOConfig(**adaptive, kl_horizon=12.9)
+
+
+def test_what_may_change_where_devices_draw_by_themselves() -> None:
+    assert {"devices", "mesh", "data", "name"} <= Config().may_change and "pmap" not in Config().may_change
+    assert Config().may_change - Config(pmap=True).may_change == {"devices", "mesh"}
 
 
 def test_text_becomes_the_number_that_the_field_wants() -> None:

@@ -15,6 +15,7 @@ from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
 from rlhf_jax.optim import (
     apply_gradient,
     decayed,
+    first_key,
     global_count,
     gradient_step,
     make_optimizer,
@@ -129,7 +130,10 @@ def test_a_loss_or_new_parameters_that_are_not_finite_change_nothing() -> None:
         """A step whose gradient is 1 whatever the loss."""
         optimizer = make_optimizer(OptimConfig(learning_rate=rate, warmup_steps=0, clip_norm=0.0), 10)
         state = new_state(params, jax.jit(optimizer.init)(params), 0)
-        objective = lambda p, x, key: (jnp.sum(p["a"]) + jax.lax.stop_gradient(x[0]), {})  # noqa: E731
+
+        def objective(p: Any, x: jax.Array, key: jax.Array) -> tuple[jax.Array, dict]:
+            return jnp.sum(p["a"]) + jax.lax.stop_gradient(x[0]), {}
+
         after, metrics = jax.jit(lambda s: gradient_step(s, objective, np.float32([loss]), optimizer))(state)
         return state, after, metrics
 
@@ -211,6 +215,14 @@ def test_each_share_has_a_key_of_its_own() -> None:
     split, folded = map(np.asarray, expected(jax.random.key(0)))
     assert draws(lambda f: f, 2, None) == both(*split)
     assert draws(lambda f: jax.vmap(f, (None, 0, None), axis_name="data"), 1, "data") == both(*folded)
+
+
+def test_what_is_drawn_before_the_first_step_has_keys_of_its_own() -> None:
+    # A split of a key is what folding in 0, 1, … makes of it, which is how steps get theirs.
+    seed = 5
+    steps = jax.vmap(lambda step: jax.random.fold_in(jax.random.key(seed), step))(jnp.arange(8))
+    keys = [jax.random.key(seed), *steps, *jax.random.split(steps[1]), *(first_key(seed, n) for n in range(3))]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -84,6 +84,28 @@ def test_another_run_is_refused_by_the_field(tmp_path: Path) -> None:
         assert (tmp_path / "config.json").read_bytes() == before, change
 
 
+def test_inputs_may_be_moved(tmp_path: Path) -> None:
+    # Their content is compared, in `inputs` and as the fingerprint of an adapter's base.
+    def start(**changes: Any) -> RunFolder:
+        settings = {"data": ["a.jsonl"], "heldout": [], "init": "runs/sft", "pmap": False, "devices": 1}
+        base = {"init": changes.pop("base", "/old/base"), "fingerprint": changes.pop("fingerprint", "1f3c")}
+        return RunFolder.create(
+            tmp_path, stage="ppo", config=settings | changes, model={}, tokenizer=TOKENIZER, inputs={}, base=base
+        )
+
+    start()
+    moved = start(data=["/elsewhere/b.jsonl"], init="/elsewhere/sft", heldout=["c"], base="/elsewhere/base", devices=2)
+    assert (moved.config["data"], (moved.base or {})["init"]) == (["/elsewhere/b.jsonl"], "/elsewhere/base")
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert (about["config"]["init"], about["base"]["init"]) == ("/elsewhere/sft", "/elsewhere/base")
+    for change, message in (
+        ({"fingerprint": "0000"}, "base.fingerprint: expected 1f3c as in the earlier run, got 0000"),
+        ({"pmap": True}, "pmap: expected False as in the earlier run, got True"),
+    ):
+        with pytest.raises(UserError, match=message):
+            start(**change)
+
+
 def test_other_inputs_are_refused(tmp_path: Path) -> None:
     create(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())

@@ -80,7 +80,8 @@ def test_scores_and_an_update_are_the_same() -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[1].params, states[0].params)
 
 
-def test_figures_of_a_reward_model_are_the_same() -> None:
+def test_figures_of_a_reward_model_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward, "FEWEST_RESPONSES", 2)
     config = ModelConfig(vocab_size=11, context=16, width=16, layers=1, heads=2)
     model, params = Transformer(config, scalar=True), parameters(config)
     # Batches of three: the last one of eight prompts has one that was there already.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig, OptimConfig
 from rlhf_jax.data import Comparison, Demonstration, Ledger, Prompt, Text, encode_prompts
 from rlhf_jax.errors import UserError
+from rlhf_jax.lora import attach
+from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.folder import RunFolder
@@ -148,23 +151,85 @@ def test_scores_are_normalized_by_those_of_the_starting_policy_once(runs: Path, 
     np.testing.assert_allclose(first(-20.0), scores - 20, atol=1e-5)
     recorded = json.loads((runs / "ppo" / "scores.json").read_text())
     mean, scale = recorded["score_mean"], recorded["score_scale"]
-    assert (recorded["responses"], mean, scale) == (256, pytest.approx(scores.mean()), pytest.approx(scores.std()))
+    assert (recorded["measured_on_responses"], mean, scale) == (
+        256,
+        pytest.approx(scores.mean()),
+        pytest.approx(scores.std()),
+    )
     summary = json.loads((runs / "ppo" / "summary.json").read_text())
     assert (summary["score_mean"], summary["score_scale"]) == (mean, scale)
-    # A run that resumes reads the file; what is recorded with the reward model is taken as it is.
+    # A run that resumes reads the file, whatever is recorded with the reward model by now.
     run = RunFolder.open(runs / "ppo", stages=("ppo",))
-    assert ppo.normalization(run, judge, lambda: pytest.fail("measured again")) == (mean, scale)
     own = dataclasses.replace(judge, score_mean=-20.0, score_scale=3.0)
-    assert ppo.normalization(run, own, lambda: pytest.fail("measured")) == (-20.0, 3.0)
-    fresh = write_run(tmp_path / "fresh", "ppo", {"w": np.zeros(1, np.float32)}, MODEL, Tokenizer.bytes())
+    for model in (judge, own):
+        assert ppo.normalization(run, model, lambda: pytest.fail("measured again")) == (mean, scale)
+    fresh, other = (write_run(tmp_path / name, "ppo", policy.params, MODEL, Tokenizer.bytes()) for name in ("a", "b"))
+    for model in (own, judge):
+        assert ppo.normalization(other, model, lambda: pytest.fail("measured")) == (-20.0, 3.0)
     for equal in ([-20.0, -20.0], [np.nan, 1.0]):
         with (
             case(equal),
             pytest.raises(UserError, match="judge: score_scale: expected more than 0, as scores must dif"),
         ):
-            ppo.normalization(fresh, judge, lambda equal=equal: np.float32(equal))  # type: ignore[misc]
-    assert ppo.normalization(fresh, judge, lambda: np.float32([-23, -17])) == (-20, 3)
-    assert ppo.normalization(fresh, judge, lambda: np.float32([0, 1])) == (-20, 3)
+            ppo.normalization(fresh, judge, lambda equal=equal: np.array(equal))  # type: ignore[misc]
+    assert ppo.normalization(fresh, judge, lambda: np.array([-23, -17])) == (-20, 3)
+    assert ppo.normalization(fresh, judge, lambda: np.array([0, 1])) == (-20, 3)
+
+
+def test_a_reward_model_goes_on_from_a_reward_model_or_a_policy(runs: Path, tmp_path: Path) -> None:
+    judge = open_source(str(runs / "judge"), stages=("reward",))
+    export(str(runs / "judge"), tmp_path / "judge")
+    whole = judge.params()
+    anything = ("pretrain", "sft", "ppo", "reward")
+
+    def first(init: str, **changes: Any) -> tuple[Any, Any]:
+        config = reward.Config(**(settings(runs / "unused", init=init) | changes))
+        source = open_source(init, stages=anything)
+        start = reward.first_parameters(config, source, Transformer(source.model, scalar=True))
+        return start, attach(start.base, start.params, config.lora.scale)
+
+    # The head and the adapter are the reward model's own, whatever is trained of it and wherever it is.
+    own, _ = first(str(runs / "judge"))
+    jax.tree.map(np.testing.assert_array_equal, own.params, judge.own())
+    for init, lora in ((str(runs / "judge"), LoraConfig()), (f"hf:{tmp_path / 'judge'}", LORA)):
+        start, found = first(init, lora=lora)
+        assert (start.base is None) == (not lora.rank)
+        np.testing.assert_allclose(found["score"]["kernel"], whole["score"]["kernel"], atol=1e-6)
+        np.testing.assert_allclose(found["score"]["bias"], whole["score"]["bias"], atol=1e-6)
+        np.testing.assert_allclose(found["embedding"], whole["embedding"], atol=1e-6)
+    # A policy gives its backbone, and the head is fresh.
+    policy = open_source(str(runs / "ppo"), stages=("ppo",))
+    start, _ = first(str(runs / "ppo"))
+    assert set(start.params) == {"block_0", "score"} and not np.any(start.params["score"]["bias"])
+    jax.tree.map(np.testing.assert_array_equal, start.params["block_0"], policy.own()["block_0"])
+    with pytest.raises(UserError, match="judge: expected a language model, got a score head"):
+        open_source(f"hf:{tmp_path / 'judge'}", stages=("pretrain", "sft"))
+
+
+def test_ppo_goes_on_from_ppo_with_another_reference(runs: Path, tmp_path: Path) -> None:
+    source, tuned = (open_source(str(runs / name), stages=ppo.POLICIES) for name in ("ppo", "sft"))
+    more = {"init": str(runs / "ppo"), "reward": str(runs / "judge"), "prompt_length": 16, "minibatches": 2}
+    more |= {"reference": str(runs / "sft"), "episode": EpisodeConfig(response_length=6)}
+    policy, _ = ppo.starts(
+        ppo.Config(**settings(tmp_path, **more)), source, open_source(more["reward"], stages=("reward",))
+    )
+    reference = ppo.open_reference(str(runs / "sft"), source)
+    jax.tree.map(np.testing.assert_array_equal, ppo.reference_params(reference, policy, LORA), tuned.own())
+    # On another base, or with an adapter of another kind, the reference is whole beside the policy's adapter.
+    whole = ppo.reference_params(reference, policy, LoraConfig(rank=1))
+    jax.tree.map(np.testing.assert_array_equal, attach(policy.base, whole, LORA.scale), tuned.params())
+    wider = dataclasses.replace(MODEL, width=32)
+    write_run(tmp_path / "wider", "sft", random_params(wider), wider, Tokenizer.bytes())
+    with pytest.raises(UserError, match=r"wider: width: expected 16 as in the initial policy .*, got 32"):
+        ppo.open_reference(str(tmp_path / "wider"), source)
+    config = ppo.Config(**settings(tmp_path / "again", **more))
+    summary = ppo.run(config, prompts=PROMPTS).summary
+    assert summary["first_ratio_error"] < 1e-5 < abs(summary["first_kl"])
+    # The reference may be moved, and it may not become another.
+    shutil.copytree(runs / "sft", tmp_path / "copy")
+    assert ppo.run(dataclasses.replace(config, reference=str(tmp_path / "copy")), prompts=PROMPTS).summary == summary
+    with pytest.raises(UserError, match=r"again: inputs.reference: expected .*, got "):
+        ppo.run(dataclasses.replace(config, reference=str(runs / "ppo")), prompts=PROMPTS)
 
 
 def test_what_the_stages_have_written_can_be_exported(runs: Path, tmp_path: Path) -> None:

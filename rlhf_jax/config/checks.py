@@ -64,7 +64,7 @@ def ceil_product(factor: float, count: int) -> int:
 
 
 def row_settings(config: Any) -> None:
-    """Check columns, epochs, heldout_fraction, max_tokens and buckets of a stage that trains on rows of different lengths.
+    """Check columns, epochs, held-out share, max_tokens and buckets of a stage with rows of different lengths.
 
     Raises:
       UserError: if one of them is out of range.

@@ -11,11 +11,13 @@ from rlhf_jax.config.checks import at_least, ceil_product, hinted, within
 from rlhf_jax.config.sampling import CacheDtype, SamplingConfig
 from rlhf_jax.errors import UserError
 
-# Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices`, `mesh`
-# and `pmap` are included: rows and their order stay the same, but the last bits of a sum may differ.
+# Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices` and
+# `mesh` are included: rows and their order stay the same, but the last bits of a sum may differ.
 MAY_CHANGE = frozenset(
-    "name out devices mesh pmap log_every save_every eval_every keep_last tensorboard examples reward_timeout".split()
+    "name out devices mesh log_every save_every eval_every keep_last tensorboard examples reward_timeout".split()
 )
+# Places of inputs whose content is compared instead (`inputs` in config.json), so that they may be moved.
+MAY_CHANGE |= {"init", "reward", "reference", "data", "heldout", "demonstrations", "pretraining_data"}
 _WARMUP = 0.05
 PLACES = ("query", "key", "value", "out", "gate", "up", "down")
 
@@ -89,6 +91,12 @@ class RunConfig:
             raise UserError(f"name: expected a name below runs/, got {self.name!r}; use --out for any other folder")
 
     @property
+    def may_change(self) -> frozenset[str]:
+        """Fields that may differ when the run resumes."""
+        # Under pmap each device draws with a key of its own, so that other devices would sample other responses.
+        return MAY_CHANGE - {"devices", "mesh"} if self.pmap else MAY_CHANGE
+
+    @property
     def mesh_shape(self) -> dict[str, int]:
         """Number of devices along each of the axes data, fsdp and tensor."""
         shape = {"data": self.devices, "fsdp": 1, "tensor": 1}
@@ -156,8 +164,10 @@ class OptimConfig:
     """Maximum global norm of the gradient; 0 disables clipping."""
 
     def __post_init__(self) -> None:
-        for field in ("learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+        for field in ("learning_rate", "weight_decay", "clip_norm"):
             at_least(self, field, 0)
+        if self.warmup_steps is not None:
+            at_least(self, "warmup_steps", 0)
         if not self.epsilon > 0:
             raise UserError(f"epsilon: expected more than 0, got {self.epsilon}")
         within(self, "warmup_fraction", 0, 1)
@@ -174,6 +184,18 @@ class OptimConfig:
     def warmup(self, steps: int) -> int:
         """Number of warm-up steps of a run with `steps` optimizer steps."""
         return ceil_product(self.warmup_fraction, steps) if self.warmup_steps is None else self.warmup_steps
+
+    def check_steps(self, field: str, steps: int) -> None:
+        """Check that the warm-up ends within a run of `steps` optimizer steps, if that number is known yet (not 0).
+
+        Raises:
+          UserError: if it does not: the run would end before it has reached its learning rate.
+        """
+        if steps and self.warmup(steps) > steps:
+            raise UserError(
+                f"{field}.warmup_steps: expected at most the {steps} optimizer steps of the run, got "
+                f"{self.warmup_steps}; use a shorter warm-up or more steps"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

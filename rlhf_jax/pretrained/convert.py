@@ -24,14 +24,7 @@ from rlhf_jax.tokenizers.export import write_folder as write_tokenizer
 
 def open_any(spec: str) -> Source:
     """Open the language model or the reward model that `spec` names."""
-    if not spec.startswith(("hf:", "peft:")):
-        return open_source(spec, stages=(*LANGUAGE, "reward"))
-    try:
-        return open_source(spec, stages=LANGUAGE)
-    except UserError as error:
-        if "got a score head" not in str(error):
-            raise
-    return open_source(spec, stages=("reward",))
+    return open_source(spec, stages=(*LANGUAGE, "reward"))
 
 
 def export(

@@ -135,18 +135,19 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
 
     Args:
       spec: one of these forms. BASE is the model under the adapter, in place of the one that it names.
-      stages: accepted stages of a run. A published model is accepted for any of them; if "reward" is the only one, it
-        must have a score head, otherwise a language head.
+      stages: accepted stages of a run. A published model is accepted for any of them: with a score head if "reward" is
+        among them, with a language head if another is.
 
     Raises:
       UserError: if the source is missing, incomplete or of another kind.
     """
     if spec in PUBLISHED:
         raise UserError(f"{spec}: expected a folder, a file or a package, got nothing after the colon")
+    heads = {stage == "reward" for stage in stages}
     if spec.startswith("peft:"):
-        return _adapter(spec, want_scalar=set(stages) == {"reward"})
+        return _adapter(spec, heads)
     if spec.startswith(PUBLISHED):
-        return _published(spec, want_scalar=set(stages) == {"reward"})
+        return _published(spec, heads)
     _refuse_bare(spec)
     run = RunFolder.open(spec, stages=tuple(stages))
     base, lora = None, None
@@ -245,7 +246,7 @@ def _base(run: RunFolder) -> Source:
     record = run.base or {}
     if record["init"].startswith(PUBLISHED) and not record["init"].startswith("peft:"):
         # The run's own tokenizer, which may be an adapter's, decides the rows of the embedding.
-        base = _published(record["init"], want_scalar=False, retokenize=lambda _: run.tokenizer)
+        base = _published(record["init"], {False}, retokenize=lambda _: run.tokenizer)
     else:
         base = open_source(record["init"], stages=("pretrain", "sft", "ppo", "reward"))
     if base.fingerprint != record["fingerprint"]:
@@ -257,7 +258,7 @@ def _base(run: RunFolder) -> Source:
 
 
 def _published(
-    spec: str, *, want_scalar: bool, retokenize: Callable[[TextTokenizer], TextTokenizer] | None = None
+    spec: str, heads: Collection[bool], *, retokenize: Callable[[TextTokenizer], TextTokenizer] | None = None
 ) -> Source:
     """Open a published model; `retokenize` gives a tokenizer in place of its own."""
     # Imported here because most sources are runs, which do not need these.
@@ -282,7 +283,7 @@ def _published(
             ids={"eos": list(file.end_ids)},
         )
         spec = spec if kind == "pypi" else f"gguf:{path.absolute()}"
-    _refuse_other_head(given, model.scalar, want_scalar)
+    _refuse_other_head(given, model.scalar, heads)
     tokenizer: TextTokenizer = own if retokenize is None else retokenize(own)
     model = model.for_tokenizer(tokenizer.vocab_size, tokenizer.pad_id)
     # Without the scan, thirty blocks in PPO's four networks take minutes to compile.
@@ -304,7 +305,7 @@ def _published(
     )
 
 
-def _adapter(spec: str, *, want_scalar: bool) -> Source:
+def _adapter(spec: str, heads: Collection[bool]) -> Source:
     """Open a PEFT folder, with its own tokenizer if it has one, and its base, a Hugging Face or a run's folder."""
     where = spec.removeprefix("peft:")
     adapter_folder, _, given = (where, "", "") if Path(where).is_dir() else where.rpartition("#")
@@ -319,7 +320,7 @@ def _adapter(spec: str, *, want_scalar: bool) -> Source:
     base_spec = named if named.startswith(PUBLISHED) or _is_run(named) else f"hf:{named}"
     retokenize = functools.partial(_own_tokenizer, path)
     if base_spec.startswith(PUBLISHED) and not base_spec.startswith("peft:"):
-        base = _published(base_spec, want_scalar=False, retokenize=retokenize)
+        base = _published(base_spec, {False}, retokenize=retokenize)
     else:
         base = open_source(base_spec, stages=LANGUAGE)
         tokenizer = retokenize(base.tokenizer)
@@ -335,14 +336,14 @@ def _adapter(spec: str, *, want_scalar: bool) -> Source:
         else as_published(*unstacked(jax.device_get(base.params()), base.model))[2]
     )
     adapter, lora = read_adapter(path, base.model, kind if isinstance(kind, str) else kind["model_type"])
-    _refuse_other_head(spec, "score" in adapter, want_scalar)
+    _refuse_other_head(spec, "score" in adapter, heads)
     tree = stacked(jax.tree.map(jax.numpy.asarray, adapter), base.model)
     return dataclasses.replace(
         base,
         where=spec,
         spec=on_base(f"peft:{path.absolute()}", _absolute(given)),
         stage="published",
-        scalar=want_scalar,
+        scalar="score" in adapter,
         own=lambda: tree,
         identify=lambda: fingerprint(tree),
         base=base,
@@ -379,7 +380,8 @@ def _refuse_bare(spec: str) -> None:
         raise UserError(f"{spec}: expected a run's folder, got a published model; for the model, write hf:{spec}")
 
 
-def _refuse_other_head(spec: str, scalar: bool, want_scalar: bool) -> None:
-    if scalar != want_scalar:
+def _refuse_other_head(spec: str, scalar: bool, heads: Collection[bool]) -> None:
+    """Raise UserError for a model whose head, True for a score head, is not among the accepted ones."""
+    if scalar not in heads:
         got, expected = ("a score head", "a language model") if scalar else ("a language model", "a score head")
         raise UserError(f"{spec}: expected {expected}, got {got}")

@@ -1,6 +1,6 @@
 """Run folder: config.json, tokenizer.json, metrics.jsonl, ledger.json, checkpoints/ and, once finished, summary.json.
 
-PPO adds scores.json, the mean and scale of scores, if none are recorded with the reward model.
+PPO adds scores.json, the mean and scale by which it normalizes scores.
 
 A later stage takes the folder of an earlier one by path. The folder is self-describing: it holds its stage, its
 settings, and the fingerprints of all its inputs.
@@ -256,15 +256,20 @@ def _refuse_other_stage(path: Path, about: Mapping[str, Any], stages: tuple[str,
 
 
 def _differences(saved: Any, given: Any, may_change: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted field, saved value, given value) for every field that differs and must not."""
+    """Yields (dotted field, saved value, given value) for every field that differs and must not.
+
+    The place of an adapter's base may change too, as its fingerprint is compared.
+    """
+    places = {f"config.{name}" for name in may_change} | {"base.init"}
 
     def walk(a: Any, b: Any, field: str) -> Iterator[tuple[str, Any, Any]]:
         if isinstance(a, dict) and isinstance(b, dict):
             for key in sorted({*a, *b}):
+                inner = f"{field}.{key}" if field else key
                 # A setting that a later version added is off in an earlier run.
-                added = field == "config" and key not in a and b[key] in ("", False, None)
-                if not added and not (field == "config" and key in may_change):
-                    yield from walk(a.get(key, _ABSENT), b.get(key, _ABSENT), f"{field}.{key}" if field else key)
+                added = field == "config" and key not in a and b[key] in ("", False, None, [])
+                if not added and inner not in places:
+                    yield from walk(a.get(key, _ABSENT), b.get(key, _ABSENT), inner)
         elif a != b or isinstance(a, bool) != isinstance(b, bool):
             yield field.removeprefix("config."), a, b
 

@@ -81,6 +81,7 @@ def create_run(
                 inputs=inputs,
                 origin=origin,
                 base=base,
+                may_change=config.may_change,
             )
         )
 

@@ -62,7 +62,7 @@ class Frozen:
     """Frozen networks of PPO and the normalization of scores.
 
     Attributes:
-      reference: parameters of the reference model, i.e. the SFT model.
+      reference: parameters of the reference model, i.e. the SFT model; an adapter to `backbone`, or full parameters.
       reward: parameters of the reward model; None if reward functions alone make the reward.
       score_mean: scalar; scores are normalized to (score - mean) / scale.
       score_scale: scalar.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 Turns = Sequence[tuple[str, str]]  # (role, content) of each message
 
+# Today's date for templates, whatever the day: the ids of a row must not change from one day to the next, nor between
+# training and sampling. Llama 3.1's template falls back to the same date.
+TODAY = datetime.datetime(2024, 7, 26)
 _NO_MARKS = ("", "")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Errors that the code in a template may raise, in addition to jinja2's own.
@@ -213,13 +216,11 @@ def _environment() -> jinja2.Environment:
         # Jinja's own filter escapes HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    # One time for the whole process: the ids of a row must not change at midnight.
-    now = datetime.datetime.now()
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json
-    environment.globals.update(raise_exception=refuse, strftime_now=now.strftime)
+    environment.globals.update(raise_exception=refuse, strftime_now=TODAY.strftime)
     return environment
 
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import PromptBatch, TrainState
+from rlhf_jax.arrays import Params, PromptBatch, TrainState
+from rlhf_jax.config import LoraConfig, to_plain
 from rlhf_jax.data import (
     Ledger,
     Prompt,
@@ -77,6 +78,7 @@ from rlhf_jax.stages.ppo import (
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 from rlhf_jax.trainers.inputs import EXAMPLES, wants_embedded
 
+POLICIES = ("sft", "pretrain", "ppo")
 # Responses on which mean and scale of the scores are measured: the scale to 4%.
 REFERENCE_RESPONSES = 256
 
@@ -112,7 +114,7 @@ def run(
     config, functions, terms = _reward(config, reward_funcs)
     if not config.init:
         raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER")
-    source = open_for(config, config.init, stages=("sft", "pretrain"))
+    source = open_for(config, config.init, stages=POLICIES)
     reward_model = _reward_model(config, source)
     tokenizer = source.tokenizer
     scorer_model = source.model if reward_model is None else reward_model.model
@@ -158,6 +160,11 @@ def run(
     refuse_empty(rows, "prompts", ledger)
     rewards = None if terms is None else _rewards_of(functions, terms, rows, config.reward_timeout)
     policy, scorer = starts(config, source, reward_model)
+    reference = policy.params
+    if config.reference:
+        other = open_reference(config, source)
+        inputs["reference"] = other.fingerprint
+        reference = reference_params(other, policy, config.lora)
     folder = create_run(
         config,
         stage=STAGE,
@@ -205,7 +212,7 @@ def run(
             lambda: first_scores(config, networks, policy, scorer, rows, tokenizer),
         )
     frozen = Frozen(
-        reference=policy.params,
+        reference=reference,
         reward=None if reward_model is None else scorer.params,
         score_mean=jnp.asarray(mean, jnp.float32),
         score_scale=jnp.asarray(scale, jnp.float32),
@@ -260,9 +267,9 @@ def run(
 
 
 def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np.ndarray]) -> tuple[float, float]:
-    """Mean and scale that scores are normalized by: those recorded with the reward model, else measured once per run.
+    """Mean and scale that scores are normalized by: those recorded with the reward model, else measured.
 
-    What is measured is written to scores.json in the run's folder, so that a resumed run has the same unit of β.
+    They are kept in scores.json in the run's folder, so that a resumed run has the same unit of β.
 
     Args:
       run: the run's folder.
@@ -272,19 +279,19 @@ def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np
     Raises:
       UserError: if the scores do not differ or are not finite.
     """
-    if reward_model.score_mean is not None and reward_model.score_scale is not None:
-        return reward_model.score_mean, reward_model.score_scale
     path = run.path / "scores.json"
-    found: dict[str, Any] | None = processes.from_first(lambda: read_json(path) if path.exists() else None)
-    if found is None:
-        scores = measure().astype(np.float64)
-        mean, scale = float(scores.mean()), float(scores.std())
-        refuse_scale(reward_model, scale)
-        measured = {"responses": len(scores), "score_mean": mean, "score_scale": scale}
-        processes.by_first(lambda: write_json(path, measured))
-        say(f"scores of {len(scores)} responses of the starting policy: mean {mean:.4g}, scale {scale:.4g}")
-        return mean, scale
-    return found["score_mean"], found["score_scale"]
+    facts: dict[str, Any] | None = processes.from_first(lambda: read_json(path) if path.exists() else None)
+    if facts is None:
+        if reward_model.score_mean is not None and reward_model.score_scale is not None:
+            mean, scale, responses = reward_model.score_mean, reward_model.score_scale, None
+        else:
+            scores = measure().astype(np.float64)
+            mean, scale, responses = float(scores.mean()), float(scores.std()), len(scores)
+            refuse_scale(reward_model, scale)
+            say(f"scores of {responses} responses of the starting policy: mean {mean:.4g}, scale {scale:.4g}")
+        found = facts = {"score_mean": mean, "score_scale": scale, "measured_on_responses": responses}
+        processes.by_first(lambda: write_json(path, found))
+    return facts["score_mean"], facts["score_scale"]
 
 
 def refuse_scale(reward_model: Source, scale: float) -> None:
@@ -294,6 +301,30 @@ def refuse_scale(reward_model: Source, scale: float) -> None:
             f"{reward_model.where}: score_scale: expected more than 0, as scores must differ, got {scale}; train it on "
             "more data"
         )
+
+
+def open_reference(config: Config, source: Source) -> Source:
+    """Open a reference model other than the initial policy.
+
+    Raises:
+      UserError: if its tokenizer or architecture is another one.
+    """
+    reference = open_for(config, config.reference, stages=POLICIES)
+    same_tokenizer(source, reference)
+    ours, own = (to_plain(dataclasses.replace(each.model, dropout=0.0)) for each in (source, reference))
+    for field, expected in ours.items():
+        if own[field] != expected:
+            raise UserError(
+                f"{reference.where}: {field}: expected {expected} as in the initial policy {source.where}, got "
+                f"{own[field]}; the reference must have the policy's architecture"
+            )
+    return reference
+
+
+def reference_params(reference: Source, policy: Start, lora: LoraConfig) -> Params:
+    """Parameters of a reference model for `Frozen`: an adapter to the policy's backbone, or all parameters."""
+    shared = policy.record is not None and policy.record["fingerprint"] == reference.base_fingerprint
+    return reference.own() if shared and reference.lora == lora else reference.params()
 
 
 def first_scores(

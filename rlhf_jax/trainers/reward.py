@@ -80,7 +80,7 @@ def run(
     """
     if not config.init:
         raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER or --init hf:FOLDER")
-    source = open_for(config, config.init, stages=("pretrain", "sft"))
+    source = open_for(config, config.init, stages=("pretrain", "sft", "ppo", "reward"))
     tokenizer = source.tokenizer
     model = Transformer(source.model, scalar=True)
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
@@ -232,11 +232,16 @@ def _scores(
 
 
 def first_parameters(config: Config, source: Source, model: Transformer) -> Start:
-    """Initial parameters: the source's backbone, an adapter to it, or a fresh backbone, with a fresh score head."""
+    """Initial parameters: the source's backbone, an adapter to it, or a fresh backbone, with a fresh score head.
+
+    A reward model is continued with its own score head.
+    """
     start_key, head_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
     if config.backbone == "scratch":
         return Start(init_params(model, start_key), None, None)
     start = start_from(source, config.lora, lambda: start_key)
+    if source.scalar:
+        return start
     if start.base is None:
         return Start(to_scalar_head(start.params, model, head_key), None, None)
     head = to_scalar_head(start.base, model, head_key)["score"]
