@@ -159,10 +159,10 @@ def starts(folder: Path) -> dict[str, tuple[float, float, float]]:
             return str(runs_of / name)
 
         flags: dict[str, Callable[[], tuple[str, ...]]] = {
-            "pretrain": lambda: (),
-            "sft": lambda: ("--init", of("pretrain")),
+            "pretrain": lambda: ("--data", "embedded"),
+            "sft": lambda: ("--init", of("pretrain"), "--data", "embedded"),
             "reward": lambda: ("--init", of("sft"), "--data", str(rankings)),
-            "ppo": lambda: ("--init", of("sft"), "--reward", of("reward")),
+            "ppo": lambda: ("--init", of("sft"), "--reward", of("reward"), "--data", "embedded"),
         }
         for stage in STAGES:
             seconds = first_row(stage, runs_of / stage, folder / "cache", *flags[stage]())

@@ -6,6 +6,7 @@ One small run of each stage, made once, serves every test here.
 import contextlib
 import dataclasses
 import gzip
+import html
 import importlib
 import io
 import json
@@ -33,6 +34,7 @@ from rlhf_jax.cli.flags import parse
 from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.data import Ledger, encode_demonstrations, read_records
 from rlhf_jax.evaluation.heldout import row_scores
+from rlhf_jax.evaluation.report.html import text
 from rlhf_jax.model import Transformer
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import model_of, released_params
@@ -211,6 +213,11 @@ def test_a_stage_ends_with_answers_before_and_after_and_the_next_command(capsys:
             program, *rest = shlex.split(after)
             assert parse(importlib.import_module(f"rlhf_jax.cli.{program}").Config, rest)
             samples = json.loads(Path("runs", name, "samples.json").read_text())["samples"]
+            page = Path("runs", name, "report.html").read_text()
+            assert f"report: runs/{name}/report.html\n" in out and html.escape(after) in page
+            answer = samples[0].get("after", samples[0].get("preferred"))
+            assert text(answer).strip() in page and ("Warnings" in page) == (name == "judge")
+            assert "<svg" in page
             assert 1 <= len(samples) <= 4 and all(set(sample) == keys for sample in samples)
             assert len(re.findall("^prompt: ", out, re.MULTILINE)) == len(samples)
             assert len(re.findall("^  (?:after|preferred)[^:]*: ", out, re.MULTILINE)) == len(samples)

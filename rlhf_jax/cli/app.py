@@ -123,7 +123,7 @@ def _check_environment() -> None:
     if (checkout / "Makefile").exists():
         remedy = f"in {checkout}: make setup, then source .venv/bin/activate"
     else:
-        remedy = "pip install and the wheel of rlhf_jax, with Python 3.11 or newer"
+        remedy = "pip to install the wheel of rlhf_jax again, with Python 3.11 or newer"
     print(f"error: {problem}; use {remedy}", file=sys.stderr)
     sys.exit(2)
 

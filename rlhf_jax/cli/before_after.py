@@ -112,5 +112,5 @@ def next_command(run: RunFolder, config: RunConfig, samples: Sequence[dict[str, 
 
 def _line(text: str) -> str:
     """A text on one line, without control characters, cut at SHOWN characters."""
-    shown = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text.strip("\n"))
+    shown = "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text.strip())
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"

@@ -21,6 +21,7 @@ from rlhf_jax.cli.before_after import lines_of, next_command, samples_of
 from rlhf_jax.cli.flags import Cluster
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.report.run import write_run_report
 from rlhf_jax.parallel import processes
 from rlhf_jax.parallel.mesh import use_cpu_devices
 from rlhf_jax.runs.atomic_files import user_cache
@@ -85,7 +86,9 @@ def run_stage(work: Callable[[S], Finished], config: S) -> None:
     if again:  # otherwise the trainer has just said them
         for warning in finished.summary.get("warnings", ()):
             say(f"warning: {warning}")
-    print(f"next: {next_command(finished.run, config, samples)}")
+    following = next_command(finished.run, config, samples)
+    print(f"report: {write_run_report(finished.run, samples, following)}")
+    print(f"next: {following}")
 
 
 def _shown(value: Any) -> str:

@@ -37,8 +37,8 @@ def reward_warnings(
     if not reasons:
         return []
     return [
-        f"do not trust this reward model: {', and '.join(reasons)}; use more comparisons, more held-out ones or more "
-        "--epochs before PPO"
+        f"do not trust this reward model: {', and '.join(reasons)}; use more comparisons, a larger --heldout-fraction "
+        "or more --epochs before PPO"
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 STAGES = {
@@ -124,3 +125,17 @@ def section(name: str, title: str, *parts: str, lead: str = "") -> str:
 def details(summary: str, content: str) -> str:
     """Folded content; "" without content."""
     return f"<details><summary>{summary}</summary>{content}</details>" if content else ""
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained page, from an escaped title and HTML."""
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    # The policy guarantees that a browser neither loads nor runs anything for this page.
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        'img-src data:">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{title}</title><style>\n{style}</style></head>\n<body><main>{body}</main></body></html>\n"
+    )
