@@ -434,6 +434,92 @@ def test_the_admins_figures(running: Running, boss: Client, store: Store) -> Non
     assert figures["win_rates"] == []
 
 
+def test_the_admin_pauses_rejects_and_uploads(running: Running, ann: Client, boss: Client, store: Store) -> None:
+    def summary() -> Any:
+        return json.loads(boss.ask("GET", "/api/admin/summary")[2])
+
+    def person(name: str) -> Any:
+        return next(one for one in summary()["people"] if one["name"] == name)
+
+    task = ann.post("/api/task")[1]["task"]
+    words = {"comments": ["", "odd", ""], "rationale": "why", "demonstration": "better", "corrects": 2}
+    assert ann.post("/api/judgement", judgement(task, **words))[0] == 200
+    (stored,) = store.judgements()
+    assert stored.demonstration == "better" and stored.corrects == list(store.items()[0].responses).index(
+        task["responses"][2]
+    )
+    (latest,) = summary()["latest"]
+    assert (latest["labeller"], latest["rationale"], latest["demonstration"]) == ("ann", "why", "better")
+    second = ann.post("/api/task")[1]["task"]
+    ann.post("/api/judgement", judgement(second, request="r2", ranks=[], skip="private"))
+    assert summary()["skips"]["reasons"] == [["private", 1]] and summary()["skips"]["latest"][0]["labeller"] == "ann"
+
+    # Paused: no work, and what is on the page is neither taken nor lost.
+    third = ann.post("/api/task")[1]["task"]
+    ann.post("/api/draft", {"item": third["id"], "revision": 1, "draft": {"tiers": [[1]]}})
+    assert boss.post("/api/admin/labeller", {"name": "ann", "do": "pause"})[0] == 200 and person("ann")["paused"]
+    assert ann.post("/api/judgement", judgement(third, request="r3"))[0] == 403
+    assert ann.post("/api/undo", {"request": "u"})[0] == 403
+    assert ann.post("/api/draft", {"item": third["id"], "revision": 2, "draft": {"tiers": [[2]]}})[0] == 200
+    page = ann.post("/api/task")[1]
+    assert page["task"] is None and page["labeller"]["paused"] and page["progress"]["left"] == 0
+    assert store.db.execute("SELECT held FROM items WHERE id = ?", (third["id"],)).fetchone() == (0,)
+    boss.post("/api/admin/labeller", {"name": "ann", "do": "resume"})
+    assert ann.post("/api/task")[1]["task"]["draft"] == {"tiers": [[2]]}
+    assert boss.post("/api/admin/labeller", {"name": "boss", "do": "pause"})[0] == 400
+
+    # Rejected: withdrawn with the reason, and asked again; sent twice, done once.
+    body = {"name": "ann", "item": task["id"], "why": "careless", "request": "x1"}
+    assert ann.post("/api/admin/reject", body)[0] == 403
+    for change, status in (({"why": " "}, 400), ({"item": 5}, 400), ({"name": "eve"}, 404), ({"item": "none"}, 409)):
+        assert boss.post("/api/admin/reject", body | change | {"request": "x0"})[0] == status, change
+    assert [boss.post("/api/admin/reject", body) for _ in range(2)] == [(200, {"rejected": 1})] * 2
+    assert store.db.execute("SELECT why, more FROM withdrawn").fetchone()[0] == "rejected: careless"
+    assert boss.post("/api/admin/reject", {"name": "ann", "why": "all", "request": "x2"}) == (200, {"rejected": 1})
+    assert store.judgements() == [] and running.service.queue.judged == 0
+    assert store.db.execute("SELECT id, held FROM items WHERE held > 0").fetchall() == [(third["id"], 1)]
+    left = [third["id"]]
+    ann.post("/api/judgement", judgement(third, request="r4"))
+    for number in range(5):
+        given = ann.post("/api/task")[1]["task"]
+        left.append(given["id"])
+        ann.post("/api/judgement", judgement(given, request=f"again {number}"))
+    assert sorted(left) == sorted(item.id for item in store.items()) and ann.post("/api/task")[1]["task"] is None
+
+    # Uploaded: new items are there at once; a mistake names the file as the admin knows it.
+    def upload(content: bytes, query: str) -> tuple[int, Any]:
+        headers = {"content-type": "application/x-ndjson"}
+        status, _, answer = boss.ask("POST", f"/api/admin/items?{query}", content, headers)
+        return status, json.loads(answer)
+
+    row = b'{"prompt": "new", "responses": ["a", "b"]}\n'
+    assert upload(row * 2, "kind=compare&name=more.jsonl") == (200, {"items": 1, "added": 1})
+    assert ann.post("/api/task")[1]["task"]["turns"][0]["content"] == "new"
+    assert upload(b'{"prompt": "write"}', "kind=write&name=a")[1] == {"items": 1, "added": 1}
+    assert running.service.queue.tasks == 8
+    status, answer = upload(b"{}", "kind=compare&name=../../x/more%20rows.jsonl")
+    assert status == 400 and answer["error"].startswith("_.._x_more_rows.jsonl:1: field 'prompt': expected text or a")
+    assert upload(row, "kind=other")[0] == 400 and upload(b"", "kind=write&name=none.jsonl")[0] == 400
+    assert boss.ask("POST", "/api/admin/items", row)[0] == 415  # JSON is what other posts are
+    assert ann.ask("POST", "/api/admin/items", row, {"content-type": "application/x-ndjson"})[0] == 403
+
+
+def test_speed_that_nobody_reads_at_and_work_that_is_stuck(store: Store) -> None:
+    store.add_items([Item("long", "x" * 300, ("y" * 300, "z" * 400)), Item("other", "p" * 1000, ("a", "b"))])
+    store.record([Judgement("long", "ann", (1, 2), seconds=8.9), Judgement("other", "ann", (1, 2), seconds=9.1)])
+    assert admin.too_fast(8.9, 1000) and not admin.too_fast(9.1, 1000)
+    clock = [1e9]
+    queue = Queue(store, Rules(lease=1e4), lambda: clock[0])
+    (ann,) = store.labellers()
+    queue.assign(ann)
+    for waited, stuck in ((590, False), (610, True)):
+        (person,) = admin.throughput(store, 1e9 + waited)["people"]
+        assert (person["too_fast"], person["paced"]) == (1, 2)
+        assert (person["on_item"], person["stuck"]) == (waited, stuck)
+    (person,) = admin.throughput(store, 1e9 + 2e4)["people"]  # the lease is over: she has left
+    assert person["on_item"] is None and not person["stuck"]
+
+
 def test_win_rates_by_hand() -> None:
     items = [Item(f"{n}", "p", ("x", "y"), sources=("A", "B") if n % 2 else ("B", "A")) for n in range(4)]
     none: tuple[frozenset[str], ...] = (frozenset(), frozenset())

@@ -1,9 +1,8 @@
-"""Export of judgements as training data: rankings, comparisons, TRL's preference format, HH-RLHF transcripts, and the
-answers that labellers wrote, as demonstrations.
+"""Export of judgements as training data: rankings, comparisons, TRL's and HH-RLHF's forms, and demonstrations.
 
 An export is a folder with one JSONL file and manifest.json with its SHA-256 and counts; the same judgements give the
-same bytes. Only ranks train the reward model: labeller, seconds, ratings, flags, comments and rationale are in fields that
-data/reader.py ignores. Judgements and pairs that carry no information are left out and counted by reason.
+same bytes. Only ranks train the reward model: labeller, seconds, ratings, flags, comments and rationale are in fields
+that data/reader.py ignores. Judgements and pairs that carry no information are left out and counted by reason.
 """
 
 from __future__ import annotations
