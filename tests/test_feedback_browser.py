@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.data import Ledger, read_records
+from rlhf_jax.data.records import Demonstration
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.runs.folder import RunFolder
@@ -498,7 +499,7 @@ def test_a_page_of_ones_own_with_answers_written(page: Any, tmp_path: Path) -> N
         assert line == ""
     zipfile.ZipFile(tmp_path / "labels.zip").extractall(tmp_path / "export")
     read = read_records(tmp_path / "export" / "demonstrations" / "demonstrations.jsonl", "demonstrations", Ledger())
-    assert {(one.prompt, one.completion) for one in read} == {
+    assert {(one.prompt, one.completion) for one in read if isinstance(one, Demonstration)} == {
         ("Be kind", f"{first[1]} and more"),
         ("Say hi", " Hi!\n**You** there."),
     }

@@ -29,7 +29,7 @@ from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.server import Service, make_app
 from rlhf_jax.feedback.store import Store
-from rlhf_jax.feedback.tasks import make_item, read_tasks
+from rlhf_jax.feedback.tasks import make_item, read_demonstration_tasks, read_tasks
 from rlhf_jax.feedback.win_rates import wilson, win_rates
 from tests.cases import case
 from tests.label_servers import ForkedServer
@@ -629,6 +629,32 @@ def test_a_row_that_cannot_be_labelled_is_named(tmp_path: Path) -> None:
                 read_tasks([path])
 
 
+def test_prompts_whose_answers_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "Hi"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p"},
+        {"prompt": "p", "response": None, "note": 1},
+        {"prompt": chat, "completion": [{"role": "assistant", "content": "Ho"}]},
+        {"prompt": chat, "response": " "},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    text, corrected, empty = read_demonstration_tasks([path])
+    assert (text.prompt, text.responses, text.kind) == ("p", (), "task")
+    assert (corrected.turns, corrected.responses, empty.responses) == ((Message("user", "Hi"),), ("Ho",), ())
+    for row, words in (
+        ({"prompt": ""}, "field 'prompt': expected a prompt to answer, got the text"),
+        ({"text": "p"}, "field 'prompt': expected text or a list of messages, got nothing"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "field 'chosen': expected at most one answer to correct"),
+        ({"prompt": "p", "response": "a", "completion": "a"}, "field 'response': expected either it or 'completion'"),
+        ({"prompt": "p", "response": 5}, "field 'response': expected text or one assistant message, got the number 5"),
+    ):
+        with case(row):
+            path.write_text(json.dumps(row))
+            with pytest.raises(UserError, match=rf"rows\.jsonl:1: {words}"):
+                read_demonstration_tasks([path])
+
+
 def call(*arguments: str) -> tuple[int, str]:
     """(exit status, standard error) of the script in this process."""
     with pytest.raises(SystemExit) as end:
@@ -642,6 +668,12 @@ REFUSED = [
     (("--host", "192.0.2.7"), "give --labeller NAME"),
     (("--host", "::"), "as others can reach the page, got ::"),
     (("--data", "none.jsonl"), "none.jsonl:? .*No such file"),
+    (("--data", "ok.jsonl", "--page", "none.yaml"), "none.yaml: cannot be read: No such file"),
+    (("--data", "ok.jsonl", "--page", "ok.jsonl"), "ok.jsonl: field 'prompt': expected one of the fields title, "),
+    (
+        ("--demonstrations", "ok.jsonl"),
+        "ok.jsonl:1: field 'responses': expected at most one answer to correct, .*--data",
+    ),
     ((), "expected at least 1 item, got none; give --data FILE"),
     (("--run", "runs/a"), "prompts: expected both --run and --prompts or neither, got --run without"),
     (("--run", "a", "--prompts", "p.jsonl"), "expected 2 to 9 responses to a prompt, got 1 runs with 1 samples each"),
