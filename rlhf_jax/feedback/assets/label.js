@@ -117,7 +117,7 @@ async function loadPage() {
   document.title = page.title;
   $("page-title").textContent = page.title;
   show($("guide"), Boolean(page.version));
-  $("guide-text").replaceChildren(said(page.instructions, page.marked));
+  $("guide-text").replaceChildren(...(page.version ? [said(page.instructions, page.marked)] : []));
   show($("by-ratings"), page.scale.points > 0);
   return true;
 }
