@@ -518,6 +518,11 @@ def test_speed_that_nobody_reads_at_and_work_that_is_stuck(store: Store) -> None
         assert (person["on_item"], person["stuck"]) == (waited, stuck)
     (person,) = admin.throughput(store, 1e9 + 2e4)["people"]  # the lease is over: she has left
     assert person["on_item"] is None and not person["stuck"]
+    queue.save_draft(ann, store.items()[0].id, {"seconds": 40}, 1)
+    clock[0] += 1e5  # and comes back, with 40 seconds of work done
+    queue.assign(ann)
+    (person,) = admin.throughput(store, clock[0] + 60)["people"]
+    assert person["on_item"] == 100 and not person["stuck"]
 
 
 def test_win_rates_by_hand() -> None:

@@ -270,8 +270,11 @@ class Queue:
                 break
             lease, live, item, kind, held = row
             if live or kind != "task" or held < self.rules.wanted:
+                # Work on a lapsed item begins anew, but for the time that its draft has taken.
                 self._db.execute(
-                    "UPDATE leases SET live = 1, expires = ? WHERE number = ?", (now + self.rules.lease, lease)
+                    "UPDATE leases SET started = iif(live, started, max(started, ?1 - coalesce(draft ->> '$.seconds', "
+                    "0))), live = 1, expires = ?2 WHERE number = ?3",
+                    (now, now + self.rules.lease, lease),
                 )
                 self.hold(item, 1 - live)
                 return
