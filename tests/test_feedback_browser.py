@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from rlhf_jax.config import ModelConfig, OptimConfig
+from rlhf_jax.data import Ledger, read_records
+from rlhf_jax.data.records import Demonstration
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.runs.folder import RunFolder
@@ -407,6 +409,101 @@ def test_long_prompts_collapse_and_markdown_is_drawn(page: Any, tmp_path: Path) 
         box, last = page.locator("#turns").bounding_box(), page.get_by_text("the question").bounding_box()
         assert box["height"] <= 242 and box["y"] < last["y"] < box["y"] + box["height"] - 20
         assert page.complaints == []
+
+
+GUIDE = """
+title: Which is kinder
+instructions: "# Guide\\n<script>window.hacked=1</script> **Read** both."
+question: Which answer is kinder?
+flags: {rude: Rude}
+scale: {points: 5, labels: {1: Bad, 5: Good}}
+"""
+
+
+def test_a_page_of_ones_own_with_answers_written(page: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.yaml").write_text(GUIDE)
+    (tmp_path / "write.jsonl").write_text('{"prompt": "Say hi"}\n{"prompt": "Correct me", "response": "a typoo"}')
+    flags = ("--page", str(tmp_path / "page.yaml"), "--demonstrations", str(tmp_path / "write.jsonl"))
+    with served(tmp_path, [{"prompt": "Be kind", "responses": ["one", "two"]}], *flags) as server:
+        page.goto(server.links["me"])
+        page.get_by_role("heading", name="Guide").wait_for()
+        assert "<script>" in page.locator("#guide-text").inner_text() and page.evaluate("() => window.hacked") is None
+        press(page, "a")  # nothing is decided behind the instructions
+        page.get_by_role("button", name="Close").click()
+        assert page.get_by_role("heading", name="Which is kinder").is_visible() and judgements(tmp_path) == []
+        assert page.locator("#dock-title").inner_text() == "Which answer is kinder?"
+        assert page.evaluate(AUDIT) == []
+        press(page, "q", "7", "5", "j", "1")
+        page.locator("#answer-0 summary").click()
+        page.get_by_label("Comment on answer A").fill("as if")
+        page.locator("#rationale-note summary").click()
+        page.locator("#rationale").press_sequentially("a b = s z ?")  # letters, not keys of the page
+        page.locator("#demonstration-title").click()
+        first = shown(page)
+        page.get_by_role("button", name="Start from B").click()
+        page.locator("#demonstration").press_sequentially(" and more")
+        assert page.evaluate(AUDIT) == []
+        page.reload()  # the instructions are read; what was written is there
+        page.wait_for_selector(".answer")
+        assert page.locator("#guide-dialog").is_hidden() and page.get_by_text("Started from B.").is_visible()
+        page.get_by_role("button", name="Start from A").click()  # asks before it replaces
+        assert page.locator("#demonstration").input_value() == f"{first[1]} and more"
+        scroll_through(page)
+        page.locator("#left").click()
+        page.get_by_text("Say hi").wait_for()
+        assert page.locator("#answers-part").is_hidden() and page.locator("#submit").is_disabled()
+        page.get_by_label("Write the answer").fill("Hi!")
+        page.keyboard.press("Enter")
+        page.keyboard.type("**You** there.")
+        assert page.evaluate(AUDIT) == []
+        page.locator("#submit").click()
+        page.get_by_text("Correct me").wait_for()
+        assert page.get_by_label("Correct the answer").input_value() == "a typoo"
+        page.get_by_label("Correct the answer").fill("a typo")
+        page.locator("#submit").click()
+        page.get_by_role("heading", name="Nothing more to judge").wait_for()
+        said = judgements(tmp_path)
+        places = own_order(tmp_path, first)
+        assert [one.demonstration for one in said] == [f"{first[1]} and more", "Hi!\n**You** there.", "a typo"]
+        assert said[0].corrects == places.index(1) and said[0].rationale == "a b = s z ?"
+        assert said[0].comments == tuple(("as if", "")[place] for place in places)
+        assert said[0].ratings == tuple((5, 1)[place] for place in places) and sum(map(len, said[0].flags)) == 1
+        assert said[1].ranks == () and (said[2].corrects, said[1].corrects) == (0, None)
+
+        # The admin sees it, uploads, pauses, rejects and exports.
+        page.goto(server.links["admin page"])
+        page.get_by_text("Wrote: a typo").wait_for()
+        assert page.evaluate(AUDIT) == []
+        more = tmp_path / "more.jsonl"
+        more.write_text('{"prompt": "Later", "responses": ["x", "y"]}')
+        page.get_by_label("JSONL file").set_input_files(more)
+        page.get_by_role("button", name="Upload").click()
+        page.get_by_text("more.jsonl: 1 items, 1 of them new.").wait_for()
+        more.write_text("{}")
+        page.get_by_label("JSONL file").set_input_files(more)
+        page.get_by_role("button", name="Upload").click()
+        page.get_by_role("alert").filter(has_text="more.jsonl:1: field 'prompt'").wait_for()
+        page.get_by_role("button", name="Reject", exact=True).first.click()
+        assert page.evaluate(AUDIT) == []
+        page.get_by_label("Reason").fill("still a typo")
+        page.locator("#reject-form button.first").click()
+        page.get_by_text("Wrote: a typo").wait_for(state="detached")
+        page.get_by_role("button", name="Pause").click()
+        page.get_by_role("button", name="Resume").wait_for()
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Export").click()
+        download.value.save_as(tmp_path / "labels.zip")
+        page.goto(server.links["me"])
+        page.get_by_role("heading", name="Your work is paused").wait_for()
+        (line,) = {line for line in page.complaints if "status of 400" not in line} or {""}
+        assert line == ""
+    zipfile.ZipFile(tmp_path / "labels.zip").extractall(tmp_path / "export")
+    read = read_records(tmp_path / "export" / "demonstrations" / "demonstrations.jsonl", "demonstrations", Ledger())
+    assert {(one.prompt, one.completion) for one in read if isinstance(one, Demonstration)} == {
+        ("Be kind", f"{first[1]} and more"),
+        ("Say hi", " Hi!\n**You** there."),
+    }
+    assert json.loads((tmp_path / "export" / "page.json").read_text())["question"] == "Which answer is kinder?"
 
 
 def test_a_server_that_dies_is_waited_for(page: Any, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_mistakes_name_file_and_field(tmp_path: Path) -> None:
     path.write_bytes(b"title: \xff")
     with pytest.raises(UserError, match=r"page\.yaml: expected a file in UTF-8"):
         read_page(path)
-    with pytest.raises(UserError, match="none.yaml: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read: No such file"):
         read_page(tmp_path / "none.yaml")
 
 

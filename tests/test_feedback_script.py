@@ -134,6 +134,7 @@ def test_labels_decide_what_is_asked_next(
 
 MISTAKES = [
     (["agreements"], "unknown command 'agreements'; did you mean agreement?"),
+    (["agreement", "--labels", "x", "--page", "y"], "page: expected none with --labels, as the folder knows its page"),
     (["agreement"], "labels: expected either --labels FOLDER or --items FILE"),
     (["active", "--items", "x", "--out", "y", "--run", "z"], "run: expected two or more reward models"),
     (["active", "--items", "x", "--out", "y"], "features: expected either --features MODEL or --run FOLDER"),

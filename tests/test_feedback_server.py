@@ -29,7 +29,7 @@ from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.server import Service, make_app
 from rlhf_jax.feedback.store import Store
-from rlhf_jax.feedback.tasks import make_item, read_tasks
+from rlhf_jax.feedback.tasks import make_item, read_demonstration_tasks, read_tasks
 from rlhf_jax.feedback.win_rates import wilson, win_rates
 from tests.cases import case
 from tests.label_servers import ForkedServer
@@ -434,6 +434,97 @@ def test_the_admins_figures(running: Running, boss: Client, store: Store) -> Non
     assert figures["win_rates"] == []
 
 
+def test_the_admin_pauses_rejects_and_uploads(running: Running, ann: Client, boss: Client, store: Store) -> None:
+    def summary() -> Any:
+        return json.loads(boss.ask("GET", "/api/admin/summary")[2])
+
+    def person(name: str) -> Any:
+        return next(one for one in summary()["people"] if one["name"] == name)
+
+    task = ann.post("/api/task")[1]["task"]
+    words = {"comments": ["", "odd", ""], "rationale": "why", "demonstration": "better", "corrects": 2}
+    assert ann.post("/api/judgement", judgement(task, **words))[0] == 200
+    (stored,) = store.judgements()
+    assert stored.demonstration == "better" and stored.corrects == list(store.items()[0].responses).index(
+        task["responses"][2]
+    )
+    (latest,) = summary()["latest"]
+    assert (latest["labeller"], latest["rationale"], latest["demonstration"]) == ("ann", "why", "better")
+    second = ann.post("/api/task")[1]["task"]
+    ann.post("/api/judgement", judgement(second, request="r2", ranks=[], skip="private"))
+    assert summary()["skips"]["reasons"] == [["private", 1]] and summary()["skips"]["latest"][0]["labeller"] == "ann"
+
+    # Paused: no work, and what is on the page is neither taken nor lost.
+    third = ann.post("/api/task")[1]["task"]
+    ann.post("/api/draft", {"item": third["id"], "revision": 1, "draft": {"tiers": [[1]]}})
+    assert boss.post("/api/admin/labeller", {"name": "ann", "do": "pause"})[0] == 200 and person("ann")["paused"]
+    assert ann.post("/api/judgement", judgement(third, request="r3"))[0] == 403
+    assert ann.post("/api/undo", {"request": "u"})[0] == 403
+    assert ann.post("/api/draft", {"item": third["id"], "revision": 2, "draft": {"tiers": [[2]]}})[0] == 200
+    page = ann.post("/api/task")[1]
+    assert page["task"] is None and page["labeller"]["paused"] and page["progress"]["left"] == 0
+    assert store.db.execute("SELECT held FROM items WHERE id = ?", (third["id"],)).fetchone() == (0,)
+    boss.post("/api/admin/labeller", {"name": "ann", "do": "resume"})
+    assert ann.post("/api/task")[1]["task"]["draft"] == {"tiers": [[2]]}
+    assert boss.post("/api/admin/labeller", {"name": "boss", "do": "pause"})[0] == 400
+
+    # Rejected: withdrawn with the reason, and asked again; sent twice, done once.
+    body = {"name": "ann", "item": task["id"], "why": "careless", "request": "x1"}
+    assert ann.post("/api/admin/reject", body)[0] == 403
+    for change, status in (({"why": " "}, 400), ({"item": 5}, 400), ({"name": "eve"}, 404), ({"item": "none"}, 409)):
+        assert boss.post("/api/admin/reject", body | change | {"request": "x0"})[0] == status, change
+    assert [boss.post("/api/admin/reject", body) for _ in range(2)] == [(200, {"rejected": 1})] * 2
+    assert store.db.execute("SELECT why, more FROM withdrawn").fetchone()[0] == "rejected: careless"
+    assert boss.post("/api/admin/reject", {"name": "ann", "why": "all", "request": "x2"}) == (200, {"rejected": 1})
+    assert store.judgements() == [] and running.service.queue.judged == 0
+    assert store.db.execute("SELECT id, held FROM items WHERE held > 0").fetchall() == [(third["id"], 1)]
+    left = [third["id"]]
+    ann.post("/api/judgement", judgement(third, request="r4"))
+    for number in range(5):
+        given = ann.post("/api/task")[1]["task"]
+        left.append(given["id"])
+        ann.post("/api/judgement", judgement(given, request=f"again {number}"))
+    assert sorted(left) == sorted(item.id for item in store.items()) and ann.post("/api/task")[1]["task"] is None
+
+    # Uploaded: new items are there at once; a mistake names the file as the admin knows it.
+    def upload(content: bytes, query: str) -> tuple[int, Any]:
+        headers = {"content-type": "application/x-ndjson"}
+        status, _, answer = boss.ask("POST", f"/api/admin/items?{query}", content, headers)
+        return status, json.loads(answer)
+
+    row = b'{"prompt": "new", "responses": ["a", "b"]}\n'
+    assert upload(row * 2, "kind=compare&name=more.jsonl") == (200, {"items": 1, "added": 1})
+    assert ann.post("/api/task")[1]["task"]["turns"][0]["content"] == "new"
+    assert upload(b'{"prompt": "write"}', "kind=write&name=a")[1] == {"items": 1, "added": 1}
+    assert running.service.queue.tasks == 8
+    status, answer = upload(b"{}", "kind=compare&name=../../x/more%20rows.jsonl")
+    assert status == 400 and answer["error"].startswith("_.._x_more_rows.jsonl:1: field 'prompt': expected text or a")
+    assert upload(row, "kind=other")[0] == 400 and upload(b"", "kind=write&name=none.jsonl")[0] == 400
+    assert boss.ask("POST", "/api/admin/items", row)[0] == 415  # JSON is what other posts are
+    assert ann.ask("POST", "/api/admin/items", row, {"content-type": "application/x-ndjson"})[0] == 403
+
+
+def test_speed_that_nobody_reads_at_and_work_that_is_stuck(store: Store) -> None:
+    store.add_items([Item("long", "x" * 300, ("y" * 300, "z" * 400)), Item("other", "p" * 1000, ("a", "b"))])
+    store.record([Judgement("long", "ann", (1, 2), seconds=8.9), Judgement("other", "ann", (1, 2), seconds=9.1)])
+    assert admin.too_fast(8.9, 1000) and not admin.too_fast(9.1, 1000)
+    clock = [1e9]
+    queue = Queue(store, Rules(lease=1e4), lambda: clock[0])
+    (ann,) = store.labellers()
+    queue.assign(ann)
+    for waited, stuck in ((590, False), (610, True)):
+        (person,) = admin.throughput(store, 1e9 + waited)["people"]
+        assert (person["too_fast"], person["paced"]) == (1, 2)
+        assert (person["on_item"], person["stuck"]) == (waited, stuck)
+    (person,) = admin.throughput(store, 1e9 + 2e4)["people"]  # the lease is over: she has left
+    assert person["on_item"] is None and not person["stuck"]
+    queue.save_draft(ann, store.items()[0].id, {"seconds": 40}, 1)
+    clock[0] += 1e5  # and comes back, with 40 seconds of work done
+    queue.assign(ann)
+    (person,) = admin.throughput(store, clock[0] + 60)["people"]
+    assert person["on_item"] == 100 and not person["stuck"]
+
+
 def test_win_rates_by_hand() -> None:
     items = [Item(f"{n}", "p", ("x", "y"), sources=("A", "B") if n % 2 else ("B", "A")) for n in range(4)]
     none: tuple[frozenset[str], ...] = (frozenset(), frozenset())
@@ -548,6 +639,32 @@ def test_a_row_that_cannot_be_labelled_is_named(tmp_path: Path) -> None:
                 read_tasks([path])
 
 
+def test_prompts_whose_answers_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    chat = [{"role": "user", "content": "Hi"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "p"},
+        {"prompt": "p", "response": None, "note": 1},
+        {"prompt": chat, "completion": [{"role": "assistant", "content": "Ho"}]},
+        {"prompt": chat, "response": " "},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    text, corrected, empty = read_demonstration_tasks([path])
+    assert (text.prompt, text.responses, text.kind) == ("p", (), "task")
+    assert (corrected.turns, corrected.responses, empty.responses) == ((Message("user", "Hi"),), ("Ho",), ())
+    for row, words in (
+        ({"prompt": ""}, "field 'prompt': expected a prompt to answer, got the text"),
+        ({"text": "p"}, "field 'prompt': expected text or a list of messages, got nothing"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "field 'chosen': expected at most one answer to correct"),
+        ({"prompt": "p", "response": "a", "completion": "a"}, "field 'response': expected either it or 'completion'"),
+        ({"prompt": "p", "response": 5}, "field 'response': expected text or one assistant message, got the number 5"),
+    ):
+        with case(row):
+            path.write_text(json.dumps(row))
+            with pytest.raises(UserError, match=rf"rows\.jsonl:1: {words}"):
+                read_demonstration_tasks([path])
+
+
 def call(*arguments: str) -> tuple[int, str]:
     """(exit status, standard error) of the script in this process."""
     with pytest.raises(SystemExit) as end:
@@ -561,6 +678,12 @@ REFUSED = [
     (("--host", "192.0.2.7"), "give --labeller NAME"),
     (("--host", "::"), "as others can reach the page, got ::"),
     (("--data", "none.jsonl"), "none.jsonl:? .*No such file"),
+    (("--data", "ok.jsonl", "--page", "none.yaml"), "none.yaml: cannot be read: No such file"),
+    (("--data", "ok.jsonl", "--page", "ok.jsonl"), "ok.jsonl: field 'prompt': expected one of the fields title, "),
+    (
+        ("--demonstrations", "ok.jsonl"),
+        "ok.jsonl:1: field 'responses': expected at most one answer to correct, .*--data",
+    ),
     ((), "expected at least 1 item, got none; give --data FILE"),
     (("--run", "runs/a"), "prompts: expected both --run and --prompts or neither, got --run without"),
     (("--run", "a", "--prompts", "p.jsonl"), "expected 2 to 9 responses to a prompt, got 1 runs with 1 samples each"),

@@ -285,9 +285,9 @@ def test_a_page_of_ones_own_is_kept_with_the_folder(store: Store) -> None:
     store.record([said])
     with pytest.raises(UserError, match="ratings: expected 1 to 5, got 7"):
         store.record([dataclasses.replace(said, item="task1", ratings=(7, 1, 1))])
-    with pytest.raises(UserError, match="page: field 'flags': .*, got none named bad; keep them"):
+    with pytest.raises(UserError, match=r"page: field 'flags': .*, got none named bad; keep them"):
         store.set_page(Page(points=5))
-    with pytest.raises(UserError, match="page: field 'scale.points': expected 5, .*, got 7"):
+    with pytest.raises(UserError, match=r"page: field 'scale.points': expected 5, .*, got 7"):
         store.set_page(dataclasses.replace(page, points=7))
     store.set_page(dataclasses.replace(page, title="Other", flags={"new": "New", "bad": "Very bad"}))
     assert store.page().title == "Other"

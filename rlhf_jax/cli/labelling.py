@@ -87,7 +87,7 @@ def serve(config: Config, store: Store) -> None:
     try:
         import uvicorn
 
-        from rlhf_jax.feedback.server import Service, link, make_app
+        from rlhf_jax.feedback.server import Service, make_app
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed; run: {install_command('ui')}") from None
 
@@ -96,7 +96,7 @@ def serve(config: Config, store: Store) -> None:
         rules = Rules(config.labellers_per_item, config.lease_minutes * 60, config.pass_mark)
         service = Service(store, Queue(store, rules), address)
         for name, token in new_tokens(config, store):
-            print(f"{name}: {link(address, token)}")
+            print(f"{name}: {address.link(token)}")
         print(f"serving {store.folder} at {address.url}; Ctrl-C stops, and nothing is lost", flush=True)
         server = uvicorn.Server(
             uvicorn.Config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,11 @@ RECENT = 2000
 RESAMPLES = 200
 SHOWN = 20
 HOURS = 24
+LATEST = 30
+MOST_CHARACTERS = 100
+"""Characters of prompt and responses per second above which nobody can have read them: 1,000 words a minute."""
+STUCK = (600.0, 5.0)
+"""A labeller is stuck on an item after this number of seconds and this multiple of their own median time."""
 
 
 def throughput(store: Store, now: float) -> dict[str, Any]:
@@ -28,7 +34,7 @@ def throughput(store: Store, now: float) -> dict[str, Any]:
     for (at,) in store.db.execute("SELECT at FROM judgements WHERE at > ? AND skip = ''", (now - HOURS * 3600,)):
         hours[max(HOURS - 1 - int((now - at) // 3600), 0)] += 1
     rows = store.db.execute(
-        "SELECT l.name, l.role, l.screening, count(j.number), coalesce(sum(j.skip <> ''), 0), max(j.at), "
+        "SELECT l.name, l.role, l.screening, l.paused, count(j.number), coalesce(sum(j.skip <> ''), 0), max(j.at), "
         "coalesce(sum(j.at > ? AND j.skip = ''), 0) FROM labellers l LEFT JOIN judgements j ON j.labeller = l.number "
         "GROUP BY l.number ORDER BY l.number",
         (now - 3600,),
@@ -38,13 +44,14 @@ def throughput(store: Store, now: float) -> dict[str, Any]:
             "name": name,
             "role": role,
             "screening": screening,
+            "paused": bool(paused),
             "judged": judged - skipped,
             "skipped": skipped,
             "last": last,
             "last_hour": last_hour,
-            "median_seconds": _median_seconds(store, name),
+            **_pace(store, name, now),
         }
-        for name, role, screening, judged, skipped, last, last_hour in rows
+        for name, role, screening, paused, judged, skipped, last, last_hour in rows
     ]
     return {"hours": hours, "people": people}
 
@@ -132,10 +139,74 @@ def _turned(given: Sequence[Judgement]) -> float:
     return turned / pairs if pairs else 0.0
 
 
-def _median_seconds(store: Store, name: str) -> float | None:
+_LENGTH = (
+    "length(i.content ->> '$.prompt') + (SELECT coalesce(sum(length(r.value)), 0) FROM json_each(i.content, "
+    "'$.responses') r)"
+)
+
+
+def _pace(store: Store, name: str, now: float) -> dict[str, Any]:
+    """Median time of the last 200 judgements, how many were too fast to have been read, and whether work is stuck."""
     rows = store.db.execute(
-        "SELECT seconds FROM judgements WHERE labeller = (SELECT number FROM labellers WHERE name = ?) AND skip = '' "
-        "ORDER BY number DESC LIMIT 200",
+        f"SELECT j.seconds, {_LENGTH} FROM judgements j JOIN items i ON i.number = j.item "
+        "WHERE j.labeller = (SELECT number FROM labellers WHERE name = ?) AND j.skip = '' "
+        "ORDER BY j.number DESC LIMIT 200",
         (name,),
     ).fetchall()
-    return statistics.median(seconds for (seconds,) in rows) if rows else None
+    median = statistics.median(seconds for seconds, _ in rows) if rows else None
+    (started,) = store.db.execute(
+        "SELECT max(x.started) FROM leases x JOIN labellers l ON l.number = x.labeller "
+        "WHERE l.name = ? AND x.live AND x.expires > ?",
+        (name, now),
+    ).fetchone()
+    on_item = None if started is None else now - started
+    return {
+        "median_seconds": median,
+        "too_fast": sum(too_fast(*row) for row in rows),
+        "paced": len(rows),
+        "on_item": on_item,
+        "stuck": on_item is not None and on_item > max(STUCK[0], STUCK[1] * (median or 0.0)),
+    }
+
+
+def too_fast(seconds: float, characters: int) -> bool:
+    """True if nobody can have read so much in this time; the page counts whole seconds, so one more is allowed."""
+    return (seconds + 1) * MOST_CHARACTERS < characters
+
+
+def skips(store: Store, limit: int = LATEST) -> dict[str, Any]:
+    """How often each reason to skip was given, and the latest skips."""
+    reasons = store.db.execute(
+        "SELECT skip, count(*) FROM judgements WHERE skip <> '' GROUP BY skip ORDER BY count(*) DESC, skip LIMIT ?",
+        (limit,),
+    ).fetchall()
+    return {"reasons": reasons, "latest": _latest(store, "j.skip <> ''", limit)}
+
+
+def latest(store: Store, limit: int = LATEST) -> list[dict[str, Any]]:
+    """The latest judgements, without skips and those of the quiz."""
+    return _latest(store, "j.skip = '' AND i.kind <> 'quiz'", limit)
+
+
+def _latest(store: Store, which: str, limit: int) -> list[dict[str, Any]]:
+    rows = store.db.execute(
+        f"SELECT i.id, l.name, i.content ->> '$.prompt', j.ranks, j.skip, j.seconds, j.at, j.more, {_LENGTH} "
+        "FROM judgements j JOIN items i ON i.number = j.item JOIN labellers l ON l.number = j.labeller "
+        f"WHERE {which} ORDER BY j.number DESC LIMIT ?",
+        (limit,),
+    )
+    return [
+        {
+            "item": item,
+            "labeller": name,
+            "prompt": prompt.strip()[-200:],
+            "ranks": json.loads(ranks),
+            "skip": skip,
+            "seconds": seconds,
+            "at": at,
+            "too_fast": not skip and not name.startswith(AI) and too_fast(seconds, characters),
+            **{"comments": [], "rationale": "", "demonstration": ""},
+            **json.loads(more),
+        }
+        for item, name, prompt, ranks, skip, seconds, at, more, characters in rows
+    ]

@@ -78,7 +78,7 @@ CREATE TABLE judgements (
   UNIQUE (item, labeller),
   CHECK (ranks = '[]' OR skip = '')
 ) STRICT;
-CREATE INDEX judgements_of ON judgements (labeller, number);
+CREATE INDEX judgements_of ON judgements (labeller, number, skip);
 CREATE TABLE withdrawn (
   number INTEGER PRIMARY KEY,
   item INTEGER NOT NULL REFERENCES items (number),

@@ -1,5 +1,4 @@
-"""Export of judgements as training data: rankings, comparisons, TRL's preference format, HH-RLHF transcripts, and the
-answers that labellers wrote, as demonstrations.
+"""Export of judgements as training data: rankings, comparisons, TRL's and HH-RLHF's forms, and demonstrations.
 
 An export is a folder with one JSONL file and manifest.json with its SHA-256 and counts; the same judgements give the
 same bytes. Ranks train the reward model, and `ended` tells it which responses were cut; labeller, seconds, ratings,

@@ -71,6 +71,10 @@ class Address:
         host = "localhost" if self.host in ("127.0.0.1", "::1") else self.host
         return self.origin or f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
+    def link(self, token: str) -> str:
+        """A labeller's link. Browsers do not send the part after #, so the token reaches no log and no other site."""
+        return f"{self.url}/#token={token}"
+
     @property
     def private(self) -> bool:
         """True if only this machine can reach the server."""
@@ -147,14 +151,36 @@ async def read_body(request: Request) -> dict[str, Any]:
     Raises:
       Refused: for another content type, too many bytes, or a body that is not a JSON object.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise Refused(415, "content-type: expected application/json")
+    body = await read_bytes(request, "application/json", MOST_BYTES)
+    try:
+        return parse_row(body, "body")
+    except UserError as error:
+        raise Refused(400, str(error)) from None
+
+
+async def read_bytes(request: Request, content_type: str, most: int) -> bytes:
+    """Read the body of a post.
+
+    Raises:
+      Refused: for another content type, or more than `most` bytes.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip() != content_type:
+        raise Refused(415, f"content-type: expected {content_type}")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MOST_BYTES:
-            raise Refused(413, f"body: expected at most {MOST_BYTES} bytes, got more")
-    try:
-        return parse_row(bytes(body), "body")
-    except UserError as error:
-        raise Refused(400, str(error)) from None
+        if len(body) > most:
+            raise Refused(413, f"body: expected at most {most} bytes, got more")
+    return bytes(body)
+
+
+def text_field(body: dict[str, Any], name: str) -> str:
+    """A field of a post with a short text.
+
+    Raises:
+      Refused: if there is none.
+    """
+    value = body.get(name)
+    if not isinstance(value, str) or not 1 <= len(value) <= 100:
+        raise Refused(400, f"{name}: expected text of 1 to 100 characters")
+    return value

@@ -28,6 +28,10 @@ MOST_LEFT = 999
 """Items left for a labeller are counted to this number, which keeps the page fast however many there are."""
 
 
+class Paused(Exception):
+    """A post by a labeller whom the admin has paused; the page keeps what was written."""
+
+
 class Conflict(Exception):
     """A request that conflicts with the current state; the page then asks for the next item."""
 
@@ -103,7 +107,9 @@ class Queue:
         )
 
     def assign(self, labeller: Labeller) -> Assignment | None:
-        """The labeller's current item, or else the next one; None if there is none, or the labeller failed the quiz."""
+        """The labeller's current item, or else the next one; None without one, and for one who failed or is paused."""
+        if labeller.paused:
+            return None
         now = self.clock()
         held = self._held(labeller, now)
         if held is not None:
@@ -134,11 +140,14 @@ class Queue:
 
         Raises:
           Conflict: if the item is not the labeller's, or the request's id was used for another answer.
+          Paused: if the admin has paused the labeller; so does `undo`.
           UserError: for an answer that does not fit the item.
         """
+        if labeller.paused:
+            raise Paused("the admin has paused your work; what you wrote is kept on this page")
         with transaction(self._db):
-            digest = _digest(dataclasses.astuple(answer))
-            earlier = self._earlier(labeller, request, digest)
+            digest = digest_of(dataclasses.astuple(answer))
+            earlier = self.earlier(labeller, request, digest)
             if earlier is not None:
                 return earlier
             now = self.clock()
@@ -152,10 +161,10 @@ class Queue:
             judgement = self._judgement(labeller, item, answer, now, started=lease[1])
             insert_judgement(self._db, number, labeller.number, judgement)
             self._db.execute("DELETE FROM leases WHERE item = ? AND labeller = ?", (number, labeller.number))
-            self._hold(number, (not judgement.skip) - lease[0])
+            self.hold(number, (not judgement.skip) - lease[0])
             screening = self._screen(labeller) if item.kind == "quiz" else labeller.screening
             reply = {"item": item.id, "judged": self._judged_by(labeller), "screening": screening}
-            self._keep(labeller, request, digest, reply)
+            self.keep(labeller, request, digest, reply)
         self.judged += item.kind == "task" and not judgement.skip
         return reply
 
@@ -165,8 +174,10 @@ class Queue:
         Raises:
           Conflict: if there is no judgement, or it belongs to a finished quiz.
         """
+        if labeller.paused:
+            raise Paused("the admin has paused your work")
         with transaction(self._db):
-            earlier = self._earlier(labeller, request, "undo")
+            earlier = self.earlier(labeller, request, "undo")
             if earlier is not None:
                 return earlier
             now = self.clock()
@@ -181,7 +192,7 @@ class Queue:
             item = self._item(number)
             if item.kind == "quiz" and self._screening(labeller) != "open":
                 raise Conflict("the screening questions are over and stay as they are")
-            self._withdraw(judgement, now, "undone")
+            self.withdraw(judgement, now, "undone")
             order = self.order(labeller, item)
             texts = json.loads(more)
             if "comments" in texts:
@@ -200,9 +211,9 @@ class Queue:
                 "VALUES (?, ?, ?, ?, 1, ?, 1)",
                 (number, labeller.number, now - seconds, now + self.rules.lease, json.dumps(draft)),
             )
-            self._hold(number, int(bool(skip)))
+            self.hold(number, int(bool(skip)))
             reply = {"item": item.id, "judged": self._judged_by(labeller), "screening": self._screening(labeller)}
-            self._keep(labeller, request, "undo", reply)
+            self.keep(labeller, request, "undo", reply)
         self.judged -= item.kind == "task" and not skip
         return reply
 
@@ -245,7 +256,7 @@ class Queue:
         lapsed = self._db.execute("SELECT number, item FROM leases WHERE live = 1 AND expires <= ?", (now,)).fetchall()
         for lease, item in lapsed:
             self._db.execute("UPDATE leases SET live = 0 WHERE number = ?", (lease,))
-            self._hold(item, -1)
+            self.hold(item, -1)
 
     def _take_up(self, labeller: Labeller, now: float) -> None:
         """Renew the labeller's newest lease, or else lease the next item if there is one."""
@@ -259,10 +270,13 @@ class Queue:
                 break
             lease, live, item, kind, held = row
             if live or kind != "task" or held < self.rules.wanted:
+                # Work on a lapsed item begins anew, but for the time that its draft has taken.
                 self._db.execute(
-                    "UPDATE leases SET live = 1, expires = ? WHERE number = ?", (now + self.rules.lease, lease)
+                    "UPDATE leases SET started = iif(live, started, max(started, ?1 - coalesce(draft ->> '$.seconds', "
+                    "0))), live = 1, expires = ?2 WHERE number = ?3",
+                    (now, now + self.rules.lease, lease),
                 )
-                self._hold(item, 1 - live)
+                self.hold(item, 1 - live)
                 return
             # Others have judged the item meanwhile.
             self._db.execute("DELETE FROM leases WHERE number = ?", (lease,))
@@ -272,7 +286,7 @@ class Queue:
                 "INSERT INTO leases (item, labeller, started, expires, live) VALUES (?, ?, ?, ?, 1)",
                 (number, labeller.number, now, now + self.rules.lease),
             )
-            self._hold(number, 1)
+            self.hold(number, 1)
 
     def _next(self, labeller: Labeller) -> int | None:
         screening = self._screening(labeller)
@@ -303,8 +317,8 @@ class Queue:
         ).fetchone()
         return None if row is None else int(row[0])
 
-    def _hold(self, item: int, change: int) -> None:
-        """Change an item's number of leases and judgements."""
+    def hold(self, item: int, change: int) -> None:
+        """Change an item's number of leases and judgements, inside the caller's transaction."""
         if change:
             self._db.execute("UPDATE items SET held = held + ? WHERE number = ?", (change, item))
         if change < 0:
@@ -347,7 +361,8 @@ class Queue:
             corrects=None if judgement.corrects is None else order[judgement.corrects],
         )
 
-    def _withdraw(self, judgement: int, now: float, why: str) -> None:
+    def withdraw(self, judgement: int, now: float, why: str) -> None:
+        """Move a judgement to those that were withdrawn, inside the caller's transaction."""
         self._db.execute(
             "INSERT INTO withdrawn (number, item, labeller, ranks, ratings, flags, skip, seconds, at, more, withdrawn, "
             "why) SELECT number, item, labeller, ranks, ratings, flags, skip, seconds, at, more, ?, ? "
@@ -399,7 +414,7 @@ class Queue:
 
     def _left(self, labeller: Labeller) -> int:
         """Number of items that the labeller may still get, with the one on the page; at most MOST_LEFT + 1."""
-        if self._screening(labeller) == "failed":
+        if labeller.paused or self._screening(labeller) == "failed":
             return 0
         unseen = "NOT EXISTS (SELECT 1 FROM judgements j WHERE j.item = i.number AND j.labeller = ?1)"
         return self._count(
@@ -430,7 +445,12 @@ class Queue:
         ).fetchone()
         return item_of(*row)
 
-    def _earlier(self, labeller: Labeller, request: str, digest: str) -> dict[str, Any] | None:
+    def earlier(self, labeller: Labeller, request: str, digest: str) -> dict[str, Any] | None:
+        """The reply to a request that was answered before, None for a new one.
+
+        Raises:
+          Conflict: if the request's id was used for something else.
+        """
         row = self._db.execute(
             "SELECT sha256, answer FROM requests WHERE labeller = ? AND request = ?", (labeller.number, request)
         ).fetchone()
@@ -441,7 +461,8 @@ class Queue:
         reply: dict[str, Any] = json.loads(row[1])
         return reply
 
-    def _keep(self, labeller: Labeller, request: str, digest: str, reply: Mapping[str, Any]) -> None:
+    def keep(self, labeller: Labeller, request: str, digest: str, reply: Mapping[str, Any]) -> None:
+        """Keep the reply to a request, inside the caller's transaction."""
         try:
             self._db.execute(
                 "INSERT INTO requests VALUES (?, ?, ?, ?)", (labeller.number, request, digest, json.dumps(reply))
@@ -470,5 +491,6 @@ def _tiers(ranks: Sequence[int]) -> list[list[int]]:
     return [[place for place, rank in enumerate(ranks) if rank == tier] for tier in sorted(set(ranks))]
 
 
-def _digest(content: object) -> str:
+def digest_of(content: object) -> str:
+    """SHA-256 of a request's content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

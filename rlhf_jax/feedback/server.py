@@ -1,4 +1,4 @@
-"""The labelling server: pages and their assets, a labeller's items and answers, the admin's statistics and export.
+"""The labelling server: pages and their assets, a labeller's items and answers; the admin's are in admin_server.py.
 
 All writes run in the event loop's thread on the store's one connection, for a few milliseconds each; slower statistics
 are computed in another thread on a read-only connection.
@@ -6,13 +6,7 @@ are computed in another thread on a read-only connection.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import io
-import json
-import tempfile
-import time
-import zipfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -26,20 +20,17 @@ from starlette.routing import Route
 
 from rlhf_jax.data.dialogues import is_hh, split_hh
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback import admin
-from rlhf_jax.feedback.export import FORMS, export
-from rlhf_jax.feedback.guard import Address, Guard, Refused, read_body
-from rlhf_jax.feedback.judged import item_row, judgement_row
+from rlhf_jax.feedback.admin_server import admin_routes
+from rlhf_jax.feedback.guard import Address, Guard, Refused, read_body, text_field
 from rlhf_jax.feedback.markdown import markdown_tree
 from rlhf_jax.feedback.page import Page
-from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Queue
+from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Paused, Queue
 from rlhf_jax.feedback.records import Item
 from rlhf_jax.feedback.store import Labeller, Store
 
 ASSETS = Path(__file__).parent / "assets"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 COOKIE_SECONDS = 30 * 24 * 3600
-FRESH_SECONDS = 5.0
 _Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -50,8 +41,6 @@ class Service:
         self.store, self.queue, self.address = store, queue, address
         # Cookies are not separated by port, so folders served on one machine need different names.
         self.cookie = "label_" + hashlib.sha256(store.salt.encode()).hexdigest()[:12]
-        self._drawn: tuple[float, dict[str, Any]] = (0.0, {})
-        self._drawing = asyncio.Lock()
 
     def who(self, request: Request, *roles: str) -> Labeller:
         """The labeller of the request's token or cookie.
@@ -68,15 +57,6 @@ class Service:
         if roles and labeller.role not in roles:
             raise Refused(403, "for the admin only")
         return labeller
-
-    async def figures(self) -> dict[str, Any]:
-        """Agreement, win rates and disagreements, cached for a few seconds."""
-        async with self._drawing:
-            at, drawn = self._drawn
-            if not drawn or time.monotonic() - at > FRESH_SECONDS:
-                drawn = await run_in_threadpool(_draw, self.store)
-                self._drawn = (time.monotonic(), drawn)
-        return drawn
 
 
 def make_app(service: Service) -> Starlette:
@@ -119,7 +99,12 @@ def make_app(service: Service) -> Starlette:
         shown = None if assignment is None else await run_in_threadpool(_page, assignment, markdown)
         return JSONResponse(
             {
-                "labeller": {"name": labeller.name, "role": labeller.role, "screening": labeller.screening},
+                "labeller": {
+                    "name": labeller.name,
+                    "role": labeller.role,
+                    "screening": labeller.screening,
+                    "paused": labeller.paused,
+                },
                 "progress": progress,
                 "task": shown,
             }
@@ -128,7 +113,7 @@ def make_app(service: Service) -> Starlette:
     async def draft(request: Request) -> Response:
         labeller = service.who(request)
         body = await read_body(request)
-        item, revision, content = _text(body, "item"), body.get("revision"), body.get("draft")
+        item, revision, content = text_field(body, "item"), body.get("revision"), body.get("draft")
         if not isinstance(revision, int) or not 0 <= revision < 2**53 or not isinstance(content, dict):
             raise Refused(400, "draft: expected an item, a revision and a draft")
         service.queue.save_draft(labeller, item, content, revision)
@@ -137,55 +122,14 @@ def make_app(service: Service) -> Starlette:
     async def judgement(request: Request) -> Response:
         labeller = service.who(request)
         body = await read_body(request)
-        return JSONResponse(service.queue.judge(labeller, _text(body, "request"), _answer(body, service.queue.page)))
+        return JSONResponse(
+            service.queue.judge(labeller, text_field(body, "request"), _answer(body, service.queue.page))
+        )
 
     async def undo(request: Request) -> Response:
         labeller = service.who(request)
         body = await read_body(request)
-        return JSONResponse(service.queue.undo(labeller, _text(body, "request")))
-
-    async def summary(request: Request) -> Response:
-        service.who(request, "admin")
-
-        def draw() -> dict[str, Any]:
-            with _reader(service.store) as store:
-                wanted = service.queue.rules.wanted
-                return {**admin.throughput(store, time.time()), "progress": admin.progress(store, wanted)}
-
-        figures = await run_in_threadpool(draw)
-        quiz = service.queue.quizzes > 0
-        marks = {person.name: service.queue.quiz_mark(person) for person in service.store.labellers() if quiz}
-        for person in figures["people"]:
-            person["quiz"] = marks.get(person["name"])
-        return JSONResponse(figures | {"labellers_per_item": service.queue.rules.wanted})
-
-    async def figures(request: Request) -> Response:
-        service.who(request, "admin")
-        return JSONResponse(await service.figures())
-
-    async def labeller(request: Request) -> Response:
-        service.who(request, "admin")
-        body = await read_body(request)
-        name, deed = _text(body, "name"), _text(body, "do")
-        known = {labeller.name: labeller for labeller in service.store.labellers()}
-        if deed == "add":
-            person = service.store.add_labeller(name)
-        elif name not in known:
-            raise Refused(404, "there is no such labeller")
-        else:
-            person = known[name]
-        if deed == "revoke":
-            service.store.revoke(person)
-            return JSONResponse({"name": name})
-        if deed not in ("add", "link") or person.role == "model":
-            raise Refused(400, "do: expected add, link or revoke, of a person")
-        return JSONResponse({"name": name, "link": link(service.address, service.store.new_token(person))})
-
-    async def export(request: Request) -> Response:
-        service.who(request, "admin")
-        content = await run_in_threadpool(_export, service.store)
-        headers = {"content-disposition": 'attachment; filename="labels.zip"'}
-        return Response(content, media_type="application/zip", headers=headers)
+        return JSONResponse(service.queue.undo(labeller, text_field(body, "request")))
 
     routes = [
         Route("/api/login", log_in, methods=["POST"]),
@@ -195,10 +139,7 @@ def make_app(service: Service) -> Starlette:
         Route("/api/draft", draft, methods=["POST"]),
         Route("/api/judgement", judgement, methods=["POST"]),
         Route("/api/undo", undo, methods=["POST"]),
-        Route("/api/admin/summary", summary),
-        Route("/api/admin/figures", figures),
-        Route("/api/admin/labeller", labeller, methods=["POST"]),
-        Route("/api/admin/export", export),
+        *admin_routes(service),
         Route("/", _asset("label.html")),
         Route("/admin", _asset("admin.html")),
         *(
@@ -210,13 +151,15 @@ def make_app(service: Service) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, address=service.address)],
-        exception_handlers={Refused: _refused, Conflict: _conflict, UserError: _mistake, 404: _nothing, 405: _nothing},
+        exception_handlers={
+            Refused: _refused,
+            Paused: _paused,
+            Conflict: _conflict,
+            UserError: _mistake,
+            404: _nothing,
+            405: _nothing,
+        },
     )
-
-
-def link(address: Address, token: str) -> str:
-    """A labeller's link. Browsers do not send the part after #, so the token reaches no log and no other site."""
-    return f"{address.url}/#token={token}"
 
 
 def _asset(name: str) -> _Handler:
@@ -291,7 +234,7 @@ def _answer(body: dict[str, Any], page: Page) -> Answer:
     if corrects is not None and not _whole(corrects):
         raise Refused(400, "corrects: expected a whole number or null")
     return Answer(
-        item=_text(body, "item"),
+        item=text_field(body, "item"),
         ranks=tuple(ranks),
         ratings=tuple(ratings),
         flags=tuple(tuple(names) for names in flags),
@@ -303,61 +246,17 @@ def _answer(body: dict[str, Any], page: Page) -> Answer:
     )
 
 
-def _text(body: dict[str, Any], name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str) or not 1 <= len(value) <= 100:
-        raise Refused(400, f"{name}: expected text of 1 to 100 characters")
-    return value
-
-
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-class _reader:
-    """A read-only connection for the current thread."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store.beside()
-
-    def __enter__(self) -> Store:
-        return self._store
-
-    def __exit__(self, *_: object) -> None:
-        self._store.close()
-
-
-def _draw(store: Store) -> dict[str, Any]:
-    with _reader(store) as reader:
-        items, judgements = admin.recent(reader)
-        flag_names = tuple(reader.page().flags)
-    return admin.agreement(items, judgements, flag_names) | {"disagreements": admin.disagreements(items, judgements)}
-
-
-def _export(store: Store) -> bytes:
-    """A zip archive of every form of export and all records as JSONL; the same judgements give the same bytes."""
-    with _reader(store) as reader:
-        items, judgements = reader.items(), reader.judgements()
-    with tempfile.TemporaryDirectory() as folder:
-        for form in FORMS:
-            export(items, judgements, Path(folder, form), form=form)
-        for name, rows in (("items", map(item_row, items)), ("judgements", map(judgement_row, judgements))):
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            Path(folder, f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
-            for path in sorted(Path(folder).rglob("*")):
-                if path.is_file():
-                    # A fixed date makes the archive of the same files identical.
-                    entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
-                    entry.compress_type = zipfile.ZIP_DEFLATED
-                    files.writestr(entry, path.read_bytes())
-        return archive.getvalue()
 
 
 async def _refused(_: Request, error: Exception) -> Response:
     status = error.status if isinstance(error, Refused) else 400
     return JSONResponse({"error": str(error)}, status)
+
+
+async def _paused(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 403)
 
 
 async def _conflict(_: Request, error: Exception) -> Response:

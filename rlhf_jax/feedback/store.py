@@ -32,12 +32,21 @@ _NAME = re.compile(r"[\w.@+ -]{1,80}")
 
 @dataclasses.dataclass(frozen=True)
 class Labeller:
-    """A person or a model; `screening` is "open" until the quiz is finished, then "passed" or "failed"."""
+    """A person or a model.
+
+    Attributes:
+      number: in the database.
+      name: as the admin gave it.
+      role: of the account.
+      screening: "open" until the quiz is finished, then "passed" or "failed".
+      paused: 1 if the admin gives the labeller no work for now.
+    """
 
     number: int
     name: str
     role: Role
     screening: str
+    paused: int = 0
 
 
 class Store:
@@ -170,11 +179,11 @@ class Store:
                         self.db.execute("UPDATE items SET held = held + 1 WHERE number = ?", (row[0],))
                     added += 1
                 elif (stored := _judgement_of(*found)) != judgement:
-                    field = next(name for name, value in vars(judgement).items() if vars(stored)[name] != value)
+                    field = next(name for name in vars(stored) if vars(stored)[name] != vars(judgement)[name])
                     raise UserError(
                         f"item {judgement.item}: field {field!r}: expected the judgement by {judgement.labeller} as "
-                        f"stored, got another: {vars(judgement)[field]!r}, stored is {vars(stored)[field]!r}; record it "
-                        "under another labeller's name, or reject the stored one on the admin's page first"
+                        f"stored, got another: {vars(judgement)[field]!r}, stored is {vars(stored)[field]!r}; record "
+                        "it under another labeller's name, or reject the stored one on the admin's page first"
                     )
         return added
 
@@ -218,7 +227,7 @@ class Store:
 
     def labellers(self) -> list[Labeller]:
         """All labellers, in the order in which they were added."""
-        rows = self.db.execute("SELECT number, name, role, screening FROM labellers ORDER BY number")
+        rows = self.db.execute("SELECT number, name, role, screening, paused FROM labellers ORDER BY number")
         return [Labeller(*row) for row in rows]
 
     def new_token(self, labeller: Labeller) -> str:
@@ -241,8 +250,8 @@ class Store:
         """The labeller that a token belongs to, None for an unknown token."""
         # The look-up is by hash, so its duration reveals nothing about valid tokens.
         row = self.db.execute(
-            "SELECT l.number, l.name, l.role, l.screening FROM tokens t JOIN labellers l ON l.number = t.labeller "
-            "WHERE t.sha256 = ?",
+            "SELECT l.number, l.name, l.role, l.screening, l.paused FROM tokens t "
+            "JOIN labellers l ON l.number = t.labeller WHERE t.sha256 = ?",
             (_hash(token),),
         ).fetchone()
         return None if row is None else Labeller(*row)
@@ -252,7 +261,9 @@ class Store:
             "INSERT INTO labellers (name, role, added) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
             (name, role, time.time()),
         )
-        row = self.db.execute("SELECT number, name, role, screening FROM labellers WHERE name = ?", (name,)).fetchone()
+        row = self.db.execute(
+            "SELECT number, name, role, screening, paused FROM labellers WHERE name = ?", (name,)
+        ).fetchone()
         labeller = Labeller(*row)
         if labeller.role != role:
             raise UserError(f"labeller {name!r}: expected the role {labeller.role}, as stored, got {role}")

@@ -8,7 +8,7 @@ const percent = (value) => (value === null || value === undefined ? "–" : `${(
 const fixed = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
 const interval = (one) => (one ? `95%: ${percent(one.low)} to ${percent(one.high)}` : "too few shared items yet");
 const range = (one) => (one ? `95%: ${fixed(one.low)} to ${fixed(one.high)}` : "");
-const words = { fails_instruction: "Fails the instruction", hallucination: "Hallucination", harmful: "Harmful", inappropriate: "Inappropriate", bad_advice: "Advice it should not give", other: "Other problem" };
+let words = {}; // of each flag
 
 function rows(id, heads, body) {
   const cell = (value, place) => (value instanceof Node && value.tagName === "TD" ? value : make(place ? "td" : "th", place ? {} : { scope: "row" }, value));
@@ -25,6 +25,7 @@ function card(title, value, note) {
 
 let summary = null;
 let figures = null;
+let doomed = null; // whose judgement, of which item (null for all), is about to be rejected
 
 function drawCards() {
   const { progress, people } = summary;
@@ -69,14 +70,50 @@ function drawPeople() {
     const other = figures?.agreement.labellers[person.name];
     const button = make("button", { type: "button" }, "New link");
     button.addEventListener("click", () => giveLink(person.name, "link"));
+    const pause = make("button", { type: "button" }, person.paused ? "Resume" : "Pause");
+    pause.addEventListener("click", () => change(person.name, person.paused ? "resume" : "pause"));
+    const deeds = [person.role === "model" ? null : button, person.role === "labeller" ? pause : null, person.judged + person.skipped ? rejecting(person.name, null, "Reject all") : null];
     const quiz = person.quiz === null || person.quiz === undefined || person.screening === "open" ? "–" : `${percent(person.quiz)} ${person.screening}`;
     return [
       person.name, person.role, number(person.judged), number(person.skipped), number(person.last_hour),
       person.median_seconds === null ? "–" : `${person.median_seconds.toFixed(1)} s`, percent(other?.agreement?.value), percent(other?.gold?.value), quiz, ago(person.last),
-      person.role === "model" ? "" : button,
+      person.role === "model" ? "" : mark(person.too_fast > 0, person.paced ? `${number(person.too_fast)} of ${number(person.paced)}` : "–"), now(person),
+      make("td", {}, ...deeds),
     ];
   });
-  rows("people", ["Name", "Role", "Judged", "Skipped", "Last hour", "Median time", "With others", "With gold", "Quiz", "Last seen", ""], body);
+  rows("people", ["Name", "Role", "Judged", "Skipped", "Last hour", "Median time", "With others", "With gold", "Quiz", "Last seen", "Too fast to read", "Now", ""], body);
+}
+
+// Marked in words as well as by colour.
+const mark = (marked, text) => (marked ? make("span", { class: "cell level-0" }, text) : text);
+
+function now(person) {
+  if (person.paused) return mark(true, "paused");
+  if (person.on_item === null) return "–";
+  const minutes = Math.round(person.on_item / 60);
+  return mark(person.stuck, person.stuck ? `stuck for ${minutes} min` : minutes < 1 ? "working" : `on an item for ${minutes} min`);
+}
+
+function rejecting(name, item, title = "Reject") {
+  const button = make("button", { type: "button" }, title);
+  button.addEventListener("click", () => {
+    doomed = { name, item };
+    $("why").value = "";
+    $("reject-words").textContent = item === null ? `All judgements and skips by ${name}, but those of the quiz, go back into the queue. To give the work to others, pause ${name} first.` : `The judgement by ${name} goes back into the queue.`;
+    $("reject-dialog").showModal();
+  });
+  return button;
+}
+
+function drawLatest() {
+  const texts = (one) => [...one.comments.map((text, place) => (text ? `${letter(place)}: ${text}` : "")), one.rationale ? `Why: ${one.rationale}` : "", one.demonstration ? `Wrote: ${one.demonstration}` : ""].filter(Boolean).join(" · ");
+  const text = (words) => make("td", { class: "text" }, words);
+  rows("latest", ["Labeller", "When", "Time", "Prompt", "Order", "Comments, reasons, answer", ""], summary.latest.map((one) => [
+    one.labeller, ago(one.at), mark(one.too_fast, `${one.seconds.toFixed(0)} s${one.too_fast ? ", too fast" : ""}`), text(one.prompt), order(one.ranks) || "–", text(texts(one)), make("td", {}, rejecting(one.labeller, one.item)),
+  ]));
+  show($("skipped"), summary.skips.latest.length > 0);
+  $("skip-reasons").textContent = summary.skips.reasons.map(([reason, count]) => `${reason}: ${number(count)}`).join("; ");
+  rows("skips", ["Labeller", "When", "Prompt", "Reason", ""], summary.skips.latest.map((one) => [one.labeller, ago(one.at), text(one.prompt), text(one.skip), make("td", {}, rejecting(one.labeller, one.item, "Ask again"))]));
 }
 
 function drawAgreement() {
@@ -115,14 +152,14 @@ function drawWins() {
 function drawDisagreements() {
   const opened = new Set([...document.querySelectorAll(".case[open]")].map((one) => one.dataset.item));
   const cases = figures.disagreements.map((one) => {
-    const people = one.judgements.map((judgement) => `${judgement.labeller}: ${order(judgement.ranks)}`);
+    const people = one.judgements.map((judgement) => make("p", {}, `${judgement.labeller}: ${order(judgement.ranks)}${judgement.rationale ? ` (${judgement.rationale})` : ""} `, rejecting(judgement.labeller, one.id)));
     const answers = one.responses.map((text, place) => {
-      const said = one.judgements.flatMap((j) => [j.ratings[place] ? `${j.labeller} rated ${j.ratings[place]}` : "", ...(j.flags[place] ?? []).map((flag) => `${j.labeller}: ${words[flag]}`)]).filter(Boolean);
+      const said = one.judgements.flatMap((j) => [j.ratings[place] ? `${j.labeller} rated ${j.ratings[place]}` : "", j.comments[place] ? `${j.labeller}: ${j.comments[place]}` : "", ...(j.flags[place] ?? []).map((flag) => `${j.labeller}: ${words[flag]}`)]).filter(Boolean);
       return make("div", {}, make("h3", {}, letter(place), make("small", {}, ` ${[one.sources[place], ...said].filter(Boolean).join(" · ")}`)), make("p", { class: "said", dir: "auto" }, text || "(an empty answer)"));
     });
     const given = one.turns.length ? one.turns : [{ role: "text", content: one.prompt }];
     const summaryLine = make("summary", {}, make("b", {}, percent(one.disagreement)), make("span", {}, given.at(-1).content.trim().slice(0, 200)));
-    return make("details", { class: "case", data: { item: one.id }, open: opened.has(one.id) }, summaryLine, make("div", {}, ...turns(given), make("h3", {}, "Rankings, best first"), ...people.map((line) => make("p", {}, line)), ...answers));
+    return make("details", { class: "case", data: { item: one.id }, open: opened.has(one.id) }, summaryLine, make("div", {}, ...turns(given), make("h3", {}, "Rankings, best first"), ...people, ...answers));
   });
   $("disagreements").replaceChildren(...(cases.length ? cases : [make("p", { class: "empty" }, "None: no two people rank an item differently.")]));
 }
@@ -142,12 +179,40 @@ async function giveLink(name, deed) {
   return refresh();
 }
 
+async function change(name, deed) {
+  const { status, body } = await post("/api/admin/labeller", { name, do: deed, request: newId() });
+  if (status !== 200) return trouble(body.error);
+  return refresh();
+}
+
+async function reject(why) {
+  const { status, body } = await post("/api/admin/reject", { ...doomed, why, request: newId() });
+  if (status !== 200) return trouble(body.error);
+  return refresh();
+}
+
+async function upload(file) {
+  show($("uploaded"), false);
+  const query = new URLSearchParams({ kind: $("kind").value, name: file.name });
+  try {
+    const { status, body } = await ask(`/api/admin/items?${query}`, { method: "POST", headers: { "content-type": "application/x-ndjson" }, body: file });
+    if (status !== 200) return trouble(body.error);
+    show($("uploaded"), true);
+    $("uploaded").textContent = `${file.name}: ${number(body.items)} items, ${number(body.added)} of them new.`;
+    $("upload").reset();
+  } catch {
+    return trouble("The upload failed; try again.");
+  }
+  return refresh();
+}
+
 async function refresh() {
   try {
     const [first, second] = await Promise.all([ask("/api/admin/summary"), ask("/api/admin/figures")]);
     if (first.status !== 200) return trouble(first.body.error);
     if (second.status !== 200) return trouble(second.body.error);
     [summary, figures] = [first.body, second.body];
+    words = summary.flags;
     trouble("");
   } catch {
     return trouble("The server does not answer; retrying.");
@@ -155,6 +220,7 @@ async function refresh() {
   drawCards();
   drawHours();
   drawPeople();
+  drawLatest();
   drawAgreement();
   drawWins();
   drawDisagreements();
@@ -163,6 +229,16 @@ async function refresh() {
 $("add").addEventListener("submit", (event) => {
   event.preventDefault();
   giveLink($("name").value.trim(), "add");
+});
+$("reject-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  $("reject-dialog").close();
+  reject($("why").value.trim());
+});
+$("reject-cancel").addEventListener("click", () => $("reject-dialog").close());
+$("upload").addEventListener("submit", (event) => {
+  event.preventDefault();
+  upload($("file").files[0]);
 });
 setInterval(() => document.visibilityState === "visible" && refresh(), 15_000);
 refresh();

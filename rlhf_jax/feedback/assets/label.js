@@ -117,7 +117,7 @@ async function loadPage() {
   document.title = page.title;
   $("page-title").textContent = page.title;
   show($("guide"), Boolean(page.version));
-  $("guide-text").replaceChildren(said(page.instructions, page.marked));
+  $("guide-text").replaceChildren(...(page.version ? [said(page.instructions, page.marked)] : []));
   show($("by-ratings"), page.scale.points > 0);
   return true;
 }
@@ -139,8 +139,10 @@ function progress({ progress: figures }) {
 
 function finished({ labeller, progress: figures }) {
   const failed = labeller.screening === "failed";
-  $("done-title").textContent = failed ? "Thank you for trying" : "Nothing more to judge";
-  $("done-words").textContent = failed
+  $("done-title").textContent = labeller.paused ? "Your work is paused" : failed ? "Thank you for trying" : "Nothing more to judge";
+  $("done-words").textContent = labeller.paused
+    ? "The admin has paused your work. What you have written so far is kept. If you think that is a mistake, contact the person who gave you the link."
+    : failed
     ? "Your answers to the screening questions differ too much from the reference answers, so there are no items for you. If you think that is a mistake, contact the person who gave you the link."
     : `You have judged ${number(figures.mine)}. Thank you. Items held by others may become available later.`;
   $("done-title").tabIndex = -1;
