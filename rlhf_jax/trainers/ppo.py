@@ -133,7 +133,7 @@ def run(
         inputs["columns"] = fingerprint_of([Text(str(sorted(prompt.columns.items()))) for prompt in prompts])
     rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
     refuse_empty(rows, "prompts", ledger)
-    rewards = None if terms is None else _rewards_of(functions, terms, rows, config.reward_timeout)
+    rewards = None if terms is None else rewards_of(functions, terms, rows, config.reward_timeout)
     policy, scorer = starts(config, source, reward_model)
     folder = create_run(
         config,
@@ -188,7 +188,7 @@ def run(
         frozen=(frozen,),
         host_step=None
         if rewards is None
-        else _host_step(
+        else host_step(
             lambda axis: make_sampling(networks, config, **ids, axis_name=axis),
             rewards,
             rows,
@@ -281,7 +281,7 @@ def _reward_model(config: Config, source: Source) -> Source | None:
     return reward_model
 
 
-def _rewards_of(functions: Sequence[RewardFunction], terms: Terms, rows: PromptRows, timeout: float) -> RewardFunctions:
+def rewards_of(functions: Sequence[RewardFunction], terms: Terms, rows: PromptRows, timeout: float) -> RewardFunctions:
     """The functions on the prompts that were kept."""
     records: Sequence[Prompt] = rows.sources
     return RewardFunctions(
@@ -313,7 +313,7 @@ class _NumberedRows:
         return self.rows.batch(indices, among), indices.astype(np.int32)
 
 
-def _host_step(
+def host_step(
     make: Callable[[str | None], Callable[..., Generation]],
     rewards: RewardFunctions,
     rows: PromptRows,
