@@ -259,7 +259,8 @@ def _reward(
         return config, [], None
     names = (*config.reward_function, *map(spec_of, given))
     terms = make_terms(functions, config.reward_weights, model=bool(config.reward))
-    return dataclasses.replace(config, reward_function=names), functions, terms
+    # Written out, for the run's config.json.
+    return dataclasses.replace(config, reward_function=names, reward_weights=terms.weights), functions, terms
 
 
 def _reward_model(config: Config, source: Source) -> Source | None:
