@@ -61,7 +61,7 @@ def compose(
       axis_name: mapped axis over which the rows are split; the means are then shares, to be summed over it.
 
     Returns:
-      (reward [B], {"reward/NAME": mean of the term over the responses that it applies to}).
+      (reward [B], {"reward/NAME": mean of the term over the responses that it applies to, 0 if to none}).
     """
     columns = [] if model_B is None else [(model_B, jnp.ones(model_B.shape, bool))]
     columns += [(value_BN[:, n], ~jnp.isnan(value_BN[:, n])) for n in range(value_BN.shape[1])]

@@ -15,6 +15,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.logprobs import last_token_scores, response_losses
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.parallel.mesh import copied, jit_update, make_mesh, place
+from rlhf_jax.rewards import Terms
 from rlhf_jax.stages import ppo
 from rlhf_jax.stages.ppo import Frozen, Networks, make_rollout, sample, score
 from tests.cases import case
@@ -46,6 +47,8 @@ SETTINGS = ppo.Config(
 )
 TEXT = TokenBatch(jnp.arange(56).reshape(8, 7) % 11, jnp.ones((8, 7), jnp.int32), jnp.ones((8, 7), bool))
 BATCH = ppo.Batch(PROMPTS, TEXT)
+# Of a reward function, which does not apply to the third row.
+VALUES = np.where(np.arange(ROWS) == 2, np.nan, np.arange(ROWS))[:, None].astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +72,19 @@ def collector() -> Any:
         ids: dict[str, Any] = {"eos_id": EOS, "pad_id": PAD}
         sampled = sample(NETWORKS.policy, params["policy"], PROMPTS, key, config, **ids)
 
-        def scored(missing_end: Any, parts: int = 1) -> Any:
+        def scored(missing_end: Any, parts: int = 1, frozen: Frozen = frozen, **terms: Any) -> Any:
             settings = dataclasses.replace(config, missing_end=missing_end)
-            return score(NETWORKS, params, frozen, PROMPTS, sampled, kl_coef, settings, eos_id=EOS, parts=parts)
+            rest: dict[str, Any] = {"eos_id": EOS, "parts": parts, **terms}
+            return score(NETWORKS, params, frozen, PROMPTS, sampled, kl_coef, settings, **rest)
 
         ways: tuple[Any, ...] = ("keep", "replace", "subtract")
-        return {way: scored(way) for way in ways} | {"in parts": scored("keep", 4)}
+        with_model: dict[str, Any] = {"terms": Terms(("model", "f"), (2.0, 3.0)), "value_BN": VALUES}
+        alone: dict[str, Any] = {"terms": Terms(("f",), (3.0,)), "value_BN": VALUES}
+        return {way: scored(way) for way in ways} | {
+            "in parts": scored("keep", 4),
+            "composed": scored("subtract", **with_model),
+            "function": scored("replace", frozen=dataclasses.replace(frozen, reward=None), **alone),
+        }
 
     return jax.jit(run)
 
@@ -127,6 +137,19 @@ def test_a_missing_end_is_penalised_as_named(networks_params: tuple) -> None:
     np.testing.assert_allclose(replaced.score_B, np.where(ended, kept.score_B, -1.5), atol=1e-6)
     subtracted, _ = rolled(networks_params, "subtract")
     np.testing.assert_allclose(subtracted.score_B, kept.score_B - 1.5 * ~ended, atol=1e-6)
+
+
+def test_a_composed_score_is_that_of_its_row(networks_params: tuple) -> None:
+    (kept, _), (composed, metrics) = (rolled(networks_params, way) for way in ("keep", "composed"))
+    ended = (kept.tokens_BT[:, 5:] == EOS).any(axis=1) & kept.response_mask_BR.any(axis=1)
+    added = np.where(np.isnan(VALUES[:, 0]), 0.0, 3 * VALUES[:, 0])
+    assert 0 < ended.sum() < ROWS
+    np.testing.assert_allclose(composed.score_B, 2 * kept.score_B + added - np.where(ended, 0, 1.5), rtol=1e-5)
+    assert metrics["reward/model"] == pytest.approx(kept.score_B.mean(), rel=1e-5)
+    assert metrics["reward/f"] == pytest.approx(np.nanmean(VALUES))
+    function, metrics = rolled(networks_params, "function")
+    np.testing.assert_allclose(function.score_B, np.where(ended, added, -1.5), rtol=1e-6)
+    assert "reward/model" not in metrics
 
 
 def test_a_rollout_of_the_reference_itself(networks_params: tuple) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,7 @@ def test_a_function_alone_is_the_reward(alone: tuple[Heard, Any]) -> None:
     first = next(prompt for prompt, _, _ in heard.calls[0] if number(prompt) == 6)
     assert first == [{"role": "user", "content": "say 6"}]
     about = RunFolder.open(done.run.path, stages=("ppo",))
-    assert about.config["reward_function"] == [f"{__name__}:Heard"]
+    assert (about.config["reward_function"], about.config["reward_weights"]) == ([f"{__name__}:Heard"], [1.0])
     assert "reward" not in about.inputs and {"reward_functions", "columns"} <= set(about.inputs)
     assert done.summary["first_score"] == rows[0]["score"]
 
@@ -119,6 +121,8 @@ def test_eight_devices_give_the_function_what_one_does(folder: Path, alone: tupl
     # Under jit the samples are those of one device; pmap's devices have keys of their own.
     assert calls["jit"] == calls["one"] and metrics["jit"]["score"] == metrics["one"]["score"]
     assert [prompt for prompt, _, _ in calls["pmap"]] == [prompt for prompt, _, _ in calls["one"]]
+    # The update's own log-probabilities of what was sampled: each response went back to its prompt.
+    assert all(found["sampler_logp_error"] < 1e-5 for found in metrics.values())
     values = [number(prompt) + 100.0 * len(text) for prompt, text, _ in calls["pmap"]]
     assert metrics["pmap"]["score"] == metrics["pmap"]["reward/Heard"] == pytest.approx(np.mean(values))
 
@@ -198,6 +202,22 @@ def test_settings_that_do_not_fit_are_refused(folder: Path) -> None:
     for settings in ({"reward_timeout": -1.0}, {"reward_timeout": float("inf")}, {"reward_weights": (float("nan"),)}):
         with case(settings), pytest.raises(UserError, match=next(iter(settings))):
             config(folder, "refused", **settings)
+
+
+def test_the_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parents[1] / "examples" / "ppo_with_your_reward.py"
+    functions = runpy.run_path(str(example))
+    completions = [" 5.", " 15", "no"]
+    assert functions["exact"](["2 + 3 ="] * 3, completions, ["5"] * 3) == [1.0, 0.0, 0.0]
+    assert functions["digits"](completions) == pytest.approx([1 / 3, 2 / 3, 0])
+    assert functions["short"](completions) == [-0.03, -0.03, -0.02]
+    out = folder / "sums"
+    monkeypatch.setattr(sys, "argv", ["example", str(folder / "sft"), "--out", str(out), "--steps", "1"])
+    runpy.run_path(str(example), run_name="__main__")
+    assert "last_score" in capsys.readouterr().out
+    (row,) = read_rows(out / "metrics.jsonl")
+    total = row["reward/exact"] + 0.5 * row["reward/digits"] + 0.1 * row["reward/short"]
+    assert row["score"] == pytest.approx(total, abs=1e-6) and row["reward/short"] < 0
 
 
 def test_an_ended_response_has_no_special_tokens_in_its_text() -> None:

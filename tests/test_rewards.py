@@ -203,6 +203,8 @@ def test_a_function_is_known_by_its_code() -> None:
     moved = written("\n\n# a comment\ndef f(c):\n  return [x in {'c', 'b', 'a'} for x in c]\n", "b.py")
     other = written("def f(c):\n  return [x in {'a', 'b'} for x in c]\n")
     assert fingerprint([one]) == fingerprint([moved]) != fingerprint([other])
+    inverse = written("def f(c):\n  return [x not in {'a', 'b', 'c'} for x in c]\n")
+    assert fingerprint([inverse]) != fingerprint([one])
     assert fingerprint([one, other]) != fingerprint([other, one])
     assert spec_of(functools.partial(one, 1)) == "m:f" and spec_of(Named()).endswith("test_rewards:Named")
     assert fingerprint([Named(), len])

@@ -158,7 +158,7 @@ def run(
         inputs["columns"] = fingerprint_of([Text(str(sorted(prompt.columns.items()))) for prompt in prompts])
     rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
     refuse_empty(rows, "prompts", ledger)
-    rewards = None if terms is None else _rewards_of(functions, terms, rows, config.reward_timeout)
+    rewards = None if terms is None else rewards_of(functions, terms, rows, config.reward_timeout)
     policy, scorer = starts(config, source, reward_model)
     reference = policy.params
     if config.reference:
@@ -230,7 +230,7 @@ def run(
         frozen=(frozen,),
         host_step=None
         if rewards is None
-        else _host_step(
+        else host_step(
             lambda axis: make_sampling(networks, config, **ids, axis_name=axis),
             rewards,
             rows,
@@ -389,7 +389,8 @@ def _reward(
         return config, [], None
     names = (*config.reward_function, *map(spec_of, given))
     terms = make_terms(functions, config.reward_weights, model=bool(config.reward))
-    return dataclasses.replace(config, reward_function=names), functions, terms
+    # Written out, for the run's config.json.
+    return dataclasses.replace(config, reward_function=names, reward_weights=terms.weights), functions, terms
 
 
 def _reward_model(config: Config, source: Source) -> Source | None:
@@ -408,7 +409,7 @@ def _reward_model(config: Config, source: Source) -> Source | None:
     return reward_model
 
 
-def _rewards_of(functions: Sequence[RewardFunction], terms: Terms, rows: PromptRows, timeout: float) -> RewardFunctions:
+def rewards_of(functions: Sequence[RewardFunction], terms: Terms, rows: PromptRows, timeout: float) -> RewardFunctions:
     """The functions on the prompts that were kept."""
     records: Sequence[Prompt] = rows.sources
     return RewardFunctions(
@@ -440,7 +441,7 @@ class _NumberedRows:
         return self.rows.batch(indices, among), indices.astype(np.int32)
 
 
-def _host_step(
+def host_step(
     make: Callable[[str | None], Callable[..., Generation]],
     rewards: RewardFunctions,
     rows: PromptRows,
