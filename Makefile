@@ -68,5 +68,5 @@ lock: setup ## resolve requirements.lock and requirements-docs.lock anew from py
 	  --extra docs --constraint requirements.lock pyproject.toml | grep -vxFf requirements.lock >requirements-docs.lock
 
 clean: ## remove the environments and every cache; runs/ stays
-	@rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jax_cache build dist *.egg-info
+	@rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .jax_cache build dist docs/notebooks *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

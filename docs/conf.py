@@ -45,6 +45,8 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Source"]
 add_module_names = False
+toc_object_entries_show_parents = "hide"
+highlight_language = "none"  # blocks without a language are commands and lists of files
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"

@@ -7,15 +7,27 @@ CODE = re.compile(r"(`[^`]*`)")
 SPECIAL = re.compile(r"[*|\\]|(?<=\w)_(?!\w)")
 
 
+kept: dict[str, list[str]] = {}
+
+
 def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Escape all but code, before the sections are parsed."""
     for number, line in enumerate(lines):
         parts = CODE.split(line)
         parts[::2] = [SPECIAL.sub(r"\\\g<0>", part) for part in parts[::2]]
         lines[number] = "".join(parts)
+    if what == "attribute":
+        kept[name] = list(lines)
+
+
+def restore(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """The text of a field has no sections: napoleon would take what is before its first colon for a type."""
+    if what == "attribute":
+        lines[:] = kept.pop(name)
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Run before napoleon, which listens with the default priority of 500."""
+    """Run before and after napoleon, which listens with the default priority of 500."""
     app.connect("autodoc-process-docstring", escape, priority=400)
+    app.connect("autodoc-process-docstring", restore, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
