@@ -19,13 +19,14 @@ from rlhf_jax.data import (
     encode_demonstrations,
     encode_prompts,
     encode_rankings,
+    prompt_ids,
     read_records,
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.export import export
 from rlhf_jax.feedback.features import rows_of
 from rlhf_jax.feedback.records import Judgement
-from rlhf_jax.feedback.tasks import read_tasks
+from rlhf_jax.feedback.tasks import read_demonstration_tasks, read_tasks
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 from tests.cases import case
@@ -183,6 +184,10 @@ def test_each_form_has_one_prompt_in_every_stage_and_command(tmp_path: Path) -> 
                 if not prompt.startswith("="):
                     assert chat_ids(turns(prompt), tokenizer) == ids  # as in `generate --chat`
                 found = rows_by_stage(path, kinds, tokenizer)
+                if "label" not in kinds and not isinstance(row.get("answer"), int):
+                    (item,) = read_demonstration_tasks([path])
+                    asked = prompt_ids(Prompt(item.prompt, turns=item.turns), tokenizer)
+                    found |= {"label --demonstrations, prompts": [asked]}
                 if "label" in kinds:
                     found |= rows_by_label(path, tmp_path / "export", tokenizer)
                 for stage, rows in found.items():

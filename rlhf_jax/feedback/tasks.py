@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.dialogues import Message
-from rlhf_jax.data.forms import dialogue_field, exchange_of, prompt_alone, prompt_fields
+from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange_of, prompt_alone, prompt_fields
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
@@ -96,18 +96,17 @@ def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
         empty = True
         for where, row in read_rows(path):
             empty = False
-            for name in ("responses", "chosen", "rejected"):
-                if name in row:
-                    raise UserError(
-                        f"{where}: field {name!r}: expected at most one answer to correct, as 'response' or "
-                        "'completion', got several; give the file to --data"
-                    )
-            given = [name for name in ("response", "completion") if row.get(name) is not None]
+            checked = Row(where, row)
+            for name in checked.among(("responses", "chosen", "rejected")):
+                raise UserError(
+                    f"{where}: field {name!r}: expected at most one answer to correct, as 'response' or "
+                    "'completion', got several; give the file to --data"
+                )
+            given = checked.among(COMPLETIONS)
             if len(given) > 1:
                 raise UserError(
-                    f"{where}: field 'response': expected either it or 'completion', got both; leave one out"
+                    f"{where}: field {given[1]!r}: expected either it or {given[0]!r}, got both; leave one out"
                 )
-            checked = Row(where, row)
             prompt, turns, answers = _asked(checked, [(name, row[name]) for name in given])
             if not prompt.strip():
                 raise _wrong(where, row, "prompt", "a prompt to answer")
@@ -163,7 +162,7 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
         turns=turns,
         sources=sources,
         kind=kind,
-        gold=_gold(where, row, len(values)) if gold else (),
+        gold=_gold(where, checked.fields, len(values)) if gold else (),
         ended=ended,
     )
 
