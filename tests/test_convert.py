@@ -230,6 +230,7 @@ def test_the_template_that_was_trained_is_exported(runs: Path, tmp_path: Path) -
         ("sft", own, {}, dialogue_template(own)),  # from before it was recorded
         ("sft", own, {"dialogues": False}, None),
         ("pretrain", own, {}, None),
+        ("pretrain", own, {"dialogues": True}, dialogue_template(own)),  # an import of a tuned model
         ("sft", hugging.with_template(CHATML), {"dialogues": True}, CHATML),
     ]
     for number, row in enumerate(rows):

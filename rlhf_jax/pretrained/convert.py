@@ -100,7 +100,8 @@ def import_model(spec: str, folder: Path, *, chat_template: str = "") -> str:
         state = TrainState(jnp.zeros((), jnp.int32), params, {}, jax.random.key(0), {})
         Checkpoints(run.checkpoints, keep_last=1).save(0, state, {})
         facts = reward_facts(source) if source.scalar else {}
-        run.finish({"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), **facts})
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        run.finish({"parameters": count, "dialogues": source.dialogues, **facts})
     return f"{folder}: {run.stage} run of {source.model.layers} layers, width {source.model.width}"
 
 

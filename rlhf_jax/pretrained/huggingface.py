@@ -29,7 +29,7 @@ from rlhf_jax.pretrained.families import FAMILIES, family_of
 from rlhf_jax.pretrained.safetensors_files import SafetensorsFolder, write_tensors
 from rlhf_jax.pretrained.weights import BUFFERS, Tensor, head_of, join, shape_in_file, split, tensors_of
 from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, sync_folder, write_json
-from rlhf_jax.tokenizers.config_ids import as_ids
+from rlhf_jax.tokenizers.published_files import as_ids
 
 SHARD_BYTES = 2 * 2**30
 OURS = "rlhf_jax"  # the key of config.json for values that transformers has no key for

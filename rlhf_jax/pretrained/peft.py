@@ -167,7 +167,7 @@ def base_of(folder: str | Path) -> str:
     fields = _config(Path(folder))
     base = fields.values.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise fields.wrong("base_model_name_or_path", "the folder or the name of a published model")
+        raise fields.wrong("base_model_name_or_path", "the folder of a published model (or use --base FOLDER)")
     return base
 
 

@@ -173,7 +173,7 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
         base=base,
         lora=lora,
         # Runs from before this was recorded may have been trained on messages.
-        dialogues=run.stage != "pretrain" and bool(not run.finished or run.summary.get("dialogues", True)),
+        dialogues=bool((run.summary if run.finished else {}).get("dialogues", run.stage != "pretrain")),
         **facts,
     )
 
@@ -359,7 +359,7 @@ def _own_tokenizer(adapter: Path, base: TextTokenizer) -> TextTokenizer:
 
 def _absolute(spec: str) -> str:
     """The same model from any working directory."""
-    kind, colon, where = spec.rpartition(":")
+    kind, colon, where = spec.partition(":") if spec.startswith(PUBLISHED) else ("", "", spec)
     return spec if not spec or kind == "pypi" else f"{kind}{colon}{Path(where).absolute()}"
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import BYTES_PATTERN, Tokenizer
-from rlhf_jax.tokenizers.huggingface import TEMPLATE, HuggingFaceTokenizer
+from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from rlhf_jax.tokenizers.merges import merges_of, to_letters, to_oniguruma
 from rlhf_jax.tokenizers.protocol import TextTokenizer
+from rlhf_jax.tokenizers.published_files import TEMPLATE
 
 NAMES = {"eos": "<|endoftext|>", "bos": "<|begin|>", "pad": "<|pad|>"}
 _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

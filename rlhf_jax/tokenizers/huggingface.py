@@ -19,19 +19,23 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.added_tokens import Added, collect, text_of
 from rlhf_jax.tokenizers.bpe import pieces
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
-from rlhf_jax.tokenizers.config_ids import as_ids
 from rlhf_jax.tokenizers.encoders import PackageEncoder, Place, RankEncoder, bytes_of, steps
 from rlhf_jax.tokenizers.merges import pattern_of, table_of
 from rlhf_jax.tokenizers.protocol import Token, write_saved
-
-ROLES = ("eos", "bos", "pad")
-TOKENIZER, CONFIG, SPECIAL_MAP, ADDED, TEMPLATE = _FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+from rlhf_jax.tokenizers.published_files import (
+    ADDED,
+    CONFIG,
+    FILES,
+    ROLES,
+    SPECIAL_MAP,
+    TEMPLATE,
+    TOKENIZER,
+    as_ids,
+    ids_of,
+    parse,
+    read_text,
 )
+
 SAMPLING = ("dropout", "alpha", "nbest_size")  # fields of a model in tokenizer.json that make its encoding random
 # tiktoken's regex engine overflows near a million characters of white space; Hugging Face's does not.
 _LONGEST_SPACE = 250_000
@@ -63,10 +67,10 @@ class HuggingFaceTokenizer:
         """
         self.name = name
         self.rows = rows
-        self.files = {name: files[name] for name in _FILES if name in files}
-        self._where = {file: f"{name}: {file}" if folder is None else f"{folder / file}" for file in _FILES}
+        self.files = {name: files[name] for name in FILES if name in files}
+        self._where = {file: f"{name}: {file}" if folder is None else f"{folder / file}" for file in FILES}
         self._ids = {role: as_ids(ids.get(role), f"{name}: {role}_token_id") for role in ROLES}
-        parsed = {file: parse(self.files.get(file), self._where[file]) for file in _FILES if file != TEMPLATE}
+        parsed = {file: parse(self.files.get(file), self._where[file]) for file in FILES if file != TEMPLATE}
         self.content = parsed[TOKENIZER]
         config = {**parsed[SPECIAL_MAP], **parsed[CONFIG]}
         try:
@@ -93,7 +97,7 @@ class HuggingFaceTokenizer:
           UserError: if tokenizer.json is missing, or a file is damaged.
         """
         folder = Path(folder)
-        files = {name: text for name in _FILES if (text := _read(folder / name)) is not None}
+        files = {name: text for name in FILES if (text := read_text(folder / name)) is not None}
         if TOKENIZER not in files:
             raise UserError(
                 f"{folder}: no tokenizer.json in it; let transformers write one: "
@@ -129,7 +133,7 @@ class HuggingFaceTokenizer:
         Raises:
           UserError: if its tokenizer.json gives ids of this tokenizer's text to other text.
         """
-        own = {name: text for name in _FILES if (text := _read(folder / name)) is not None}
+        own = {name: text for name in FILES if (text := read_text(folder / name)) is not None}
         if not own:
             return self
         config = parse(own.get(CONFIG), str(folder / CONFIG))
@@ -404,40 +408,7 @@ class HuggingFaceTokenizer:
         return f"HuggingFaceTokenizer({self.name!r}, vocab_size={self.vocab_size}, backend={self.backend!r})"
 
 
-def _read(path: Path) -> str | None:
-    """Reads a file without newline conversion; None if it does not exist."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable text file: {error}") from None
-
-
-def parse(text: str | None, where: str) -> dict[str, Any]:
-    """Parses the JSON object in a file; {} if it does not exist."""
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _vocabulary(content: Mapping[str, Any]) -> dict[str, int]:
     vocab = content["model"]["vocab"]
     # Unigram lists [token, score]; the index is the id.
     return dict(vocab) if isinstance(vocab, dict) else {token: id for id, (token, _) in enumerate(vocab)}
-
-
-def ids_of(folder: Path) -> dict[str, list[int]]:
-    """The ids "bos", "eos" and "pad" in a model's folder; generation_config.json takes precedence over config.json."""
-    ids: dict[str, list[int]] = {}
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        config = parse(_read(path), str(path))
-        found = {role: as_ids(config.get(f"{role}_token_id"), f"{path}: field '{role}_token_id'") for role in ROLES}
-        ids |= {role: listed for role, listed in found.items() if listed}
-    return ids
