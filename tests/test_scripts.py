@@ -510,15 +510,20 @@ MISTAKES = [
     ),
     (
         "reward",
-        changed(REWARD, init="runs/judge"),
-        "runs/judge: expected the folder of a",
+        changed(REWARD, init="nowhere"),
+        "nowhere: expected the folder of a pretrain or sft or ppo or reward run, got no such folder",
     ),
     (
         "ppo",
         changed(PPO, reward="runs/answers"),
         "runs/answers: expected the folder of a rew",
     ),
-    ("ppo", changed(PPO, init="nowhere"), "nowhere: expected the folder of a sft or pretrain run, got no such folder"),
+    ("ppo", changed(PPO, init="runs/judge"), "expected the folder of a sft or pretrain or ppo run, got one of reward"),
+    (
+        "ppo",
+        changed(PPO, reference="nowhere"),
+        "nowhere: expected the folder of a sft or pretrain or ppo run, got no s",
+    ),
     (
         "sft",
         changed(SFT, init="nobody/model"),
