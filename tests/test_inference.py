@@ -168,19 +168,9 @@ def test_a_file_of_answers_is_scored(
     answers = [{"prompt": "a:", "completion": high}, {"messages": [*TALK, {"role": "assistant", "content": "ho"}]}]
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     assert call(str(runs / "judge"), "--data", "answers.jsonl") == 0
-    said = capsys.readouterr()
-    found = [json.loads(line)["score"] for line in said.out.splitlines()]
+    out, err = capsys.readouterr()
+    found = [json.loads(line)["score"] for line in out.splitlines()]
     assert found == pytest.approx([better, *rlhf_jax.load(runs / "judge").score(TALK, "ho")], abs=1e-5)
-    assert "prompts" not in said.err
+    assert "prompts" not in err
     assert call(str(runs / "sft"), "--data", "answers.jsonl") == 2
     assert "sft: expected a reward model, got a language model" in capsys.readouterr().err
-
-
-def test_loading_reads_the_parameters_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = rlhf_jax.load(runs / "judge")
-    reads = []
-    plain = judge.source.own
-    object.__setattr__(judge.source, "own", lambda: reads.append(1) or plain())
-    for _ in range(2):
-        judge.score("a:", " b")
-    assert len(reads) == 1 and jax.tree.leaves(judge.params)
