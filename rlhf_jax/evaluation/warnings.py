@@ -50,10 +50,11 @@ def sft_warnings(rows: Sequence[Mapping[str, Any]], before: float | None, *, rel
       before: held-out loss of the initial model.
       release: "best" or "last", the evaluation whose model later stages take.
     """
-    curve = [row for row in rows if row.get("eval/loss") is not None]
+    curve = [row for row in rows if row.get("eval/loss") is not None and row.get("loss") is not None]
     if not curve or before is None:
         return []
-    best, last = min(curve, key=lambda row: row["eval/loss"]), curve[-1]
+    # The newest among equals, as among checkpoints.
+    best, last = min(curve, key=lambda row: (row["eval/loss"], -row["step"])), curve[-1]
     if before < best["eval/loss"] * (1 - MARGIN):
         return [
             f"held-out loss {best['eval/loss']:.3f} at best, {before:.3f} before training: training made it worse; use "
@@ -62,10 +63,13 @@ def sft_warnings(rows: Sequence[Mapping[str, Any]], before: float | None, *, rel
     if last["eval/loss"] <= best["eval/loss"] * (1 + MARGIN):
         return []
     fell = last["loss"] < best["loss"]
+    # Who asked for the last model knows that the loss on held-out rows is not all.
+    advice = (
+        "; use a lower --optimizer.learning-rate" if not fell else "; use fewer --epochs" if release == "best" else ""
+    )
     return [
         f"held-out loss rose from {best['eval/loss']:.3f} after step {best['step']:,}, its best, to "
         f"{last['eval/loss']:.3f} after step {last['step']:,}, while the training loss "
         + (f"fell from {best['loss']:.3f} to {last['loss']:.3f}: it over-fits" if fell else "did not fall: it diverges")
-        + f"; later stages take the model of step {(best if release == 'best' else last)['step']:,}; use "
-        + ("fewer --epochs" if fell else "a lower --optimizer.learning-rate")
+        + f"; later stages take the model of step {(best if release == 'best' else last)['step']:,}{advice}"
     ]

@@ -63,7 +63,11 @@ def answers(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def figures(summary: Mapping[str, Any]) -> str:
     """Section of the figures of summary.json."""
-    rows = [(text(name.replace("_", " ")), _figure(value)) for name, value in summary.items() if name != "warnings"]
+    rows = [
+        (text(name.replace("heldout", "held-out").replace("_", " ")), _figure(value))
+        for name, value in summary.items()
+        if name != "warnings"
+    ]
     return section("figures", "Figures", table("Figures", ("Figure", "Value"), rows, hidden=True))
 
 
@@ -76,7 +80,16 @@ def curves(stage: str, rows: Rows) -> str:
         Line("training", stage, points(rows, metric)),
         Line("held out", "ink", points(rows, f"eval/{metric}"), dots=True),
     ]
-    return section("curves", "Training", line_chart(lines, title=title, y=unit))
+    # One drawing is not readable at both widths; the style sheet shows the one that fits.
+    return section(
+        "curves",
+        "Training",
+        *(
+            f'<div class="{css}">{drawn}</div>'
+            for css, width, height in (("wide", 980, 320), ("narrow", 420, 300))
+            if (drawn := line_chart(lines, title=title, y=unit, width=width, height=height))
+        ),
+    )
 
 
 def _cell(sample: Mapping[str, Any], name: str) -> str:
