@@ -271,8 +271,9 @@ def test_two_answers_by_one_key(page: Any, tmp_path: Path) -> None:
             assert ranks == ([1, 2], [2, 1], [1, 1])[number]
         before = shown(page)
         press(page, "j", "7", "u")
-        page.get_by_role("button", name="A is better").click()
+        page.get_by_role("button", name="A is better").dblclick()  # one decision, not another on the next item
         next_item(page, before)
+        assert len(judgements(tmp_path)) == 4
         (last,) = judgements(tmp_path)[-1:]
         assert sorted(last.ratings, key=str) == [7, None] and sum(map(len, last.flags)) == 1
         assert page.complaints == []
@@ -432,6 +433,9 @@ def test_a_page_of_ones_own_with_answers_written(page: Any, tmp_path: Path) -> N
         page.get_by_role("button", name="Close").click()
         assert page.get_by_role("heading", name="Which is kinder").is_visible() and judgements(tmp_path) == []
         assert page.locator("#dock-title").inner_text() == "Which answer is kinder?"
+        page.set_viewport_size({"width": 360, "height": 740})
+        assert page.locator("#dock-title").is_visible() and page.evaluate(AUDIT) == []
+        page.set_viewport_size({"width": 1360, "height": 900})
         assert page.evaluate(AUDIT) == []
         press(page, "q", "7", "5", "j", "1")
         page.locator("#answer-0 summary").click()

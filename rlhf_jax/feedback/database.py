@@ -128,8 +128,14 @@ def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sq
                 db.execute("PRAGMA foreign_keys = ON")
             if read_only and not checked and _version(db) == (APPLICATION_ID, 1):
                 # Only a writer can bring it up to date.
-                with folder_lock(path.parent):
-                    connect(path).close()
+                try:
+                    with folder_lock(path.parent):
+                        connect(path).close()
+                except OSError as error:
+                    raise UserError(
+                        f"{path}: schema version 1: expected a folder that can be written, to bring it to version "
+                        f"{SCHEMA_VERSION}, got {error.strerror}; use a copy"
+                    ) from None
             if not checked:
                 _check(db, path, make=not read_only)
         except sqlite3.DatabaseError as error:

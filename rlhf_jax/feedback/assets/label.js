@@ -228,6 +228,7 @@ function draw() {
   for (const id of ["tiers", "tray"]) show($(id), !alone());
   show($("by-ratings"), !alone() && page.scale.points > 0);
   $("dock-title").textContent = alone() ? "" : page.question || (pair() ? "Which answer is better?" : "Ranking");
+  $("dock-title").classList.toggle("own", Boolean(page.question)); // stays on a narrow screen too
   drawWriting(task.responses, words, () => {
     changed();
     drawSubmit();
@@ -480,6 +481,9 @@ function pressed(event) {
   }
 }
 
+// The second click of a double click would decide on the next item.
+const once = (deed) => (event) => event.detail < 2 && deed();
+
 function press(event, deed) {
   event.preventDefault();
   deed();
@@ -524,12 +528,12 @@ $("sign-in-form").addEventListener("submit", (event) => {
 });
 $("guide-dialog").addEventListener("close", () => localStorage.setItem("guide", page.version));
 $("single-keys").addEventListener("change", (event) => localStorage.setItem("single keys", event.target.checked ? "on" : "off"));
-for (const [id, deed] of [["undo", undo], ["skip", openSkip], ["help", openHelp], ["guide", () => guide(false)], ["again", load], ["submit", submit], ["by-ratings", orderByRatings]]) {
+for (const [id, deed] of [["undo", undo], ["skip", openSkip], ["help", openHelp], ["guide", () => guide(false)], ["again", load], ["submit", once(submit)], ["by-ratings", orderByRatings]]) {
   $(id).addEventListener("click", deed);
 }
 $("whole").addEventListener("click", () => unfold());
 $("as-written").addEventListener("change", drawTexts);
-for (const id of ["left", "tie", "right"]) $(id).addEventListener("click", () => better(id));
+for (const id of ["left", "tie", "right"]) $(id).addEventListener("click", once(() => better(id)));
 document.addEventListener("keydown", pressed);
 for (const sign of ["pointerdown", "pointermove", "keydown", "scroll"]) {
   document.addEventListener(sign, () => (active = Date.now()), { passive: true });
