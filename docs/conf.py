@@ -34,8 +34,8 @@ myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 # A link without a page of that name is an error, not a text.
 nitpicky = True
-# Types in signatures: most are aliases, or belong to libraries whose inventories would have to be downloaded.
-nitpick_ignore_regex = [("py:(class|exc|data|obj)", r"(?!rlhf_jax\.).*"), ("py:class", r"rlhf_jax\..*")]
+# Types of fields: those of libraries, whose inventories would have to be downloaded, and one that has no page.
+nitpick_ignore_regex = [("py:class", r"(collections|jax)\..*"), ("py:class", r"rlhf_jax\.pretrained\.config_fields\..*")]
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # types are in the source, one click away; shapes and units are in the text

@@ -5,8 +5,7 @@ from typing import Any
 
 CODE = re.compile(r"(`[^`]*`)")
 SPECIAL = re.compile(r"[*|\\]|(?<=\w)_(?!\w)")
-
-
+FIELDS = ("attribute", "data", "property", "type")
 kept: dict[str, list[str]] = {}
 
 
@@ -16,13 +15,13 @@ def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
         parts = CODE.split(line)
         parts[::2] = [SPECIAL.sub(r"\\\g<0>", part) for part in parts[::2]]
         lines[number] = "".join(parts)
-    if what == "attribute":
+    if what in FIELDS:
         kept[name] = list(lines)
 
 
 def restore(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """The text of a field has no sections: napoleon would take what is before its first colon for a type."""
-    if what == "attribute":
+    if what in FIELDS:
         lines[:] = kept.pop(name)
 
 
