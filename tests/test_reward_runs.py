@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
-from rlhf_jax.data import Message, Prompt, read_records, response_text
+from rlhf_jax.data import Message, Prompt, encode_prompts, read_records, response_text
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
+from rlhf_jax.generate import Generation
 from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.rewards import make_terms
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.tokenizers.bpe import Tokenizer
@@ -227,6 +229,44 @@ def test_an_ended_response_has_no_special_tokens_in_its_text() -> None:
     for response, text in cases:
         with case(response):
             assert response_text(prompt, response, BYTES) == text
+
+    class Visible:
+        """A tokenizer whose end of a turn, "!", is an ordinary token."""
+
+        stop_ids = (ord("!"),)
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return bytes(ids).decode()
+
+    tokenizer: Any = Visible()
+    assert response_text([97], [*b"!b!"], tokenizer) == "!b"
+
+
+def test_between_sampling_and_update_ids_become_text_and_text_values() -> None:
+    records = [Prompt("a:", "here:1"), Prompt("", "here:2", (Message("user", "b"),)), Prompt("c:", "here:3")]
+    rows = encode_prompts(records, BYTES, max_tokens=32, ledger=Ledger())
+    given: list[tuple[Any, ...]] = []
+
+    def length(prompts: Any, completions: Any) -> list[float]:
+        given.extend(zip(prompts, completions, strict=True))
+        return [float(len(str(completion))) for completion in completions]
+
+    terms = make_terms([length], (), model=False)
+    step = ppo.host_step(lambda axis: lambda *_: None, ppo.rewards_of([length], terms, rows, 0.0), rows, BYTES, 5)
+    responses = [[*BYTES.encode(" éx"), BYTES.eos_id], [*BYTES.encode(" hi"), BYTES.eos_id], BYTES.encode("long!")]
+    mask = np.arange(5) < np.array([[len(ids)] for ids in responses])
+    tokens = np.array([(ids + [65] * 5)[:5] for ids in responses], np.int32)
+    sampled: Any = Generation(tokens, mask, np.zeros((3, 5), np.float32))
+    places = np.array([2, 1, 0])
+    batch = ppo.Batch(rows.batch(places), None, places.astype(np.int32))
+    filled = step.fill(batch, sampled)
+    message = [{"role": "user", "content": "b"}]
+    assert given == [("c:", " éx"), (message, [{"role": "assistant", "content": "hi"}]), ("a:", "long!")]
+    np.testing.assert_array_equal(filled.scored.value_BN[:, 0], [len(str(completion)) for _, completion in given])
+    assert filled.row_B is None and filled.scored.sampled is sampled
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), filled) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), step.outline(batch)
+    )
 
 
 def test_the_other_fields_of_a_prompt_are_its_columns(tmp_path: Path) -> None:
