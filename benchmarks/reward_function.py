@@ -30,7 +30,7 @@ from rlhf_jax.parallel.mesh import copied, jit_update, make_mesh, place
 from rlhf_jax.rewards import make_terms
 from rlhf_jax.stages.ppo import Batch, Config, Frozen, Networks, initial_state, make_sampling, make_update
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.trainers.ppo import host_step, rewards_of
+from rlhf_jax.trainers.ppo_rewards import host_step, rewards_of
 
 
 def commas(completions: list[str], **_: Any) -> list[float]:

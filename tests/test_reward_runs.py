@@ -22,7 +22,7 @@ from rlhf_jax.rewards import make_terms
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.trainers import ppo
+from rlhf_jax.trainers import ppo, ppo_rewards, ppo_start
 from tests.cases import case
 from tests.made_params import random_params
 from tests.made_runs import write_run
@@ -172,7 +172,7 @@ def renamed(function: Any) -> Any:
 def test_without_a_reward_model_the_value_network_is_the_policy_with_a_head_of_zeros(folder: Path) -> None:
     for lora in (LoraConfig(), LoraConfig(rank=2)):
         settings = config(folder, "unused", lora=lora)
-        policy, value = ppo.starts(settings, open_source(str(folder / "sft"), stages=("sft",)), None)
+        policy, value = ppo_start.starts(settings, open_source(str(folder / "sft"), stages=("sft",)), None)
         assert value.base is policy.base and not any(map(np.any, jax.tree.leaves(value.params["score"])))
         kept = {name: leaf for name, leaf in value.params.items() if name != "score"}
         jax.tree.map(np.testing.assert_array_equal, kept, {name: policy.params[name] for name in kept})
@@ -252,7 +252,9 @@ def test_between_sampling_and_update_ids_become_text_and_text_values() -> None:
         return [float(len(str(completion))) for completion in completions]
 
     terms = make_terms([length], (), model=False)
-    step = ppo.host_step(lambda axis: lambda *_: None, ppo.rewards_of([length], terms, rows, 0.0), rows, BYTES, 5)
+    step = ppo_rewards.host_step(
+        lambda axis: lambda *_: None, ppo_rewards.rewards_of([length], terms, rows, 0.0), rows, BYTES, 5
+    )
     responses = [[*BYTES.encode(" éx"), BYTES.eos_id], [*BYTES.encode(" hi"), BYTES.eos_id], BYTES.encode("long!")]
     mask = np.arange(5) < np.array([[len(ids)] for ids in responses])
     tokens = np.array([(ids + [65] * 5)[:5] for ids in responses], np.int32)

@@ -20,7 +20,7 @@ from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.stages.ppo import Networks
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.trainers import ppo, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, ppo_start, pretrain, reward, sft
 from tests.cases import case
 from tests.made_params import random_params
 from tests.made_runs import write_run
@@ -98,7 +98,7 @@ def test_all_four_networks_share_the_backbone(runs: Path) -> None:
     config = ppo.Config(init=str(runs / "sft"), reward=str(runs / "judge"), **settings(runs / "unused", minibatches=2))
     source = open_source(config.init, stages=("sft",))
     judge = open_source(config.reward, stages=("reward",))
-    policy, scorer = ppo.starts(config, source, judge)
+    policy, scorer = ppo_start.starts(config, source, judge)
     assert policy.base is scorer.base
     assert set(policy.params) == {"block_0"}
     assert set(scorer.params) == {"block_0", "score"}
@@ -110,7 +110,7 @@ def test_all_four_networks_share_the_backbone(runs: Path) -> None:
         reward=str(runs / "judge"),
         **settings(runs / "unused", minibatches=2, lora=LoraConfig(rank=1)),
     )
-    policy, scorer = ppo.starts(other, source, judge)
+    policy, scorer = ppo_start.starts(other, source, judge)
     assert policy.base is not scorer.base
 
 
@@ -137,17 +137,17 @@ def test_scores_are_normalized_by_those_of_the_starting_policy_once(runs: Path, 
         **settings(runs / "ppo", minibatches=2),
     )
     source = open_source(config.init, stages=("sft",))
-    policy, scorer = ppo.starts(config, source, judge)
+    policy, scorer = ppo_start.starts(config, source, judge)
     prompts = encode_prompts(PROMPTS, source.tokenizer, max_tokens=16, ledger=Ledger())
 
     def first(bias: float) -> np.ndarray:
         score = scorer.params["score"]
         moved = dataclasses.replace(scorer, params={**scorer.params, "score": {**score, "bias": score["bias"] + bias}})
         nets = Networks(source.network(), judge.network())
-        return ppo.first_scores(config, nets, policy, moved, prompts, source.tokenizer)
+        return ppo_start.first_scores(config, nets, policy, moved, prompts, source.tokenizer)
 
     scores = first(0.0)
-    assert scores.shape == (ppo.REFERENCE_RESPONSES,) and scores.std() > 0
+    assert scores.shape == (ppo_start.REFERENCE_RESPONSES,) and scores.std() > 0
     np.testing.assert_allclose(first(-20.0), scores - 20, atol=1e-5)
     recorded = json.loads((runs / "ppo" / "scores.json").read_text())
     mean, scale = recorded["score_mean"], recorded["score_scale"]
@@ -162,18 +162,18 @@ def test_scores_are_normalized_by_those_of_the_starting_policy_once(runs: Path, 
     run = RunFolder.open(runs / "ppo", stages=("ppo",))
     own = dataclasses.replace(judge, score_mean=-20.0, score_scale=3.0)
     for model in (judge, own):
-        assert ppo.normalization(run, model, lambda: pytest.fail("measured again")) == (mean, scale)
+        assert ppo_start.normalization(run, model, lambda: pytest.fail("measured again")) == (mean, scale)
     fresh, other = (write_run(tmp_path / name, "ppo", policy.params, MODEL, Tokenizer.bytes()) for name in ("a", "b"))
     for model in (own, judge):
-        assert ppo.normalization(other, model, lambda: pytest.fail("measured")) == (-20.0, 3.0)
+        assert ppo_start.normalization(other, model, lambda: pytest.fail("measured")) == (-20.0, 3.0)
     for equal in ([-20.0, -20.0], [np.nan, 1.0]):
         with (
             case(equal),
             pytest.raises(UserError, match="judge: score_scale: expected more than 0, as scores must dif"),
         ):
-            ppo.normalization(fresh, judge, lambda equal=equal: np.array(equal))  # type: ignore[misc]
-    assert ppo.normalization(fresh, judge, lambda: np.array([-23, -17])) == (-20, 3)
-    assert ppo.normalization(fresh, judge, lambda: np.array([0, 1])) == (-20, 3)
+            ppo_start.normalization(fresh, judge, lambda equal=equal: np.array(equal))  # type: ignore[misc]
+    assert ppo_start.normalization(fresh, judge, lambda: np.array([-23, -17])) == (-20, 3)
+    assert ppo_start.normalization(fresh, judge, lambda: np.array([0, 1])) == (-20, 3)
 
 
 def test_a_reward_model_goes_on_from_a_reward_model_or_a_policy(runs: Path, tmp_path: Path) -> None:
@@ -207,22 +207,20 @@ def test_a_reward_model_goes_on_from_a_reward_model_or_a_policy(runs: Path, tmp_
 
 
 def test_ppo_goes_on_from_ppo_with_another_reference(runs: Path, tmp_path: Path) -> None:
-    source, tuned = (open_source(str(runs / name), stages=ppo.POLICIES) for name in ("ppo", "sft"))
+    source, tuned = (open_source(str(runs / name), stages=ppo_start.POLICIES) for name in ("ppo", "sft"))
     more = {"init": str(runs / "ppo"), "reward": str(runs / "judge"), "prompt_length": 16, "minibatches": 2}
     more |= {"reference": str(runs / "sft"), "episode": EpisodeConfig(response_length=6)}
-    policy, _ = ppo.starts(
-        ppo.Config(**settings(tmp_path, **more)), source, open_source(more["reward"], stages=("reward",))
-    )
-    reference = ppo.open_reference(str(runs / "sft"), source)
-    jax.tree.map(np.testing.assert_array_equal, ppo.reference_params(reference, policy, LORA), tuned.own())
+    config = ppo.Config(**settings(tmp_path / "again", **more))
+    policy, _ = ppo_start.starts(config, source, open_source(more["reward"], stages=("reward",)))
+    reference = ppo_start.open_reference(config, source)
+    jax.tree.map(np.testing.assert_array_equal, ppo_start.reference_params(reference, policy, LORA), tuned.own())
     # On another base, or with an adapter of another kind, the reference is whole beside the policy's adapter.
-    whole = ppo.reference_params(reference, policy, LoraConfig(rank=1))
+    whole = ppo_start.reference_params(reference, policy, LoraConfig(rank=1))
     jax.tree.map(np.testing.assert_array_equal, attach(policy.base, whole, LORA.scale), tuned.params())
     wider = dataclasses.replace(MODEL, width=32)
     write_run(tmp_path / "wider", "sft", random_params(wider), wider, Tokenizer.bytes())
     with pytest.raises(UserError, match=r"wider: width: expected 16 as in the initial policy .*, got 32"):
-        ppo.open_reference(str(tmp_path / "wider"), source)
-    config = ppo.Config(**settings(tmp_path / "again", **more))
+        ppo_start.open_reference(dataclasses.replace(config, reference=str(tmp_path / "wider")), source)
     summary = ppo.run(config, prompts=PROMPTS).summary
     assert summary["first_ratio_error"] < 1e-5 < abs(summary["first_kl"])
     # The reference may be moved, and it may not become another.
