@@ -252,9 +252,8 @@ def test_between_sampling_and_update_ids_become_text_and_text_values() -> None:
         return [float(len(str(completion))) for completion in completions]
 
     terms = make_terms([length], (), model=False)
-    step = ppo_rewards.host_step(
-        lambda axis: lambda *_: None, ppo_rewards.rewards_of([length], terms, rows, 0.0), rows, BYTES, 5
-    )
+    unused: Any = None
+    step = ppo_rewards.host_step(unused, ppo_rewards.rewards_of([length], terms, rows, 0.0), rows, BYTES, 5)
     responses = [[*BYTES.encode(" éx"), BYTES.eos_id], [*BYTES.encode(" hi"), BYTES.eos_id], BYTES.encode("long!")]
     mask = np.arange(5) < np.array([[len(ids)] for ids in responses])
     tokens = np.array([(ids + [65] * 5)[:5] for ids in responses], np.int32)
