@@ -35,7 +35,10 @@ myst_heading_anchors = 3
 # A link without a page of that name is an error, not a text.
 nitpicky = True
 # Types of fields: those of libraries, whose inventories would have to be downloaded, and one that has no page.
-nitpick_ignore_regex = [("py:class", r"(collections|jax)\..*"), ("py:class", r"rlhf_jax\.pretrained\.config_fields\..*")]
+nitpick_ignore_regex = [
+    ("py:class", r"(collections|jax|numpy)\..*"),
+    ("py:class", r"rlhf_jax\.pretrained\.config_fields\..*"),
+]
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # types are in the source, one click away; shapes and units are in the text
