@@ -36,7 +36,7 @@ myst_heading_anchors = 3
 nitpicky = True
 # Types of fields: those of libraries, whose inventories would have to be downloaded, and one that has no page.
 nitpick_ignore_regex = [
-    ("py:class", r"(collections|jax)\..*"),
+    ("py:class", r"(collections|jax|numpy)\..*"),
     ("py:class", r"rlhf_jax\.pretrained\.config_fields\..*"),
 ]
 

@@ -74,8 +74,8 @@ def test_the_commands_have_the_flags_of_their_program() -> None:
     count = 0
     for page in PAGES:
         for code in blocks(page, ""):
-            for line in re.split(r"^(?=rlhf-jax |python )", code, flags=re.MULTILINE):
-                start = re.match(r"rlhf-jax |python .*? -- -m rlhf_jax ", line)
+            for line in re.split(r"^(?=rlhf-jax |\S*python )", code, flags=re.MULTILINE):
+                start = re.match(r"rlhf-jax |\S*python .*?-m rlhf_jax ", line)
                 if start is not None:
                     with case((page.name, line)):
                         understood(shlex.split(line[start.end() :]))
@@ -193,7 +193,7 @@ def traced(make_update: Any, model: Transformer, batch: Any) -> set[str]:
 
     def metrics(batch: Any) -> dict[str, Any]:
         params = init_params(model, jax.random.key(0))
-        return make_update(model, optimizer)(new_state(params, optimizer.init(params), 0), batch)[1]  # type: ignore[no-any-return]
+        return make_update(model, optimizer)(new_state(params, optimizer.init(params), 0), batch)[1]
 
     return set(jax.eval_shape(metrics, batch))
 
@@ -241,7 +241,7 @@ def keys_in(function: str, tree: ast.AST) -> set[str]:
 def literal_keys(tree: ast.AST) -> set[str]:
     """The string keys of all dicts in a tree."""
     dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
-    return {key.value for node in dicts for key in node.keys if isinstance(key, ast.Constant)}
+    return {str(key.value) for node in dicts for key in node.keys if isinstance(key, ast.Constant)}
 
 
 @pytest.mark.slow
