@@ -92,12 +92,12 @@ def test_training_that_could_not_do_what_its_settings_say() -> None:
     for row in rows:
         with case(row) as (kind, fields, message), pytest.raises(UserError, match=message):
             kind(**fields)
-    # As long as the run, in a run of an epoch of unknown length, or by default: 10, or all of a shorter run.
+    # As long as the run, in a run of an epoch of unknown length, or by default: 5% of the steps.
     PPOConfig(steps=6, policy=OptimConfig(warmup_steps=24), critic=OptimConfig(warmup_steps=24), kl_coef=0.0)
     RewardConfig(optimizer=long)
     with pytest.raises(UserError, match="the 3 optimizer steps of the run, got 25"):
         dataclasses.replace(RewardConfig(optimizer=long), steps=3)
-    assert [OptimConfig().warmup(steps) for steps in (3, 10, 2000)] == [3, 10, 10]
+    assert [OptimConfig().warmup(steps) for steps in (0, 3, 10, 2000)] == [0, 1, 1, 100]
     PPOConfig(**adaptive, kl_horizon=12.9)
 
 

@@ -246,9 +246,9 @@ def test_answers_that_a_template_rewrites_are_remarked() -> None:
 
 def test_messages_that_a_template_refuses_are_named() -> None:
     tokenizer = load("gpt2", {"eos_token": "<end_of_turn>", "chat_template": GEMMA})
-    with pytest.raises(UserError, match=r"^f:3: .*field 'chat_template': chat template: System role not supported"):
+    with pytest.raises(UserError, match=r"^f:3: chat template: System role not supported"):
         encode_prompts([Prompt("any", "f:3", turns=CHAT)], tokenizer, max_tokens=99, ledger=Ledger())
-    with pytest.raises(UserError, match=r"^f:4: .*field 'chat_template': chat template: Roles must alternate"):
+    with pytest.raises(UserError, match=r"^f:4: chat template: Roles must alternate"):
         encode_demonstrations([Dialogue((*ASK, *ASK), "f:4")], tokenizer, max_tokens=99, ledger=Ledger())
 
 

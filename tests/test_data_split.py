@@ -20,7 +20,7 @@ from rlhf_jax.feedback.export import export
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.trainers import ppo, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, ppo_start, pretrain, reward, sft
 from tests.cases import case
 from tests.made_runs import random_source
 
@@ -165,7 +165,12 @@ def started(monkeypatch: pytest.MonkeyPatch, trainer: Any, config: Any) -> Any:
     def stop(folder: Any, config: Any, *_: Any, **__: Any) -> None:
         raise _Stop(config)
 
-    monkeypatch.setattr(trainer, "open_source", lambda spec, **_: random_source(model, scalar=spec == "judge"))
+    def model_of(config: Any, spec: str, **_: Any) -> Any:
+        return random_source(model, scalar=spec == "judge")
+
+    monkeypatch.setattr(trainer, "open_for", model_of)
+    if trainer is ppo:
+        monkeypatch.setattr(ppo_start, "open_for", model_of)
     monkeypatch.setattr(trainer, "train", stop)
     with pytest.raises(_Stop) as stopped:
         trainer.run(config)

@@ -657,7 +657,7 @@ def test_prompts_whose_answers_are_written(tmp_path: Path) -> None:
         ({"text": "p"}, "field 'prompt': expected text or a list of messages, got nothing"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "field 'chosen': expected at most one answer to correct"),
         ({"prompt": "p", "response": "a", "completion": "a"}, "field 'response': expected either it or 'completion'"),
-        ({"prompt": "p", "response": 5}, "field 'response': expected text or one assistant message, got the number 5"),
+        ({"prompt": "p", "response": 5}, "field 'response': expected text, got the number 5"),
     ):
         with case(row):
             path.write_text(json.dumps(row))

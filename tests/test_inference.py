@@ -78,7 +78,7 @@ def test_scores_are_those_that_ppo_sees(runs: Path) -> None:
             [" b", " c"],
             r"answers\[1\]: field 'prompt': expected text or a list of messages, got the number 7",
         ),
-        ("a", [None], r"answers\[0\]: field 'response': expected text, got null"),
+        ("a", [None], r"answers\[0\]: field 'answer': expected text, got null"),
     ]
     for prompts, answers, message in refused:
         with case(message), pytest.raises(UserError, match=message):
@@ -104,7 +104,7 @@ def test_a_greedy_response_is_what_the_model_says_next(runs: Path) -> None:
     refused: list[Any] = [
         (["a", "b" * 70], {}, r"prompts\[1\]: expected at most 32 tokens"),
         ("a", {"top_p": 0.0}, "top_p: expected above 0"),
-        (["a", None], {}, r"prompts\[1\]: field 'prompt': expected text or a list of messages, got null"),
+        (["a", None], {}, r"prompts\[1\]: field 'prompt': expected text, got null"),
         ("a", {"max_new_tokens": 64}, "max_new_tokens: expected at most 63"),
     ]
     for prompts, settings, message in refused:

@@ -165,7 +165,7 @@ class PPOConfig(RunConfig):
     reference: str = ""
     """Reference model of the KL penalty, if it is not init, with init's architecture: such as the fine-tuned model
     where init is a ppo run; in the same forms as init."""
-    reward: str = hinted("", "or --reward-function")
+    reward: str = hinted("", "required, or --reward-function")
     """Reward model: a run's folder, or hf:FOLDER of a model with a score head. Not needed with a reward_function; the
     value network then starts from the policy."""
     reward_function: tuple[str, ...] = ()

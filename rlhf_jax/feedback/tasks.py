@@ -96,7 +96,7 @@ def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
         empty = True
         for where, row in read_rows(path):
             empty = False
-            checked = Row(where, row)
+            checked = _checked(where, row)
             for name in checked.among(("responses", "chosen", "rejected")):
                 raise UserError(
                     f"{where}: field {name!r}: expected at most one answer to correct, as 'response' or "
@@ -140,7 +140,7 @@ def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
 
 
 def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
-    checked = Row(where, row)
+    checked = _checked(where, row)
     values = checked.fields.get("responses")
     if not isinstance(values, list) or not 2 <= len(values) <= MOST_RESPONSES:
         raise _wrong(where, row, "responses", f"a list of 2 to {MOST_RESPONSES}, or 'chosen' and 'rejected'")
@@ -167,11 +167,16 @@ def _of_row(where: str, row: dict[str, Any], kind: str, gold: bool) -> Item:
     )
 
 
-def _asked(row: Row, responses: list[tuple[str, Any]]) -> tuple[str, tuple[Message, ...], list[str]]:
-    """Prompt of a row, its messages, () for one given as text, and the texts of these responses."""
+def _checked(where: str, fields: dict[str, Any]) -> Row:
+    row = Row(where, fields)
     row.refuse_unread()
     if not (prompt_fields(row) or dialogue_field(row)):
-        raise _wrong(row.where, row.fields, "prompt", "text or a list of messages")
+        raise _wrong(where, row.fields, "prompt", "text or a list of messages")
+    return row
+
+
+def _asked(row: Row, responses: list[tuple[str, Any]]) -> tuple[str, tuple[Message, ...], list[str]]:
+    """Prompt of a row, its messages, () for one given as text, and the texts of these responses."""
     try:
         found = exchange_of(row, responses) if responses else prompt_alone(row)
     except Useless as useless:
