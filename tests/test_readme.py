@@ -11,7 +11,6 @@ import pytest
 
 from rlhf_jax.cli.flags import parse
 from rlhf_jax.config import ModelConfig
-from rlhf_jax.data import Ledger, read_records
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.made_params import random_params
 from tests.made_runs import write_run
@@ -20,7 +19,6 @@ pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-KINDS: tuple[Any, ...] = ("text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts")
 COMMANDS = re.findall(r"^(?:rlhf-jax|python .* -- -m rlhf_jax) (.*)$", README, re.MULTILINE)
 
 
@@ -30,12 +28,8 @@ def block(language: str, word: str = "") -> str:
     return next(code for code in blocks if word in code)
 
 
-def exists(name: str, *folders: str) -> bool:
-    return any((ROOT / folder / name).exists() for folder in folders)
-
-
 def test_the_commands_have_the_flags_of_their_program() -> None:
-    assert len(COMMANDS) > 15
+    assert len(COMMANDS) >= 6
     for line in COMMANDS:
         command, *arguments = shlex.split(line)
         program: Any = importlib.import_module(f"rlhf_jax.cli.{command}")
@@ -44,21 +38,13 @@ def test_the_commands_have_the_flags_of_their_program() -> None:
         assert parse(program.Config, arguments), line
 
 
-def test_the_six_rows_are_read(tmp_path: Path) -> None:
-    for kind, row in zip(KINDS, block("json").splitlines(), strict=True):
-        (tmp_path / "data.jsonl").write_text(row + "\n", encoding="utf-8")
-        assert len(read_records(tmp_path / "data.jsonl", kind, Ledger())) == 1, kind
-
-
-def test_the_functions_files_and_links_are_there() -> None:
-    functions = re.findall(r"`(losses|returns|kl|masked)\.(\w+)`", README)
-    assert len(functions) == 11
-    for module, name in functions:
-        assert hasattr(importlib.import_module(f"rlhf_jax.{module}"), name)
+def test_the_files_and_links_are_there() -> None:
     for name in re.findall(r"`((?:rlhf_jax|stages|scripts)/[\w/.]+)`", README):
-        assert exists(name, "", "rlhf_jax"), name
-    for link in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert exists(link, ""), link
+        assert (ROOT / name).exists(), name
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert len(links) > 20
+    for link in links:
+        assert (ROOT / link).exists(), link
 
 
 def test_the_example_in_python_runs() -> None:
