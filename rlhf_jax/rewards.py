@@ -325,12 +325,28 @@ def _unwrapped(function: RewardFunction) -> Any:
 
 
 def _code(function: RewardFunction) -> str:
-    inner = _unwrapped(function)
+    given: list[Any] = []
+    while isinstance(function, functools.partial):
+        given += [*function.args, *sorted(function.keywords.items())]
+        function = function.func
+    inner: Any = function
     if not isinstance(inner, types.FunctionType | types.MethodType | type | types.BuiltinFunctionType):
         inner = type(inner).__call__
     inner = inspect.unwrap(inner)
     code = inner.__code__ if isinstance(inner, types.FunctionType | types.MethodType) else None
-    return "" if code is None else _content(code)
+    if code is None:
+        return str(list(map(_plain, given)))
+    held = inner.__func__ if isinstance(inner, types.MethodType) else inner
+    given += [*(held.__defaults__ or ()), *sorted((held.__kwdefaults__ or {}).items())]
+    given += [cell.cell_contents for cell in held.__closure__ or () if cell != types.CellType()]
+    return f"{_content(code)} {list(map(_plain, given))}"
+
+
+def _plain(value: Any) -> str:
+    """A value as text if it is plain, else its type alone, as the text of an object has its address."""
+    if isinstance(value, tuple | list):
+        return str(list(map(_plain, value)))
+    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
 
 
 def _content(constant: Any) -> str:

@@ -114,14 +114,16 @@ def test_transcripts(tmp_path: Path) -> None:
     split = make_item(
         "Be.\n\nHuman: Go\n\nAssistant:", ["1", "2"], turns=[Message("system", "Be."), Message("user", "Go")]
     )
-    said = [*JUDGEMENTS, Judgement(told.id, "ann", (2, 1)), Judgement(split.id, "ann", (2, 1))]
-    manifest = export([*ITEMS, told, split], said, tmp_path, form="hh")
+    # An answer that goes on with turns of its own would read back as those turns.
+    on = make_item("\n\nHuman: Q\n\nAssistant:", ["a\n\nHuman: z\n\nAssistant: q", "b"], turns=[Message("user", "Q")])
+    said = [*JUDGEMENTS, *(Judgement(item.id, "ann", (2, 1)) for item in (told, split, on))]
+    manifest = export([*ITEMS, told, split, on], said, tmp_path, form="hh")
     found = rows(tmp_path / "hh.jsonl")
     by_item = {row["item"]: (row["chosen"], row["rejected"]) for row in found}
     assert by_item[told.id] == ("\n\nHuman: Go\n\nAssistant: on", "\n\nHuman: Go\n\nAssistant: off")
     assert by_item[CHAT.id][0] == CHAT.prompt + " b"
     assert by_item[TEXT.id][0].startswith("\n\nHuman: def f(\n\nAssistant: ")
-    assert manifest["counts"]["pairs_left_out"] == {"no transcript says it": 1, "tied": 1}
+    assert manifest["counts"]["pairs_left_out"] == {"no transcript says it": 2, "tied": 1}
     assert Comparison(told.prompt, " on", " off", turns=(Message("user", "Go"),)) in records(tmp_path / "hh.jsonl")
 
 

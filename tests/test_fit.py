@@ -183,6 +183,18 @@ def test_evaluation_and_the_best(tmp_path: Path) -> None:
     assert distances == {4: 0, 8: 4, 10: 6}
     assert checkpoints.steps() == [4, 10]  # an evaluated state is saved, or the best could not be kept
 
+    def stopping(step: int) -> np.ndarray:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(step)
+
+    # A stop at an evaluation does not leave it out, or the best would be another one than without the stop.
+    stopped = Checkpoints(tmp_path / "stopped", keep_last=1, best_metric="eval/distance")
+    with pytest.raises(Stopped):
+        fit(initial(), update, stopping, steps=10, writers=Recorder(), checkpoints=stopped, **options)
+    fit(stopped.restore(initial()), update, batch_at, steps=10, writers=Recorder(), checkpoints=stopped, **options)
+    assert stopped.steps() == [4, 10]
+
 
 def test_no_steps_evaluate_and_save_the_initial_state(tmp_path: Path) -> None:
     recorder, checkpoints = Recorder(), Checkpoints(tmp_path)
@@ -247,6 +259,18 @@ def test_skipped_steps_are_told_and_end_the_run() -> None:
         message = f"as critic_param_norm is inf, for {len(at)} consecutive steps, last at step {last};"
         with case(at), pytest.raises(UserError, match=message):
             fit(initial(), skipping(dict.fromkeys(at, 1.0)), batch_at, steps=steps, writers=Recorder())
+
+
+def test_a_skipped_step_has_a_cause_and_a_reward_is_none() -> None:
+    # A score that is replaced, as its response has no end, is in the count alone.
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = update(state, batch)
+        at = jnp.float32(int(state.step) == 2)
+        return state, metrics | {"policy_skipped": at, "nonfinite": at / 4, "reward/not_skipped": jnp.float32(1)}
+
+    recorder = Recorder()
+    fit(initial(), step, batch_at, steps=6, writers=recorder)
+    assert recorder.events == [(2, "nonfinite is 0.25; the step was skipped")]
 
 
 def test_the_cause_is_named_before_what_follows_from_it() -> None:

@@ -208,3 +208,15 @@ def test_a_function_is_known_by_its_code() -> None:
     assert fingerprint([one, other]) != fingerprint([other, one])
     assert spec_of(functools.partial(one, 1)) == "m:f" and spec_of(Named()).endswith("test_rewards:Named")
     assert fingerprint([Named(), len])
+    # Numbers that a function holds: defaults, those of the function around it, and of a partial.
+    texts = [
+        "def f(c, k={0}):\n  return c\n",
+        "def f(c, *, k={0}):\n  return c\n",
+        "f = (lambda k: lambda c: k)({0})\n",
+    ]
+    for text in texts:
+        with case(text):
+            half, again, whole = (fingerprint([written(text.format(number))]) for number in (0.5, 0.5, 1))
+            assert half == again != whole
+    assert fingerprint([functools.partial(one, 1)]) != fingerprint([functools.partial(one, 2)])
+    assert fingerprint([functools.partial(one, Named())]) == fingerprint([functools.partial(one, Named())])

@@ -292,12 +292,15 @@ def test_sft_keeps_the_best_and_says_that_it_over_fits(capsys: pytest.CaptureFix
     best, steps = run.summary["released_step"], run.summary["steps"]
     assert steps == 85 and run.summary["epochs"] == 20  # 17 rows, 4 at a time
     curve = {row["step"]: row["eval/loss"] for row in read_rows(run.metrics) if "eval/loss" in row}
-    assert list(curve) == [*range(8, 85, 8), 85]
+    assert list(curve) == [*range(9, 85, 9), 85]
     assert min(curve, key=lambda step: curve[step]) == best < steps
     assert run.summary["heldout_response_nll"] == pytest.approx(curve[best], abs=1e-5)
     jax.tree.map(np.testing.assert_array_equal, released_params(run), run.load_params("best"))
     (warning,) = run.summary["warnings"]
     assert f"it over-fits; later stages take the model of step {best}" in warning and f"warning: {warning}\n" in said
+    # Other devices would have other batches.
+    assert call("sft", "--name", "over", *arguments, "--devices", "8") == 2
+    assert "batch: expected 4" in capsys.readouterr().err
     # Said again of a finished run; and the last model is there for whoever asks for it.
     assert call("sft", "--name", "over", *arguments) == 0
     assert f"warning: {warning}\n" in capsys.readouterr().err

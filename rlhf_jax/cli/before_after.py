@@ -58,10 +58,13 @@ def answered(run: RunFolder, config: RunConfig, prompts: Sequence[Prompt]) -> li
     answers = {}
     for name, model in (("before", init), ("after", str(run.path))):
         if model:
-            speaker = Speaker(SpeakerConfig(run=model, max_new_tokens=length))
+            first = name == "before"
+            base = config.base if first and model.startswith("peft:") else ""
+            template = config.chat_template if first else ""
+            speaker = Speaker(SpeakerConfig(run=model, max_new_tokens=length, base=base, chat_template=template))
             answers[name] = speaker.answers([ids for _, ids in fitting])
     return [
-        {"prompt": prompt.prompt} | {name: texts[place] for name, texts in answers.items()}
+        {"prompt": prompt.prompt, "chat": bool(prompt.turns)} | {name: texts[place] for name, texts in answers.items()}
         for place, (prompt, _) in enumerate(fitting)
     ]
 
@@ -99,6 +102,8 @@ def next_command(run: RunFolder, config: RunConfig, samples: Sequence[dict[str, 
     """The command that comes after a stage."""
     path, settings = shlex.quote(str(run.path)), dataclasses.asdict(config)
     if run.stage == "ppo":
+        if samples and samples[0]["chat"]:
+            return f"rlhf-jax generate {path} --chat"
         prompt = samples[0]["prompt"] if samples else "Hello"
         return f"rlhf-jax generate {path} --prompt {shlex.quote(prompt)}"
     lora = f" --lora.rank {settings['lora']['rank']}" if settings["lora"]["rank"] else ""

@@ -63,7 +63,7 @@ def items_of(config: Config, ledger: Ledger) -> Iterator[Item]:
     yield from read_tasks(config.quiz, kind="quiz", gold=True, ledger=ledger)
     yield from read_tasks(config.calibration, kind="calibration", gold=config.gold, ledger=ledger)
     yield from read_tasks(config.data, gold=config.gold, ledger=ledger)
-    yield from read_demonstration_tasks(config.demonstrations)
+    yield from read_demonstration_tasks(config.demonstrations, ledger=ledger)
     if config.run:
         # Imported here: the model code takes seconds to import.
         from rlhf_jax.feedback.sampled import sample_items

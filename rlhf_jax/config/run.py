@@ -17,7 +17,8 @@ MAY_CHANGE = frozenset(
     "name out devices mesh log_every save_every eval_every keep_last tensorboard examples reward_timeout".split()
 )
 # Places of inputs whose content is compared instead (`inputs` in config.json), so that they may be moved.
-MAY_CHANGE |= {"init", "reward", "reference", "data", "heldout", "demonstrations", "pretraining_data"}
+MAY_CHANGE |= {"init", "reward", "reference", "base", "chat_template"}
+MAY_CHANGE |= {"data", "heldout", "demonstrations", "pretraining_data"}
 _WARMUP = 0.05
 PLACES = ("query", "key", "value", "out", "gate", "up", "down")
 

@@ -10,7 +10,7 @@ MARGIN = 0.01
 
 
 def reward_warnings(
-    accuracy: float | None, interval: tuple[float, float] | None, prompts: int, *, steps: int, warmup: int
+    accuracy: float | None, interval: tuple[float, float] | None, prompts: int, *, steps: int
 ) -> list[str]:
     """Reasons not to trust a reward model, at most one sentence; [] if there is none.
 
@@ -19,7 +19,6 @@ def reward_warnings(
       interval: its 95% interval.
       prompts: held-out prompts with an ordered pair.
       steps: updates done.
-      warmup: updates of the learning rate's warm-up.
     """
     reasons = []
     if accuracy is None or interval is None:
@@ -30,9 +29,7 @@ def reward_warnings(
             f"its held-out accuracy {accuracy:.2f} {worse} (95% interval {interval[0]:.2f} to {interval[1]:.2f}, "
             f"{prompts:,} prompts)"
         )
-    if steps < warmup:
-        reasons.append(f"its {steps:,} steps are fewer than the {warmup:,} of its warm-up")
-    elif steps == 0:
+    if steps == 0:
         reasons.append("it was not trained")
     if not reasons:
         return []

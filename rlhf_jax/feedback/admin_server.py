@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import admin
 from rlhf_jax.feedback.export import FORMS, export
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 FRESH_SECONDS = 5.0
 MOST_UPLOADED = 64 * 2**20
 """Bytes of a file that is uploaded."""
-UPLOADS: dict[str, Callable[[Path], list[Item]]] = {
-    "compare": lambda path: read_tasks([path]),
-    "write": lambda path: read_demonstration_tasks([path]),
-    "calibration": lambda path: read_tasks([path], kind="calibration"),
-    "quiz": lambda path: read_tasks([path], kind="quiz", gold=True),
+UPLOADS: dict[str, Callable[[Path, Ledger], list[Item]]] = {
+    "compare": lambda path, ledger: read_tasks([path], ledger=ledger),
+    "write": lambda path, ledger: read_demonstration_tasks([path], ledger=ledger),
+    "calibration": lambda path, ledger: read_tasks([path], kind="calibration", ledger=ledger),
+    "quiz": lambda path, ledger: read_tasks([path], kind="quiz", gold=True, ledger=ledger),
 }
 """Readers of uploaded files, by what labellers do with the items."""
 
@@ -116,10 +117,12 @@ def admin_routes(service: Service) -> list[Route]:
         if kind not in UPLOADS:
             raise Refused(400, f"kind: expected one of {', '.join(UPLOADS)}")
         content = await read_bytes(request, "application/x-ndjson", MOST_UPLOADED)
-        read = await run_in_threadpool(_read_upload, request.query_params.get("name", ""), content, kind)
+        ledger = Ledger()
+        read = await run_in_threadpool(_read_upload, request.query_params.get("name", ""), content, kind, ledger)
         added = service.store.add_items(read)
         service.queue.refresh()
-        return JSONResponse({"items": len(read), "added": added})
+        left_out = ledger.counts() if ledger.rejected else ""
+        return JSONResponse({"items": len(read), "added": added, "left_out": left_out})
 
     async def archive(request: Request) -> Response:
         service.who(request, "admin")
@@ -151,14 +154,14 @@ def _draw(store: Store) -> dict[str, Any]:
     return admin.agreement(items, judgements, flag_names) | {"disagreements": admin.disagreements(items, judgements)}
 
 
-def _read_upload(name: str, content: bytes, kind: str) -> list[Item]:
+def _read_upload(name: str, content: bytes, kind: str, ledger: Ledger) -> list[Item]:
     """Read an uploaded file; errors name it as the admin knows it."""
     name = re.sub(r"[^\w.-]", "_", name)[-80:].lstrip(".") or "upload.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)
         try:
-            return UPLOADS[kind](path)
+            return UPLOADS[kind](path, ledger)
         except UserError as error:
             raise UserError(str(error).replace(f"{folder}/", "")) from None
 

@@ -174,6 +174,8 @@ def _useless(item: Item, judgement: Judgement, models: bool) -> str:
         return "an empty response"
     if any(message.role == "system" for message in item.turns[1:]):
         return "a system message in the middle"
+    if not item.turns and all(map(is_hh, item.responses)):
+        return "responses that are transcripts"
     return ""
 
 
@@ -298,7 +300,9 @@ def _transcripts(item: Item, chosen: str, rejected: str) -> tuple[tuple[str, str
     chosen, rejected = (text if not item.turns and text.startswith(" ") else f" {text}" for text in (chosen, rejected))
     prompt = render_prompt(turns)
     texts = (prompt + chosen, prompt + rejected)
-    read = split_shared(*map(split_hh, texts)) if all(map(is_hh, texts)) else None
+    talks = [split_hh(text) for text in texts] if all(map(is_hh, texts)) else []
+    # An answer that goes on with turns of its own reads back as those turns.
+    read = split_shared(*talks) if talks and all(len(talk) == len(turns) + 1 for talk in talks) else None
     if read != (turns, chosen, rejected) or render(split_hh(texts[0])) != texts[0]:
         return None
     return texts, Comparison(prompt, chosen, rejected, turns=tuple(turns))

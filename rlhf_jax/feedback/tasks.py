@@ -25,6 +25,8 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
 from rlhf_jax.feedback.store import dense
 
+DUPLICATE = "the same prompt and responses as in an earlier row"
+
 
 def make_item(
     prompt: str,
@@ -67,7 +69,7 @@ def read_tasks(
             raise UserError(f"{path}: expected one JSON object on each line, got {why}")
         for where, item in read:
             if item.id in items:
-                ledger.drop(where, "the same prompt and responses as in an earlier row")
+                ledger.drop(where, DUPLICATE)
             else:
                 ledger.keep(where)
                 items[item.id] = item
@@ -85,17 +87,23 @@ def _read(path: str | Path, kind: str, gold: bool, ledger: Ledger) -> Iterator[t
         yield where, _of_row(where, row, kind, gold)
 
 
-def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
+def read_demonstration_tasks(paths: Iterable[str | Path], *, ledger: Ledger | None = None) -> list[Item]:
     """Read prompts whose answer a labeller writes, or corrects where the row has one; duplicate rows become one item.
+
+    Args:
+      paths: JSONL files.
+      ledger: of the rows; duplicates are dropped in it.
 
     Raises:
       UserError: `file:line: field 'x': expected …, got …`, and for a file without rows.
     """
     items: dict[str, Item] = {}
+    ledger = ledger if ledger is not None else Ledger()
     for path in paths:
         empty = True
         for where, row in read_rows(path):
             empty = False
+            ledger.read(where)
             checked = _checked(where, row)
             for name in checked.among(("responses", "chosen", "rejected")):
                 raise UserError(
@@ -111,7 +119,11 @@ def read_demonstration_tasks(paths: Iterable[str | Path]) -> list[Item]:
             if not prompt.strip():
                 raise _wrong(where, row, "prompt", "a prompt to answer")
             item = make_item(prompt, [answer for answer in answers if answer.strip()], turns=turns)
-            items.setdefault(item.id, item)
+            if item.id in items:
+                ledger.drop(where, DUPLICATE)
+            else:
+                ledger.keep(where)
+                items[item.id] = item
         if empty:
             raise UserError(f"{path}: expected one JSON object on each line, got no rows to label")
     return list(items.values())

@@ -21,11 +21,12 @@ from rlhf_jax.pretrained.same_tokenizer import differences
 from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.checkpoint import fingerprint
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.runs.lifecycle import model_of, released_params
+from rlhf_jax.runs.lifecycle import RELEASED, model_of, released_params
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
 from rlhf_jax.tokenizers.export import as_hugging_face
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
+from rlhf_jax.tokenizers.published_files import FILES
 
 # Up to this many layers, a published model's blocks stay separate, which decodes faster; deeper models scan over them.
 MOST_UNROLLED = 8
@@ -46,7 +47,7 @@ class Source:
       scalar: True for a score head instead of a language head.
       origin: record of the published model that it started from, None without one.
       own: reads the trained tree, which is all parameters or the adapter.
-      identify: SHA-256 of the tree that `own` reads.
+      identify: SHA-256 of the tree that `own` reads, or of the last state from which that was made.
       base: source of the frozen parameters under an adapter, None without an adapter.
       lora: settings of the adapter.
       dialogues: True if it was trained on messages; rendered as `data.dialogues` does if the tokenizer has no template.
@@ -160,6 +161,12 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
             raise UserError(f"{run.path}: the reward model is not finished; start its command again to resume it")
         facts = {name: run.summary.get(name) for name in ("score_mean", "score_scale")}
         facts["warnings"] = tuple(run.summary.get("warnings", ()))
+    best = run.stage == "sft" and run.finished and run.summary.get("released_step") != run.summary.get("steps")
+    if best and not (run.path / RELEASED).exists():
+        raise UserError(
+            f"{run.path}: expected the parameters of step {run.summary['released_step']} in {RELEASED}/, got no such "
+            "folder; copy the whole run"
+        )
     return Source(
         where=spec,
         spec=str(run.path.absolute()),
@@ -169,7 +176,8 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
         scalar=run.stage == "reward",
         origin=run.origin,
         own=lambda: released_params(run),
-        identify=lambda: run.fingerprint,
+        # Other runs are known by their last checkpoint; that of SFT says nothing of the step that it released.
+        identify=lambda: fingerprint(released_params(run)) if best else run.fingerprint,
         base=base,
         lora=lora,
         # Runs from before this was recorded may have been trained on messages.
@@ -308,8 +316,8 @@ def _published(
 def _adapter(spec: str, heads: Collection[bool]) -> Source:
     """Open a PEFT folder, with its own tokenizer if it has one, and its base, a Hugging Face or a run's folder."""
     where = spec.removeprefix("peft:")
-    adapter_folder, _, given = (where, "", "") if Path(where).is_dir() else where.rpartition("#")
-    path = Path(adapter_folder or where)
+    adapter_folder, _, given = (where, "", "") if Path(where).is_dir() or "#" not in where else where.rpartition("#")
+    path = Path(adapter_folder)
     named = given or base_of(path)
     if not named.startswith(PUBLISHED) and not Path(named).is_dir():
         field = "base" if given else f"{path / CONFIG}: field 'base_model_name_or_path'"
@@ -353,6 +361,8 @@ def _adapter(spec: str, heads: Collection[bool]) -> Source:
 
 def _own_tokenizer(adapter: Path, base: TextTokenizer) -> TextTokenizer:
     """The tokenizer of an adapter's folder; the base's if the folder has none, or the same one."""
+    if not any((adapter / name).exists() for name in FILES):
+        return base
     own = as_hugging_face(base).with_folder(adapter)
     return own if differences(base, own) or own.stop_ids != base.stop_ids else base
 

@@ -57,7 +57,7 @@ class RunFolder:
           inputs: name -> fingerprint of every other input: data files, folders of earlier stages.
           origin: description of the published model that the run started from (huggingface.py), for exporting it in the
             same form.
-          base: location of the base parameters of the run's adapter (sources.py); None for a full network.
+          base: location of the base parameters of the run's adapter (pretrained/source.py); None for a full network.
           may_change: config fields that may differ when a run resumes.
 
         Raises:

@@ -6,7 +6,6 @@ import dataclasses
 
 from rlhf_jax.config import RewardConfig, SFTConfig
 from rlhf_jax.config.checks import ceil_product
-from rlhf_jax.runs.lifecycle import say
 
 LARGEST, SMALLEST = 32, 4
 # An epoch of fewer steps leaves the optimizer too few to move the parameters.
@@ -15,15 +14,16 @@ STEPS_PER_EPOCH = 16
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """Batch size in rows, number of updates, and the passes over the rows that they make."""
+    """Batch size in rows, number of updates, the passes over the rows that they make, and lines that tell the user."""
 
     batch: int
     steps: int
     epochs: float
+    lines: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 def run_length(config: SFTConfig | RewardConfig, rows: int, *, epochs: float, what: str) -> Length:
-    """Batch and steps of a run; says both, and if a batch larger than the data was replaced.
+    """Batch and steps of a run, and lines that say both, and if a batch larger than the data was replaced.
 
     An epoch visits every row once: steps = ⌈epochs × rows / batch⌉. With packed rows, rows are those of a batch, so an
     epoch visits every demonstration once too.
@@ -34,18 +34,21 @@ def run_length(config: SFTConfig | RewardConfig, rows: int, *, epochs: float, wh
       epochs: default number of epochs.
       what: name of the rows in messages.
     """
+    lines: list[str] = []
     batch = fitting_batch(rows, config.shares) if config.batch is None else config.batch
     if config.batch is not None and config.batch > max(rows, config.shares):
         batch = fitting_batch(rows, config.shares)
-        say(f"warning: batch {config.batch} is more than the {rows:,} {what} to train on; using --batch {batch}")
+        lines.append(
+            f"warning: batch {config.batch} is more than the {rows:,} {what} to train on; using --batch {batch}"
+        )
     if config.steps is not None:
         steps = config.steps
     else:
         # Rounded up from the exact product: -(-a // b) is ⌈a / b⌉.
         steps = -(-ceil_product(epochs if config.epochs is None else config.epochs, rows) // batch)
-    length = Length(batch, steps, steps * batch / rows)
-    say(f"{rows:,} {what}, batch {batch}: {steps:,} steps, {length.epochs:.3g} epochs")
-    return length
+    epochs = steps * batch / rows
+    lines.append(f"{rows:,} {what}, batch {batch}: {steps:,} steps, {epochs:.3g} epochs")
+    return Length(batch, steps, epochs, tuple(lines))
 
 
 def fitting_batch(rows: int, shares: int = 1) -> int:

@@ -41,7 +41,7 @@ from rlhf_jax.runs.loop import fit
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
-_RELEASED = "released"
+RELEASED = "released"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +307,7 @@ def say(text: str) -> None:
 def release(run: RunFolder, params: Params, step: int) -> None:
     """Saves the parameters for later stages, if they differ from those of the last checkpoint."""
     state = TrainState(jnp.asarray(step, jnp.int32), params, {}, jax.random.key(0), {})
-    released = Checkpoints(run.path / _RELEASED, keep_last=1)
+    released = Checkpoints(run.path / RELEASED, keep_last=1)
     if processes.from_first(lambda: step not in released.steps()):
         released.save(step, state, {})
 
@@ -315,10 +315,10 @@ def release(run: RunFolder, params: Params, step: int) -> None:
 def released_params(run: RunFolder) -> Params:
     """Loads a run's final parameters: the released ones, else those of the last checkpoint (PPO: the policy's).
 
-    For a run with an adapter these are the adapter alone: `sources.open_source` finds its base.
+    For a run with an adapter these are the adapter alone: `pretrained.source.open_source` finds its base.
     """
-    if (run.path / _RELEASED).exists():
-        params = load_params(run.path / _RELEASED)
+    if (run.path / RELEASED).exists():
+        params = load_params(run.path / RELEASED)
     else:
         params = run.load_params()
         params = params.get("policy", params)

@@ -128,7 +128,14 @@ def fit(
                 if processes.count() > 1 and processes.stop_asked(step):
                     received.append(signal.SIGTERM)
                 stopping = bool(received)
-                evaluating = evaluate is not None and _due(step, eval_every, steps) and not (stopping and step < steps)
+                evaluating = (
+                    evaluate is not None
+                    and _due(step, eval_every, steps)
+                    and not (
+                        # The best of the evaluations may be what later stages take, so a stop does not skip one.
+                        stopping and step < steps and (checkpoints is None or checkpoints.best_metric is None)
+                    )
+                )
                 saving = checkpoints is not None and (
                     _due(step, save_every, steps) or (evaluating and checkpoints.best_metric is not None)
                 )
@@ -199,12 +206,14 @@ class _Guard:
         for at, row in enumerate(rows, start=step - len(rows) + 1):
             bad = {name: value for name, value in row.items() if not math.isfinite(value)}
             lost = [name for ending in GUARDED for name in bad if name.endswith(ending)]
-            share = max((value for name, value in row.items() if name.endswith("skipped")), default=0.0)
+            share = max((row[name] for name in row if name.endswith("skipped") and "/" not in name), default=0.0)
             self.in_a_row = self.in_a_row + 1 if lost or share == 1 else 0
             if not lost and not share:
                 continue
             causes = lost[:1] or [name for name in bad if name.endswith("_norm")]
+            # A score that is replaced, since its response has no end, is in no metric but this count.
             cause = ", ".join(f"{name} is {bad[name]}" for name in causes)
+            cause = cause or f"nonfinite is {row.get('nonfinite', 0.0):g}"
             skips = f"; {f'{share:.0%} of its optimizer steps were' if share < 1 else 'the step was'} skipped"
             self.writers.event(at, cause + skips if share else cause)
             if self.in_a_row == self.patience:

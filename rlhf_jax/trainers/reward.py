@@ -44,6 +44,7 @@ from rlhf_jax.runs.lifecycle import (
     refuse_empty,
     refuse_unevaluated,
     release,
+    say,
     say_data,
     say_unheld,
     train,
@@ -90,6 +91,7 @@ def run(
         rankings, heldout = _rows(config, source, limit, ledger, heldout_ledger)
     else:
         rankings = ordered_rankings(rankings, ledger)
+        heldout = heldout if heldout is not None and len(heldout) else None
     refuse_empty(rankings, "rankings", ledger)
     if demonstrations is None:
         paths = config.demonstrations
@@ -109,6 +111,9 @@ def run(
         "heldout": fingerprint_of([dataclasses.replace(heldout, sources=())] if heldout is not None else []),
         "demonstrations": fingerprint_of(demonstrations),
     }
+    length = run_length(config, len(rankings), epochs=EPOCHS, what="rankings")
+    # Written out, so that a run that resumes on other devices has the same batches.
+    config = dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch)
     start = first_parameters(config, source, model)
     folder = create_run(
         config,
@@ -125,7 +130,8 @@ def run(
     say_data(ledger, count_parameters(start.base or start.params), **others)
     if splitting:
         say_unheld(heldout or ())
-    length = run_length(config, len(rankings), epochs=EPOCHS, what="rankings")
+    for line in length.lines:
+        say(line)
     optimizer = make_optimizer(config.optimizer, length.steps)
 
     rows: Rows[Any] = SharedRankingRows(rankings) if config.share_prompts else rankings
@@ -145,7 +151,7 @@ def run(
 
     state = train(
         folder,
-        dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch),
+        config,
         lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
         lambda axis: make_update(
             model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
@@ -174,10 +180,9 @@ def run(
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
     right, pairs = (None, 0) if heldout is None else held_out(heldout, params, length.steps)
     # One observation per prompt, because the pairs of a ranking are not independent.
-    judged = 0 if heldout is None else sum(len(set(ranks)) > 1 for _, ranks in heldout.rows)
+    judged = 0 if heldout is None else sum(len(set(ranks)) > 1 for ranks in heldout.ranks)
     right = right if judged else None
     interval = None if right is None else wilson(right, judged)
-    warmup = config.optimizer.warmup(length.steps)
     summary = {
         "dialogues": source.dialogues or have_messages(rankings.sources),
         "prompts": len(rankings),
@@ -190,7 +195,7 @@ def run(
         "shift": shift,
         "score_mean": mean,
         "score_scale": scale,
-        "warnings": reward_warnings(right, interval, judged, steps=length.steps, warmup=warmup),
+        "warnings": reward_warnings(right, interval, judged, steps=length.steps),
     }
     return dataclasses.replace(complete(folder, summary, ledger, **others), examples=heldout or rankings)
 

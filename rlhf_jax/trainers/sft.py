@@ -102,6 +102,12 @@ def run(
         "records": fingerprint_of(rows.sources),
         "heldout": fingerprint_of(heldout_rows.sources),
     }
+    training: Rows[TokenBatch] = rows if config.pack is None else pack_rows(rows, length=config.pack + 1)
+    what = "demonstrations" if config.pack is None else f"rows of {len(rows):,} packed demonstrations"
+    length = run_length(config, len(training), epochs=EPOCHS, what=what)
+    eval_every = max(-(-length.steps // EVALUATIONS), 1) if config.eval_every is None else config.eval_every
+    # Written out, so that a run that resumes on other devices has the same batches and evaluations.
+    config = dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch, eval_every=eval_every)
     start = start_from(source, config.lora, lambda: first_key(config.seed))
     folder = create_run(
         config,
@@ -120,11 +126,9 @@ def run(
     if start.base is not None:
         say(f"adapters of {count_parameters(start.params):,} parameters")
 
-    training: Rows[TokenBatch] = rows if config.pack is None else pack_rows(rows, length=config.pack + 1)
-    what = "demonstrations" if config.pack is None else f"rows of {len(rows):,} packed demonstrations"
-    length = run_length(config, len(training), epochs=EPOCHS, what=what)
+    for line in length.lines:
+        say(line)
     optimizer = make_optimizer(config.optimizer, length.steps)
-    eval_every = max(length.steps // EVALUATIONS, 1) if config.eval_every is None else config.eval_every
 
     def heldout_loss(params: Params) -> float | None:
         if not len(heldout_rows):
@@ -135,7 +139,7 @@ def run(
     before = heldout_loss(start.params)
     state = train(
         folder,
-        dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch, eval_every=eval_every),
+        config,
         lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
         lambda axis: make_update(
             trained, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale

@@ -198,7 +198,7 @@ async function upload(file) {
     const { status, body } = await ask(`/api/admin/items?${query}`, { method: "POST", headers: { "content-type": "application/x-ndjson" }, body: file });
     if (status !== 200) return trouble(body.error);
     show($("uploaded"), true);
-    $("uploaded").textContent = `${file.name}: ${number(body.items)} items, ${number(body.added)} of them new.`;
+    $("uploaded").textContent = `${file.name}: ${number(body.items)} items, ${number(body.added)} of them new. ${body.left_out}`;
     $("upload").reset();
   } catch {
     return trouble("The upload failed; try again.");

@@ -27,7 +27,7 @@ let active = Date.now();
 let saver = null;
 let tieNext = false;
 
-const pair = () => task.responses.length === 2;
+const pair = () => task?.responses.length === 2;
 const alone = () => task.responses.length < 2; // nothing to compare: an answer is written, or corrected
 const say = (words) => ($("status").textContent = words);
 const number = (value) => value.toLocaleString("en");
