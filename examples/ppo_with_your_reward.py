@@ -1,8 +1,7 @@
 """PPO with reward functions of your own and no reward model: sums, checked against a column of the data.
 
     python examples/ppo_with_your_reward.py runs/answers        # any pretrained or fine-tuned run, or hf:FOLDER
-    rlhf-jax ppo --name brief --init runs/answers --data prompts.jsonl \
-      --reward-function examples/ppo_with_your_reward.py:short
+    rlhf-jax ppo --name brief --init runs/sft --data p.jsonl --reward-function examples/ppo_with_your_reward.py:short
 
 A function has TRL's form f(prompts, completions, **columns); columns are the other fields of the prompts' rows.
 """

@@ -36,7 +36,18 @@ DOCS = ROOT / "docs"
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if path.name != "lab-notebook.md"]
 # Programs of others, which the pages name too.
 OTHERS = {"source", "rsync", "vllm", "llama-cli", "python convert_hf_to_gguf.py"}
-OTHERS_FLAGS = {"--outfile", "--model", "--name", "--no-name", "--pod", "--zone", "--restarts", "--help", "--no-deps"}
+OTHERS_FLAGS = {
+    "--peer-python",
+    "--outfile",
+    "--model",
+    "--name",
+    "--no-name",
+    "--pod",
+    "--zone",
+    "--restarts",
+    "--help",
+    "--no-deps",
+}
 
 
 def blocks(page: Path, *languages: str) -> list[str]:

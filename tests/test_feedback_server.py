@@ -493,9 +493,12 @@ def test_the_admin_pauses_rejects_and_uploads(running: Running, ann: Client, bos
         return status, json.loads(answer)
 
     row = b'{"prompt": "new", "responses": ["a", "b"]}\n'
-    assert upload(row * 2, "kind=compare&name=more.jsonl") == (200, {"items": 1, "added": 1})
+    status, answer = upload(row * 2, "kind=compare&name=more.jsonl")
+    assert (status, answer["items"], answer["added"]) == (200, 1, 1)
+    assert answer["left_out"].startswith("2 rows: 1 kept, 0 cut, 1 dropped\n  dropped 1: the same prompt and responses")
+    assert "(first at more.jsonl:2)" in answer["left_out"]
     assert ann.post("/api/task")[1]["task"]["turns"][0]["content"] == "new"
-    assert upload(b'{"prompt": "write"}', "kind=write&name=a")[1] == {"items": 1, "added": 1}
+    assert upload(b'{"prompt": "write"}', "kind=write&name=a")[1] == {"items": 1, "added": 1, "left_out": ""}
     assert running.service.queue.tasks == 8
     status, answer = upload(b"{}", "kind=compare&name=../../x/more%20rows.jsonl")
     assert status == 400 and answer["error"].startswith("_.._x_more_rows.jsonl:1: field 'prompt': expected text or a")

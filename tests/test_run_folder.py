@@ -74,7 +74,7 @@ def test_another_run_is_refused_by_the_field(tmp_path: Path) -> None:
         ({"steps": 20}, "steps: expected 10 as in the earlier run, got 20"),
         ({"optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}}, "optim.learning_rate: expected 0.001 .* got 0.002"),
         ({"clip": 0.2}, "clip: expected nothing .* got 0.2"),
-        ({"base": "models/llama"}, "base: expected nothing .* got models/llama"),
+        ({"teacher": "models/llama"}, "teacher: expected nothing .* got models/llama"),
         ({"stage": "reward"}, "expected the folder of a reward run, got one of sft"),
     ]
     for change, message in changes:

@@ -298,9 +298,11 @@ def test_sft_keeps_the_best_and_says_that_it_over_fits(capsys: pytest.CaptureFix
     jax.tree.map(np.testing.assert_array_equal, released_params(run), run.load_params("best"))
     (warning,) = run.summary["warnings"]
     assert f"it over-fits; later stages take the model of step {best}" in warning and f"warning: {warning}\n" in said
-    # Other devices would have other batches.
-    assert call("sft", "--name", "over", *arguments, "--devices", "8") == 2
-    assert "batch: expected 4" in capsys.readouterr().err
+    # The default batch is a multiple of the devices, so that other devices would have other batches.
+    at = arguments.index("--batch")
+    default = ("--name", "default", *arguments[:at], *arguments[at + 2 : arguments.index("--epochs")], "--steps", "1")
+    assert call("sft", *default) == 0 and call("sft", *default, "--devices", "8") == 2
+    assert "batch: expected 4 as in the earlier run, got 8" in capsys.readouterr().err
     # Said again of a finished run; and the last model is there for whoever asks for it.
     assert call("sft", "--name", "over", *arguments) == 0
     assert f"warning: {warning}\n" in capsys.readouterr().err

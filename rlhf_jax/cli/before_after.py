@@ -64,7 +64,9 @@ def answered(run: RunFolder, config: RunConfig, prompts: Sequence[Prompt]) -> li
             speaker = Speaker(SpeakerConfig(run=model, max_new_tokens=length, base=base, chat_template=template))
             answers[name] = speaker.answers([ids for _, ids in fitting])
     return [
-        {"prompt": prompt.prompt, "chat": bool(prompt.turns)} | {name: texts[place] for name, texts in answers.items()}
+        {"prompt": prompt.prompt}
+        | ({"chat": True} if prompt.turns else {})
+        | {name: texts[place] for name, texts in answers.items()}
         for place, (prompt, _) in enumerate(fitting)
     ]
 
@@ -102,7 +104,7 @@ def next_command(run: RunFolder, config: RunConfig, samples: Sequence[dict[str, 
     """The command that comes after a stage."""
     path, settings = shlex.quote(str(run.path)), dataclasses.asdict(config)
     if run.stage == "ppo":
-        if samples and samples[0]["chat"]:
+        if samples and "chat" in samples[0]:
             return f"rlhf-jax generate {path} --chat"
         prompt = samples[0]["prompt"] if samples else "Hello"
         return f"rlhf-jax generate {path} --prompt {shlex.quote(prompt)}"

@@ -117,11 +117,9 @@ def admin_routes(service: Service) -> list[Route]:
         if kind not in UPLOADS:
             raise Refused(400, f"kind: expected one of {', '.join(UPLOADS)}")
         content = await read_bytes(request, "application/x-ndjson", MOST_UPLOADED)
-        ledger = Ledger()
-        read = await run_in_threadpool(_read_upload, request.query_params.get("name", ""), content, kind, ledger)
+        read, left_out = await run_in_threadpool(_read_upload, request.query_params.get("name", ""), content, kind)
         added = service.store.add_items(read)
         service.queue.refresh()
-        left_out = ledger.counts() if ledger.rejected else ""
         return JSONResponse({"items": len(read), "added": added, "left_out": left_out})
 
     async def archive(request: Request) -> Response:
@@ -154,14 +152,16 @@ def _draw(store: Store) -> dict[str, Any]:
     return admin.agreement(items, judgements, flag_names) | {"disagreements": admin.disagreements(items, judgements)}
 
 
-def _read_upload(name: str, content: bytes, kind: str, ledger: Ledger) -> list[Item]:
-    """Read an uploaded file; errors name it as the admin knows it."""
+def _read_upload(name: str, content: bytes, kind: str) -> tuple[list[Item], str]:
+    """Read an uploaded file: (items, counts of rows that are no item of their own, or ""); with its name as given."""
+    ledger = Ledger()
     name = re.sub(r"[^\w.-]", "_", name)[-80:].lstrip(".") or "upload.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.write_bytes(content)
         try:
-            return UPLOADS[kind](path, ledger)
+            items = UPLOADS[kind](path, ledger)
+            return items, ledger.counts().replace(f"{folder}/", "") if ledger.rejected else ""
         except UserError as error:
             raise UserError(str(error).replace(f"{folder}/", "")) from None
 
