@@ -225,7 +225,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("prompts", {"prompt": "q", "system": "Be.", "system_prompt": "Be."}, "field 'system_prompt': expected one field"),
     ("prompts", {"prompt": "q", "system": ["Be."]}, "field 'system': expected text, got a list of 1"),
     ("demonstrations", {"prompt": "q", "completion": m("Aa|Uz|Ab")}, "field 'completion': expected one message of the"),
+    # A prompt or an answer beside a dialogue that it is not part of.
+    *((kind, {"instruction": "To French.", "messages": m("Uq|Ax")}, "field 'instruction': expected one of the user's")
+      for kind in ("text", "demonstrations", "dialogues", "prompts")),
+    *((kind, {"prompt": m("Uother"), "messages": m("Uq|Ax")}, "field 'messages': expected messages that begin with th")
+      for kind in ("text", "demonstrations", "dialogues", "prompts")),
+    ("dialogues", {"messages": m("Uq|Ax"), "completion": "B"}, "field 'completion': expected one field with the answe"),
+    ("text", {"conversations": g("Uq|Ax"), "response": "B"}, "field 'response': expected one field with the answer"),
     # Unpaired preferences.
+    *((kind, {"messages": m("Uq|Ax"), "label": label}, "field 'label': expected no unpaired preferences")
+      for kind in ("text", "demonstrations", "dialogues", "rankings") for label in (False, 1, 0.0)),
+    ("demonstrations", {"question": "q", "answer": "c", "label": 1.0}, "field 'label': expected no unpaired"),
     ("demonstrations", {"prompt": "q", "completion": "c", "label": False}, "field 'label': expected no unpaired"),
     ("comparisons", {"prompt": "q", "completion": "c", "label": True}, "field 'label': expected no unpaired"),
     ("rankings", {"prompt": m("Uq"), "completion": m("Ac"), "label": 0}, "field 'label': expected no unpaired"),
