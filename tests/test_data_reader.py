@@ -47,6 +47,8 @@ def read(tmp_path: Path) -> Any:
 FORMS = [
         ("text", {"text": "a\u2028b\n"}, Text("a\u2028b\n")),
         ("text", {"messages": [USER, says("x")]}, Text("\n\nHuman: q\n\nAssistant: x")),
+        ("text", {"text": "", "messages": [USER, says("x")]}, Text("\n\nHuman: q\n\nAssistant: x")),
+        ("text", {"text": "a", "messages": [], "train": True, "tools": ["x"]}, Text("a")),
         ("demonstrations", {"prompt": "p", "completion": "c", "more": [None]}, Demonstration("p", "c")),
         ("demonstrations", {"prompt": "", "response": "c"}, Demonstration("", "c")),
         ("demonstrations", {"prompt": [USER], "completion": [says("c")]}, Demonstration(CHAT_PROMPT, " c")),

@@ -101,7 +101,9 @@ def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
       Useless: for one from which nothing can be learned.
     """
     row = Row(where, fields)
-    if kind != "text" or "text" not in row:
+    if kind == "text" and not is_empty(row.fields.get("text")):
+        row.refuse_weights()
+    else:
         row.refuse_unread()
     match kind:
         case "text":
@@ -129,7 +131,8 @@ def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
 
 
 def _text(row: Row) -> Text:
-    name = None if "text" in row else dialogue_field(row)
+    # An empty text beside a dialogue is the column of other rows.
+    name = dialogue_field(row) if is_empty(row.fields.get("text")) else None
     messages: tuple[Message, ...] = ()
     if name is None:
         text = row.text("text")
@@ -164,7 +167,7 @@ def _dialogue(row: Row) -> Dialogue:
 
 
 def _whole_dialogue(row: Row, name: str) -> Turns:
-    """The row's dialogue, if it is all that the row says: the prompt beside it begins it, and no answer is beside it."""
+    """The row's dialogue, if the row says no more: a prompt beside it is its beginning, and no answer is beside it."""
     turns = row.turns(name)
     _refuse_unpaired(row)
     if both := row.among(COMPLETIONS[:2]):
@@ -189,6 +192,7 @@ def _demonstration(row: Row) -> Demonstration:
     (completion,) = found.texts
     if not completion.strip():
         raise Useless(f"empty {names[0]}")
+    row.refuse_ends("a completion")
     return Demonstration(found.prompt, completion, row.where, found.turns, row.ended("ended"))
 
 
@@ -202,6 +206,10 @@ def _comparison(row: Row) -> Comparison:
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise Useless(f"empty {name} response")
+    if "ended" in row and (isinstance(row.value("ended"), list) or not row.among(COMPLETIONS)):
+        raise row.wrong(
+            "ended", describe(row.value("ended")), "'ended_chosen' and 'ended_rejected' beside a comparison"
+        )
     ended = cut_marks([row.ended("ended_chosen"), row.ended("ended_rejected")])
     return Comparison(found.prompt, chosen, rejected, row.where, found.turns, rests=found.rests, ended=ended)
 
