@@ -203,11 +203,11 @@ def test_a_file_is_scored_on_the_rows_that_training_sees(
                     list(ids) for ids in encode_rankings(records, BYTES, max_tokens=64, ledger=Ledger()).rows[0][0]
                 ]
             else:
-                wanted = [encode_demonstrations(records, BYTES, max_tokens=64, ledger=Ledger()).rows[0][0]]
+                wanted = [list(encode_demonstrations(records, BYTES, max_tokens=64, ledger=Ledger()).rows[0][0])]
             assert call(judge, "--data", "data.jsonl") == 0
             found = json.loads(capsys.readouterr().out)
             scores = found.get("scores") or [v for name, v in found.items() if name.endswith("score")]
-            assert scores == pytest.approx([(raw_score(list(ids)) - 0.5) / 2.0 for ids in wanted], abs=1e-5)
+            assert scores == pytest.approx([(raw_score(ids) - 0.5) / 2.0 for ids in wanted], abs=1e-5)
             assert found["prompt"] == getattr(
                 records[0], "prompt", "\n\nHuman: h\n\nAssistant: a\n\nHuman: i\n\nAssistant:"
             )

@@ -153,10 +153,6 @@ def _dialogue(row: Row) -> Dialogue:
     added = len(messages) - len(turns.messages)
     answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
     unlearned = tuple(at for at in answers if turns.learned[at - added] is False)
-    if not row.ended("ended"):
-        raise row.wrong(
-            "ended", "false", "true in a dialogue; use 'prompt' and 'completion' for an answer that was cut"
-        )
     if not answers:
         raise Useless("no assistant turn")
     if len(unlearned) == len(answers):
@@ -172,6 +168,10 @@ def _whole_dialogue(row: Row, name: str) -> Turns:
     _refuse_unpaired(row)
     if both := row.among(COMPLETIONS[:2]):
         raise row.wrong(both[0], f"{name!r} as well", "one field with the answer; remove one")
+    if not row.ended("ended"):
+        raise row.wrong(
+            "ended", "false", "true in a dialogue; use 'prompt' and 'completion' for an answer that was cut"
+        )
     if not all(is_empty(row.fields[prompt]) for prompt in prompt_fields(row)):
         exchange_of(row, [])
     return turns
