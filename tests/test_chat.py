@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax.data.chat import chat_ids, chat_response_ids, chat_row
+from rlhf_jax.data.chat import chat_ids, chat_response_ids, chat_rest_ids, chat_row, dialogue_ids
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
@@ -175,6 +175,11 @@ CUTS = (
     "{% else %}{{ m.role + ':' + m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>PROMPT' }}{% endif %}"
 )
+CUTS_MARKED = (
+    CUTS.replace("PROMPT", "")
+    .replace("{{ '<|im_start|>' + m", "{{ '<|im_start|>' }}{% generation %}{{ m")
+    .replace("+ '</s>' }}", "+ '</s>' }}{% endgeneration %}")
+)
 THOUGHT = "<think>\nfirst, hm\n</think>\n\nb"
 REMOVED: list[tuple[str, str, str]] = [
     (CUTS.replace("PROMPT", ""), THOUGHT, r"removes or changes '<think>\\nfirst, hm\\n</think>'"),
@@ -213,6 +218,21 @@ def test_what_a_template_removes_of_an_answer_is_said() -> None:
                 with pytest.raises(UserError, match=rf"^chat template: .*{message}") as error:
                     call()
                 assert "--chat-template FILE" in str(error.value)
+    # Of every answer that is a target, and of all that is read: not of the last one alone.
+    for source in (CUTS.replace("PROMPT", ""), CUTS_MARKED):
+        cuts = speaker(ZEPHYR, source=source)
+        early = [("user", "a"), ("assistant", THOUGHT), ("user", "c"), ("assistant", "d")]
+        shown = [early[0], ("assistant", "\n\nb"), *early[2:]]
+        assert chat_row(early, cuts, unlearned=[1])[0] == chat_row(shown, cuts)[0]
+        for cut in (
+            lambda: chat_row(early, cuts),  # noqa: B023
+            lambda: dialogue_ids(early, cuts),  # noqa: B023
+            lambda: dialogue_ids(early[:2], cuts),  # noqa: B023
+            lambda: chat_rest_ids(early[:1], early[1:], cuts),  # noqa: B023
+            lambda: chat_rest_ids(early[:1], [early[3], early[2], early[1]], cuts),  # noqa: B023
+        ):
+            with case(source), pytest.raises(UserError, match=r"removes or changes '<think>\\nfirst, hm"):
+                cut()
     whole = speaker(ZEPHYR, source=CUTS.replace("PROMPT", "").replace(".split('</think>')[-1]", ""))
     assert targets(whole, [("user", "a"), ("assistant", THOUGHT)]) == [f"{THOUGHT}</s>"]
     # Thoughts of earlier answers, and white space, may go.

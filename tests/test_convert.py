@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_jax.cli import convert, generate
 from rlhf_jax.config import LoraConfig, ModelConfig, to_plain
-from rlhf_jax.config.stages import PPOConfig, SFTConfig
+from rlhf_jax.config.stages import PPOConfig, PretrainConfig, SFTConfig
 from rlhf_jax.data import (
     Comparison,
     Demonstration,
@@ -38,6 +38,7 @@ from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.export import as_hugging_face
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
+from rlhf_jax.trainers import pretrain
 from tests.cases import case
 from tests.made_params import random_adapter, random_params, shapes_traced_once  # noqa: F401
 from tests.made_runs import write_run
@@ -381,6 +382,16 @@ def test_records_that_are_dialogues() -> None:
     ):
         with case(record):
             assert have_messages([Text("x"), record]) == expected
+
+
+def test_a_model_of_dialogues_that_is_pretrained_further_remains_one(runs: Path, tmp_path: Path) -> None:
+    for init, expected in (("base", False), ("ppo", True)):
+        with case(init):
+            settings: dict[str, Any] = {"row_length": 16, "batch": 2, "steps": 0, "heldout_fraction": 0.0}
+            talk = Text("\n\nHuman: a\n\nAssistant: b", messages=(Message("user", "a"), Message("assistant", "b")))
+            config = PretrainConfig(init=str(runs / init), out=str(tmp_path / init), **settings)
+            pretrain.run(config, texts=[talk])
+            assert open_source(str(tmp_path / init), stages=("pretrain",)).dialogues is expected
 
 
 def test_a_folder_in_use_is_refused(runs: Path, tmp_path: Path) -> None:

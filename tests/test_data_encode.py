@@ -209,11 +209,13 @@ def test_a_dialogue_to_pretrain_on_is_written_by_the_template() -> None:
             tokenizer.special_tokens[f"<|{name}|>"]
             for name in ("begin_of_text", "start_header_id", "end_header_id", "eot_id")
         )
-        # What stands before every text comes with packing.
+        # What stands before every text comes with packing, and so does the end, here the one of the last turn.
         wanted = [] if tokenizer.start_ids else [begin]
         for role, content in talk:
             wanted += [header, *tokenizer.encode(role), end, *tokenizer.encode(f"\n\n{content}"), eot]
-        assert encode_text([document], tokenizer, ledger=Ledger()) == [wanted]
+        ledger = Ledger()
+        assert tokenizer.eos_id == eot and encode_text([document], tokenizer, ledger=ledger) == [wanted[:-1]]
+        assert ledger.tokens == len(tokenizer.start_ids) + len(wanted)
     assert encode_text([document], BYTES, ledger=Ledger()) == [ids(document.text)]
 
 

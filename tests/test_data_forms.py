@@ -104,6 +104,13 @@ FORMS: list[tuple[dict[str, Any], str, str]] = [
     ({"problem": "q", "solution": "2 + 2", "answer": 4}, "Uq", "prompts"),
     ({"query": "q", "responses": ["a", "b"], "ranks": [1, 2]}, "Uq", "prompts rankings label"),
     ({"input": m("Uq"), "output": m("Ac")[0]}, "Uq", "prompts demonstrations"),
+    ({"system_message": "Be.", "messages": m("Uq|Ac")}, "SBe.|Uq", "prompts demonstrations dialogues"),
+    # What is beside a question is in it already.
+    ({"prompt": "a b q", "context": "b", "completion": "c"}, "=a b q", "prompts demonstrations"),
+    ({"question": "3 or 4?", "choices": {"text": ["3", "4"], "label": []}, "options": [3, 4], "context": "", **PAIR},
+     "U3 or 4?", "prompts comparisons label"),
+    ({"messages": m("UA passage. q|Ac"), "context": ["A passage. "], "train": 1, "weight": 1.0}, "UA passage. q",
+     "prompts demonstrations dialogues"),
     # ShareGPT, with answers beside as LLaMA-Factory has them.
     ({"conversations": g("SBe.|Uq|Ax|Uz|Ac")}, "SBe.|Uq|Ax|Uz", "prompts demonstrations dialogues"),
     ({"conversations": m("Uq|Ac"), "system": "Be."}, "SBe.|Uq", "prompts demonstrations dialogues"),
@@ -225,11 +232,37 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("prompts", {"prompt": "q", "system": "Be.", "system_prompt": "Be."}, "field 'system_prompt': expected one field"),
     ("prompts", {"prompt": "q", "system": ["Be."]}, "field 'system': expected text, got a list of 1"),
     ("demonstrations", {"prompt": "q", "completion": m("Aa|Uz|Ab")}, "field 'completion': expected one message of the"),
+    # A prompt or an answer beside a dialogue that it is not part of.
+    *((kind, {"instruction": "To French.", "messages": m("Uq|Ax")}, "field 'instruction': expected one of the user's")
+      for kind in ("text", "demonstrations", "dialogues", "prompts")),
+    *((kind, {"prompt": m("Uother"), "messages": m("Uq|Ax")}, "field 'messages': expected messages that begin with th")
+      for kind in ("text", "demonstrations", "dialogues", "prompts")),
+    ("dialogues", {"messages": m("Uq|Ax"), "completion": "B"}, "field 'completion': expected one field with the answe"),
+    ("text", {"conversations": g("Uq|Ax"), "response": "B"}, "field 'response': expected one field with the answer"),
     # Unpaired preferences.
+    *((kind, {"messages": m("Uq|Ax"), "label": label}, "field 'label': expected no unpaired preferences")
+      for kind in ("text", "demonstrations", "dialogues", "rankings") for label in (False, 1, 0.0)),
+    ("demonstrations", {"question": "q", "answer": "c", "label": 1.0}, "field 'label': expected no unpaired"),
     ("demonstrations", {"prompt": "q", "completion": "c", "label": False}, "field 'label': expected no unpaired"),
     ("comparisons", {"prompt": "q", "completion": "c", "label": True}, "field 'label': expected no unpaired"),
     ("rankings", {"prompt": m("Uq"), "completion": m("Ac"), "label": 0}, "field 'label': expected no unpaired"),
-    # What a row says beside its messages.
+    # A part of the question that is not in it.
+    ("prompts", {"prompt": "q", "context": "A passage."}, "field 'context': expected a question that has its text in"),
+    ("dialogues", {"messages": m("Uq|Ax"), "context": ["A passage."]}, "field 'context': expected a question that has"),
+    ("comparisons", {**WHOLE, "context": "A passage."}, "field 'context': expected a question that has its text in it"),
+    ("demonstrations", {"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}, "field 'choices': expected a que"),
+    ("prompts", {"question": "2 + 2?", "options": {"A": 3, "B": 4}}, "field 'options': expected a question that has"),
+    # Marks of cut responses under the name of another form.
+    ("comparisons", {"prompt": "q", **PAIR, "ended": [True, False]}, "field 'ended': expected 'ended_chosen' and"),
+    ("rankings", {"prompt": "q", **PAIR, "ended": False}, "field 'ended': expected 'ended_chosen' and 'ended_rejec"),
+    ("rankings", {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "ended_chosen": False},
+     "field 'ended_chosen': expected 'ended' beside responses, with"),
+    ("demonstrations", {"prompt": "q", "completion": "c", "ended_rejected": False}, "field 'ended_rejected': expected"),
+    # What a row says beside its text or its messages.
+    *((kind, row | mark, f"field '{next(iter(mark))}': expected ")
+      for kind, row in (("text", {"text": "t"}), ("prompts", {"prompt": "q"}), ("dialogues", {"messages": m("Uq|Ax")}))
+      for mark in ({"weight": 0}, {"train": False}, {"train": 0}, {"train": 0.0}, {"loss_mask": [0]},
+                   {"sample_weight": 0.5})),
     ("dialogues", {"messages": m("Uq|Ax"), "tools": [{"type": "function"}]}, "field 'tools': expected a row without i"),
     ("prompts", {"prompt": "q", "tools": '[{"name": "f"}]'}, "field 'tools': expected a row without it"),
     ("comparisons", {"prompt": "q", **PAIR, "weight": 0.5}, "field 'weight': expected 1, as every row counts once"),

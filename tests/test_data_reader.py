@@ -47,6 +47,8 @@ def read(tmp_path: Path) -> Any:
 FORMS = [
         ("text", {"text": "a\u2028b\n"}, Text("a\u2028b\n")),
         ("text", {"messages": [USER, says("x")]}, Text("\n\nHuman: q\n\nAssistant: x")),
+        ("text", {"text": "", "messages": [USER, says("x")]}, Text("\n\nHuman: q\n\nAssistant: x")),
+        ("text", {"text": "a", "messages": [], "train": True, "tools": ["x"]}, Text("a")),
         ("demonstrations", {"prompt": "p", "completion": "c", "more": [None]}, Demonstration("p", "c")),
         ("demonstrations", {"prompt": "", "response": "c"}, Demonstration("", "c")),
         ("demonstrations", {"prompt": [USER], "completion": [says("c")]}, Demonstration(CHAT_PROMPT, " c")),
@@ -183,6 +185,7 @@ MALFORMED = [
         ("demonstrations", {"prompt": "p", "completion": "c", "ended": "no"},
          "'ended': expected true, or false for a response that was cut, got the text \"no\""),
         ("dialogues", {"messages": [USER, says("x")], "ended": False}, "'ended': expected true in a dialogue; use"),
+        ("text", {"messages": [USER, says("x")], "ended": False}, "'ended': expected true in a dialogue; use"),
         ("comparisons", {"prompt": "p", "chosen": "c", "rejected": "r", "ended_chosen": 0}, "got the number 0"),
         ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "ended": [True]},
          "'ended': expected a list of 2, one for each response, got a list of 1"),

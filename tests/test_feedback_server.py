@@ -23,6 +23,7 @@ from rlhf_jax.cli import labelling
 from rlhf_jax.cli.app import main
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.feedback import admin
 from rlhf_jax.feedback.guard import MOST_BYTES, Address, is_loopback
 from rlhf_jax.feedback.queue import Queue, Rules
@@ -30,7 +31,7 @@ from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.server import Service, make_app
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item, read_demonstration_tasks, read_tasks
-from rlhf_jax.feedback.win_rates import wilson, win_rates
+from rlhf_jax.feedback.win_rates import win_rates
 from tests.cases import case
 from tests.label_servers import ForkedServer
 from tests.stress import label_stress

@@ -13,7 +13,7 @@ import pytest
 import rlhf_jax
 from rlhf_jax.cli.app import main
 from rlhf_jax.config import ModelConfig
-from rlhf_jax.data import Message, chat_ids
+from rlhf_jax.data import Ledger, Message, chat_ids, encode_demonstrations, encode_rankings, read_records
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
@@ -174,3 +174,43 @@ def test_a_file_of_answers_is_scored(
     assert "prompts" not in err
     assert call(str(runs / "sft"), "--data", "answers.jsonl") == 2
     assert "sft: expected a reward model, got a language model" in capsys.readouterr().err
+
+
+def test_a_file_is_scored_on_the_rows_that_training_sees(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    judge = str(runs / "judge")
+
+    def said(text: str) -> list[dict[str, str]]:
+        """ "hi|ho" -> messages of the user and the assistant in turn."""
+        return [{"role": ("user", "assistant")[at % 2], "content": part} for at, part in enumerate(text.split("|"))]
+
+    rows: list[tuple[str, dict[str, Any]]] = [
+        ("demonstrations", {"prompt": "a:", "completion": " b", "ended": False, "chosen": None, "responses": None}),
+        ("demonstrations", {"messages": said("h|a|i|b"), "ranks": None, "rejected": None}),
+        ("rankings", {"prompt": "a:", "chosen": " b", "rejected": " c", "ended_rejected": False}),
+        ("rankings", {"prompt": "a:", "responses": [" b", " c"], "ranks": [1, 2], "ended": [False, True]}),
+        ("rankings", {"chosen": said("h|a|i|b"), "rejected": said("h|c"), "ended_chosen": False}),
+        ("rankings", {"chosen": said("h|a|i|b"), "rejected": said("h|c|j|d"), "ended_rejected": False}),
+    ]
+    for kind, row in rows:
+        with case(row):
+            Path("data.jsonl").write_text(json.dumps(row) + "\n")
+            records: Any = read_records("data.jsonl", kind, Ledger())  # type: ignore[call-overload]
+            if kind == "rankings":
+                wanted = [
+                    list(ids) for ids in encode_rankings(records, BYTES, max_tokens=64, ledger=Ledger()).rows[0][0]
+                ]
+            else:
+                wanted = [list(encode_demonstrations(records, BYTES, max_tokens=64, ledger=Ledger()).rows[0][0])]
+            assert call(judge, "--data", "data.jsonl") == 0
+            found = json.loads(capsys.readouterr().out)
+            scores = found.get("scores") or [v for name, v in found.items() if name.endswith("score")]
+            assert scores == pytest.approx([(raw_score(ids) - 0.5) / 2.0 for ids in wanted], abs=1e-5)
+            assert found["prompt"] == getattr(
+                records[0], "prompt", "\n\nHuman: h\n\nAssistant: a\n\nHuman: i\n\nAssistant:"
+            )
+    Path("there.jsonl").touch()
+    assert call("no-such-run", "--data", "data.jsonl", "--out", "there.jsonl") == 2
+    assert "out: expected a file that does not exist yet" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_jax.data import Comparison, Demonstration, Dialogue, Ledger, Ranking, read_records, render_prompt
 from rlhf_jax.data.jsonl import read_rows
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback.win_rates import wilson
+from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.inference import load
 from rlhf_jax.runs.lifecycle import say
 
@@ -24,13 +24,15 @@ COMPARED = ("chosen", "rejected", "responses", "ranks")
 
 def run(config: Config) -> None:
     """Writes a row of JSON for each record, with its scores; null for a response that does not fit the model."""
+    if config.out and Path(config.out).exists():
+        raise UserError(f"out: expected a file that does not exist yet, got {config.out}; give another --out")
     judge = load(config.run)
     if not judge.source.scalar:
         raise UserError(f"{config.run}: expected a reward model, got a language model")
     ledger = Ledger()
     records: list[Any] = []
     for path in config.data:
-        compared = any(name in COMPARED for _, row in read_rows(path) for name in row)
+        compared = any(row.get(name) is not None for _, row in read_rows(path) for name in COMPARED)
         records += read_records(path, "rankings" if compared else "demonstrations", ledger)
     answers = [answer for record in records for answer in _answers(record)]
     encoded = Ledger()
@@ -44,28 +46,38 @@ def run(config: Config) -> None:
 
 
 def _answers(record: Any) -> list[Demonstration]:
-    """The responses of a record, each with its prompt."""
+    """The responses of a record, each with its prompt, encoded as the stages encode them."""
     if isinstance(record, Dialogue):
         last = max(at for at, message in enumerate(record.messages) if message.role == "assistant")
         turns = record.messages[:last]
         return [Demonstration(render_prompt(turns), f" {record.messages[last].content}", record.where, turns)]
-    texts = {
-        Demonstration: lambda: [record.completion],
-        Comparison: lambda: [record.chosen, record.rejected],
-        Ranking: lambda: record.responses,
-    }[type(record)]()
-    return [Demonstration(record.prompt, text, record.where, record.turns) for text in texts]
+    if isinstance(record, Demonstration):
+        return [record]
+    ends = record.ended or [True] * (2 if isinstance(record, Comparison) else len(record.responses))
+    if record.rests:
+        # The last answer is scored after all turns before it, those of the response too.
+        before = [(*record.turns, *rest[:-1]) for rest in record.rests]
+        return [
+            Demonstration(render_prompt(turns), f" {rest[-1].content}", record.where, turns, ended)
+            for turns, rest, ended in zip(before, record.rests, ends, strict=True)
+        ]
+    texts = (record.chosen, record.rejected) if isinstance(record, Comparison) else record.responses
+    return [
+        Demonstration(record.prompt, text, record.where, record.turns, ended)
+        for text, ended in zip(texts, ends, strict=True)
+    ]
 
 
 def _row(record: Any, scores: Sequence[float | None]) -> dict[str, Any]:
-    answers = _answers(record)
-    row: dict[str, Any] = {"where": record.where, "prompt": answers[0].prompt}
+    answer = _answers(record)[0]
+    prompt = answer.prompt if isinstance(record, Dialogue) else record.prompt
+    row: dict[str, Any] = {"where": record.where, "prompt": prompt}
     if isinstance(record, Comparison):
         row |= {"chosen": record.chosen, "rejected": record.rejected}
         return row | dict(zip(("chosen_score", "rejected_score"), scores, strict=True))
     if isinstance(record, Ranking):
         return row | {"responses": record.responses, "ranks": record.ranks, "scores": list(scores)}
-    return row | {"completion": answers[0].completion, "score": scores[0]}
+    return row | {"completion": answer.completion, "score": scores[0]}
 
 
 def _agreement(rows: Sequence[tuple[Any, Sequence[float | None]]]) -> list[str]:
@@ -101,7 +113,5 @@ def _output(out: str) -> Any:
     if not out:
         yield sys.stdout
         return
-    if Path(out).exists():
-        raise UserError(f"out: expected a file that does not exist yet, got {out}; give another --out")
-    with Path(out).open("w", encoding="utf-8") as file:
+    with Path(out).open("x", encoding="utf-8") as file:
         yield file

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from rlhf_jax.errors import UserError
@@ -28,8 +28,13 @@ def chat_ids(messages: Turns, tokenizer: TextTokenizer) -> list[int]:
 
 
 def dialogue_ids(messages: Turns, tokenizer: TextTokenizer) -> list[int]:
-    """Ids of a full dialogue."""
+    """Ids of a full dialogue.
+
+    Raises:
+      UserError: if the template removes a part of an answer.
+    """
     talk = _Talk(messages, tokenizer)
+    talk.refuse_cuts(range(len(messages)))
     return talk.ids([talk.render(len(messages))])[0]
 
 
@@ -51,9 +56,10 @@ def chat_rest_ids(messages: Turns, rest: Turns, tokenizer: TextTokenizer, *, end
     """Ids of the rest of a dialogue, which follows `chat_ids(messages)`, with the end of its last turn if it `ended`.
 
     Raises:
-      UserError: if the template does not render the rest directly after its generation prompt.
+      UserError: if the template does not render the rest directly after its generation prompt, or removes a part of it.
     """
     talk = _Talk([*messages, *rest], tokenizer)
+    talk.refuse_cuts(range(len(messages), len(messages) + len(rest)))
     prompt, whole = talk.render(len(messages), prompt=True), talk.render(len(messages) + len(rest))
     if not whole.startswith(prompt):
         raise UserError(_NOT_AFTER_PROMPT)
@@ -74,7 +80,7 @@ def chat_row(
       unlearned: places of assistant turns that are no targets.
 
     Raises:
-      UserError: if no answer is left, or if the template removes a part of the last one.
+      UserError: if no answer is left, or if the template removes a part of the last one or of a target.
     """
     talk = _Talk(messages, tokenizer)
     last = max((at for at, (role, _) in enumerate(messages) if role == "assistant"), default=None)
@@ -158,6 +164,12 @@ class _Talk:
             return None
         return _Answer(prompt, *self.tokens.split_end(whole[len(prompt) :]))
 
+    def refuse_cuts(self, places: Iterable[int]) -> None:
+        """Checks the assistant turns among these places as `refuse_cut` does."""
+        for at in places:
+            if self.messages[at][0] == "assistant":
+                self.refuse_cut(at)
+
     def refuse_cut(self, at: int) -> None:
         """Checks that the template renders the whole of the assistant turn `at` while it is the last message.
 
@@ -166,10 +178,11 @@ class _Talk:
         Raises:
           UserError: with the text that the template removes, such as the thoughts of a model that reasons.
         """
-        prompt, whole = self.render(at, prompt=True), self.render(at + 1)
+        whole = self.render(at + 1)
         said = "".join(self.messages[at][1].split())
         if said in "".join(whole.split()):
             return
+        prompt = self.render(at, prompt=True)
         shown = "".join(whole[_shared(prompt, whole) :].split())
         kept = next((size for size in range(len(said) - 1, 0, -1) if said[-size:] in shown), 0)
         removed = self.messages[at][1]
@@ -198,6 +211,8 @@ class _Talk:
             answer = self.answer(at) if role == "assistant" and at not in unlearned else None
             if answer is None or len(answer.prompt) < done or not whole.startswith("".join(answer)):
                 continue
+            # What a template removes only once others follow makes the answer no target, above.
+            self.refuse_cut(at)
             sections += [(whole[done : len(answer.prompt)], False), (answer.text + answer.end, True)]
             done = len("".join(answer))
         return [*sections, (whole[done:], False)]
@@ -212,5 +227,7 @@ class _Talk:
                 f"chat template: expected one {{% generation %}} block for each of the {len(answers)} assistant turns, "
                 f"of which some are not to be learned, got {len(parts) // 2}"
             )
+        if len(parts) // 2 == len(answers):
+            self.refuse_cuts(at for at in answers if at not in unlearned)
         skipped = {2 * block + 1 for block, at in enumerate(answers) if at in unlearned}
         return [(part, at % 2 == 1 and at not in skipped) for at, part in enumerate(parts)]

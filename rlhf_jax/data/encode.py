@@ -235,11 +235,13 @@ def encode_prompts(
 
 
 def _document_ids(record: Text, tokenizer: TextTokenizer) -> list[int]:
-    """Ids of a document without start ids; a dialogue is rendered by the chat template, if there is one."""
+    """Ids of a document without start ids and eos; a dialogue is rendered by the chat template, if there is one."""
     if not record.messages or tokenizer.chat_template is None:
         return tokenizer.encode(record.text)
     ids, start = chat.dialogue_ids(record.messages, tokenizer), list(tokenizer.start_ids)
-    return ids[len(start) :] if ids[: len(start)] == start else ids
+    ids = ids[len(start) :] if ids[: len(start)] == start else ids
+    # Packing ends every document.
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
 
 
 def _turns(

@@ -19,6 +19,7 @@ from rlhf_jax.errors import UserError
 PROMPTS = ("prompt", "instruction", "question", "problem", "query", "input")
 COMPLETIONS = ("completion", "response", "output", "answer", "solution")
 DIALOGUES = ("messages", "conversations")
+BESIDE = ("context", "choices", "options")  # parts of a question that datasets keep beside it
 GROUPS = (PROMPTS, COMPLETIONS, DIALOGUES, ("chosen",), ("rejected",), ("responses",), ("ranks",), ("text",))
 PROMPT_HINT = f"; it is read from one of {', '.join(PROMPTS)}, or from messages"
 Answers = Sequence[tuple[str, Any]]  # (name for errors, value)
@@ -114,11 +115,26 @@ def prompt_fields(row: Row) -> list[str]:
         names = [name for name in names if not is_empty(row.fields[name])] or names[:1]
     if len(names) > 1 and names != ["instruction", "input"]:
         raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the prompt; remove or rename one")
-    if names and names[0] != "prompt" and not is_empty(row.fields.get("context")):
-        raise row.wrong(
-            "context", describe(row.fields["context"]), f"a question without it; use {names[0]!r} for all of the text"
-        )
+    _refuse_beside(row, names)
     return names
+
+
+def _refuse_beside(row: Row, names: Sequence[str]) -> None:
+    """Raises UserError for a passage or for choices beside a question that does not have their text in it."""
+    fields = [*(name for name in names if not is_empty(row.fields[name])), *row.among(DIALOGUES)]
+    asked = "\n".join(text for name in fields or ("chosen", "rejected") for text in _texts(row.fields.get(name)))
+    for name in row.among(BESIDE):
+        value = row.fields[name]
+        if not is_empty(value) and not all(text.strip() in asked for text in _texts(value)):
+            use = f"use {names[0]!r} for all of the text" if names else "use its text in the messages"
+            raise row.wrong(name, describe(value), f"a question that has its text in it; {use}, or remove the field")
+
+
+def _texts(value: object) -> list[str]:
+    """The texts and numbers in a value, however deep in lists and objects."""
+    if isinstance(value, list | dict):
+        return [text for part in (value.values() if isinstance(value, dict) else value) for text in _texts(part)]
+    return [] if value is None else [str(value)]
 
 
 def _exchange(row: Row, answers: Answers) -> Exchange:

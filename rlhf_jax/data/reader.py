@@ -23,11 +23,19 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from rlhf_jax.data.dialogues import Message, render
-from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange_of, prompt_alone, renamed
+from rlhf_jax.data.forms import (
+    COMPLETIONS,
+    DIALOGUES,
+    dialogue_field,
+    exchange_of,
+    prompt_alone,
+    prompt_fields,
+    renamed,
+)
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text, cut_marks
-from rlhf_jax.data.rows import Row, Useless
+from rlhf_jax.data.rows import Row, Turns, Useless, is_empty
 from rlhf_jax.errors import UserError
 
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
@@ -93,17 +101,16 @@ def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
       Useless: for one from which nothing can be learned.
     """
     row = Row(where, fields)
-    if kind != "text" or "text" not in row:
+    if kind == "text" and not is_empty(row.fields.get("text")):
+        row.refuse_weights()
+    else:
         row.refuse_unread()
     match kind:
         case "text":
             return _text(row)
         case "demonstrations":
             _refuse_unpaired(row)
-            name = dialogue_field(row)
-            if name is not None and (both := row.among(COMPLETIONS[:2])):
-                raise row.wrong(both[0], f"{name!r} as well", "one field with the answer; remove one")
-            return _dialogue(row) if name is not None else _demonstration(row)
+            return _demonstration(row) if dialogue_field(row) is None else _dialogue(row)
         case "dialogues":
             return _dialogue(row)
         case "comparisons" | "rankings":
@@ -124,12 +131,13 @@ def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
 
 
 def _text(row: Row) -> Text:
-    name = None if "text" in row else dialogue_field(row)
+    # An empty text beside a dialogue is the column of other rows.
+    name = dialogue_field(row) if is_empty(row.fields.get("text")) else None
     messages: tuple[Message, ...] = ()
     if name is None:
         text = row.text("text")
     else:
-        turns = row.turns(name)
+        turns = _whole_dialogue(row, name)
         if False in turns.learned:
             raise row.wrong(name, "a turn that is not to be learned", "no weight 0 or train false, as all is learned")
         messages = row.with_system(turns.messages)
@@ -140,15 +148,11 @@ def _text(row: Row) -> Text:
 
 
 def _dialogue(row: Row) -> Dialogue:
-    turns = row.turns(dialogue_field(row) or "messages")
+    turns = _whole_dialogue(row, dialogue_field(row) or "messages")
     messages = row.with_system(turns.messages)
     added = len(messages) - len(turns.messages)
     answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
     unlearned = tuple(at for at in answers if turns.learned[at - added] is False)
-    if not row.ended("ended"):
-        raise row.wrong(
-            "ended", "false", "true in a dialogue; use 'prompt' and 'completion' for an answer that was cut"
-        )
     if not answers:
         raise Useless("no assistant turn")
     if len(unlearned) == len(answers):
@@ -156,6 +160,21 @@ def _dialogue(row: Row) -> Dialogue:
     if not all(messages[at].content.strip() for at in answers):
         raise Useless("an empty assistant turn")
     return Dialogue(messages, row.where, unlearned)
+
+
+def _whole_dialogue(row: Row, name: str) -> Turns:
+    """The row's dialogue, if the row says no more: a prompt beside it is its beginning, and no answer is beside it."""
+    turns = row.turns(name)
+    _refuse_unpaired(row)
+    if both := row.among(COMPLETIONS[:2]):
+        raise row.wrong(both[0], f"{name!r} as well", "one field with the answer; remove one")
+    if not row.ended("ended"):
+        raise row.wrong(
+            "ended", "false", "true in a dialogue; use 'prompt' and 'completion' for an answer that was cut"
+        )
+    if not all(is_empty(row.fields[prompt]) for prompt in prompt_fields(row)):
+        exchange_of(row, [])
+    return turns
 
 
 def _demonstration(row: Row) -> Demonstration:
@@ -173,6 +192,7 @@ def _demonstration(row: Row) -> Demonstration:
     (completion,) = found.texts
     if not completion.strip():
         raise Useless(f"empty {names[0]}")
+    row.refuse_ends("a completion")
     return Demonstration(found.prompt, completion, row.where, found.turns, row.ended("ended"))
 
 
@@ -186,6 +206,10 @@ def _comparison(row: Row) -> Comparison:
     for name, text in (("chosen", chosen), ("rejected", rejected)):
         if not text.strip():
             raise Useless(f"empty {name} response")
+    if "ended" in row and (isinstance(row.value("ended"), list) or not row.among(COMPLETIONS)):
+        raise row.wrong(
+            "ended", describe(row.value("ended")), "'ended_chosen' and 'ended_rejected' beside a comparison"
+        )
     ended = cut_marks([row.ended("ended_chosen"), row.ended("ended_rejected")])
     return Comparison(found.prompt, chosen, rejected, row.where, found.turns, rests=found.rests, ended=ended)
 
@@ -231,11 +255,11 @@ def _prompt(row: Row) -> Prompt:
 
 
 def _refuse_unpaired(row: Row) -> None:
-    """Raises UserError for a completion with a verdict, of which only the good ones could be learned as they are."""
+    """Raises UserError for an answer with a verdict, of which only the good ones could be learned as they are."""
     label = row.fields.get("label")
-    if isinstance(label, bool | int) and label in (0, 1) and row.among(COMPLETIONS):
+    if isinstance(label, bool | int | float) and label in (0, 1) and row.among((*COMPLETIONS, *DIALOGUES)):
         raise row.wrong(
             "label",
             describe(label),
-            "no unpaired preferences; give 'chosen' and 'rejected', or the good completions alone, without the field",
+            "no unpaired preferences; give 'chosen' and 'rejected', or the good answers alone, without the field",
         )

@@ -17,12 +17,13 @@ from rlhf_jax.errors import UserError
 SPELLINGS = (("role", "content"), ("from", "value"))
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 MARKS = ("weight", "train")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = ("system", "system_prompt", "system_message")
 # They change what a row says or how much it counts. All other fields of a row that no form names are bookkeeping.
 MEANINGFUL = (
     *("tools", "functions", "tool_calls", "function_call", "reasoning_content", "history", "chat_template"),
-    *("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio", "loss_mask", "sample_weight"),
+    *("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio"),
 )
+WEIGHTS = ("loss_mask", "sample_weight")
 
 
 class Useless(Exception):
@@ -130,7 +131,27 @@ class Row:
 
     def refuse_unread(self) -> None:
         """Raises UserError for a field that changes the row's meaning and that no record can hold."""
-        for name in self.among(MEANINGFUL):
+        self._refuse(MEANINGFUL)
+        self.refuse_weights()
+        if "responses" in self:
+            self.refuse_ends("responses, with one value for each")
+
+    def refuse_weights(self) -> None:
+        """Raises UserError for a field that says that the row, or a part of it, counts less than others."""
+        self._refuse(WEIGHTS)
+        if self.fields.get("weight", 1) != 1 or self.fields.get("weight") is True:
+            raise self.wrong("weight", describe(self.fields["weight"]), "1, as every row counts once; remove the field")
+        if self.fields.get("train", True) != 1:
+            raise self.wrong("train", describe(self.fields["train"]), "rows to train on alone; leave the row out")
+
+    def refuse_ends(self, beside: str) -> None:
+        """Raises UserError for the marks of cut responses of a comparison, if the row is none."""
+        if not self.among(("chosen", "rejected")):
+            for name in self.among(("ended_chosen", "ended_rejected")):
+                raise self.wrong(name, describe(self.fields[name]), f"'ended' beside {beside}")
+
+    def _refuse(self, names: tuple[str, ...]) -> None:
+        for name in self.among(names):
             value = self.fields[name]
             if not is_empty(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
                 raise self.wrong(
@@ -139,10 +160,6 @@ class Row:
                     "a row without it, as it changes the row's meaning and is not supported; use its text in the "
                     "messages, or leave such rows out",
                 )
-        if self.fields.get("weight", 1) != 1 or self.fields.get("weight") is True:
-            raise self.wrong("weight", describe(self.fields["weight"]), "1, as every row counts once; remove the field")
-        if self.fields.get("train", True) is False:
-            raise self.wrong("train", "the truth value false", "rows to train on alone; leave the row out")
 
     def _message(self, place: str, message: Any) -> Message:
         if not isinstance(message, dict):
