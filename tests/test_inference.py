@@ -114,7 +114,9 @@ def test_a_greedy_response_is_what_the_model_says_next(runs: Path) -> None:
         model.score("a", "b")
 
 
-def test_a_published_folder_is_loaded_without_a_prefix(runs: Path, tmp_path: Path) -> None:
+def test_a_published_folder_is_loaded_without_a_prefix(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("sft", "judge"):
         export(str(runs / name), tmp_path / name)
     prompts, answers = ["a:", "a:"], [" b", " c"]
@@ -124,6 +126,9 @@ def test_a_published_folder_is_loaded_without_a_prefix(runs: Path, tmp_path: Pat
     expected = rlhf_jax.load(runs / "judge").score(prompts, answers)
     for spec in (tmp_path / "judge", f"hf:{tmp_path / 'judge'}"):
         assert rlhf_jax.load(spec).score(prompts, answers) == pytest.approx(expected, abs=1e-5)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"runs/typo: expected the folder of a .* run, got no such folder$"):
+        rlhf_jax.load("runs/typo")
     with pytest.raises(UserError, match=r"none: expected the folder of a .* run, got no such folder"):
         rlhf_jax.load(tmp_path / "none")
 

@@ -169,7 +169,8 @@ class Pretrained:
 
 def download_hint(name: str) -> str:
     """How to get the folder of a model that a hub knows as ORG/NAME; "" for any other name."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.exists():
+    # runs/ is where the stages write, also before there is one.
+    if not re.fullmatch(r"(?!runs/)[\w.-]+/[\w.-]+", name) or Path(name).parent.exists():
         return ""
     folder = name.partition("/")[2]
     return (
