@@ -25,7 +25,7 @@ from rlhf_jax.arrays import PromptBatch, TokenBatch, TrainState
 from rlhf_jax.cli.process import give_back_what_compiling_took
 from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
 from rlhf_jax.data import Demonstration, Ledger, encode_demonstrations
-from rlhf_jax.data.batches import RaggedRows, RankingRows, SharedRankingRows, batch_at
+from rlhf_jax.data.batches import PackedRankingRows, RaggedRows, RankingRows, batch_at
 from rlhf_jax.data.jsonl import read_rows as read_lines
 from rlhf_jax.data.packing import pack_rows
 from rlhf_jax.demo.python_docs import load_corpus
@@ -124,7 +124,7 @@ def ranked(size: str, job: dict[str, Any], random: np.random.Generator) -> Any:
         ranks = list(range(1, shape[1] + 1))
         rows = RankingRows([(prompt.tolist(), ranks) for prompt in tokens], shape[2])
         # Pairs without a prompt share nothing; a row of its own for each is what the stage does by default.
-        shared = SharedRankingRows(rows) if "prompt" in job else rows
+        shared = PackedRankingRows(rows) if "prompt" in job else rows
         return shared.batch(np.arange(shape[0]))
 
     params = init_params(network, jax.random.key(0))

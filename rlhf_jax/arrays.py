@@ -63,22 +63,33 @@ class RankingBatch:
 
 
 @pytree
-class SharedRankingBatch:
-    """K ranked responses with a shared prompt: a row is their common prefix followed by the rest of each response.
+class PackedRankingBatch:
+    """K ranked responses to each of M prompts in a row: of each prompt their common prefix, then the rest of each.
 
     Attributes:
       tokens_BT: int32 token ids.
-      segment_ids_BT: int32, 1 for the common prefix, k + 2 for the rest of response k, 0 for padding.
-      at_BK: int32, column of each response's last token.
-      ranks_BK: as in `RankingBatch`.
-      mask_BK: as in `RankingBatch`.
+      segment_ids_BT: int32, 0 for padding; for the prompt m = 0, 1, … of a row, m (K + 1) + 1 is the common prefix, and
+        m (K + 1) + k + 2 the rest of response k.
+      at_BMK: int32, column of each response's last token.
+      ranks_BMK: as ranks_BK in `RankingBatch`.
+      mask_BMK: as mask_BK in `RankingBatch`.
     """
 
     tokens_BT: Array
     segment_ids_BT: Array
-    at_BK: Array
-    ranks_BK: Array
-    mask_BK: Array
+    at_BMK: Array
+    ranks_BMK: Array
+    mask_BMK: Array
+
+    @property
+    def ranks_BK(self) -> Array:
+        """Ranks with one row per prompt."""
+        return self.ranks_BMK.reshape(-1, self.ranks_BMK.shape[-1])
+
+    @property
+    def mask_BK(self) -> Array:
+        """Mask of the responses with one row per prompt."""
+        return self.mask_BMK.reshape(-1, self.mask_BMK.shape[-1])
 
 
 @pytree

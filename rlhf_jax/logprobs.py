@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TokenBatch
+from rlhf_jax.arrays import Array, PackedRankingBatch, Params, RankingBatch, TokenBatch
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.losses import next_token_loss
 from rlhf_jax.model import Transformer
@@ -160,18 +160,20 @@ def last_token_scores(model: Transformer, params: Params, tokens_BT: Array, mask
     return jnp.where(jnp.any(mask_BT, axis=1), score_B, 0.0)
 
 
-def ranking_scores(model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch) -> Array:
-    """Scores [B, K] of ranked responses; a shared prompt is computed once for all of them."""
-    if isinstance(batch, SharedRankingBatch):
-        hidden_BKD = model.apply(
+def ranking_scores(model: Transformer, params: Params, batch: RankingBatch | PackedRankingBatch) -> Array:
+    """Scores [B, K] of the ranked responses to each of B prompts, of which a packed row holds several."""
+    if isinstance(batch, PackedRankingBatch):
+        rows, _, responses = batch.at_BMK.shape
+        hidden_BQD = model.apply(
             {"params": params},
             batch.tokens_BT,
             segment_ids=batch.segment_ids_BT,
-            at_BQ=batch.at_BK,
-            shared_prompt=True,
+            at_BQ=batch.at_BMK.reshape(rows, -1),
+            prompt_period=responses + 1,
             method="hidden",
         )
-        return jnp.where(batch.mask_BK, model.apply({"params": params}, hidden_BKD, method="head"), 0.0)
+        score_BQ = model.apply({"params": params}, hidden_BQD, method="head")
+        return jnp.where(batch.mask_BK, score_BQ.reshape(-1, responses), 0.0)
     rows, responses, length = batch.tokens_BKT.shape
     flat = (batch.tokens_BKT.reshape(rows * responses, length), batch.mask_BKT.reshape(rows * responses, length))
     return last_token_scores(model, params, *flat).reshape(rows, responses)

@@ -59,6 +59,12 @@ def positions_of(segment_ids_BT: Array) -> Array:
     return (seen - first).astype(jnp.int32)
 
 
+def _prompt_of(segment_ids_BT: Array, period: int) -> Array:
+    """True [B, T, S] where S is a token of the prompt that the segment of T continues, another one; see `hidden`."""
+    first_BT = jnp.where(segment_ids_BT > 0, (segment_ids_BT - 1) // period * period + 1, -1)
+    return (first_BT[:, :, None] == segment_ids_BT[:, None, :]) & (first_BT != segment_ids_BT)[:, :, None]
+
+
 def _tokens_before(real_BT: Array) -> Array:
     """Number of real tokens before each column, [B, T] int32."""
     return (jnp.cumsum(real_BT, axis=1) - real_BT).astype(jnp.int32)
@@ -390,7 +396,7 @@ class Transformer(nn.Module):
         deterministic: bool = True,
         last: int = 0,
         at_BQ: Array | None = None,
-        shared_prompt: bool = False,
+        prompt_period: int = 0,
     ) -> Any:
         """Compute the hidden states [B, T, D] float32 that the head reads: the normalized residual stream.
 
@@ -399,8 +405,9 @@ class Transformer(nn.Module):
           last: number of columns to return, from the end, [B, last, D]; 0 for all. For all other columns the last
             block computes keys and values only.
           at_BQ: columns to return in place of the last ones, [B, Q, D].
-          shared_prompt: treat segment 1 of a row as a prompt that every other segment continues and attends to, as if
-            in a row of its own. Such a row may be longer than the context.
+          prompt_period: S above 0 takes the segments of a row in groups 1 to S, S + 1 to 2 S, …: the first of a group is
+            a prompt that the others continue and attend to, as if in rows of their own. Such a row may be longer than
+            the context.
 
         Returns:
           The hidden states; with a cache, (hidden states, new cache).
@@ -410,7 +417,7 @@ class Transformer(nn.Module):
         """
         config = self.config
         length = tokens_BT.shape[1]
-        if length > config.context and not shared_prompt:
+        if length > config.context and not prompt_period:
             raise ValueError(f"sequence of {length} tokens is longer than the context {config.context}")
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens_BT) if mask is None else mask.astype(jnp.int32)
@@ -425,19 +432,18 @@ class Transformer(nn.Module):
             positions = positions_of(segment_ids)
             if cache is not None:
                 positions += _cached_tokens(cache)
-            if shared_prompt:
-                prompt_B1 = jnp.sum(segment_ids == 1, axis=1, keepdims=True, dtype=jnp.int32)
-                positions += jnp.where(segment_ids > 1, prompt_B1, 0)
+            if prompt_period:
+                positions += jnp.sum(_prompt_of(segment_ids, prompt_period), axis=2, dtype=jnp.int32)
         slot_T = jnp.arange(length)
         # Places count real tokens of the row, for the windows: padding must not increase a distance.
         place_BT = _tokens_before(real_BT)
         if cache is None:
-            if shared_prompt:
+            if prompt_period:
                 place_BT = positions
             place_BS = place_BT
             allowed_BTS = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real_BT[:, None, :]
-            if shared_prompt:
-                allowed_BTS |= (segment_ids[:, None, :] == 1) & real_BT[:, :, None]
+            if prompt_period:
+                allowed_BTS |= _prompt_of(segment_ids, prompt_period)
             allowed_BTS &= slot_T[None, :, None] >= slot_T[None, None, :]
         else:
             place_BT += _cached_tokens(cache)
@@ -452,7 +458,7 @@ class Transformer(nn.Module):
         behind_BTS = place_BT[:, :, None] - place_BS[:, None, :]
         # A sliding window counts real tokens back, which segment ids cannot express.
         windowed = any(0 < window < length for window in config.windows)
-        segments_BT = None if cache is not None or shared_prompt or windowed else segment_ids
+        segments_BT = None if cache is not None or prompt_period or windowed else segment_ids
         row = Row(positions, allowed_BTS, behind_BTS, None if cache is None else cache.filled, None, segments_BT)
         x_BTD, keys, values = self._blocks(x_BTD, row, cache, deterministic, last, at_BQ, below)
         x_BTD = self.final_norm(x_BTD)

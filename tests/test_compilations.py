@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.config import EpisodeConfig, ModelConfig
 from rlhf_jax.data import Demonstration, Ledger, Prompt, RankingRows, Text, encode_rankings, new_lengths
-from rlhf_jax.data.batches import RaggedRows, SharedRankingRows, batch_at
+from rlhf_jax.data.batches import RaggedRows, PackedRankingRows, batch_at
 from rlhf_jax.data.records import Comparison
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import JsonLines
@@ -124,7 +124,7 @@ def ragged(records: list[Demonstration]) -> RaggedRows:
 
 def test_each_row_length_is_met_at_the_step_that_says_so() -> None:
     ranked = RankingRows([([ids, ids[:5]], [1, 2]) for ids, _ in ragged(DEMONSTRATIONS).rows], 80, buckets=BUCKETS)
-    kinds: list[Any] = [ragged(DEMONSTRATIONS), ranked, SharedRankingRows(ranked)]
+    kinds: list[Any] = [ragged(DEMONSTRATIONS), ranked, PackedRankingRows(ranked)]
     for rows in kinds:
         kind = type(rows).__name__
         found = new_lengths(rows, batch_size=4, seed=3, first=7, steps=40)

@@ -127,6 +127,10 @@ class RewardConfig(RunConfig):
     share_prompts: bool = False
     """Compute the common prefix of the responses to a prompt once instead of once per response; the scores are the
     same, and it is faster for long prompts or many responses."""
+    pack: int = 0
+    """Prompts with all their responses in a row, as many as it takes to fill it, with block-diagonal attention; a
+    divisor of batch. The scores are the same; rows of 200 to 500 tokens waste the least. Implies share_prompts. 0: each
+    response has its own row, padded to its bucket."""
     batch: int | None = hinted(None, "default: by the data")
     """Batch size in prompts, each with all its responses, over all devices. By default 32, or 16, 8 or 4 for an epoch
     of at least 16 steps; a batch larger than the data is replaced by this default."""
@@ -140,7 +144,18 @@ class RewardConfig(RunConfig):
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     """Low-rank adapters, trained together with the head instead of all parameters."""
 
+    @property
+    def shares(self) -> int:
+        """Number of equal parts that a batch is split into, over devices, microbatches and packed prompts."""
+        return super().shares * max(self.pack, 1)
+
     def __post_init__(self) -> None:
+        at_least(self, "pack", 0)
+        if self.pack and self.batch is not None and self.batch % self.shares:
+            raise UserError(
+                f"batch {self.batch} is not divisible by pack {self.pack} x devices {self.row_devices} x microbatches "
+                f"{self.microbatches}; use --batch {max(self.shares, self.batch - self.batch % self.shares)}"
+            )
         super().__post_init__()
         row_settings(self)
         self.optimizer.check_steps("optimizer", self.steps or 0)

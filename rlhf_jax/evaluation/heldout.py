@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TokenBatch
-from rlhf_jax.data.batches import RaggedRows, RankingRows, SharedRankingRows, TokenRows
+from rlhf_jax.arrays import Array, PackedRankingBatch, Params, RankingBatch, TokenBatch
+from rlhf_jax.data.batches import PackedRankingRows, RaggedRows, RankingRows, TokenRows
 from rlhf_jax.logprobs import last_token_scores, ranking_scores, target_losses
 from rlhf_jax.losses import ordered_pairs
 from rlhf_jax.model import Transformer
@@ -25,7 +25,7 @@ def _loss_sum(model: Transformer, params: Params, batch: TokenBatch, counted_B: 
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _scores(model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch) -> Array:
+def _scores(model: Transformer, params: Params, batch: RankingBatch | PackedRankingBatch) -> Array:
     return ranking_scores(model, params, batch)
 
 
@@ -36,10 +36,10 @@ def _row_scores(model: Transformer, params: Params, batch: TokenBatch) -> Array:
 
 def _in_batches(rows: Any, batch_size: int) -> Any:
     """Batches of equal shape over all rows: (batch, indices, False where an index only pads the last batch)."""
-    everyone = np.arange(len(rows))
+    everyone = np.arange(-(-len(rows) // batch_size) * batch_size) % max(len(rows), 1)
     for start in range(0, len(rows), batch_size):
         indices = np.arange(start, start + batch_size)
-        yield rows.batch(indices % len(rows), among=everyone), indices % len(rows), indices < len(rows)
+        yield rows.batch(everyone[indices], among=everyone), everyone[indices], indices < len(rows)
 
 
 def mean_loss(
@@ -55,7 +55,7 @@ def mean_loss(
 
 
 def scores_of(
-    model: Transformer, params: Params, rows: RankingRows | SharedRankingRows, *, batch_size: int = 32
+    model: Transformer, params: Params, rows: RankingRows | PackedRankingRows, *, batch_size: int = 32
 ) -> np.ndarray:
     """Reward-model scores of all rows, [N, K]; entries of missing responses are meaningless."""
     out = np.zeros((len(rows), rows.responses), np.float32)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax.arrays import Array, Params, RankingBatch, SharedRankingBatch, TrainState
+from rlhf_jax.arrays import Array, PackedRankingBatch, Params, RankingBatch, TrainState
 from rlhf_jax.config import RewardConfig
 from rlhf_jax.logprobs import ranking_scores
 from rlhf_jax.lora import attach
@@ -21,7 +21,7 @@ Config = RewardConfig
 
 
 def objective(
-    model: Transformer, params: Params, batch: RankingBatch | SharedRankingBatch, count: Array
+    model: Transformer, params: Params, batch: RankingBatch | PackedRankingBatch, count: Array
 ) -> tuple[Array, dict[str, Array]]:
     """Mean over prompts of the mean of -log σ(r_w - r_l) over a prompt's ordered pairs, as this batch's share.
 
@@ -58,7 +58,7 @@ def make_update(
     """
 
     def update(
-        state: TrainState, batch: RankingBatch | SharedRankingBatch, base: Params | None = None
+        state: TrainState, batch: RankingBatch | PackedRankingBatch, base: Params | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         useful_B = jnp.any(ordered_pairs(batch.ranks_BK, batch.mask_BK), axis=(1, 2))
         count = global_count(useful_B, axis_name)
@@ -70,7 +70,7 @@ def make_update(
             microbatches=microbatches,
             axis_name=axis_name,
         )
-        real = batch.segment_ids_BT > 0 if isinstance(batch, SharedRankingBatch) else batch.mask_BKT
+        real = batch.segment_ids_BT > 0 if isinstance(batch, PackedRankingBatch) else batch.mask_BKT
         return state, metrics | {"tokens": global_count(real, axis_name)}
 
     return update

@@ -23,7 +23,7 @@ from rlhf_jax.data import (
     new_lengths,
     read_records,
 )
-from rlhf_jax.data.batches import Rows, SharedRankingRows
+from rlhf_jax.data.batches import PackedRankingRows, Rows
 from rlhf_jax.data.encode import ordered_rankings
 from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
@@ -134,7 +134,8 @@ def run(
         say(line)
     optimizer = make_optimizer(config.optimizer, length.steps)
 
-    rows: Rows[Any] = SharedRankingRows(rankings) if config.share_prompts else rankings
+    pack = config.pack or int(config.share_prompts)
+    rows: Rows[Any] = PackedRankingRows(rankings, pack) if pack else rankings
 
     def attached(params: Params) -> Params:
         return attach(start.base, params, config.lora.scale)
@@ -143,7 +144,7 @@ def run(
 
     def held_out(rankings: RankingRows, params: Params, step: int) -> tuple[float, int]:
         if step not in held:
-            held[step] = accuracy(model, attached(params), rankings, length.batch, config.share_prompts)
+            held[step] = accuracy(model, attached(params), rankings, length.batch, pack)
         return held[step]
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -175,7 +176,7 @@ def run(
         base=start.base,
         lora_scale=config.lora.scale,
     )
-    mean, scale = score_mean_and_scale(model, attached(params), heldout, length.batch, config.share_prompts)
+    mean, scale = score_mean_and_scale(model, attached(params), heldout, length.batch, pack)
     release(folder, params, length.steps)
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
     right, pairs = (None, 0) if heldout is None else held_out(heldout, params, length.steps)
@@ -201,7 +202,7 @@ def run(
 
 
 def accuracy(
-    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool = False
+    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, pack: int = 0
 ) -> tuple[float, int]:
     """Held-out accuracy: (fraction of ordered pairs that the scores order correctly, number of pairs)."""
     ranks = np.zeros((len(rankings), rankings.responses), np.int32)
@@ -209,11 +210,11 @@ def accuracy(
     for place, row_ranks in enumerate(rankings.ranks):
         ranks[place, : len(row_ranks)] = row_ranks
         mask[place, : len(row_ranks)] = True
-    return pair_accuracy(_scores(model, params, rankings, batch_size, share_prompts), ranks, mask)
+    return pair_accuracy(_scores(model, params, rankings, batch_size, pack), ranks, mask)
 
 
 def score_mean_and_scale(
-    model: Transformer, params: Params, rankings: RankingRows | None, batch_size: int, share_prompts: bool = False
+    model: Transformer, params: Params, rankings: RankingRows | None, batch_size: int, pack: int = 0
 ) -> tuple[float | None, float | None]:
     """Mean and standard deviation of the scores of held-out responses; (None, None) for too few to tell.
 
@@ -224,15 +225,15 @@ def score_mean_and_scale(
         return None, None
     taken = np.linspace(0, len(rankings) - 1, min(len(rankings), REFERENCE_PROMPTS)).round().astype(int)
     some = dataclasses.replace(rankings, rows=[rankings.rows[i] for i in taken], sources=())
-    scores = _scores(model, params, some, batch_size, share_prompts)
+    scores = _scores(model, params, some, batch_size, pack)
     exists = np.array([[k < len(ranks) for k in range(some.responses)] for _, ranks in some.rows])
     return float(scores[exists].mean()), float(scores[exists].std())
 
 
 def _scores(
-    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, share_prompts: bool
+    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, pack: int
 ) -> np.ndarray:
-    rows = SharedRankingRows(rankings) if share_prompts else rankings
+    rows = PackedRankingRows(rankings, pack) if pack else rankings
     return scores_of(model, params, rows, batch_size=batch_size)
 
 

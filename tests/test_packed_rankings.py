@@ -1,4 +1,4 @@
-"""Rankings with each prompt written once against a row of its own for each response."""
+"""Rankings with each prompt written once, and several prompts in a row, against a row of its own for each response."""
 
 import functools
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelConfig, OptimConfig
-from rlhf_jax.data.batches import RankingRows, SharedRankingRows
+from rlhf_jax.data.batches import RankingRows, PackedRankingRows
 from rlhf_jax.logprobs import ranking_scores
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
@@ -32,12 +32,18 @@ def rankings() -> RankingRows:
 
 def test_rows_by_hand() -> None:
     rows = RankingRows([([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]], [2, 1, 3]), ([[7], [8, 9]], [1, 2])], 8)
-    batch = SharedRankingRows(rows).batch(np.arange(2))
+    batch = PackedRankingRows(rows).batch(np.arange(2))
     assert batch.tokens_BT.tolist() == [[1, 2, 3, 4, 5, 3, 6], [7, 8, 9, 0, 0, 0, 0]]
     assert batch.segment_ids_BT.tolist() == [[1, 1, 2, 2, 3, 4, 4], [2, 3, 3, 0, 0, 0, 0]]
-    assert batch.at_BK.tolist() == [[3, 4, 6], [0, 2, 0]]
+    assert batch.at_BMK.tolist() == [[[3, 4, 6]], [[0, 2, 0]]]
     assert batch.ranks_BK.tolist() == [[2, 1, 3], [1, 2, 0]]
     assert batch.mask_BK.tolist() == [[True] * 3, [True, True, False]]
+    packed = PackedRankingRows(rows, 2).batch(np.array([1, 0]))
+    assert packed.tokens_BT.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5, 3, 6] + [0] * 6]
+    assert packed.segment_ids_BT.tolist() == [[2, 3, 3, 5, 5, 6, 6, 7, 8, 8] + [0] * 6]
+    assert packed.at_BMK.tolist() == [[[0, 2, 0], [6, 7, 9]]]
+    assert packed.ranks_BK.tolist() == [[1, 2, 0], [2, 1, 3]]
+    assert packed.mask_BK.tolist() == [[True, True, False], [True] * 3]
 
 
 def test_rows_are_as_long_as_the_buckets_that_hold_them() -> None:
@@ -45,7 +51,13 @@ def test_rows_are_as_long_as_the_buckets_that_hold_them() -> None:
     cases: tuple[tuple[tuple[int, ...], int], ...] = (((), 7), ((8,), 8), ((9, 16), 9), ((5,), 7))
     for buckets, length in cases:
         rows = RankingRows([([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]], [2, 1, 3])], 8, buckets=buckets)
-        assert SharedRankingRows(rows).row_length(np.arange(1)) == length, buckets
+        assert PackedRankingRows(rows).row_length(np.arange(1)) == length, buckets
+    # Four prompts to a row: steps of an eighth of the next power of two, unless a bucket holds the row.
+    for responses, buckets, length in ((30, (), 240), (32, (), 256), (33, (), 288), (33, (300,), 300), (33, (64,), 288)):
+        ids = [[*range(responses)], [0, *range(2, responses + 1)]]
+        ranked = PackedRankingRows(RankingRows([(ids, [1, 2])] * 9, 64, buckets=buckets), 4)
+        assert int(ranked.lengths[0]) == 2 * responses - 1
+        assert ranked.row_length(np.arange(4)) == length, (responses, buckets)
 
 
 @functools.cache
@@ -56,12 +68,13 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
 
 def test_scores_and_an_update_are_the_same() -> None:
     # 4 responses of up to 5 tokens behind a prompt of 5: a shared row may be longer than the context.
-    apart, shared = rankings().batch(np.arange(8)), SharedRankingRows(rankings()).batch(np.arange(8))
+    apart = rankings().batch(np.arange(8))
+    packed = [PackedRankingRows(rankings(), pack).batch(np.arange(8)) for pack in (1, 4)]
     # A layer of a window below one that sees all; positions that are turned, and positions that are added.
     for changes in ({"layers": 2, "windows": (3, 0)}, {"layers": 1, "positions": "learned"}):
         config = ModelConfig(vocab_size=11, context=16, width=16, heads=2, kv_heads=1, **changes)
         model, params = Transformer(config, scalar=True), parameters(config)
-        assert shared.tokens_BT.shape[1] > config.context
+        assert all(batch.tokens_BT.shape[1] > config.context for batch in packed)
         # ε large: where a gradient is 0 but for rounding, Adam would blow the rounding up.
         optimizer = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=0, epsilon=1e-2), 2)
         update = reward.make_update(model, optimizer)
@@ -71,13 +84,15 @@ def test_scores_and_an_update_are_the_same() -> None:
             state = new_state(params, optimizer.init(params), 0)
             return ranking_scores(model, params, batch), *update(state, batch)
 
-        scores, states, metrics = zip(*(jax.device_get(scores_and_update(params, batch)) for batch in (apart, shared)))
-        found = [np.where(apart.mask_BK, scores_BK, 0.0) for scores_BK in scores]
-        assert np.abs(found[0]).max() > 1, changes
-        np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-4, err_msg=str(changes))
-        assert float(metrics[1]["loss"]) == pytest.approx(float(metrics[0]["loss"]), rel=1e-5), changes
-        assert int(metrics[1]["tokens"]) < int(metrics[0]["tokens"]), changes
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[1].params, states[0].params)
+        found = [jax.device_get(scores_and_update(params, batch)) for batch in (apart, *packed)]
+        scores, states, metrics = zip(*found)
+        expected = np.where(apart.mask_BK, scores[0], 0.0)
+        assert np.abs(expected).max() > 1, changes
+        for at in (1, 2):
+            np.testing.assert_allclose(scores[at], expected, rtol=1e-5, atol=1e-4, err_msg=str(changes))
+            assert float(metrics[at]["loss"]) == pytest.approx(float(metrics[0]["loss"]), rel=1e-5), changes
+            assert int(metrics[at]["tokens"]) < int(metrics[0]["tokens"]), changes
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), states[at].params, states[0].params)
 
 
 def test_figures_of_a_reward_model_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +100,10 @@ def test_figures_of_a_reward_model_are_the_same(monkeypatch: pytest.MonkeyPatch)
     config = ModelConfig(vocab_size=11, context=16, width=16, layers=1, heads=2)
     model, params = Transformer(config, scalar=True), parameters(config)
     # Batches of three: the last one of eight prompts has one that was there already.
-    apart, shared = (reward.accuracy(model, params, rankings(), 3, share) for share in (False, True))
-    assert shared == apart and 0 < apart[0] < 1 and apart[1] > 10
-    found = [reward.score_mean_and_scale(model, params, rankings(), 3, share) for share in (False, True)]
-    assert found[1] == pytest.approx(found[0], abs=1e-4) and abs(found[0][0]) > 0.1
+    cases = ((3, 0), (3, 1), (6, 3))  # batch, pack
+    apart, shared, packed = (reward.accuracy(model, params, rankings(), *case) for case in cases)
+    assert packed == shared == apart and 0 < apart[0] < 1 and apart[1] > 10
+    found = [reward.score_mean_and_scale(model, params, rankings(), *case) for case in cases]
+    assert abs(found[0][0]) > 0.1
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-4)
