@@ -27,7 +27,7 @@ from rlhf_jax.data import Ledger, Prompt, encode_prompts
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.parallel.host_step import with_host_step
 from rlhf_jax.parallel.mesh import copied, jit_update, make_mesh, place
-from rlhf_jax.rewards import make_terms
+from rlhf_jax.reward_functions.loading import make_terms
 from rlhf_jax.stages.ppo import Batch, Config, Frozen, Networks, initial_state, make_sampling, make_update
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.trainers.ppo_rewards import host_step, rewards_of

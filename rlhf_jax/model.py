@@ -405,9 +405,9 @@ class Transformer(nn.Module):
           last: number of columns to return, from the end, [B, last, D]; 0 for all. For all other columns the last
             block computes keys and values only.
           at_BQ: columns to return in place of the last ones, [B, Q, D].
-          prompt_period: S above 0 takes the segments of a row in groups 1 to S, S + 1 to 2 S, …: the first of a group is
-            a prompt that the others continue and attend to, as if in rows of their own. Such a row may be longer than
-            the context.
+          prompt_period: S above 0 takes the segments of a row in groups 1 to S, S + 1 to 2 S, …: the first of a group
+            is a prompt that the others continue and attend to, as if in rows of their own. Such a row may be longer
+            than the context.
 
         Returns:
           The hidden states; with a cache, (hidden states, new cache).

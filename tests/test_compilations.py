@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.config import EpisodeConfig, ModelConfig
 from rlhf_jax.data import Demonstration, Ledger, Prompt, RankingRows, Text, encode_rankings, new_lengths
-from rlhf_jax.data.batches import RaggedRows, PackedRankingRows, batch_at
+from rlhf_jax.data.batches import PackedRankingRows, RaggedRows, batch_at
 from rlhf_jax.data.records import Comparison
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import JsonLines

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from rlhf_jax.data.batches import RankingRows, PackedRankingRows
+from rlhf_jax.data.batches import PackedRankingRows, RankingRows
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.data.encode import (
     chat_ids,

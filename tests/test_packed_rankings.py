@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.config import ModelConfig, OptimConfig
-from rlhf_jax.data.batches import RankingRows, PackedRankingRows
+from rlhf_jax.data.batches import PackedRankingRows, RankingRows
 from rlhf_jax.logprobs import ranking_scores
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
@@ -53,7 +53,13 @@ def test_rows_are_as_long_as_the_buckets_that_hold_them() -> None:
         rows = RankingRows([([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]], [2, 1, 3])], 8, buckets=buckets)
         assert PackedRankingRows(rows).row_length(np.arange(1)) == length, buckets
     # Four prompts to a row: steps of an eighth of the next power of two, unless a bucket holds the row.
-    for responses, buckets, length in ((30, (), 240), (32, (), 256), (33, (), 288), (33, (300,), 300), (33, (64,), 288)):
+    for responses, buckets, length in (
+        (30, (), 240),
+        (32, (), 256),
+        (33, (), 288),
+        (33, (300,), 300),
+        (33, (64,), 288),
+    ):
         ids = [[*range(responses)], [0, *range(2, responses + 1)]]
         ranked = PackedRankingRows(RankingRows([(ids, [1, 2])] * 9, 64, buckets=buckets), 4)
         assert int(ranked.lengths[0]) == 2 * responses - 1

@@ -18,7 +18,7 @@ from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation
 from rlhf_jax.pretrained.source import open_source
-from rlhf_jax.rewards import make_terms
+from rlhf_jax.reward_functions.loading import make_terms
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.tokenizers.bpe import Tokenizer

@@ -11,8 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import rewards
 from rlhf_jax.errors import UserError
-from rlhf_jax.rewards import RewardFunctions, Terms, compose, fingerprint, load_function, make_terms, spec_of
+from rlhf_jax.reward_functions.calling import RewardFunctions
+from rlhf_jax.reward_functions.loading import fingerprint, load_function, make_terms, spec_of
+from rlhf_jax.rewards import Terms, compose
 from tests.cases import case
 
 pytestmark = pytest.mark.core
@@ -180,12 +183,20 @@ def test_functions_are_found_in_files_and_modules(tmp_path: Path, monkeypatch: p
         with case(spec):
             assert load_function(spec)([""]) == [2]
     assert load_function("statistics:mean")([1, 3]) == 2
+    limited = load_function("rlhf_jax.rewards:matches(pattern='[(]a.*', whole=False)")
+    assert make_terms([limited], (), model=False).names == ("matches",)
+    # A column of an option's name does not take its place.
+    assert made(limited, columns=[{"pattern": "x"}] * 3)([0, 1], ["b (a", "b"]).tolist() == [[1], [0]]
     cases = [
         ("mine_42.py", "expected FILE.py:NAME or package.module:NAME, got 'mine_42.py'"),
         ("none.py:f", "expected a Python file, got no such file as none.py"),
         ("mine_42.py:g", "expected a function g in mine_42.py, got no such name; its functions are f"),
         ("mine_42.py:X", "expected a function X in mine_42.py, got 1; its functions are f"),
         ("no_such_module:f", "importing no_such_module failed: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("statistics:mean(most=", "expected options as in statistics:mean"),
+        ("statistics:mean(40)", "expected options as in statistics:mean"),
+        ("statistics:mean(most=os)", "expected options as in statistics:mean"),
+        ("rlhf_jax.rewards:too_long(mots=40)", "too_long: options mots: got an unexpected keyword argument 'mots'"),
         ("broken_42.py:f", r"importing broken_42.py failed: JSONDecodeError: .* \(.*broken_42.py:2\)"),
     ]
     for spec, message in cases:
@@ -220,3 +231,44 @@ def test_a_function_is_known_by_its_code() -> None:
             assert half == again != whole
     assert fingerprint([functools.partial(one, 1)]) != fingerprint([functools.partial(one, 2)])
     assert fingerprint([functools.partial(one, Named())]) == fingerprint([functools.partial(one, Named())])
+
+
+def test_ready_made_rewards_by_hand() -> None:
+    message = [{"role": "assistant", "content": "a b c d"}]
+    assert rewards.too_long(["a b", message, "a b c"], most=2) == [0, -1, -0.5]
+    # Trigrams of words: abc bca cab abc bca, of which two occurred before; too few words have none.
+    assert rewards.repetition(["a b c A b C a", "a b", message]) == [-0.4, 0, 0]
+    assert rewards.matches([" 12\n", "x 12", message], pattern=r"\d+") == [1, 0, 0]
+    assert rewards.matches(["x 12"], pattern=r"\d+", whole=False) == [1]
+    with pytest.raises(UserError, match=r"pattern: expected a regular expression, got '\('"):
+        rewards.matches(["x"], pattern="(")
+    assert rewards.is_json(["[1]", "{", '{"a": 1}', "[" * 99_999]) == [1, 0, 1, 0]
+    assert rewards.is_json(["[1]", '{"a": 1}', '{"b": 1}'], keys=["a"]) == [0, 1, 0]
+    cases: list[Any] = [
+        ("It is Paris.", "Paris", 1),
+        ("Perhaps PARIS", ["Lutetia", "Paris"], 0.5),
+        ("I don\u2019t know; Paris?", "Paris", 0),
+        ("I think Rome", "Paris", -2),
+        ("Parisian", "Paris", -4),
+        ("12", 1, -4),
+        ("1.", 1, 1),
+        ("anything", None, None),
+    ]
+    for completion, answer, payoff in cases:
+        with case(completion):
+            assert rewards.honest_payoff([completion], [answer]) == [payoff]
+    verdicts = {"a": True, "b": False, "c": None}
+    found = rewards.verified(["p"] * 3, ["a a b c", "", "b"], claims=str.split, holds=lambda _, claim: verdicts[claim])
+    assert found == [0.25, 0, -1]
+
+
+def test_an_ensemble_by_hand() -> None:
+    scores_NB = np.float32([[1, 4], [3, 0], [5, 2]])
+    ways: list[Any] = [({}, [3, 2]), ({"how": "worst"}, [1, 0])]
+    ways.append(({"how": "cautious", "k": 0.5}, [3 - 0.5 * math.sqrt(8 / 3), 2 - 0.5 * math.sqrt(8 / 3)]))
+    for settings, expected in ways:
+        with case(settings):
+            np.testing.assert_allclose(jax.jit(functools.partial(rewards.ensemble, **settings))(scores_NB), expected)
+            judges = [lambda prompts, completions, row=row: row for row in scores_NB]
+            found = rewards.judged(["p", "q"], ["a", "b"], judges=judges, **settings)
+            np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -184,9 +184,9 @@ class PPOConfig(RunConfig):
     """Reward model: a run's folder, or hf:FOLDER of a model with a score head. Not needed with a reward_function; the
     value network then starts from the policy."""
     reward_function: tuple[str, ...] = ()
-    """Reward function FILE.py:NAME or package.module:NAME; may be repeated. f(prompts, completions, **columns) returns
-    a number for each completion, as in TRL; columns are the other fields of the prompts. Its value is added to the
-    reward model's normalized score, if there is one."""
+    """Reward function FILE.py:NAME or package.module:NAME, or NAME(option=value); may be repeated.
+    f(prompts, completions, **columns) returns a number for each completion, as in TRL; columns are the other fields of
+    the prompts. Its value is added to the reward model's normalized score, if there is one."""
     reward_weights: tuple[float, ...] = ()
     """Weights of the terms of the reward, the reward model's first if there is one; 1 each by default."""
     reward_timeout: float = 60.0

@@ -24,10 +24,7 @@ from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.source import open_for
-from rlhf_jax.rewards import (
-    RewardFunction,
-    fingerprint,
-)
+from rlhf_jax.reward_functions.loading import RewardFunction, fingerprint
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,

@@ -13,7 +13,9 @@ from rlhf_jax.data import Prompt, PromptRows, response_text
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation
 from rlhf_jax.parallel.host_step import HostStep
-from rlhf_jax.rewards import RewardFunction, RewardFunctions, Terms, load_function, make_terms, spec_of
+from rlhf_jax.reward_functions.calling import RewardFunctions
+from rlhf_jax.reward_functions.loading import RewardFunction, load_function, make_terms, spec_of
+from rlhf_jax.rewards import Terms
 from rlhf_jax.stages.ppo import Batch, Config, ScoredResponses
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 

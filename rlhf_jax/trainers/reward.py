@@ -230,9 +230,7 @@ def score_mean_and_scale(
     return float(scores[exists].mean()), float(scores[exists].std())
 
 
-def _scores(
-    model: Transformer, params: Params, rankings: RankingRows, batch_size: int, pack: int
-) -> np.ndarray:
+def _scores(model: Transformer, params: Params, rankings: RankingRows, batch_size: int, pack: int) -> np.ndarray:
     rows = PackedRankingRows(rankings, pack) if pack else rankings
     return scores_of(model, params, rows, batch_size=batch_size)
 

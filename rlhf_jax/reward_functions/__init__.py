@@ -1,0 +1,1 @@
+"""Reward functions of a user's own, f(prompts, completions, **columns), as in TRL: found, called and checked."""
