@@ -263,15 +263,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
       for kind, row in (("text", {"text": "t"}), ("prompts", {"prompt": "q"}), ("dialogues", {"messages": m("Uq|Ax")}))
       for mark in ({"weight": 0}, {"train": False}, {"train": 0}, {"train": 0.0}, {"loss_mask": [0]},
                    {"sample_weight": 0.5})),
-    ("dialogues", {"messages": m("Uq|Ax"), "tools": [{"type": "function"}]}, "field 'tools': expected a row without i"),
-    ("prompts", {"prompt": "q", "tools": '[{"name": "f"}]'}, "field 'tools': expected a row without it"),
+    ("dialogues", {"messages": m("Uq|Ax"), "functions": [{"name": "f"}]}, "field 'functions': expected a row without"),
     ("comparisons", {"prompt": "q", **PAIR, "weight": 0.5}, "field 'weight': expected 1, as every row counts once"),
     ("demonstrations", {"instruction": "q", "output": "x", "history": [["a", "b"]]}, "field 'history': expected a row"),
     ("text", {"messages": m("Uq|Ax"), "images": ["a.png"]}, "field 'images': expected a row without it"),
     # What a message says beside its role and content.
-    ("dialogues", {"messages": m("Uq|Ax", tool_calls=[{"id": "1"}])},
-     "field 'messages[1].tool_calls': expected a message of role and content, with weight or train at most"),
-    ("dialogues", {"messages": [*m("Uq"), {"role": "assistant", "content": None, "tool_calls": [{}]}]}, ".tool_calls'"),
+    ("dialogues", {"messages": m("Uq|Ax", logprobs=[{"id": "1"}])},
+     "field 'messages[1].logprobs': expected a message of role and content, with weight or train at most"),
     ("dialogues", {"messages": m("Uq|Ax", function_call={"name": "f"})}, "field 'messages[1].function_call': expected"),
     ("dialogues", {"messages": m("Uq|Ax", reasoning_content="hm")}, "field 'messages[1].reasoning_content': expected"),
     ("dialogues", {"messages": m("Uq|Ax", loss_mask=0)}, "field 'messages[1].loss_mask': expected a message of role"),

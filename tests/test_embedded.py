@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rlhf_jax.demo import python_docs
-from rlhf_jax.demo.python_docs import Corpus, first_sentence, help_page, load_corpus, prompt_of
+from rlhf_jax.demo.python_docs import Corpus, HeldOut, first_sentence, help_page, load_corpus, prompt_of
 from rlhf_jax.demo.relevance import Usage, words_mentioned
 
 pytestmark = pytest.mark.demo
@@ -103,49 +103,84 @@ def test_first_sentence() -> None:
 
 def test_the_corpus_is_large_and_shaped(corpus: Corpus) -> None:
     assert len(corpus.texts) > 3000 and sum(len(text.text) for text in corpus.texts) > 1_000_000
-    assert len(corpus.demonstrations) > 1000 and len(corpus.heldout_prompts) >= 256
-    for record in corpus.demonstrations + corpus.heldout_demonstrations:
+    assert len(corpus.demonstrations) > 1000
+    functions = sum(len(part.prompts) for part in (corpus, *held_out(corpus)))
+    for part, share, prompts in ((corpus.development, 0.1, 500), (corpus.test, 0.05, 256)):
+        assert len(part.prompts) >= prompts and 0.8 * share < len(part.prompts) / functions < 1.2 * share
+        # Every sentence of a held-out function is there to be shown, also one that is no demonstration.
+        demonstrated = {record.prompt: record.completion[1:] for record in part.demonstrations}
+        assert demonstrated.items() < part.sentences.items()
+        assert part.sentences.keys() < {record.prompt for record in part.prompts}
+        # Pages of functions, and pages about none.
+        assert 0 < sum(not text.text.startswith(" ") for text in part.texts) < len(part.texts) / 4
+    for record in [*corpus.demonstrations, *corpus.development.demonstrations, *corpus.test.demonstrations]:
         assert record.prompt.startswith(" ") and record.prompt.endswith(" ->")
         assert first_sentence(record.completion) == record.completion[1:] and record.completion[0] == " "
         said, asked = words_mentioned(record.prompt, record.completion)
         assert said > 0 and said >= 0.6 * asked
-    # Every held-out function's sentence is there to be shown, also one that is no demonstration.
-    demonstrated = {record.prompt: record.completion[1:] for record in corpus.heldout_demonstrations}
-    assert demonstrated.items() < corpus.heldout_sentences.items()
-    assert corpus.heldout_sentences.keys() < {record.prompt for record in corpus.heldout_prompts}
-    assert 0.05 < len(corpus.heldout_prompts) / (len(corpus.prompts) + len(corpus.heldout_prompts)) < 0.15
+
+
+def held_out(corpus: Corpus) -> tuple[HeldOut, HeldOut]:
+    return corpus.development, corpus.test
+
+
+def docstring(page: str) -> str:
+    """Most texts stand under their function's name and signature, a line that starts with a space."""
+    return page.split("\n\n", 1)[-1] if page.startswith(" ") else page
+
+
+def plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 def test_nothing_held_out_is_trained_on(corpus: Corpus) -> None:
     texts = {text.text for text in corpus.texts}
     # Neither a page nor its docstring under another name, another signature, or other white space, whole or as a part.
-    every = "\0".join(" ".join(text.split()) for text in texts)
-    assert len(corpus.heldout_texts) > 250 and len(corpus.heldout_demonstrations) > 200
-    for page in corpus.heldout_texts:
-        docstring = page.text.split("\n\n", 1)[-1] if page.text.startswith(" ") else page.text
-        assert " ".join(docstring.split()) not in every, page.where
-    for record in corpus.heldout_demonstrations:
-        assert " ".join(record.completion.split()) not in every, record.where
-    heldout_sentences = {f" {sentence}" for sentence in corpus.heldout_sentences.values()}
-    # Most texts stand under their function's name and signature, a line that starts with a space.
-    bodies = [text.split("\n\n", 1)[-1] if text.startswith(" ") else text for text in texts]
-    trained_sentences = {f" {first_sentence(body)}" for body in bodies}
-    assert len(trained_sentences) > 2000 and heldout_sentences.isdisjoint(trained_sentences)
+    every = "\0".join(map(plain, texts))
+    trained_sentences = {first_sentence(docstring(text)) for text in texts}
     demonstrated = {record.completion for record in corpus.demonstrations}
-    assert demonstrated.isdisjoint(record.completion for record in corpus.heldout_demonstrations)
-    prompts = [record.prompt for record in corpus.prompts]
-    heldout = [record.prompt for record in corpus.heldout_prompts]
-    assert set(prompts).isdisjoint(heldout)
+    prompts = {record.prompt for record in corpus.prompts}
     pages = {f"{text.split(chr(10))[0].split(':')[-1]} ->" for text in texts if text.startswith(" ")}
-    assert len(pages & set(prompts)) > 3000 and pages.isdisjoint(heldout)
-    assert len(set(prompts)) == len(prompts) and len(set(heldout)) == len(heldout)
-    assert {record.prompt for record in corpus.demonstrations} <= set(prompts)
-    assert {record.prompt for record in corpus.heldout_demonstrations} <= set(heldout)
+    assert len(trained_sentences) > 2000 and len(pages & prompts) > 3000 and len(prompts) == len(corpus.prompts)
+    assert {record.prompt for record in corpus.demonstrations} <= prompts
+    for part, count in zip(held_out(corpus), (200, 100), strict=True):
+        assert len(part.texts) > 200 and len(part.demonstrations) > count
+        for page in part.texts:
+            assert plain(docstring(page.text)) not in every, page.where
+        for record in part.demonstrations:
+            assert plain(record.completion) not in every, record.where
+        assert trained_sentences.isdisjoint(part.sentences.values())
+        assert demonstrated.isdisjoint(record.completion for record in part.demonstrations)
+        asked = {record.prompt for record in part.prompts}
+        assert prompts.isdisjoint(asked) and pages.isdisjoint(asked) and len(asked) == len(part.prompts)
+        assert {record.prompt for record in part.demonstrations} <= asked
+
+
+def test_nothing_that_settings_are_chosen_on_is_measured_on(corpus: Corpus) -> None:
+    development, test = (
+        [plain(docstring(text.text)) for text in part.texts]
+        + [plain(record.completion) for record in part.demonstrations]
+        + list(map(plain, part.sentences.values()))
+        for part in held_out(corpus)
+    )
+    # Neither whole nor as a part, in either direction.
+    for some, others in ((development, test), (test, development)):
+        every = "\0".join(others)
+        assert [text for text in some if text in every] == []
+    asked, measured = ({record.prompt for record in part.prompts} for part in held_out(corpus))
+    assert asked.isdisjoint(measured)
+    # A function's page is in the part of its prompt, so that its answer cannot be looked up in the other part's.
+    pages, tested = (
+        {f"{text.text.split(chr(10))[0].split(':')[-1]} ->" for text in part.texts if text.text.startswith(" ")}
+        for part in held_out(corpus)
+    )
+    assert len(pages) > 100 and pages.isdisjoint(measured)
+    assert len(tested) > 100 and tested <= measured
 
 
 def test_docstrings_are_about_their_own_functions_and_not_about_others(corpus: Corpus) -> None:
     usage = Usage.of((), corpus.descriptions)
-    prompts, sentences = zip(*corpus.heldout_sentences.items(), strict=True)
+    prompts, sentences = zip(*(corpus.development.sentences | corpus.test.sentences).items(), strict=True)
     own = sum(map(usage.is_about, prompts, sentences)) / len(prompts)
     # Those of other modules: the corpus has its functions in the order of their files, and neighbours speak alike.
     half = len(prompts) // 2

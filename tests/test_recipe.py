@@ -5,7 +5,7 @@ import pytest
 
 from rlhf_jax.cli.app import main
 from rlhf_jax.data import Prompt, PromptRows, Text
-from rlhf_jax.demo.python_docs import Corpus
+from rlhf_jax.demo.python_docs import Corpus, HeldOut
 from rlhf_jax.recipe.labels import Judge, some
 from rlhf_jax.recipe.sizes import SIZES
 from rlhf_jax.tokenizers.bpe import Tokenizer
@@ -51,7 +51,8 @@ def test_prompts_are_asked_again_from_the_first_where_there_are_fewer() -> None:
 
 def test_the_judge_counts_what_answers_have() -> None:
     tokenizer = Tokenizer.bytes()
-    corpus = Corpus([Text("return the path of it", "x")], [], [], [], [], [], {}, [])
+    nothing = HeldOut([], [], [], {})
+    corpus = Corpus([Text("return the path of it", "x")], [], [], [], nothing, nothing)
     judge = Judge(corpus, tokenizer)
 
     def said(text: str, ended: bool = True) -> list[int]:

@@ -25,6 +25,7 @@ SUMMARY: dict[str, Any] = {
     "pretrain.heldout_bits_per_byte": 1.874,
     "pretrain.bigram_bits_per_byte": 2.613,
     "pretrain.heldout_response_nll": 3.541,
+    "pretrain.development_response_nll": 3.541,
     "pretrain.gold_mean": 1.132,
     "pretrain.distinct_share": 0.988,
     "sft.heldout_response_nll": 2.706,
@@ -256,7 +257,7 @@ def test_the_figures_are_those_of_the_summary(page: str) -> None:
     figures = "81.6% 87.1% 86.1% 70.2% 4.27 89.2% 1.87 2.61 5.03 61.8% 43.7%".split()
     for figure in [*figures, "77.1% to 85.7%"]:
         assert figure in shown, figure
-    assert "After RLHF, answers beat those of SFT on 82% of held-out prompts" in shown
+    assert "After RLHF, answers beat those of SFT on 82% of test prompts" in shown
     assert shown.count("✓ holds") == 9 and "✗" not in shown
     assert "7 min 32 s" in shown and "2.4e-7" in shown
 
@@ -266,13 +267,13 @@ def test_cards_of_the_key_figures(page: str) -> None:
     assert cards == [
         ("PPO wins over SFT", "81.6%", "95% interval 77.1% to 85.7%"),
         ("SFT wins over pretrained", "87.1%", "95% interval 83.3% to 90.4%"),
-        ("Reward model’s accuracy", "86.1%", "of held-out pairs; from scratch 70.2%"),
+        ("Reward model’s accuracy", "86.1%", "of test pairs; from scratch 70.2%"),
         ("KL from SFT", "4.27", "nats per response"),
         ("Distinct answers, PPO", "89.2%", "93.2% of SFT’s share"),
         ("PPO’s answers about the function", "61.8%", "SFT’s 43.7%"),
         ("Gold score of PPO’s answers", "5.03", "of 7; SFT’s 3.42"),
-        ("SFT’s nats per response token", "2.71", "held out; the pretrained model’s 3.54"),
-        ("Bits per byte, held out", "1.87", "token bigrams need 2.61"),
+        ("SFT’s nats per response token", "2.71", "on test demonstrations; the pretrained model’s 3.54"),
+        ("Bits per byte of test text", "1.87", "token bigrams need 2.61"),
     ]
 
 

@@ -180,6 +180,56 @@ THINKS = (
     "{% endif %}{{ parts[-1].strip() }}{% else %}{{ message.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# With tools, in the manner of Hermes and Qwen 2.5: listed in the system message, calls and results between tags.
+TOOLS_CHATML = """{%- set first = messages[0].content if messages[0].role == 'system' else 'Help.' %}
+{{- '<|im_start|>system\n' + first }}
+{%- if tools %}
+    {{- '\n\nYou may call these, each described in <tools>:\n<tools>' }}
+    {%- for tool in tools %}{{- '\n' + (tool | tojson) }}{% endfor %}
+    {{- '\n</tools>' }}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {%- if loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{% endif %}
+        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' }}
+        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{% endif %}
+    {%- elif message.role == 'assistant' and message.tool_calls %}
+        {{- '<|im_start|>assistant' }}
+        {%- if message.content %}{{- '\n' + message.content }}{% endif %}
+        {%- for call in message.tool_calls %}
+            {%- set call = call.function if call.function is defined else call %}
+            {{- '\n<tool_call>\n{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) + '}' }}
+            {{- '\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif not loop.first or message.role != 'system' %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+# With tools, in the manner of Llama 3.1: described in the first question, one call a turn, results as JSON.
+TOOLS_LLAMA = """{{- bos_token }}
+{%- macro turn(role, text) %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\n\n' + text + '<|eot_id|>' }}
+{%- endmacro %}
+{%- for message in messages %}
+    {%- if message.role == 'user' and tools and not messages[:loop.index0] | selectattr('role', 'eq', 'user') | list %}
+        {%- set listed %}
+            {%- for tool in tools %}{{- tool | tojson(indent=4) + '\n\n' }}{% endfor %}
+        {%- endset %}
+        {{- turn('user', 'Answer with a call of one of these as JSON.\n\n' + listed + message.content | trim) }}
+    {%- elif message.tool_calls is defined %}
+        {%- if message.tool_calls | length != 1 %}{{- raise_exception('only one call a turn') }}{% endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- turn('assistant', '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}') }}
+    {%- elif message.role == 'tool' %}
+        {{- turn('ipython', message.content | tojson) }}
+    {%- else %}
+        {{- turn(message.role, message.content | trim) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
 
 
 def unmarked(template: str) -> str:

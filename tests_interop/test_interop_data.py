@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf_jax.data import Ledger, encode_demonstrations, encode_prompts, encode_rankings, encode_text, read_records
-from tests.tiny_tokenizers import CHATML, LLAMA3, ZEPHYR, unmarked
+from tests.tiny_tokenizers import CHATML, LLAMA3, TOOLS_CHATML, TOOLS_LLAMA, ZEPHYR, unmarked
 from tests_interop.test_interop_tokenizer import both, config_of
 
 HH = "\n\nHuman: Why?\n\nAssistant: Light.\n\nHuman: What  light?\n\nAssistant: "
@@ -132,3 +132,74 @@ def test_turns_that_are_not_learned(tmp_path: Path) -> None:
     first = len(theirs.apply_chat_template(messages[:2], return_dict=False))
     assert ids == found["input_ids"]
     assert list(mask) == [False] * first + marks[first:] and any(marks[:first])
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a town.",
+        "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+    },
+}
+TIME = {"type": "function", "function": {"name": "time", "description": "The time.", "parameters": {"type": "object"}}}
+
+
+def calls(arguments: Any, content: str | None = None) -> dict[str, Any]:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+WARM, RESULT = user("Is it warm in Köln?"), {"role": "tool", "tool_call_id": "c1", "content": '{"degrees": 20}'}
+OURS, THEIRS = calls('{"town":"Köln"}'), calls({"town": "Köln"})
+# (row with OpenAI's text as arguments, kinds, its prompt, its answers) with both as transformers takes them
+TOOL_FORMS: list[tuple[dict[str, Any], str, list[Any], list[Any]]] = [
+    (
+        {"messages": [WARM, OURS, RESULT, says("Yes.")], "tools": [WEATHER, TIME], "parallel_tool_calls": False},
+        "prompts demonstrations dialogues text",
+        [WARM, THEIRS, RESULT],
+        [[says("Yes.")]],
+    ),
+    ({"messages": [BE, WARM, OURS], "tools": [WEATHER]}, "prompts dialogues text", [BE, WARM], [[THEIRS]]),
+    ({"messages": [BE, WARM, THEIRS], "tools": json.dumps([WEATHER])}, "prompts dialogues", [BE, WARM], [[THEIRS]]),
+    ({"prompt": [WARM], "completion": [OURS], "tools": [WEATHER]}, "prompts demonstrations", [WARM], [[THEIRS]]),
+    ({"prompt": [WARM, OURS, RESULT], "tools": [TIME, WEATHER]}, "prompts", [WARM, THEIRS, RESULT], []),
+    (
+        {"prompt": [BE, WARM], "chosen": [OURS], "rejected": [says("Who knows?")], "tools": [WEATHER]},
+        "prompts comparisons",
+        [BE, WARM],
+        [[THEIRS], [says("Who knows?")]],
+    ),
+    (
+        {"chosen": [WARM, OURS, RESULT, says("Yes.")], "rejected": [WARM, says("No.")], "tools": [WEATHER]},
+        "prompts comparisons",
+        [WARM],
+        [[THEIRS, RESULT, says("Yes.")], [says("No.")]],
+    ),
+]
+
+
+@pytest.mark.parametrize("template", [TOOLS_CHATML, TOOLS_LLAMA], ids=["Hermes", "Llama 3.1"])
+def test_tools_are_what_transformers_renders(template: str, tmp_path: Path) -> None:
+    end = "<|im_end|>" if template == TOOLS_CHATML else "<|eot_id|>"
+    config = {"bos_token": "<|begin_of_text|>", "eos_token": end, "chat_template": template}
+    ours, theirs = both(tmp_path, "llama3", config)
+
+    def rendered(messages: list[Any], tools: list[Any], **more: Any) -> list[int]:
+        return theirs.apply_chat_template(messages, tools=tools, return_dict=False, **more)
+
+    for row, kinds, prompt, answers in TOOL_FORMS:
+        tools = json.loads(row["tools"]) if isinstance(row["tools"], str) else row["tools"]
+        wanted = rendered(prompt, tools, add_generation_prompt=True)
+        assert wanted != theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        whole = [rendered([*prompt, *answer], tools) for answer in answers]
+        ended = [ids[: len(ids) - ids[::-1].index(ours.eos_id)] for ids in whole]
+        for stage in kinds.split():
+            found = read(tmp_path / "data.jsonl", row, stage, ours)
+            if stage == "prompts":
+                assert found == [wanted], row
+            elif stage == "text":
+                assert found == [ids if ids[-1] == ours.eos_id else [*ids, ours.eos_id] for ids in whole], row
+            else:
+                assert found == (whole if "messages" in row else ended), (stage, row)
+                assert all(ids[: len(wanted)] == wanted for ids in found), row

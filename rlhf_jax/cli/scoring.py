@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.data import Comparison, Demonstration, Dialogue, Ledger, Ranking, read_records, render_prompt
+from rlhf_jax.data import Comparison, Demonstration, Dialogue, Ledger, Message, Ranking, read_records, render_prompt
+from rlhf_jax.data.dialogues import of_tools
 from rlhf_jax.data.jsonl import read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.intervals import wilson
@@ -50,7 +51,7 @@ def _answers(record: Any) -> list[Demonstration]:
     if isinstance(record, Dialogue):
         last = max(at for at, message in enumerate(record.messages) if message.role == "assistant")
         turns = record.messages[:last]
-        return [Demonstration(render_prompt(turns), f" {record.messages[last].content}", record.where, turns)]
+        return [_last(turns, record.messages[last], record.where)]
     if isinstance(record, Demonstration):
         return [record]
     ends = record.ended or [True] * (2 if isinstance(record, Comparison) else len(record.responses))
@@ -58,7 +59,7 @@ def _answers(record: Any) -> list[Demonstration]:
         # The last answer is scored after all turns before it, those of the response too.
         before = [(*record.turns, *rest[:-1]) for rest in record.rests]
         return [
-            Demonstration(render_prompt(turns), f" {rest[-1].content}", record.where, turns, ended)
+            _last(turns, rest[-1], record.where, ended)
             for turns, rest, ended in zip(before, record.rests, ends, strict=True)
         ]
     texts = (record.chosen, record.rejected) if isinstance(record, Comparison) else record.responses
@@ -66,6 +67,12 @@ def _answers(record: Any) -> list[Demonstration]:
         Demonstration(record.prompt, text, record.where, record.turns, ended)
         for text, ended in zip(texts, ends, strict=True)
     ]
+
+
+def _last(turns: tuple[Message, ...], message: Message, where: str, ended: bool = True) -> Demonstration:
+    """The last answer of a dialogue, with its calls of tools."""
+    rest = (message,) if of_tools(message) else ()
+    return Demonstration(render_prompt(turns), f" {message.text}", where, turns, ended, rest)
 
 
 def _row(record: Any, scores: Sequence[float | None]) -> dict[str, Any]:

@@ -8,15 +8,19 @@ restored once the rendering has been split at its special tokens.
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+from rlhf_jax.data.dialogues import TOOL, Message
 from rlhf_jax.errors import UserError
-from rlhf_jax.tokenizers.chat_template import SpecialTexts, Turns
+from rlhf_jax.tokenizers.chat_template import TOOLS, SpecialTexts
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
+Turns = Sequence[Message | tuple[str, str]]
 Section = tuple[str, bool]  # text, and True if it is a target
+Turn = dict[str, Any]  # a message as a chat template gets it
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)  # characters that ordinary text does not contain
 
@@ -130,21 +134,29 @@ class _Talk:
         self.tokenizer = tokenizer
         self.template = tokenizer.chat_template
         self.tokens = SpecialTexts.of(tuple(tokenizer.special_tokens))
-        contents = [content for _, content in messages]
-        taken = set(self.template.source).union(*contents, *tokenizer.special_tokens)
+        turns = [_turn(message) for message in messages]
+        # Within calls and lists of tools, whose texts a template may compare, only whole special tokens are hidden.
+        texts = {(turn["content"], True) for turn in turns if isinstance(turn["content"], str)}
+        texts |= {(text, False) for turn in turns for value in _further(turn).values() for text in _texts(value)}
+        taken = set(self.template.source).union(*(text for text, _ in texts), *tokenizer.special_tokens)
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
         self._marks = (next(free), next(free))
         self._rendered: dict[tuple[int, bool], str] = {}
-        places = [self.tokens.openings(content) for content in contents]
-        hidden = sorted({content[at] for content, found in zip(contents, places) for at in found})
+        places = {(text, edges): self.tokens.openings(text, edges=edges) for text, edges in texts}
+        hidden = sorted({text[at] for (text, _), found in places.items() for at in found})
         self._stand_ins = dict(zip(hidden, free))
-        self.messages = [
-            (
-                role,
-                "".join(self._stand_ins[c] if at in found else c for at, c in enumerate(content)) if found else content,
-            )
-            for (role, content), found in zip(messages, places)
-        ]
+
+        def hide(text: str, *, edges: bool = False) -> str:
+            found = places[text, edges]
+            return "".join(self._stand_ins[c] if at in found else c for at, c in enumerate(text)) if found else text
+
+        self.messages = []
+        for turn in turns:
+            changed = {key: _mapped(value, hide) for key, value in _further(turn).items()}
+            if isinstance(turn["content"], str):
+                changed["content"] = hide(turn["content"], edges=True)
+            self.messages.append({"role": turn["role"], **changed})
+        self._refuse_unrendered()
 
     def render(self, count: int, *, prompt: bool = False) -> str:
         """Renders the first `count` messages; with `prompt`, followed by the header of the assistant's answer."""
@@ -164,10 +176,40 @@ class _Talk:
             return None
         return _Answer(prompt, *self.tokens.split_end(whole[len(prompt) :]))
 
+    def _refuse_unrendered(self) -> None:
+        """Checks that the template renders tools, each call with its arguments, and the results of calls.
+
+        Raises:
+          UserError: for the first of them whose rendering is the same without it.
+        """
+        for at, turn in enumerate(self.messages):
+            shown = self.messages if turn["role"] == TOOLS else self.messages[: at + 1]
+            whole = self._render_or_none(shown)
+            for name, others in _without(turn):
+                if whole is not None and whole == self._render_or_none([*shown[:at], *others, *shown[at + 1 :]]):
+                    raise UserError(
+                        f"field {name!r}: expected a chat template that renders it, got one that gives the same text "
+                        f"without (message {at + 1}, {turn['role']}); use --chat-template FILE, or leave the row out"
+                    )
+            if turn["content"] is None:
+                none, empty = (self._render_or_none([*self.messages[:at], turn | {"content": c}]) for c in (None, ""))
+                if empty is not None and (none or "").count("None") > empty.count("None"):
+                    raise UserError(
+                        "field 'content': expected a chat template that leaves a null content out, got one that writes "
+                        'None; use --chat-template FILE, or "" in its place'
+                    )
+
+    def _render_or_none(self, messages: Sequence[Turn]) -> str | None:
+        """The rendering, None if the template refuses the messages."""
+        try:
+            return self.template.render(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
+        except UserError:
+            return None
+
     def refuse_cuts(self, places: Iterable[int]) -> None:
         """Checks the assistant turns among these places as `refuse_cut` does."""
         for at in places:
-            if self.messages[at][0] == "assistant":
+            if self.messages[at]["role"] == "assistant":
                 self.refuse_cut(at)
 
     def refuse_cut(self, at: int) -> None:
@@ -179,13 +221,14 @@ class _Talk:
           UserError: with the text that the template removes, such as the thoughts of a model that reasons.
         """
         whole = self.render(at + 1)
-        said = "".join(self.messages[at][1].split())
+        content = self.messages[at]["content"] or ""
+        said = "".join(content.split())
         if said in "".join(whole.split()):
             return
         prompt = self.render(at, prompt=True)
         shown = "".join(whole[_shared(prompt, whole) :].split())
         kept = next((size for size in range(len(said) - 1, 0, -1) if said[-size:] in shown), 0)
-        removed = self.messages[at][1]
+        removed = content
         for character in reversed(said[len(said) - kept :]):
             removed = removed[: removed.rindex(character)]
         back = {ord(stand_in): character for character, stand_in in self._stand_ins.items()}
@@ -207,8 +250,8 @@ class _Talk:
         """Sections of the full rendering; answers rendered as they follow their generation prompt are targets."""
         whole = self.render(len(self.messages))
         sections, done = [], 0
-        for at, (role, _) in enumerate(self.messages):
-            answer = self.answer(at) if role == "assistant" and at not in unlearned else None
+        for at, message in enumerate(self.messages):
+            answer = self.answer(at) if message["role"] == "assistant" and at not in unlearned else None
             if answer is None or len(answer.prompt) < done or not whole.startswith("".join(answer)):
                 continue
             # What a template removes only once others follow makes the answer no target, above.
@@ -221,7 +264,7 @@ class _Talk:
         """Sections of the full rendering; its {% generation %} blocks are targets."""
         whole = self.template.render(self.messages, generation_marks=self._marks)
         parts = re.split("[" + "".join(self._marks) + "]", whole)
-        answers = [at for at, (role, _) in enumerate(self.messages) if role == "assistant"]
+        answers = [at for at, message in enumerate(self.messages) if message["role"] == "assistant"]
         if unlearned and len(parts) // 2 != len(answers):
             raise UserError(
                 f"chat template: expected one {{% generation %}} block for each of the {len(answers)} assistant turns, "
@@ -231,3 +274,57 @@ class _Talk:
             self.refuse_cuts(at for at in answers if at not in unlearned)
         skipped = {2 * block + 1 for block, at in enumerate(answers) if at in unlearned}
         return [(part, at % 2 == 1 and at not in skipped) for at, part in enumerate(parts)]
+
+
+def _turn(message: Message | tuple[str, str]) -> Turn:
+    turn = message.as_row() if isinstance(message, Message) else {"role": message[0], "content": message[1]}
+    return turn | {"content": json.loads(turn["content"])} if turn["role"] == TOOLS else turn
+
+
+def _further(turn: Turn) -> dict[str, Any]:
+    """What a turn has beside its role and a content that is text."""
+    return {
+        key: value for key, value in turn.items() if key != "role" and not (key == "content" and isinstance(value, str))
+    }
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts within lists and objects, and the keys of these."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value:
+            yield from _texts(part)
+        if isinstance(value, dict):
+            yield from _texts(list(value.values()))
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy with each text within it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_mapped(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(key): _mapped(item, change) for key, item in value.items()}
+    return value
+
+
+def _without(turn: Turn) -> Iterator[tuple[str, list[Turn]]]:
+    """(key, the turn without it) for each part of a turn that a template may leave out."""
+    if turn["role"] == TOOLS:
+        for at in range(len(turn["content"])):
+            rest = turn["content"][:at] + turn["content"][at + 1 :]
+            yield TOOLS, [turn | {"content": rest}] if rest else []
+    elif turn["role"] == TOOL and turn["content"]:
+        yield "content", [turn | {"content": ""}]
+    calls = turn.get("tool_calls", [])
+    for at, call in enumerate(calls):
+        rest = calls[:at] + calls[at + 1 :]
+        said = turn | {"tool_calls": rest} if rest else {"role": turn["role"], "content": turn["content"] or ""}
+        yield "tool_calls", [said]
+        function = call.get("function", call)
+        if function["arguments"]:
+            emptied = function | {"arguments": {}}
+            emptied = call | {"function": emptied} if "function" in call else emptied
+            yield "arguments", [turn | {"tool_calls": [*calls[:at], emptied, *calls[at + 1 :]]}]

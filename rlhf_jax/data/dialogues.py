@@ -11,25 +11,101 @@ The template is that of HH-RLHF (Bai et al. 2022), so that its transcripts and a
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from rlhf_jax.tokenizers.chat_template import TOOLS
 
 ROLES = ("system", "user", "assistant")
+TOOL = "tool"
 HEADERS = {"system": "", "user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
 _HEADER = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
 class Message(NamedTuple):
-    """A turn of a dialogue. role: "system" (the first turn only), "user" or "assistant"."""
+    """A turn of a dialogue.
+
+    role: "system" (the first turn only), "user" or "assistant". With a chat template that renders tools also "tool",
+    for the result of a call, and before all others "tools": its content is JSON of the tools that may be called.
+    """
 
     role: str
     content: str
 
+    @property
+    def text(self) -> str:
+        """The content as a person reads it, with the calls that follow it."""
+        return self.content
+
+    def as_row(self) -> dict[str, Any]:
+        """The message as files and chat templates have it."""
+        return self._asdict()
+
+    def stored(self) -> tuple[str, ...]:
+        """The texts that `FullMessage.of` makes the message of."""
+        return tuple(self)
+
+
+class FullMessage(Message):
+    """A turn with more than a role and a content: an assistant's calls, or the call that a tool's result belongs to.
+
+    more: JSON of the object with these keys, and of a null content; `content` is then empty.
+    """
+
+    more: str
+
+    def __new__(cls, role: str, content: str, more: str) -> FullMessage:
+        message = super().__new__(cls, role, content)
+        message.more = more
+        return message
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Message:
+        """The message of its `stored` texts."""
+        return Message(*texts) if len(texts) == 2 else cls(*texts)
+
+    @property
+    def text(self) -> str:
+        calls = json.loads(self.more).get("tool_calls", [])
+        return "\n".join(filter(None, [self.content, *(json.dumps(call, ensure_ascii=False) for call in calls)]))
+
+    def as_row(self) -> dict[str, Any]:
+        return {**self._asdict(), **json.loads(self.more)}
+
+    def stored(self) -> tuple[str, ...]:
+        return (*self, self.more)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FullMessage) and self.stored() == other.stored()
+
+    def __hash__(self) -> int:
+        return hash(self.stored())
+
+    def __repr__(self) -> str:
+        return f"FullMessage{self.stored()!r}"
+
+
+def prompt_row(turns: Sequence[Message]) -> dict[str, Any]:
+    """The fields of a row that has the turns as its prompt."""
+    messages = [message.as_row() for message in turns if message.role != TOOLS]
+    tools = {message.role: json.loads(message.content) for message in turns if message.role == TOOLS}
+    return {"prompt": messages, **tools}
+
+
+def of_tools(message: Message) -> str | None:
+    """The key of a row or of a message that only a chat template can render; None for a message of text."""
+    if message.role in (TOOLS, TOOL):
+        return "tools" if message.role == TOOLS else "role"
+    return "tool_calls" if isinstance(message, FullMessage) else None
+
 
 def render_message(message: Message) -> str:
     """Renders header, space and content; a system message has no header."""
-    return message.content if message.role == "system" else f"{HEADERS[message.role]} {message.content}"
+    if message.role in (TOOLS, TOOL):
+        return f"\n\n{message.role.capitalize()}: {message.text}"
+    return message.text if message.role == "system" else f"{HEADERS[message.role]} {message.text}"
 
 
 def render(messages: Sequence[Message]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from rlhf_jax.data import chat
 from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows, tied_ranks
-from rlhf_jax.data.dialogues import HEADERS, Message, render_message
+from rlhf_jax.data.dialogues import HEADERS, Message, of_tools, render_message
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompted, Ranking, Text
 from rlhf_jax.errors import UserError
@@ -135,8 +135,7 @@ def encode_demonstrations(
             if isinstance(record, Dialogue):
                 row = dialogue_row(record.messages, tokenizer, unlearned=record.unlearned)
             else:
-                response = response_ids(record.completion, tokenizer, turns=record.turns, ended=record.ended)
-                row = response_row(prompt_ids(record, tokenizer), response)
+                row = response_row(prompt_ids(record, tokenizer), _completion_ids(record, tokenizer))
         if len(row[0]) > max_tokens:
             ledger.drop(record.where, _too_long(max_tokens))
             continue
@@ -234,9 +233,16 @@ def encode_prompts(
     return PromptRows(rows, max_tokens, tokenizer.pad_id, kept)
 
 
+def _completion_ids(record: Demonstration, tokenizer: TextTokenizer) -> list[int]:
+    if record.rest:
+        return rest_ids(record.turns, record.rest, tokenizer, ended=record.ended)
+    return response_ids(record.completion, tokenizer, turns=record.turns, ended=record.ended)
+
+
 def _document_ids(record: Text, tokenizer: TextTokenizer) -> list[int]:
     """Ids of a document without start ids and eos; a dialogue is rendered by the chat template, if there is one."""
     if not record.messages or tokenizer.chat_template is None:
+        _refuse_tools(record.messages)
         return tokenizer.encode(record.text)
     ids, start = chat.dialogue_ids(record.messages, tokenizer), list(tokenizer.start_ids)
     ids = ids[len(start) :] if ids[: len(start)] == start else ids
@@ -248,6 +254,7 @@ def _turns(
     messages: Sequence[Message], tokenizer: TextTokenizer, unlearned: Collection[int] = ()
 ) -> tuple[list[int], list[bool], str]:
     """Ids and mask up to the last assistant turn, and the text after it, which the caller continues."""
+    _refuse_tools(messages)
     ids = list(tokenizer.start_ids)
     mask, pending = [False] * len(ids), ""
     for place, message in enumerate(messages):
@@ -260,6 +267,16 @@ def _turns(
         mask += [False] * len(header) + [place not in unlearned] * len(content)
         pending = ""
     return ids, mask, pending
+
+
+def _refuse_tools(messages: Sequence[Message]) -> None:
+    """Raises UserError for what the Human / Assistant template has no place for."""
+    for message in messages:
+        if name := of_tools(message):
+            raise UserError(
+                f"field {name!r}: expected messages of text alone for a model without a chat template, got tools; use "
+                "--chat-template FILE, or leave the row out"
+            )
 
 
 def _continuation_ids(text: str, before: Sequence[int], tokenizer: TextTokenizer) -> list[int]:

@@ -3,7 +3,7 @@
 A prompt is text that its answers continue as it stands, if the row has it as text in `prompt` and its answers, if any,
 as text. In every other form it is turns: a list of messages, dialogues with their last answers, HH-RLHF transcripts, a
 question under another name (`instruction` with `input`, `question`, `problem`, `query`, `input`), a row with a system
-message, and text beside answers that are messages, which is the user's turn.
+message or tools, and text beside answers that are messages, which is the user's turn.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.dialogues import Message, is_hh, render_answer, render_prompt, shared_turns, split_hh
+from rlhf_jax.data.dialogues import (
+    TOOL,
+    FullMessage,
+    Message,
+    is_hh,
+    render_answer,
+    render_prompt,
+    shared_turns,
+    split_hh,
+)
 from rlhf_jax.data.jsonl import describe
 from rlhf_jax.data.rows import SYSTEMS, Row, Useless, is_empty
 from rlhf_jax.errors import UserError
@@ -30,7 +39,7 @@ class Exchange(NamedTuple):
     """A prompt with answers to it.
 
     prompt: text. turns: the prompt as messages, () for a prompt that is text. texts: each continues `prompt`.
-    rests: the answers as messages, () unless one of them has more than the assistant's one turn.
+    rests: the answers as messages, () unless one of them has more than the assistant's one turn, or has calls.
     """
 
     prompt: str
@@ -76,7 +85,7 @@ def prompt_alone(row: Row) -> Exchange:
         turns = turns[:-1]
     if not turns:
         raise Useless("empty prompt")
-    turns = row.with_system(turns)
+    turns = row.with_context(turns)
     return Exchange(render_prompt(turns), turns, [], ())
 
 
@@ -161,16 +170,17 @@ def _exchange(row: Row, answers: Answers) -> Exchange:
         turns, rests = _shared(row, answers, talks)
         if asked is not None:
             _refuse_other(row, asked, turns, alone=len(talks) == 1)
-    turns = row.with_system(turns)
+    turns = row.with_context(turns)
     if answers and turns and turns[-1].role == "assistant":
         raise row.wrong(
             asked.name if asked else answers[0][0], "the assistant's turn as the last of the prompt", "the user's"
         )
     beside = dialogue_field(row)
-    if beside is not None and row.with_system(row.turns(beside).messages)[: len(turns)] != turns:
+    if beside is not None and row.with_context(row.turns(beside).messages)[: len(turns)] != turns:
         raise row.wrong(beside, "others", "messages that begin with the prompt that the row has as well")
     texts = [render_answer(rest) for rest in rests]
-    return Exchange(render_prompt(turns), turns, texts, tuple(rests) if any(len(rest) > 1 for rest in rests) else ())
+    further = any(len(rest) > 1 or isinstance(rest[0], FullMessage) for rest in rests)
+    return Exchange(render_prompt(turns), turns, texts, tuple(rests) if further else ())
 
 
 def _asked(row: Row, answers: Answers) -> _Asked | None:
@@ -183,14 +193,14 @@ def _asked(row: Row, answers: Answers) -> _Asked | None:
     if not names or (name is not None and is_empty(row.fields[names[0]])):
         if name is None or not answers:
             return None
-        # A dialogue that ends with the user is what the answers answer; another is a copy of one of theirs.
+        # What the answers answer ends with the user or a tool's result; another dialogue is a copy of one of theirs.
         turns = row.turns(name).messages
-        return _Asked(name, None, turns, plain=False) if turns[-1].role == "user" else None
+        return _Asked(name, None, turns, plain=False) if turns[-1].role in ("user", TOOL) else None
     value = row.fields[names[0]]
     if isinstance(value, str):
         if name is not None:
             return _Asked(names[0], value, _up_to(row, names[0], value, row.turns(name).messages), plain=False)
-        plain = names[0] == "prompt" and not row.has_system and not _answers_of_messages(row)
+        plain = names[0] == "prompt" and not (row.has_system or row.has_tools or _answers_of_messages(row))
         return _Asked(names[0], value, (Message("user", value),), plain)
     if not isinstance(value, list):
         raise row.wrong(names[0], describe(value), "text or a list of messages")

@@ -100,6 +100,18 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def parse_value(text: str) -> Any:
+    """Parses JSON within a text field, as strictly as a line.
+
+    Raises:
+      ValueError: for anything that is not JSON; RecursionError for too deep nesting is one of them here.
+    """
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def describe(value: object) -> str:
     """Describes a JSON value for an error message: its type and its beginning, in printable ASCII."""
     match value:

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from rlhf_jax.data.dialogues import Message, render
+from rlhf_jax.data.dialogues import TOOL, Message, render
 from rlhf_jax.data.forms import (
     COMPLETIONS,
     DIALOGUES,
@@ -140,7 +140,7 @@ def _text(row: Row) -> Text:
         turns = _whole_dialogue(row, name)
         if False in turns.learned:
             raise row.wrong(name, "a turn that is not to be learned", "no weight 0 or train false, as all is learned")
-        messages = row.with_system(turns.messages)
+        messages = row.with_context(turns.messages)
         text = render(messages)
     if not text.strip():
         raise Useless("empty text")
@@ -149,7 +149,7 @@ def _text(row: Row) -> Text:
 
 def _dialogue(row: Row) -> Dialogue:
     turns = _whole_dialogue(row, dialogue_field(row) or "messages")
-    messages = row.with_system(turns.messages)
+    messages = row.with_context(turns.messages)
     added = len(messages) - len(turns.messages)
     answers = [at for at, message in enumerate(messages) if message.role == "assistant"]
     unlearned = tuple(at for at in answers if turns.learned[at - added] is False)
@@ -157,7 +157,7 @@ def _dialogue(row: Row) -> Dialogue:
         raise Useless("no assistant turn")
     if len(unlearned) == len(answers):
         raise Useless("no assistant turn that is to be learned")
-    if not all(messages[at].content.strip() for at in answers):
+    if not all(messages[at].text.strip() for at in answers):
         raise Useless("an empty assistant turn")
     return Dialogue(messages, row.where, unlearned)
 
@@ -177,7 +177,7 @@ def _whole_dialogue(row: Row, name: str) -> Turns:
     return turns
 
 
-def _demonstration(row: Row) -> Demonstration:
+def _demonstration(row: Row) -> Demonstration | Dialogue:
     names = row.among(COMPLETIONS)
     if len(names) != 1:
         if names == ["completion", "response"]:
@@ -186,14 +186,24 @@ def _demonstration(row: Row) -> Demonstration:
             raise row.wrong(names[1], f"{names[0]!r} as well", "one field with the answer; remove or rename one")
         raise row.missing("'completion'")
     found = exchange_of(row, [(names[0], row.value(names[0]))])
-    if found.rests:
-        got = "messages of " + ", ".join(message.role for message in found.rests[0])
-        raise row.wrong(names[0], got, "one message of the assistant; give dialogues as 'messages'")
-    (completion,) = found.texts
+    (completion,), rest = found.texts, found.rests[0] if found.rests else ()
     if not completion.strip():
         raise Useless(f"empty {names[0]}")
     row.refuse_ends("a completion")
-    return Demonstration(found.prompt, completion, row.where, found.turns, row.ended("ended"))
+    if len(rest) > 1:
+        return _dialogue_of(row, names[0], found.turns, rest)
+    return Demonstration(found.prompt, completion, row.where, found.turns, row.ended("ended"), rest)
+
+
+def _dialogue_of(row: Row, name: str, turns: tuple[Message, ...], rest: tuple[Message, ...]) -> Dialogue:
+    """A completion with calls and their results, of which only the assistant's turns are learned."""
+    if any(message.role != "assistant" and message.role != TOOL for message in rest):
+        got = "messages of " + ", ".join(message.role for message in rest)
+        raise row.wrong(name, got, "one message of the assistant; give dialogues as 'messages'")
+    if not row.ended("ended"):
+        raise row.wrong("ended", "false", f"true beside several messages in {name!r}")
+    unlearned = tuple(at for at, message in enumerate(turns) if message.role == "assistant")
+    return Dialogue((*turns, *rest), row.where, unlearned)
 
 
 def _comparison(row: Row) -> Comparison:

@@ -4,8 +4,8 @@ In each, `where` is "file:line" or the name of another source, for the ledger an
 comparisons, so records with the same content are equal. `prompt` is text that the response follows directly. `turns` is
 the same prompt as messages, if it was given that way: then every assistant turn in it ends with eos, as in training,
 which text cannot express. `rests` are the responses as messages, if one has several: dialogues that diverge before
-their last answer. `ended` is False for a response that was cut at the length limit: it is trained on as it stands,
-without the end token. For several responses it has one value each, or () if all ended.
+their last answer, or with calls of tools. `ended` is False for a response that was cut at the length limit: it is
+trained on as it stands, without the end token. For several responses it has one value each, or () if all ended.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Demonstration:
-    """A prompt and the completion that a person wrote."""
+    """A prompt and the completion that a person wrote. rest: the completion as a message, if it has calls of tools."""
 
     prompt: str
     completion: str
     where: str = dataclasses.field(default="", compare=False)
     turns: tuple[Message, ...] = ()
     ended: bool = True
+    rest: tuple[Message, ...] = dataclasses.field(default=(), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 A field that is null counts as absent, in a row and in a message: concatenated datasets have the columns of each other.
 A message is {"role": …, "content": …}, or {"from": …, "value": …} as in ShareGPT. An assistant's turn may say that it
-is not to be learned, by `weight` 0 or `train` false. Any other key of a message could change what it says, so it is
-refused unless it is empty.
+is not to be learned, by `weight` 0 or `train` false, and have `tool_calls` (tools.py). Any other key of a message could
+change what it says, so it is refused unless it is empty.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rlhf_jax.data.dialogues import ROLES, Message
+from rlhf_jax.data.dialogues import ROLES, TOOL, TOOLS, FullMessage, Message
 from rlhf_jax.data.jsonl import describe
+from rlhf_jax.data.tools import CALL_KEYS, RESULT_KEYS, Malformed, calls_of, further, tools_of
 from rlhf_jax.errors import UserError
 
 SPELLINGS = (("role", "content"), ("from", "value"))
@@ -20,10 +21,11 @@ MARKS = ("weight", "train")
 SYSTEMS = ("system", "system_prompt", "system_message")
 # They change what a row says or how much it counts. All other fields of a row that no form names are bookkeeping.
 MEANINGFUL = (
-    *("tools", "functions", "tool_calls", "function_call", "reasoning_content", "history", "chat_template"),
+    *("functions", "tool_calls", "function_call", "reasoning_content", "history", "chat_template"),
     *("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio"),
 )
 WEIGHTS = ("loss_mask", "sample_weight")
+_NOTHING = ("", "[]", "{}", "null")  # a list or an object that some files keep as text
 
 
 class Useless(Exception):
@@ -115,8 +117,21 @@ class Row:
     def has_system(self) -> bool:
         return any(not is_empty(self.fields.get(name)) for name in SYSTEMS)
 
-    def with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        """The messages after the row's own system message, if a field beside them has one."""
+    @property
+    def has_tools(self) -> bool:
+        return not is_empty(self.fields.get(TOOLS)) and self.fields[TOOLS] not in _NOTHING
+
+    def with_context(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """The messages after the row's own system message and its tools, if fields beside them have some."""
+        messages = self._with_system(messages)
+        if not self.has_tools:
+            return messages
+        try:
+            return (Message(TOOLS, tools_of(self.fields[TOOLS])), *messages)
+        except Malformed as wrong:
+            raise self.wrong(f"{TOOLS}{wrong.place}", wrong.got, wrong.expected) from None
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         names = [name for name in SYSTEMS if not is_empty(self.fields.get(name))]
         if not names:
             return messages
@@ -153,7 +168,7 @@ class Row:
     def _refuse(self, names: tuple[str, ...]) -> None:
         for name in self.among(names):
             value = self.fields[name]
-            if not is_empty(value) and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
+            if not is_empty(value) and not (isinstance(value, str) and value.strip() in _NOTHING):
                 raise self.wrong(
                     name,
                     describe(value),
@@ -166,14 +181,22 @@ class Row:
             raise self.wrong(place, describe(message), 'a message {"role": …, "content": …}')
         given = {key: value for key, value in message.items() if value is not None}
         names = SPELLINGS[1] if "from" in given and "role" not in given else SPELLINGS[0]
+        if names == SPELLINGS[0]:
+            role = given.get("role")
+            calls = CALL_KEYS if role == "assistant" else RESULT_KEYS if role == TOOL else ()
+        else:
+            calls = ()
         for key, value in given.items():
-            if key not in (*names, *MARKS) and not is_empty(value):
+            if key not in (*names, *MARKS, *calls) and not is_empty(value):
                 raise self.wrong(
                     f"{place}.{key}",
                     describe(value),
                     f"a message of {names[0]} and {names[1]}, with {' or '.join(MARKS)} at most; use its text in "
                     f"{names[1]}, or remove the key",
                 )
+        more = self._further(place, {key: given[key] for key in calls if not is_empty(given.get(key))})
+        if "tool_calls" in more and is_empty(given.get("content")):
+            given, more = given | {"content": ""}, {"content": None} | more
         for key in names:
             if key not in given:
                 raise self.missing(f"'{place}.{key}'")
@@ -181,9 +204,19 @@ class Row:
                 raise self.wrong(f"{place}.{key}", describe(given[key]), "text")
         role, content = (given[key] for key in names)
         known = SHAREGPT_ROLES if names == SPELLINGS[1] else {role: role for role in ROLES}
-        if role not in known:
+        if role not in known and not (role == TOOL and names == SPELLINGS[0]):
             raise self.wrong(f"{place}.{names[0]}", describe(role), f"one of {', '.join(known)}")
-        return Message(known[role], content)
+        return FullMessage(role, content, further(more)) if more else Message(known.get(role, role), content)
+
+    def _further(self, place: str, given: dict[str, Any]) -> dict[str, Any]:
+        """The keys of a message that only a chat template renders, checked, with the arguments of calls as objects."""
+        for key in given:
+            if key in RESULT_KEYS and not isinstance(given[key], str):
+                raise self.wrong(f"{place}.{key}", describe(given[key]), "text")
+        try:
+            return given | ({"tool_calls": calls_of(given["tool_calls"])} if "tool_calls" in given else {})
+        except Malformed as wrong:
+            raise self.wrong(f"{place}.tool_calls{wrong.place}", wrong.got, wrong.expected) from None
 
     def _mark(self, place: str, message: dict[str, Any], role: str) -> bool | None:
         """Whether a message says that it is to be learned."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows
-from rlhf_jax.data.dialogues import Message, is_hh, split_hh
+from rlhf_jax.data.dialogues import TOOLS, Message, is_hh, split_hh
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Ranking, Record, Text
 
@@ -105,9 +105,11 @@ def _tokens(rows: RaggedRows | RankingRows | PromptRows, place: int) -> int:
 
 
 def _opening(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """The messages up to the first answer to a user; a greeting is not one."""
+    """The messages up to the first answer to a user, without tools; a greeting is not one."""
     parts: list[tuple[str, str]] = []
     for role, content in messages:
+        if role == TOOLS:
+            continue
         if role == "assistant" and any(before == "user" for before, _ in parts):
             break
         parts.append((role, content))

@@ -50,6 +50,10 @@ _READ_AS = 1  # version of the cache; increased when _functions_of_source return
 # help() of a function without a docstring is its name and its signature, which repeats the name. Including these pages
 # twice makes a small model learn within minutes to stay on topic (docs/lab-notebook.md).
 _TIMES_UNDOCUMENTED = 2
+# Where the hash of a text or of a prompt must lie in [0, 1) for each held-out part. Functions are split by prompt; the
+# test texts are their pages, and of the pages about no function those in _TEST_TEXTS.
+_DEVELOPMENT, _TEST = (0.0, 0.1), (0.1, 0.15)
+_DEVELOPMENT_TEXTS, _TEST_TEXTS = (0.0, 0.04), (0.04, 0.09)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +66,37 @@ class Function:
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """The embedded corpus, split by a hash of the prompt or text, so that the split is the same for every seed.
+class HeldOut:
+    """A held-out part of the corpus: functions and texts that are not trained on.
 
-    texts, heldout_texts: for pretraining, about 24 to 1. demonstrations, heldout_demonstrations: (prompt, first
-    sentence), about 9 to 1. No docstring or sentence of the held-out sides is anywhere in texts. prompts,
-    heldout_prompts: all prompts of each split, with or without a demonstration.
-    heldout_sentences: held-out prompt -> first sentence of its docstring, whether or not it is a demonstration.
-    descriptions: (prompt, first paragraph of the docstring) of the functions in texts.
+    texts: for the loss of pretraining. demonstrations: (prompt, first sentence). prompts: with or without a
+    demonstration. sentences: prompt -> first sentence of its docstring, whether or not it is a demonstration.
     """
 
     texts: list[Text]
-    heldout_texts: list[Text]
     demonstrations: list[Demonstration]
-    heldout_demonstrations: list[Demonstration]
     prompts: list[Prompt]
-    heldout_prompts: list[Prompt]
-    heldout_sentences: dict[str, str]
+    sentences: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The embedded corpus in three parts, split by a hash of the prompt or text, so that every seed has the same.
+
+    texts: for pretraining. demonstrations: (prompt, first sentence). prompts: with or without a demonstration.
+    descriptions: (prompt, first paragraph of the docstring) of the functions in texts.
+    development: evaluated during training, and settings are chosen on it. A tenth of the functions.
+    test: the recipe's figures are measured on it, and nothing else reads it. A twentieth of the functions.
+
+    No docstring or sentence of a held-out part is anywhere in texts, and nothing of development is in test.
+    """
+
+    texts: list[Text]
+    demonstrations: list[Demonstration]
+    prompts: list[Prompt]
     descriptions: list[tuple[str, str]]
+    development: HeldOut
+    test: HeldOut
 
 
 def signature_of(name: str, arguments: list[str], known: frozenset[str] = frozenset()) -> str:
@@ -175,6 +192,15 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
+def _lies_in(part: tuple[float, float], text: str) -> bool:
+    return part[0] <= _share(text) < part[1]
+
+
+def _docstring(page: str) -> str:
+    """The docstring on a page; the page of a function begins with a line that starts with a space."""
+    return page.split("\n\n", 1)[-1] if page.startswith(" ") else page
+
+
 def _plain(text: str) -> str:
     """Text with each run of white space as one space, so that indentation and line breaks hide no copy."""
     return " ".join(text.split())
@@ -257,15 +283,23 @@ def load_corpus() -> Corpus:
         )
     prompts = [Prompt(f.prompt, f.where) for f in functions.values()]
     pages = [(Text(text, where), prompt) for text, (where, prompt) in documents.items() if len(text) >= 40]
+    development = {prompt for prompt in functions if _lies_in(_DEVELOPMENT, prompt)}
+    test = {prompt for prompt in functions if _lies_in(_TEST, prompt)}
+    unseen = development | test
+    sentences = {f.prompt: f.sentence for f in functions.values() if f.sentence and f.prompt in unseen}
     # Nothing of a held-out function is in the pretraining text: neither its page nor one with the same first sentence.
-    unseen = {prompt for prompt in functions if _share(prompt) < 0.1}
-    heldout_sentences = {f.sentence for f in functions.values() if f.sentence and f.prompt in unseen}
+    unsaid = set(sentences.values())
 
-    def body(text: str, prompt: str) -> str:
-        return text.split("\n\n", 1)[-1] if prompt else text
+    def tested(text: str, prompt: str) -> bool:
+        return prompt in test if prompt else _lies_in(_TEST_TEXTS, text)
 
     def held_out(text: str, prompt: str) -> bool:
-        return _share(text) < 0.04 or prompt in unseen or first_sentence(body(text, prompt)) in heldout_sentences
+        return (
+            prompt in unseen
+            or tested(text, prompt)
+            or _lies_in(_DEVELOPMENT_TEXTS, text)
+            or first_sentence(_docstring(text)) in unsaid
+        )
 
     demonstrated = [d for d in demonstrations if d.prompt not in unseen]
     training = [(text, prompt) for text, prompt in pages if not held_out(text.text, prompt)]
@@ -273,23 +307,51 @@ def load_corpus() -> Corpus:
     # its method's: what is in training, whole or as a part, is not held-out.
     trained = "\0".join(_plain(text.text) for text, _ in training)
     shown = {d.completion for d in demonstrated}
+
+    def part(prompts_of_part: set[str], texts: list[Text]) -> HeldOut:
+        return HeldOut(
+            texts=[text for text in texts if _plain(_docstring(text.text)) not in trained],
+            demonstrations=[
+                d
+                for d in demonstrations
+                if d.prompt in prompts_of_part and d.completion not in shown and _plain(d.completion) not in trained
+            ],
+            prompts=[p for p in prompts if p.prompt in prompts_of_part],
+            sentences={prompt: sentence for prompt, sentence in sentences.items() if prompt in prompts_of_part},
+        )
+
+    test_part = part(test, [text for text, prompt in pages if tested(text.text, prompt)])
+    watched = [
+        text for text, prompt in pages if _lies_in(_DEVELOPMENT_TEXTS, text.text) and not tested(text.text, prompt)
+    ]
     return Corpus(
         texts=[text for text, _ in training]
         + [t for p, t in undocumented.items() if functions[p].sentence is None and p not in unseen]
         * _TIMES_UNDOCUMENTED,
-        heldout_texts=[
-            text
-            for text, prompt in pages
-            if _share(text.text) < 0.04 and _plain(body(text.text, prompt)) not in trained
-        ],
         demonstrations=demonstrated,
-        heldout_demonstrations=[
-            d
-            for d in demonstrations
-            if d.prompt in unseen and d.completion not in shown and _plain(d.completion) not in trained
-        ],
         prompts=[p for p in prompts if p.prompt not in unseen],
-        heldout_prompts=[p for p in prompts if p.prompt in unseen],
-        heldout_sentences={f.prompt: f.sentence for f in functions.values() if f.sentence and f.prompt in unseen},
         descriptions=[(prompt, first_paragraph(text.text.partition("\n\n")[2])) for text, prompt in training if prompt],
+        development=_apart(part(development, watched), test_part),
+        test=test_part,
+    )
+
+
+def _apart(development: HeldOut, test: HeldOut) -> HeldOut:
+    """The development part without what is in the test part too: a page or sentence, or one that is a part of another.
+
+    Functions with the same first sentence fall on both sides, as methods do that are overridden.
+    """
+    tested = [*(_plain(_docstring(text.text)) for text in test.texts), *map(_plain, test.sentences.values())]
+    every = "\0".join(tested)
+
+    def in_both(text: str) -> bool:
+        plain = _plain(text)
+        return plain in every or any(other in plain for other in tested)
+
+    both = {prompt for prompt, sentence in development.sentences.items() if in_both(sentence)}
+    return HeldOut(
+        texts=[text for text in development.texts if not in_both(_docstring(text.text))],
+        demonstrations=[d for d in development.demonstrations if d.prompt not in both],
+        prompts=[p for p in development.prompts if p.prompt not in both],
+        sentences={prompt: sentence for prompt, sentence in development.sentences.items() if prompt not in both},
     )

@@ -112,7 +112,7 @@ def disagreements(items: Iterable[Item], judgements: Iterable[Judgement], shown:
         {
             "disagreement": share,
             **{name: value for name, value in dataclasses.asdict(known[id]).items() if name != "turns"},
-            "turns": [turn._asdict() for turn in known[id].turns],
+            "turns": [{"role": turn.role, "content": turn.text} for turn in known[id].turns],
             "judgements": [
                 {
                     "labeller": judgement.labeller,

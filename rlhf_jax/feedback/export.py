@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_jax.data.dialogues import Message, is_hh, render, render_prompt, split_hh, split_shared
+from rlhf_jax.data.dialogues import Message, is_hh, prompt_row, render, render_prompt, split_hh, split_shared
 from rlhf_jax.data.jsonl import read_rows
 from rlhf_jax.data.reader import record_of
 from rlhf_jax.data.records import Comparison, Demonstration, Ranking, cut_marks
@@ -203,15 +203,15 @@ def _demonstrations(judged: Judged, models: bool, left_out: collections.Counter[
         if judgement.rationale:
             about["rationale"] = judgement.rationale
         if item.turns:
-            prompt: Any = [message._asdict() for message in item.turns]
+            asked: dict[str, Any] = prompt_row(item.turns)
             answer: Any = [{"role": "assistant", "content": text}]
             record = Demonstration(item.prompt, f" {text}", turns=item.turns)
         else:
             joined = text[:1].isspace() or item.prompt[-1:].isspace() or not item.prompt
             spaced = any(response[:1].isspace() for response in item.responses) or not item.responses
-            prompt, answer = item.prompt, text if joined or not spaced else f" {text}"
+            asked, answer = {"prompt": item.prompt}, text if joined or not spaced else f" {text}"
             record = Demonstration(item.prompt, answer)
-        yield {"prompt": prompt, "completion": answer, **about}, record
+        yield {**asked, "completion": answer, **about}, record
 
 
 def _agreed(
@@ -250,12 +250,12 @@ def _half(given: Iterable[Iterable[str]], asked: int) -> list[str]:
 
 def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form, left_out: Any) -> Iterable[_Row]:
     """(row, record that it must read back as) of a judgement: one, or one per ordered pair."""
-    prompt: Any = [message._asdict() for message in item.turns] or item.prompt
+    asked: dict[str, Any] = prompt_row(item.turns) if item.turns else {"prompt": item.prompt}
     space = " " if item.turns else ""
     if form == "rankings":
         texts = tuple(space + text for text in item.responses)
         record = Ranking(item.prompt, texts, ranks, turns=item.turns, ended=item.ended)
-        yield {"prompt": prompt, "responses": list(item.responses), "ranks": list(ranks), **about}, record
+        yield {**asked, "responses": list(item.responses), "ranks": list(ranks), **about}, record
         return
     for first, second in itertools.combinations(range(len(ranks)), 2):
         if ranks[first] == ranks[second]:
@@ -284,9 +284,9 @@ def _rows(item: Item, ranks: tuple[int, ...], about: dict[str, Any], form: Form,
             left_out["responses that are transcripts"] += 1
         elif form == "trl" and item.turns:
             answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
-            yield {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], **beside}, pair
+            yield {**asked, "chosen": answers[0], "rejected": answers[1], **beside}, pair
         else:
-            yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, **beside}, pair
+            yield {**asked, "chosen": chosen, "rejected": rejected, **beside}, pair
 
 
 def _transcripts(item: Item, chosen: str, rejected: str) -> tuple[tuple[str, str], Comparison] | None:

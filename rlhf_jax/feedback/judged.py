@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data.dialogues import Message, render_prompt
+from rlhf_jax.data.dialogues import Message, prompt_row, render_prompt
 from rlhf_jax.data.jsonl import describe, read_rows
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import cut_marks
@@ -107,8 +107,8 @@ def read_judgements(paths: Iterable[str | Path], page: Page | None = None) -> li
 
 def item_row(item: Item) -> dict[str, Any]:
     """The JSON object that `read_items` reads as this item."""
-    prompt = [message._asdict() for message in item.turns] if item.turns else item.prompt
-    row = {"id": item.id, "prompt": prompt, "responses": list(item.responses), "kind": item.kind}
+    asked: dict[str, Any] = prompt_row(item.turns) if item.turns else {"prompt": item.prompt}
+    row = {"id": item.id, **asked, "responses": list(item.responses), "kind": item.kind}
     more = (("sources", item.sources), ("gold", item.gold), ("ended", item.ended))
     return row | {name: list(values) for name, values in more if values}
 
@@ -166,7 +166,7 @@ def _item(where: str, row: dict[str, Any]) -> Item:
     prompt = row.get("prompt")
     turns: tuple[Message, ...] = ()
     if isinstance(prompt, list) and prompt:
-        turns = checked.turns("prompt").messages
+        turns = checked.with_context(checked.turns("prompt").messages)
         prompt = render_prompt(turns)
     if not isinstance(prompt, str):
         raise _wrong(where, "prompt", prompt, "text or a list of messages")

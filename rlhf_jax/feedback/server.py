@@ -197,7 +197,7 @@ def _page(assignment: Assignment, markdown: bool) -> dict[str, Any]:
 
 def _turns(item: Item) -> list[dict[str, str]]:
     if item.turns:
-        return [turn._asdict() for turn in item.turns]
+        return [{"role": turn.role, "content": turn.text} for turn in item.turns]
     if is_hh(item.prompt):
         turns = split_hh(item.prompt)
         if turns[-1].role == "assistant" and not turns[-1].content.strip():

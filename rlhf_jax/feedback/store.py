@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.dialogues import FullMessage
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import FILE, connect, transaction
 from rlhf_jax.feedback.page import Page, parse_page
@@ -277,7 +277,7 @@ def item_of(id: str, kind: str, content: str) -> Item:
         id=id,
         prompt=fields["prompt"],
         responses=tuple(fields["responses"]),
-        turns=tuple(Message(*turn) for turn in fields["turns"]),
+        turns=tuple(FullMessage.of(turn) for turn in fields["turns"]),
         sources=tuple(fields["sources"]),
         kind=kind,
         gold=tuple(fields["gold"]),
@@ -396,7 +396,7 @@ def _refuse_item(item: Item) -> None:
 def _content(item: Item) -> str:
     fields = {
         "prompt": item.prompt,
-        "turns": item.turns,
+        "turns": [turn.stored() for turn in item.turns],
         "responses": item.responses,
         "sources": item.sources,
         "gold": item.gold,

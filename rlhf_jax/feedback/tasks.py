@@ -39,7 +39,7 @@ def make_item(
     ended: Sequence[bool] = (),
 ) -> Item:
     """Make an item whose id is a hash of its prompt and responses, so that equal content has the same id everywhere."""
-    content = json.dumps([prompt, turns, responses], ensure_ascii=False)
+    content = json.dumps([prompt, [turn.stored() for turn in turns], responses], ensure_ascii=False)
     id = hashlib.sha256(content.encode()).hexdigest()[:20]
     return Item(id, prompt, tuple(responses), tuple(turns), tuple(sources), kind, dense(gold), cut_marks(ended))
 
@@ -142,7 +142,7 @@ def _of_comparison(record: Any, kind: str, gold: bool) -> Item:
     if record.rests:
         raise UserError(
             f"{record.where}: fields 'chosen' and 'rejected': expected dialogues that differ in their last answer "
-            "alone, got some that differ before it, which the page cannot show; leave the row out"
+            "alone, got some that differ before it or call tools, which the page cannot show; leave the row out"
         )
     responses = [record.chosen, record.rejected]
     if record.turns:
@@ -196,7 +196,8 @@ def _asked(row: Row, responses: list[tuple[str, Any]]) -> tuple[str, tuple[Messa
     if found.rests:
         name = responses[0][0].partition("[")[0]
         raise UserError(
-            f"{row.where}: field {name!r}: expected one message of the assistant each, got more; leave it out"
+            f"{row.where}: field {name!r}: expected one message of the assistant each, without calls of tools, got "
+            "more; leave it out"
         )
     return found.prompt, found.turns, [text.removeprefix(" ") if found.turns else text for text in found.texts]
 

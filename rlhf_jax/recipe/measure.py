@@ -1,4 +1,4 @@
-"""Evaluation of the recipe, all on held-out text and prompts."""
+"""Evaluation of the recipe, all on the test part of the corpus, which nothing before this reads."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data import Ledger, PromptRows
+from rlhf_jax.arrays import Params
+from rlhf_jax.data import Ledger, PromptRows, encode_demonstrations
 from rlhf_jax.demo.python_docs import Corpus
 from rlhf_jax.evaluation.bigram import bigram_nats
+from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.evaluation.samples import distinct_share, sequence_kl, win_rate
+from rlhf_jax.model import Transformer
 from rlhf_jax.parallel import processes
-from rlhf_jax.recipe.labels import Judge, Sampler
-from rlhf_jax.runs.lifecycle import Finished, released_params
+from rlhf_jax.recipe.labels import Judge, Sampler, gold_rankings, prompt_rows
+from rlhf_jax.recipe.sizes import Size
+from rlhf_jax.runs.lifecycle import Finished, model_of, released_params
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 from rlhf_jax.trainers import pretrain
+from rlhf_jax.trainers.reward import accuracy
 
 # Sampling temperature of the responses shown in the table and the report.
 SHOWN_TEMPERATURE = 0.7
-# Responses per held-out prompt for the win rates, to reduce the variance from sampling.
+# Responses per test prompt for the win rates, to reduce the variance from sampling.
 ANSWERS = 4
 
 
@@ -28,9 +34,8 @@ def measure(
     corpus: Corpus,
     sampler: Sampler,
     judge: Judge,
-    prompts: PromptRows,
     *,
-    row_length: int,
+    size: Size,
     seed: int,
     folder: Path,
 ) -> dict[str, Any]:
@@ -38,13 +43,13 @@ def measure(
 
     Args:
       runs: pretrain, sft, reward, reward_scratch and ppo.
-      prompts: held-out prompts.
-      row_length: tokens per pretraining row, on which the bigram model is fitted too.
+      corpus: its test part is measured on; its training texts fit the bigram model.
 
     Returns:
       The figures by their dotted names.
     """
-    tokenizer = judge.tokenizer
+    tokenizer, test = judge.tokenizer, corpus.test
+    prompts = prompt_rows(test.prompts, tokenizer, size.prompt_tokens)
     params = {name: released_params(runs[name].run) for name in ("pretrain", "sft", "ppo")}
     summaries = {name: run.summary for name, run in runs.items()}
     answers = {name: sampler(params[name], prompts, seed + 4, ANSWERS) for name in params}
@@ -61,10 +66,6 @@ def measure(
         [row[0] for row in answers["ppo"]],
         max_new_tokens=sampler.response_tokens,
     )
-    training, heldout = (
-        pretrain.pack(t, tokenizer, row_length, Ledger()) for t in (corpus.texts, corpus.heldout_texts)
-    )
-    heldout_bytes = sum(len(text.text.encode()) for text in corpus.heldout_texts)
     # Responses to read are sampled at a lower temperature. All figures but *_shown are at 1, as in PPO training.
     shown = {name: sampler(params[name], prompts, seed + 5, temperature=SHOWN_TEMPERATURE) for name in params}
     shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
@@ -72,7 +73,7 @@ def measure(
         {
             "prompt": prompt.prompt.strip(),
             **{name: tokenizer.decode(shown[name][i][0]).strip() for name in params},
-            "docstring": corpus.heldout_sentences.get(prompt.prompt),
+            "docstring": test.sentences.get(prompt.prompt),
             "gold": {name: round(float(shown_gold[name][i]), 3) for name in params},
             "temperature": SHOWN_TEMPERATURE,
         }
@@ -86,8 +87,8 @@ def measure(
             of_one = judge.shares(list(prompts.sources), sampled)
             shares |= {f"{name}.{key}{suffix}": value for key, value in of_one.items()}
     # Docstrings that people wrote for the same functions, by the same rules: an upper bound to expect of a model.
-    documented = [p for p in prompts.sources if p.prompt in corpus.heldout_sentences]
-    written = [[[*tokenizer.encode(corpus.heldout_sentences[p.prompt]), tokenizer.eos_id]] for p in documented]
+    documented = [p for p in prompts.sources if p.prompt in test.sentences]
+    written = [[[*tokenizer.encode(test.sentences[p.prompt]), tokenizer.eos_id]] for p in documented]
     if documented:
         shares |= {f"docstrings.{key}": value for key, value in judge.shares(documented, written).items()}
         shares["docstrings.gold_mean"] = float(judge.scores(documented, written).mean())
@@ -95,31 +96,77 @@ def measure(
         half = len(written) // 2
         others = judge.shares(documented, written[half:] + written[:half])
         shares["docstrings.topic_share_of_others"] = others["topic_share"]
-    return shares | {
-        "pretrain.heldout_bits_per_byte": summaries["pretrain"]["heldout_bits_per_byte"],
-        "pretrain.bigram_bits_per_byte": bigram_nats(training, heldout, tokenizer.vocab_size)
-        / math.log(2)
-        / heldout_bytes,
-        "pretrain.heldout_response_nll": summaries["sft"]["heldout_response_nll_before"],
-        "sft.heldout_response_nll": summaries["sft"]["heldout_response_nll"],
-        "sft.win_rate_vs_pretrained": against_pretrained,
-        "sft.win_rate_vs_pretrained_interval": pretrained_interval,
-        "sft.distinct_share": distinct["sft"],
-        "sft.gold_mean": float(gold["sft"].mean()),
-        "pretrain.gold_mean": float(gold["pretrain"].mean()),
-        "pretrain.distinct_share": distinct["pretrain"],
-        "reward.heldout_accuracy": summaries["reward"]["heldout_accuracy"],
-        "reward.heldout_pairs": summaries["reward"]["heldout_pairs"],
-        "reward.scratch_heldout_accuracy": summaries["reward_scratch"]["heldout_accuracy"],
-        "ppo.win_rate_vs_sft": against_sft,
-        "ppo.win_rate_vs_sft_interval": sft_interval,
-        "ppo.heldout_prompts": len(prompts),
-        "ppo.kl_nats": float(kl.mean()),
-        "ppo.distinct_share": distinct["ppo"],
-        "ppo.distinct_share_of_sft": distinct["ppo"] / max(distinct["sft"], 1e-9),
-        "ppo.gold_mean": float(gold["ppo"].mean()),
-        "ppo.first_ratio_error": summaries["ppo"]["first_ratio_error"],
-        "ppo.first_kl": summaries["ppo"]["first_kl"],
+    losses = language_figures(sampler.model, params, corpus, tokenizer, size)
+    return (
+        shares
+        | losses
+        | reward_figures(runs, sampler, judge, params["sft"], prompts, size, seed)
+        | {
+            # Of the development part, beside the curve of SFT's loss on it.
+            "pretrain.development_response_nll": summaries["sft"]["heldout_response_nll_before"],
+            "sft.win_rate_vs_pretrained": against_pretrained,
+            "sft.win_rate_vs_pretrained_interval": pretrained_interval,
+            "sft.distinct_share": distinct["sft"],
+            "sft.gold_mean": float(gold["sft"].mean()),
+            "pretrain.gold_mean": float(gold["pretrain"].mean()),
+            "pretrain.distinct_share": distinct["pretrain"],
+            "ppo.win_rate_vs_sft": against_sft,
+            "ppo.win_rate_vs_sft_interval": sft_interval,
+            "ppo.heldout_prompts": len(prompts),
+            "ppo.kl_nats": float(kl.mean()),
+            "ppo.distinct_share": distinct["ppo"],
+            "ppo.distinct_share_of_sft": distinct["ppo"] / max(distinct["sft"], 1e-9),
+            "ppo.gold_mean": float(gold["ppo"].mean()),
+            "ppo.first_ratio_error": summaries["ppo"]["first_ratio_error"],
+            "ppo.first_kl": summaries["ppo"]["first_kl"],
+        }
+    )
+
+
+def language_figures(
+    model: Transformer, params: Mapping[str, Params], corpus: Corpus, tokenizer: TextTokenizer, size: Size
+) -> dict[str, float]:
+    """Bits per byte of the test texts, beside a bigram model's, and nats per response token of test demonstrations."""
+    training, rows = (
+        pretrain.pack(texts, tokenizer, size.row_length, Ledger()) for texts in (corpus.texts, corpus.test.texts)
+    )
+    bits = math.log(2) * sum(len(text.text.encode()) for text in corpus.test.texts)
+    loss, targets = mean_loss(model, params["pretrain"], rows)
+    limit = min(size.prompt_tokens + size.response_tokens, size.row_length)
+    written = encode_demonstrations(corpus.test.demonstrations, tokenizer, max_tokens=limit, ledger=Ledger())
+    return {
+        "pretrain.heldout_bits_per_byte": loss * targets / bits,
+        "pretrain.bigram_bits_per_byte": bigram_nats(training, rows, tokenizer.vocab_size) / bits,
+        "pretrain.heldout_response_nll": mean_loss(model, params["pretrain"], written)[0],
+        "sft.heldout_response_nll": mean_loss(model, params["sft"], written)[0],
+    }
+
+
+def reward_figures(
+    runs: Mapping[str, Finished],
+    sampler: Sampler,
+    judge: Judge,
+    sft_params: Params,
+    prompts: PromptRows,
+    size: Size,
+    seed: int,
+) -> dict[str, float]:
+    """Accuracy of the reward models on the gold order of the SFT model's responses to the test prompts."""
+    rankings = gold_rankings(sampler, judge, sft_params, prompts, seed)
+    found = {
+        name: accuracy(
+            Transformer(model_of(runs[name].run), scalar=True),
+            released_params(runs[name].run),
+            rankings,
+            size.reward_batch,
+            share_prompts=True,
+        )
+        for name in ("reward", "reward_scratch")
+    }
+    return {
+        "reward.heldout_accuracy": found["reward"][0],
+        "reward.heldout_pairs": found["reward"][1],
+        "reward.scratch_heldout_accuracy": found["reward_scratch"][0],
     }
 
 

@@ -94,7 +94,7 @@ def run_seed(config: RecipeConfig) -> None:
             model=size.model,
         ),
         texts=corpus.texts,
-        heldout=corpus.heldout_texts,
+        heldout=corpus.development.texts,
     )
     clock.lap("pretrain")
 
@@ -114,7 +114,7 @@ def run_seed(config: RecipeConfig) -> None:
             optimizer=adamw(size.sft_rate),
         ),
         records=corpus.demonstrations,
-        heldout=corpus.heldout_demonstrations,
+        heldout=corpus.development.demonstrations,
     )
     clock.lap("sft")
 
@@ -124,25 +124,26 @@ def run_seed(config: RecipeConfig) -> None:
     sampler, judge = Sampler(model, tokenizer, size.response_tokens), Judge(corpus, tokenizer)
     sft_params = released_params(tuned.run)
     train_prompts = prompt_rows(corpus.prompts, tokenizer, size.prompt_tokens)
-    heldout_prompts = prompt_rows(corpus.heldout_prompts, tokenizer, size.prompt_tokens)
+    # The test part is read by `measure` alone, at the end.
+    development_prompts = prompt_rows(corpus.development.prompts, tokenizer, size.prompt_tokens)
     rankings, agreement = label(
         sampler, judge, sft_params, train_prompts, rankings=size.rankings, seed=config.seed, folder=config.folder
     )
-    heldout_rankings = gold_rankings(sampler, judge, sft_params, heldout_prompts, config.seed)
+    development_rankings = gold_rankings(sampler, judge, sft_params, development_prompts, config.seed)
     longer = len(corpus.prompts) - len(train_prompts)
     console.print(
         f"{len(rankings):,} rankings over {len(train_prompts):,} prompts ({longer:,} are longer than "
         f"{size.prompt_tokens} tokens); two labellers agree on {agreement:.1%} of pairs (InstructGPT's: 73%)"
     )
     clock.lap("labels")
-    judged = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward", "init")
+    judged = train_reward(config, size, tuned, rankings, development_rankings, corpus, "reward", "init")
     clock.lap("reward")
     announce("3.1  the same from scratch, to measure the effect of the SFT model")
-    scratch = train_reward(config, size, tuned, rankings, heldout_rankings, corpus, "reward_scratch", "scratch")
+    scratch = train_reward(config, size, tuned, rankings, development_rankings, corpus, "reward_scratch", "scratch")
     clock.lap("reward_scratch")
 
     announce("3.2  PPO: maximise the reward, stay near the SFT model")
-    watched = some(heldout_prompts, 128)
+    watched = some(development_prompts, 128)
 
     def watch(state: TrainState) -> dict[str, float]:
         responses = sampler(state.params["policy"], watched, config.seed + 3)
@@ -180,16 +181,7 @@ def run_seed(config: RecipeConfig) -> None:
 
     announce("results")
     runs = {"pretrain": pretrained, "sft": tuned, "reward": judged, "reward_scratch": scratch, "ppo": optimised}
-    summary = measure(
-        runs,
-        corpus,
-        sampler,
-        judge,
-        heldout_prompts,
-        row_length=size.row_length,
-        seed=config.seed,
-        folder=config.folder,
-    )
+    summary = measure(runs, corpus, sampler, judge, size=size, seed=config.seed, folder=config.folder)
     summary |= {"reward.labeller_agreement": agreement, "seed": config.seed}
     clock.lap("measure")
     processes.by_first(lambda: tell(config, console, clock, summary))

@@ -17,7 +17,7 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
     """Prints responses side by side, then the figures."""
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))[:SHOWN_PROMPTS]
     table = rich.table.Table(
-        title=f"the same held-out prompts, answered after each stage (temperature {samples[0]['temperature']})",
+        title=f"the same test prompts, answered after each stage (temperature {samples[0]['temperature']})",
         show_lines=True,
     )
     for title in ("prompt", "pretrained", "SFT", "PPO"):
@@ -26,7 +26,7 @@ def print_summary(console: rich.console.Console, folder: Path, summary: dict[str
         answers = [f"{sample[name][:160]}\n[{sample['gold'][name]:g} of 7]" for name in ("pretrain", "sft", "ppo")]
         table.add_row(*(rich.text.Text(cell) for cell in (sample["prompt"], *answers)))
     console.print(table)
-    console.print(figures_table(summary, "results on held-out prompts and text"))
+    console.print(figures_table(summary, "results on test prompts and text, which no setting was chosen on"))
 
 
 def stages(s: dict[str, Any], share: str) -> str:
@@ -48,7 +48,7 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
     interval = s.get("ppo.win_rate_vs_sft_interval")
     spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     rows = [
-        ("held-out bits per byte", f"{s['pretrain.heldout_bits_per_byte']:.3f}",
+        ("bits per byte of test text", f"{s['pretrain.heldout_bits_per_byte']:.3f}",
          f"below the bigram model's {s['pretrain.bigram_bits_per_byte']:.3f}"),
         ("SFT: nats per response token", f"{s['sft.heldout_response_nll']:.3f}",
          f"below the pretrained model's {s['pretrain.heldout_response_nll']:.3f}"),

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     import jinja2
 
 Made = TypeVar("Made")
-Turns = Sequence[tuple[str, str]]  # (role, content) of each message
+# Of each message (role, content), or all of its keys. A first message of the role "tools" has the list of tools.
+Turns = Sequence[tuple[str, str] | Mapping[str, Any]]
 
 # Today's date for templates, whatever the day: the ids of a row must not change from one day to the next, nor between
 # training and sampling. Llama 3.1's template falls back to the same date.
 TODAY = datetime.datetime(2024, 7, 26)
 _NO_MARKS = ("", "")
+TOOLS = "tools"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Errors that the code in a template may raise, in addition to jinja2's own.
 _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -75,10 +77,12 @@ class ChatTemplate:
         template = self._compiled
         import jinja2
 
+        rows = [row if isinstance(row, Mapping) else {"role": row[0], "content": row[1]} for row in messages]
+        tools = rows.pop(0)["content"] if rows and rows[0]["role"] == TOOLS else None
         try:
             return template.render(
-                messages=[{"role": role, "content": content} for role, content in messages],
-                tools=None,
+                messages=rows,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 generation_marks=generation_marks,
@@ -161,9 +165,15 @@ class SpecialTexts:
     def of(cls, texts: tuple[str, ...]) -> SpecialTexts:
         return cls(texts)
 
-    def openings(self, text: str) -> set[int]:
-        """Positions of characters to hide, so that the text names no token, alone or with its surroundings."""
+    def openings(self, text: str, *, edges: bool = True) -> set[int]:
+        """Positions of characters to hide, so that the text names no token, alone or with its surroundings.
+
+        Args:
+          edges: False for text that stands between quotes, such as a name that a template may also compare.
+        """
         places = {match.start() for match in self._opening.finditer(text)}
+        if not edges:
+            return places
         for size in range(1, min(self._longest, len(text) + 1)):
             if text[-size:] in self._heads:
                 places.add(len(text) - size)

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_jax.arrays import PromptBatch
 from rlhf_jax.data import Prompt, PromptRows, response_text
+from rlhf_jax.data.dialogues import prompt_row
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation
 from rlhf_jax.parallel.host_step import HostStep
@@ -47,9 +48,7 @@ def rewards_of(functions: Sequence[RewardFunction], terms: Terms, rows: PromptRo
     return RewardFunctions(
         functions,
         terms.names[-len(functions) :],
-        prompts=[
-            [message._asdict() for message in record.turns] if record.turns else record.prompt for record in records
-        ],
+        prompts=[prompt_row(record.turns)["prompt"] if record.turns else record.prompt for record in records],
         columns=[record.columns for record in records],
         places=[record.where for record in records],
         required=len(terms.names) == len(functions),

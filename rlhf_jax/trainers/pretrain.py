@@ -138,7 +138,7 @@ def _records(config: Config, ledger: Ledger, heldout_ledger: Ledger) -> tuple[Se
     texts = load_corpus().texts if embedded else read_records(config.data, "text", ledger)
     if config.heldout:
         return texts, read_records(config.heldout, "text", heldout_ledger)
-    return texts, load_corpus().heldout_texts if embedded else None
+    return texts, load_corpus().development.texts if embedded else None
 
 
 def _tokenizer(config: Config, texts: Sequence[Text]) -> Tokenizer:

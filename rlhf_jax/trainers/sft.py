@@ -191,7 +191,7 @@ def _records(
     records = load_corpus().demonstrations if embedded else _read(config, config.data, ledger)
     if config.heldout:
         return records, _read(config, config.heldout, heldout_ledger)
-    return records, load_corpus().heldout_demonstrations if embedded else None
+    return records, load_corpus().development.demonstrations if embedded else None
 
 
 def _read(config: Config, paths: Sequence[str], ledger: Ledger) -> Sequence[Demonstration | Dialogue]:

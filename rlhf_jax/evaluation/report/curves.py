@@ -51,7 +51,7 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
             ],
             title="2 · Fine-tuning loss",
             y="nats per response token",
-            references=_levels(figures, ("before SFT, held out", "pretrain.heldout_response_nll")),
+            references=_levels(figures, ("before SFT, held out", "pretrain.development_response_nll")),
         ),
         line_chart(
             [
@@ -86,7 +86,8 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
         "Training curves",
         f'<div class="two">{"".join(small)}</div>',
         ppo(metrics["ppo"]),
-        lead="Thin lines are the logged values, thick lines their running mean, dots evaluations on held-out data.",
+        lead="Thin lines are the logged values, thick lines their running mean, dots evaluations on held-out data, "
+        "on which settings may be chosen; the figures of this page are measured on other data.",
     )
 
 

@@ -27,11 +27,11 @@ def headline(figures: Figures) -> str:
         return "Results of the RLHF recipe"
     low, high = interval or (rate, rate)
     if low > 0.5:
-        words = f"After RLHF, answers beat those of SFT on {rate:.0%} of held-out prompts"
+        words = f"After RLHF, answers beat those of SFT on {rate:.0%} of test prompts"
     elif high < 0.5:
-        words = f"RLHF made answers worse: they beat those of SFT on only {rate:.0%} of held-out prompts"
+        words = f"RLHF made answers worse: they beat those of SFT on only {rate:.0%} of test prompts"
     else:
-        words = f"RLHF changed little: its answers beat those of SFT on {rate:.0%} of held-out prompts, no clear win"
+        words = f"RLHF changed little: its answers beat those of SFT on {rate:.0%} of test prompts, no clear win"
     return words + (", but it repeats itself" if distinct is not None and distinct < LEAST_DISTINCT else "")
 
 
@@ -64,15 +64,15 @@ def cards(figures: Figures) -> str:
         ("PPO wins over SFT", "ppo.win_rate_vs_sft", "%", within("ppo.win_rate_vs_sft_interval")),
         ("SFT wins over pretrained", "sft.win_rate_vs_pretrained", "%", within("sft.win_rate_vs_pretrained_interval")),
         ("Reward model’s accuracy", "reward.heldout_accuracy", "%",
-         against("of held-out pairs; from scratch", "reward.scratch_heldout_accuracy", "%") or "of held-out pairs"),
+         against("of test pairs; from scratch", "reward.scratch_heldout_accuracy", "%") or "of test pairs"),
         ("KL from SFT", "ppo.kl_nats", "{:.2f}", "nats per response"),
         ("Distinct answers, PPO", "ppo.distinct_share", "%",
          f"{percent(distinct)} of SFT’s share" if distinct is not None else ""),
         ("PPO’s answers about the function", "ppo.topic_share", "%", against("SFT’s", "sft.topic_share", "%")),
         ("Gold score of PPO’s answers", "ppo.gold_mean", "{:.2f}", against("of 7; SFT’s", "sft.gold_mean", "{:.2f}")),
         ("SFT’s nats per response token", "sft.heldout_response_nll", "{:.2f}",
-         against("held out; the pretrained model’s", "pretrain.heldout_response_nll", "{:.2f}")),
-        ("Bits per byte, held out", "pretrain.heldout_bits_per_byte", "{:.2f}",
+         against("on test demonstrations; the pretrained model’s", "pretrain.heldout_response_nll", "{:.2f}")),
+        ("Bits per byte of test text", "pretrain.heldout_bits_per_byte", "{:.2f}",
          against("token bigrams need", "pretrain.bigram_bits_per_byte", "{:.2f}")),
     )  # fmt: skip
     out = [
@@ -93,11 +93,11 @@ def recipe(figures: Figures, ledgers: Mapping[str, Mapping[str, Any]]) -> str:
 
     steps = (
         ("pretrain", data("pretrain", "Text", "tokens"), "Language model", "predicts the next token",
-         figures.shown("pretrain.heldout_bits_per_byte"), "bits per byte, held out"),
+         figures.shown("pretrain.heldout_bits_per_byte"), "bits per byte of test text"),
         ("sft", data("sft", "Demonstrations", "rows"), "SFT model", "learns to answer",
-         figures.shown("sft.heldout_response_nll"), "nats per response token, held out"),
+         figures.shown("sft.heldout_response_nll"), "nats per response token, test"),
         ("reward", data("reward", "Rankings", "rows"), "Reward model", "starts from SFT, learns preferences",
-         figures.shown("reward.heldout_accuracy", "%"), "of held-out pairs right"),
+         figures.shown("reward.heldout_accuracy", "%"), "of test pairs right"),
         ("ppo", data("ppo", "Prompts", "rows"), "PPO policy", "starts from SFT, maximises reward with a KL penalty",
          figures.shown("ppo.win_rate_vs_sft", "%"), "wins over SFT"),
     )  # fmt: skip
@@ -143,12 +143,12 @@ def gains(figures: Figures) -> str:
         for title, key, form in measures
         if any(figures.number(f"{model}.{key}") is not None for model in models)
     ]
-    compared = table("On held-out prompts", ("", *models.values()), lines)
+    compared = table("On test prompts", ("", *models.values()), lines)
     return section(
         "gains",
         "Win rates and metrics by stage",
         f'<div class="two">{interval_chart(rows)}{compared}</div>' if rows or lines else "",
-        lead=f"Share of {many}held-out prompts where the later model’s answer has the higher gold score, ties half; "
+        lead=f"Share of {many}test prompts where the later model’s answer has the higher gold score, ties half; "
         "bars are 95% intervals.",
     )
 
@@ -165,8 +165,9 @@ def answers(samples: Sequence[Mapping[str, Any]]) -> str:
         "Sampled answers",
         _answers(rows[:SHOWN]),
         details(f"{rest} more of {len(samples):,} prompts", _answers(rows[SHOWN:])),
-        lead="Held-out prompts: a function’s name and arguments, in words. The last column is its real documentation; "
-        f"prompts that have one come first. The number is the gold score, ★ the highest of its row.{sampled}",
+        lead="Test prompts, on which nothing was trained or chosen: a function’s name and arguments, in words. The "
+        f"last column is its real documentation; prompts that have one come first. The number is the gold score, ★ the "
+        f"highest of its row.{sampled}",
     )
 
 
@@ -218,11 +219,11 @@ def bars(figures: Figures) -> str:
     most: Callable[[float, float], bool] = lambda found, bar: found <= bar  # noqa: E731
     least: Callable[[float, float], bool] = lambda found, bar: found >= bar  # noqa: E731
     wanted = (
-        ("Held-out bits per byte, below those of token bigrams", get("pretrain.heldout_bits_per_byte"),
+        ("Bits per byte of test text, below those of token bigrams", get("pretrain.heldout_bits_per_byte"),
          below, get("pretrain.bigram_bits_per_byte"), "below"),
-        ("SFT’s nats per held-out response token, below the pretrained model’s", get("sft.heldout_response_nll"),
+        ("SFT’s nats per test response token, below the pretrained model’s", get("sft.heldout_response_nll"),
          below, get("pretrain.heldout_response_nll"), "below"),
-        ("Reward model’s accuracy on held-out pairs", get("reward.heldout_accuracy"), least, 0.75, "at least"),
+        ("Reward model’s accuracy on test pairs", get("reward.heldout_accuracy"), least, 0.75, "at least"),
         ("The same, above a reward model from scratch", get("reward.heldout_accuracy"),
          above, get("reward.scratch_heldout_accuracy"), "above"),
         ("PPO’s win rate over SFT", get("ppo.win_rate_vs_sft"), least, 0.70, "at least"),

@@ -24,7 +24,7 @@ export const letter = (place) => String.fromCharCode(65 + place);
 
 // texts: the element of each turn's text.
 export function turns(list, texts = list.map((turn) => make("p", { class: "said", dir: "auto" }, turn.content))) {
-  const names = { system: "Instruction", user: "User", assistant: "Assistant", text: "" };
+  const names = { system: "Instruction", user: "User", assistant: "Assistant", tools: "Tools", tool: "Tool", text: "" };
   return list.map((turn, number) =>
     make("div", { class: `turn ${turn.role}` }, names[turn.role] ? make("span", { class: "who" }, names[turn.role]) : null, texts[number]),
   );
