@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytest
+from docstring_parser import parse_from_object
 
-from rlhf_jax.cli import flags, process
+from rlhf_jax.cli import feedback, flags, process
 from rlhf_jax.cli.app import main
 from rlhf_jax.cli.other_names import OTHER_NAMES
 from rlhf_jax.config import PPOConfig, PretrainConfig, RewardConfig, RunConfig, SFTConfig
@@ -144,6 +145,26 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypat
         "flags override them",
     ):
         assert explained in text
+
+
+def test_help_of_a_field_is_one_paragraph(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for cls in (feedback.Export, feedback.Active):  # in one box, and not in two side by side
+        with pytest.raises(SystemExit):
+            flags.parse(cls, ["--help"])
+        lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        texts = [field.description for owner in cls.__mro__[:-1] for field in parse_from_object(owner).params]
+        texts = [" ".join(text.split())[:150] for text in texts if text and "\n" in text]
+        assert texts and all(any(text in line for line in lines) for text in texts)
+
+
+def test_help_of_a_subcommand_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in feedback.COMMANDS.items():
+        with case(name):
+            with pytest.raises(SystemExit):
+                main(["feedback", name, "--help"])
+            text = capsys.readouterr().out
+            assert f"\n{command.Config.__doc__}\n" in text and f"\nrlhf-jax feedback {name} --" in text
 
 
 def test_help_of_a_stage_begins_with_the_basics(

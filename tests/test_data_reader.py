@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.dialogues import Message, render_prompt
 from rlhf_jax.data.jsonl import MAX_LINE_BYTES
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import Kind, read_records
@@ -255,15 +255,100 @@ def test_a_file_in_another_format_says_what_to_do(read: Any) -> None:
             assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_table_says_what_to_do(tmp_path: Path) -> None:
-    for name, content in (("a.csv", "prompt,completion\np,c\n"), ("a.tsv", "prompt\tcompletion\np\tc\n")):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(
-            UserError, match=rf"{name}: expected one JSON object on each line, got a .SV file; write it"
-        ):
-            read_records(tmp_path / name, "demonstrations", Ledger())
-    (tmp_path / "a.csv").write_text('{"text": "a"}\n')
-    assert read_records(tmp_path / "a.csv", "text", Ledger()) == [Text("a")]
+def test_tables_are_read_by_their_header(tmp_path: Path) -> None:
+    messages = '[{""role"": ""user"", ""content"": ""Hi""}, {""role"": ""assistant"", ""content"": ""Ho""}]'
+    alpaca = [((Message("user", "Add.\n1+1"),), "2"), ((Message("user", "Greet."),), "Hi")]
+    rows: list[tuple[str, str, Any, list[Any]]] = [
+        ("a.csv", "prompt,completion\np, c\n", "demonstrations", [Demonstration("p", " c")]),
+        ("a.tsv", "prompt\tcompletion\np\t c\n", "demonstrations", [Demonstration("p", " c")]),
+        # As spreadsheets write: a mark, CRLF, quotes, line breaks and separators in cells, blank rows, an index.
+        (
+            "a.csv",
+            '\ufeff, prompt ,chosen,rejected,id\r\n0,"a, ""b""\r\nc",é\u2028,漢,7\r\n\r\n,,,,\r\n',
+            "comparisons",
+            [Comparison('a, "b"\r\nc', "é\u2028", "漢")],
+        ),
+        # An empty cell is absent: the system message, and Alpaca's input.
+        (
+            "a.csv",
+            "instruction,input,output,system\nAdd.,1+1,2,\nGreet.,,Hi,\n",
+            "demonstrations",
+            [Demonstration(render_prompt(turns), f" {text}", turns=turns) for turns, text in alpaca],
+        ),
+        ("a.csv", "text\n1\ntrue\n", "text", [Text("1"), Text("true")]),
+        ("a.csv", "prompt\n[1]\n", "prompts", [Prompt("[1]")]),
+        (
+            "a.csv",
+            f'messages\n"{messages}"\n',
+            "dialogues",
+            [Dialogue((Message("user", "Hi"), Message("assistant", "Ho")))],
+        ),
+        (
+            "a.csv",
+            'prompt,responses,ranks,ended\np,"["" a"", "" b""]","[2, 1]","[true, false]"\n',
+            "rankings",
+            [Ranking("p", (" a", " b"), (2, 1), ended=(True, False))],
+        ),
+        ("a.csv", "prompt,completion,ended\np,c,False\n", "demonstrations", [Demonstration("p", "c", ended=False)]),
+        ("a.csv", "prompt,completion,label\np,c,5 stars\n", "demonstrations", [Demonstration("p", "c")]),
+        ("a.csv", '{"text": "a"}\n', "text", [Text("a")]),
+        ("a.csv.gz", "text\na\n", "text", [Text("a")]),
+    ]
+    for row in rows:
+        with case(row) as (name, content, kind, expected):
+            data = content.encode()
+            (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+            assert read_records(tmp_path / name, kind, Ledger()) == expected
+    (tmp_path / "a.csv").write_text('task,better\n"a\nb",x\n"c",\n')
+    columns = ("prompt=task", "completion=better")
+    with pytest.raises(UserError, match=r"a\.csv:4: field '(completion|better)'"):
+        read_records(tmp_path / "a.csv", "demonstrations", Ledger(), columns=columns)
+
+
+def test_a_table_that_is_not_certain_says_where(tmp_path: Path) -> None:
+    for row in (
+        ("prompt,completion\np,c\np,a, b\n", ":3: expected 2 cells, as many as the header has columns, got 3"),
+        ("prompt,completion\np\n", ":2: expected 2 cells"),
+        ("prompt;completion\np;c\n", ":1: expected a header with columns separated by commas (.csv), got one column"),
+        ("prompt,prompt\np,c\n", ":1: expected each column once, got 'prompt' twice"),
+        ('prompt,completion\np,"c" d\n', ":2: not a table: "),
+        ('prompt,completion\np,c\np,"c\n\n', ":3: not a table: "),
+        ("prompt,completion,label\np,c,True\n", ":2: field 'label': expected no unpaired preferences"),
+        ("prompt,completion,weight\np,c,0.5\n", ":2: field 'weight': expected 1"),
+        (
+            "prompt,messages\np,\"[{'role': 'user'}]\"\n",
+            ":2: field 'messages': expected JSON in the cell, got the text",
+        ),
+        ("prompt,completion\n", ": expected one JSON object on each line, got a file without rows"),
+        ("a,b\nc,d\n", ":2: field 'completion': missing; the row's fields are 'a', 'b'"),
+    ):
+        with case(row) as (content, message):
+            (tmp_path / "a.csv").write_text(content)
+            with pytest.raises(UserError) as error:
+                read_records(tmp_path / "a.csv", "demonstrations", Ledger())
+            assert f"a.csv{message}" in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "a.csv").write_bytes("prompt\né\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.csv:2: bad UTF-8"):
+        read_records(tmp_path / "a.csv", "prompts", Ledger())
+
+
+def test_a_text_file_is_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff\n\nOne, two.\r\n\r\nThree.\n".encode())
+    assert read_records(path, "text", ledger := Ledger()) == [Text("One, two.\n\nThree.")]
+    assert ledger.total == 1
+    with pytest.raises(UserError, match=r"a\.txt:3: field 'prompt': missing; the row's fields are 'text'"):
+        read_records(path, "prompts", Ledger())
+    # A long one goes on in another row after a blank line, or after a line where there is none.
+    paragraphs = [f"{number} " + "x" * 9_000 + "\n" for number in range(5)]
+    path.write_text("\n".join(paragraphs))
+    pieces = read_records(path, "text", Ledger())
+    assert [piece.text[0] for piece in pieces] == ["0", "3"] and pieces[1].where.endswith(":7")
+    assert "\n\n".join(piece.text for piece in pieces) == path.read_text().rstrip("\n")
+    path.write_text("".join(paragraphs) * 2)
+    pieces = read_records(path, "text", Ledger())
+    assert [len(piece.text.splitlines()) for piece in pieces] == [5, 5]
+    assert "\n".join(piece.text for piece in pieces) == path.read_text().rstrip("\n")
 
 
 def test_hostile_lines(read: Any) -> None:

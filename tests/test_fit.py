@@ -182,6 +182,11 @@ def test_evaluation_and_the_best(tmp_path: Path) -> None:
     distances = {step: row["eval/distance"] for step, row in recorder.rows if "eval/distance" in row}
     assert distances == {4: 0, 8: 4, 10: 6}
     assert checkpoints.steps() == [4, 10]  # an evaluated state is saved, or the best could not be kept
+    for asked, expected in ((True, [(0, {"eval/distance": 4}), 1, 4, 8, 10]), (False, [1, 4, 8, 10])):
+        recorder = Recorder()
+        few = {"evaluate": evaluate, "eval_every": 4, "log_every": 100, "evaluate_first": asked}
+        fit(initial(), update, batch_at, steps=10, writers=recorder, **few)
+        assert [row if row[0] == 0 else row[0] for row in recorder.rows] == expected
 
     def stopping(step: int) -> np.ndarray:
         if step == 3:

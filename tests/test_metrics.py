@@ -57,6 +57,13 @@ def test_rows_beyond_the_restored_step_are_cut(tmp_path: Path) -> None:
     assert [(row["step"], row["event"]) for row in events] == [
         (step, "a line\u2028that is one line") for step in (10, 20)
     ]
+    writer.start(0, 40)  # from the beginning: its row of step 0 is not there twice
+    writer.row(0, {"eval/gold": 2.0})
+    writer.close()
+    writer.start(0, 40)
+    writer.row(0, {"eval/gold": 2.0})
+    writer.close()
+    assert [row["step"] for row in read_rows(path)] == [0]
 
 
 def test_rows_of_no_file_are_none(tmp_path: Path) -> None:
@@ -67,6 +74,8 @@ def test_a_log_gets_a_line_each_interval(clock: Clock) -> None:
     log = io.StringIO()
     console = Console("sft", ("loss", "kl_nats"), interval=10, file=log)
     console.start(0, 100)
+    console.row(0, {"eval/gold": 2.0})  # no line, and no pace yet
+    clock.now += 100
     for step in range(10, 101, 10):
         console.row(step, {"loss": 1 / step, "hidden": 1.0, "tokens_per_second": 8712.3, "peak_share": 0.123})
         clock.now += 4

@@ -33,6 +33,8 @@ from rlhf_jax.cli.before_after import lines_of
 from rlhf_jax.cli.flags import parse
 from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.data import Ledger, encode_demonstrations, read_records
+from rlhf_jax.evaluation import commands
+from rlhf_jax.evaluation.commands import generate_command
 from rlhf_jax.evaluation.heldout import row_scores
 from rlhf_jax.evaluation.report.html import text
 from rlhf_jax.model import Transformer
@@ -227,6 +229,109 @@ def test_a_stage_ends_with_answers_before_and_after_and_the_next_command(capsys:
     assert samples[0]["prompt"] == "red red ->" and len(samples) == 4
     judged = json.loads(Path("runs/judge/samples.json").read_text())["samples"][0]
     assert re.fullmatch(r"\w+ \w+ -> ?|a ?", judged["prompt"]) and judged["preferred"] != judged["other"]
+
+
+@pytest.mark.usefixtures("user")
+def test_ppo_after_a_continued_reward_model_starts_from_the_language_model(capsys: pytest.CaptureFixture[str]) -> None:
+    again = (*changed(REWARD, init="runs/judge", steps="0"), "--examples", "0")
+    assert call("reward", "--name", "judge 2", *again) == 0
+    assert call("reward", "--name", "judge3", *changed(again, init="runs/judge 2")) == 0
+    assert re.findall("^next: rlhf-jax (.*)$", capsys.readouterr().out, re.MULTILINE) == [
+        f"ppo --name aligned --init runs/answers --reward {judge} --data prompts.jsonl"
+        for judge in ("'runs/judge 2'", "runs/judge3")
+    ]
+
+
+@pytest.mark.usefixtures("user")
+def test_runs_are_put_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    write(Path("few.jsonl"), [{"prompt": "red blue ->"}, {"prompt": ""}, {"prompt": LONG}, {"prompt": "cat"}])
+    asked = ("--data", "few.jsonl", "--max-new-tokens", "4", "--temperature", "0")
+    assert call("report", "runs/answers", "runs/aligned", "runs/judge", *asked) == 0
+    said = capsys.readouterr()
+    assert said.out == "report: comparison.html\n"
+    assert "1 prompts left out: empty prompt" in said.err and "1 of 3 prompts are left out: too long" in said.err
+    page = Path("comparison.html").read_text()
+    answer = inference.load("runs/aligned").generate(["red blue ->"], max_new_tokens=4, temperature=0)[0]
+    assert f'data-label="aligned">{text(answer).strip()}<span' in page
+    # The reward model that PPO had is the judge, with what it was warned of.
+    for words in ("Scored by runs/judge", "do not trust this reward model", "aligned against answers: ", "2 prompts."):
+        assert words in page
+    # A folder of runs stands for the runs in it, whose own prompts are asked; a judge that is named.
+    shutil.copytree("runs/base", "group/pretrain")
+    shutil.copytree("runs/answers", "group/sft")
+    flags = ("--examples", "3", "--reward", "runs/judge", "--out", "group.html", "--max-new-tokens", "4")
+    assert call("report", "group", *flags) == 0
+    page = Path("group.html").read_text()
+    assert page.index('scope="col" role="columnheader">pretrain') < page.index('role="columnheader">sft')
+    own = [json.loads(Path("group", run, "samples.json").read_text())["samples"] for run in ("pretrain", "sft")]
+    prompts = tuple(dict.fromkeys(sample["prompt"] for samples in own for sample in samples))[:3]
+    assert f"{len(prompts)} prompts, those that the runs’ own reports show" in page
+    assert "sft against pretrain: " in page and all(f"<code>{text(prompt).strip()}<" in page for prompt in prompts)
+    assert call("report", "runs/base", "--examples", "0") == 0 and "Answers" not in Path("comparison.html").read_text()
+    Path("nothing").mkdir(exist_ok=True)
+    capsys.readouterr()
+    for arguments, message in (
+        (
+            ("runs/base", "runs/nowhere"),
+            "runs/nowhere: expected the folder of a run or of a recipe, got no such folder",
+        ),
+        (("nothing",), "nothing: expected the folder of a run or of a recipe, got one without a run in it"),
+        (("runs/base", "runs/base"), "runs: expected each run once, got runs/base twice"),
+        ((), "runs: expected the folders of one or more runs, got nothing; use runs/NAME"),
+        (("runs/base", "--out", "x.jsonl"), "out: expected a file that ends in .html, got 'x.jsonl'"),
+        (("runs/base", "--reward", "runs/base"), "reward: expected a reward model, got the language model runs/base"),
+        (("runs/base", "--columns", "prompt=x"), "columns: expected --data with it, got no files"),
+    ):
+        with case(arguments):
+            assert call("report", *arguments) == 2
+            assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_commands_survive_a_paste(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "rlhf-jax"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    program.chmod(0o755)
+    path = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    awkward = (
+        'it\'s "so"',
+        "Q: Why?\nA:",
+        "$HOME `id` $(id) !x \\n",
+        "a; ls & # *",
+        "-5 °C",
+        "--samples 3",
+        "'",
+        "„é“ 漢 🙂",
+    )
+    for prompt in awkward:
+        for run in (f"runs/{prompt}".replace("\n", " "), "-x", "runs/plain"):
+            with case((prompt, run)):
+                command = generate_command(run, [prompt])
+                pasted = subprocess.run(["sh", "-c", command], env=path, capture_output=True, check=True).stdout
+                words = pasted.decode().split("\0")[:-1]
+                assert words[0] == "generate"
+                config = parse(importlib.import_module("rlhf_jax.cli.generate").Config, words[1:])
+                assert (Path(config.run), config.prompt) == (Path(run), (prompt,))
+    # A shell would take a tab or an escape for a key; and a prompt of one line is preferred.
+    assert generate_command("r", ["a\tb", "\x1b[A", "c\nd"]) == "rlhf-jax generate r --prompt 'c\nd'"
+    assert generate_command("r", ["c\nd", "e"]) == "rlhf-jax generate r --prompt e"
+    assert generate_command("r", ["\t", " "]) == "rlhf-jax generate r --prompt Hello"
+    assert generate_command("a b", ["x"], chat=True) == "rlhf-jax generate 'a b' --chat"
+
+
+def test_commands_are_in_the_form_in_which_the_program_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    for started, found, expected in (
+        ("/env/bin/rlhf-jax", {"rlhf-jax": "/env/bin/rlhf-jax"}, "rlhf-jax"),
+        (".venv/bin/rlhf-jax", {}, ".venv/bin/rlhf-jax"),
+        ("my env/bin/rlhf-jax", {}, "'my env/bin/rlhf-jax'"),
+        ("/x/rlhf_jax/__main__.py", {"python": sys.executable}, "python -m rlhf_jax"),
+        ("scripts/sft.py", {"python": "/usr/bin/false"}, f"{shlex.quote(os.path.relpath(sys.executable))} -m rlhf_jax"),
+        ("/x/pytest/__main__.py", {}, "rlhf-jax"),
+    ):
+        with case(started):
+            monkeypatch.setattr(sys, "argv", [started])
+            monkeypatch.setattr(commands.shutil, "which", found.get)
+            assert commands.program() == expected
 
 
 def test_lines_of_a_sample() -> None:

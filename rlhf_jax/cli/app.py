@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import shlex
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +24,7 @@ COMMANDS = {
     "ppo": "Stage 3.2: optimise the fine-tuned model against the reward model.",
     "generate": "Complete prompts, or chat, with a trained or published model.",
     "score": "Score answers, or check comparisons, with a reward model.",
+    "report": "Put runs side by side in one HTML report.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
     "label": "Serve the web page on which people rate and rank responses.",
     "feedback": "Measure agreement, export, add AI labels, or choose the next items to label.",
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str], *, own_process: bool = False) -> NoReturn:
         command.Config,
         command.run,
         rest,
-        description=command.__doc__ or "",
+        description=_description(name, command),
         program=f"rlhf-jax {name}",
         again=_again(list(arguments)),
         own_process=own_process and name != "plan",
@@ -148,6 +150,15 @@ def _find(arguments: list[str]) -> tuple[str, Any, list[str]]:
         _print_commands(f"rlhf-jax {found}", COMMANDS[found], texts)
     _refuse_unknown(f"rlhf-jax {found}", inner, command.COMMANDS)
     return f"{found} {inner}", command.COMMANDS[inner], arguments[2:]
+
+
+def _description(name: str, command: Any) -> str:
+    """What --help says of a command: the text of its module, or of its settings with the examples of its module."""
+    if isinstance(command, types.ModuleType):
+        return command.__doc__ or ""
+    module = importlib.import_module(command.Config.__module__)
+    examples = [line for line in (module.__doc__ or "").splitlines() if line.startswith(f"rlhf-jax {name} ")]
+    return "\n\n".join([command.Config.__doc__ or "", *examples])
 
 
 def _print_commands(program: str, description: str, commands: Any) -> NoReturn:

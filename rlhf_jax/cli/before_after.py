@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,10 @@ from rlhf_jax.cli.completion import Speaker
 from rlhf_jax.cli.generate import Config as SpeakerConfig
 from rlhf_jax.config import PretrainConfig, RewardConfig, RunConfig
 from rlhf_jax.data import Prompt, RankingRows, prompt_ids
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.commands import generate_command, path_word, program
 from rlhf_jax.evaluation.heldout import scores_of
-from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.pretrained.source import LANGUAGE, on_base, open_source
 from rlhf_jax.runs.atomic_files import read_json, write_json
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import Finished
@@ -28,7 +29,7 @@ def samples_of(finished: Finished, config: RunConfig) -> list[dict[str, Any]]:
     """The samples in the run's samples.json, written first if the stage has just ended.
 
     A sample of a reward model is {"prompt", "preferred", "other"} with a score for each, of any other stage {"prompt",
-    "before", "after"}; before is absent for fresh weights.
+    "before", "after"}, with the messages of a prompt that was given as such; before is absent for fresh weights.
     """
     path, mesh = finished.run.path / FILE, config.mesh_shape
     if path.exists():
@@ -65,7 +66,7 @@ def answered(run: RunFolder, config: RunConfig, prompts: Sequence[Prompt]) -> li
             answers[name] = speaker.answers([ids for _, ids in fitting])
     return [
         {"prompt": prompt.prompt}
-        | ({"chat": True} if prompt.turns else {})
+        | ({"messages": [turn._asdict() for turn in prompt.turns]} if prompt.turns else {})
         | {name: texts[place] for name, texts in answers.items()}
         for place, (prompt, _) in enumerate(fitting)
     ]
@@ -101,20 +102,41 @@ def lines_of(samples: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def next_command(run: RunFolder, config: RunConfig, samples: Sequence[dict[str, Any]]) -> str:
-    """The command that comes after a stage."""
-    path, settings = shlex.quote(str(run.path)), dataclasses.asdict(config)
+    """The command that comes after a stage, to be pasted into a shell."""
     if run.stage == "ppo":
-        if samples and "chat" in samples[0]:
-            return f"rlhf-jax generate {path} --chat"
-        prompt = samples[0]["prompt"] if samples else "Hello"
-        return f"rlhf-jax generate {path} --prompt {shlex.quote(prompt)}"
+        prompts = [sample["prompt"] for sample in samples]
+        return generate_command(run.path, prompts, chat=any("messages" in sample for sample in samples))
+    path, settings = path_word(run.path), dataclasses.asdict(config)
     lora = f" --lora.rank {settings['lora']['rank']}" if settings["lora"]["rank"] else ""
+    start = program()
     if isinstance(config, PretrainConfig):
-        return f"rlhf-jax sft --name answers --init {path} --data answers.jsonl{lora}"
+        return f"{start} sft --name answers --init {path} --data answers.jsonl{lora}"
     if isinstance(config, RewardConfig):
-        init = shlex.quote(config.init)
-        return f"rlhf-jax ppo --name aligned --init {init} --reward {path} --data prompts.jsonl{lora}"
-    return f"rlhf-jax reward --name judge --init {path} --data comparisons.jsonl{lora}"
+        init, flags = policy_of(config)
+        return f"{start} ppo --name aligned --init {init} --reward {path} --data prompts.jsonl{flags}{lora}"
+    return f"{start} reward --name judge --init {path} --data comparisons.jsonl{lora}"
+
+
+def policy_of(config: RewardConfig) -> tuple[str, str]:
+    """The model for PPO to start from after a reward model, and the flags that this model needs.
+
+    A reward model may continue another one, and has its place in turn from the first of them.
+    """
+    init, seen = config.init, set()
+    source = open_source(on_base(init, config.base), stages=(*LANGUAGE, "reward"))
+    if not source.scalar:
+        given = (("base", config.base), ("chat-template", config.chat_template))
+        return path_word(init), "".join(f" --{name} {path_word(value)}" for name, value in given if value)
+    while source.stage == "reward" and init not in seen:
+        seen.add(init)
+        init = str(RunFolder.open(init, stages=("reward",)).config.get("init", ""))
+        try:
+            source = open_source(init, stages=(*LANGUAGE, "reward"))
+        except UserError:  # moved or deleted since
+            break
+        if not source.scalar:
+            return path_word(init), ""
+    return "runs/answers", ""
 
 
 def _line(text: str) -> str:

@@ -14,10 +14,11 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import docstring_parser
 import tyro
 
 from rlhf_jax.cli.help_groups import expand_rate, ordered, rate_owner, shown_fields, with_titles
@@ -97,7 +98,7 @@ def parse_command(
     default = over_defaults(with_file, values, _unchecked)
     errors, printed = io.StringIO(), _Terminal()
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed), _help_in_paragraphs():
             given = tyro.cli(
                 with_file,
                 prog=program,
@@ -118,6 +119,24 @@ def parse_command(
     if cluster != Cluster() and not cluster.distributed:
         raise UserError("coordinator, processes, process: expected --distributed with them, got no --distributed")
     return config, cluster
+
+
+@contextlib.contextmanager
+def _help_in_paragraphs() -> Iterator[None]:
+    """Gives tyro the help text of a field without its line breaks, which it would print as they are in the source."""
+    parse = docstring_parser.parse_from_object
+
+    def joined(obj: Any) -> Any:
+        found = parse(obj)
+        for field in found.params:
+            field.description = " ".join((field.description or "").split()) or None
+        return found
+
+    docstring_parser.parse_from_object = joined
+    try:
+        yield
+    finally:
+        docstring_parser.parse_from_object = parse
 
 
 class _Terminal(io.StringIO):

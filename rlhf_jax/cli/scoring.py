@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data import Comparison, Demonstration, Dialogue, Ledger, Message, Ranking, read_records, render_prompt
 from rlhf_jax.data.dialogues import of_tools
-from rlhf_jax.data.jsonl import read_rows
+from rlhf_jax.data.tables import read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.inference import load
@@ -42,7 +42,7 @@ def run(config: Config) -> None:
     with _output(config.out) as file:
         for record, found in rows:
             file.write(json.dumps(_row(record, found), ensure_ascii=False) + "\n")
-    for line in (*_agreement(rows), *_dropped(ledger, "rows left out"), *_dropped(encoded, "answers without a score")):
+    for line in (*_agreement(rows), *left_out(ledger, "rows left out"), *left_out(encoded, "answers without a score")):
         say(line)
 
 
@@ -111,7 +111,8 @@ def _agreement(rows: Sequence[tuple[Any, Sequence[float | None]]]) -> list[str]:
     ]
 
 
-def _dropped(ledger: Ledger, what: str) -> list[str]:
+def left_out(ledger: Ledger, what: str) -> list[str]:
+    """A line for each reason for which rows were dropped."""
     return [f"{count:,} {what}: {reason}" for reason, count in ledger.reasons().get("dropped", {}).items()]
 
 

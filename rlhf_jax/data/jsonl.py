@@ -48,28 +48,44 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         large, a lone surrogate, a duplicate key, too deep nesting, a line of more than MAX_LINE_BYTES, a damaged gzip;
         for a file of another format, with what to do about it.
     """
-    number, begun = 0, False
+    begun = False
+    for number, line in lines_of(path):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
+        if not begun and line.strip():
+            begun = True
+            refuse_other_format(line, path)
+        where = f"{path}:{number}"
+        refuse_long(line, where)
+        if line.strip():
+            yield where, parse_row(line, where)
+
+
+def lines_of(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yields (number, line) for each line of a file, plain or gzipped; only a line feed ends a line.
+
+    Of a line of more than MAX_LINE_BYTES it yields that and one more, for `refuse_long`.
+
+    Raises:
+      UserError: for a file that cannot be read.
+    """
+    number = 0
     try:
         # Read as bytes: text mode splits at U+2028 and similar, and reads a full line before its length is known.
         with _open(Path(path)) as file:
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                where = f"{path}:{number}"
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some editors
-                if not begun and line.strip():
-                    begun = True
-                    _refuse_other_format(line, path)
-                if len(line) > MAX_LINE_BYTES:
-                    raise UserError(
-                        f"{where}: a line of more than {MAX_LINE_BYTES:,} bytes; split the document it holds"
-                    )
-                if line.strip():
-                    yield where, parse_row(line, where)
+                yield number, line
     except (OSError, EOFError, zlib.error) as error:
         place = f"{path}:{number + 1}" if number else str(path)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{place}: cannot be read: {reason}") from None
+
+
+def refuse_long(line: bytes, where: str) -> None:
+    """Raises UserError for a line of more than MAX_LINE_BYTES."""
+    if len(line) > MAX_LINE_BYTES:
+        raise UserError(f"{where}: a line of more than {MAX_LINE_BYTES:,} bytes; split the document it holds")
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
@@ -134,13 +150,10 @@ def _begin(value: str | float) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def _refuse_other_format(first: bytes, path: str | Path) -> None:
+def refuse_other_format(first: bytes, path: str | Path) -> None:
     """Raises UserError if a file that begins with this line is in another format that people keep rows in."""
     got, advice = next(((name, do) for begin, name, do in _OTHERS if first.startswith(begin)), ("", ""))
     text = first.strip()
-    kind = Path(path).suffix.lower()
-    if not got and kind in (".csv", ".tsv") and not text.startswith(b"{"):
-        got, advice = f"a {kind[1:].upper()} file", _PANDAS.format("csv" if kind == ".csv" else "table")
     if not got and text.startswith(b"[") and (text == b"[" or text[1:].lstrip()[:1] in (b"{", b"]", b"")):
         got, advice = "one JSON array", "write its objects one to a line: jq -c '.[]' FILE > NEW"
     if not got and text == b"{":

@@ -1,4 +1,4 @@
-"""Records from JSONL files, in the forms that datasets are published in.
+"""Records from files of rows, in the forms that datasets are published in.
 
 kind            fields of a row
 text            text (or messages)
@@ -32,10 +32,11 @@ from rlhf_jax.data.forms import (
     prompt_fields,
     renamed,
 )
-from rlhf_jax.data.jsonl import describe, read_rows
+from rlhf_jax.data.jsonl import describe
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text, cut_marks
 from rlhf_jax.data.rows import Row, Turns, Useless, is_empty
+from rlhf_jax.data.tables import read_rows
 from rlhf_jax.errors import UserError
 
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
@@ -64,7 +65,7 @@ def read_records(paths: Paths, kind: Kind, ledger: Ledger, *, columns: Columns =
     """Reads all rows of the files as records of a kind, in order. A duplicate row is kept, with a remark in the ledger.
 
     Args:
-      paths: JSONL files.
+      paths: JSONL files, tables in CSV or TSV with a header, or for kind "text" plain text (tables.py).
       kind: of the records.
       ledger: of the rows.
       columns: "FIELD=COLUMN" for each field that the rows have under another name.

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data.dialogues import Message, prompt_row, render_prompt
-from rlhf_jax.data.jsonl import describe, read_rows
+from rlhf_jax.data.jsonl import describe
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import cut_marks
 from rlhf_jax.data.rows import Row
+from rlhf_jax.data.tables import read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.page import Page
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item, Judgement

@@ -16,11 +16,12 @@ from typing import Any
 
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange_of, prompt_alone, prompt_fields
-from rlhf_jax.data.jsonl import describe, read_rows
+from rlhf_jax.data.jsonl import describe
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.reader import read_records
 from rlhf_jax.data.records import Comparison, cut_marks
 from rlhf_jax.data.rows import Row, Useless
+from rlhf_jax.data.tables import read_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
 from rlhf_jax.feedback.store import dense

@@ -71,7 +71,7 @@ def measure(
     shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
     samples = [
         {
-            "prompt": prompt.prompt.strip(),
+            "prompt": prompt.prompt,
             **{name: tokenizer.decode(shown[name][i][0]).strip() for name in params},
             "docstring": test.sentences.get(prompt.prompt),
             "gold": {name: round(float(shown_gold[name][i]), 3) for name in params},

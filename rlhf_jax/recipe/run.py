@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +15,7 @@ from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import EpisodeConfig, OptimConfig
 from rlhf_jax.data import RankingRows
 from rlhf_jax.demo.python_docs import Corpus, load_corpus
+from rlhf_jax.evaluation.commands import generate_command
 from rlhf_jax.evaluation.report import write_report
 from rlhf_jax.model import Transformer
 from rlhf_jax.parallel import processes
@@ -185,10 +183,9 @@ def run_seed(config: RecipeConfig) -> None:
     summary |= {"reward.labeller_agreement": agreement, "seed": config.seed}
     clock.lap("measure")
     processes.by_first(lambda: tell(config, console, clock, summary))
-    # A path that works where the environment is not activated; not wrapped, so that it survives a paste.
-    program = "rlhf-jax" if shutil.which("rlhf-jax") else f"{os.path.relpath(sys.executable)} -m rlhf_jax"
-    prompt = " find longest match (a, b) ->"
-    console.print(f"try it: {program} generate {optimised.run.path} --prompt '{prompt}'", soft_wrap=True)
+    command = generate_command(optimised.run.path, [" find longest match (a, b) ->"])
+    # Neither wrapped nor read as markup, so that it survives a paste.
+    console.print(f"try it: {command}", soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def tell(config: RecipeConfig, console: rich.console.Console, clock: Clock, summary: dict[str, Any]) -> None:
@@ -197,7 +194,7 @@ def tell(config: RecipeConfig, console: rich.console.Console, clock: Clock, summ
     write_json(config.folder / "summary.json", summary | nested(summary))
     print_summary(console, config.folder, summary)
     report = write_report(config.folder)
-    console.print(f"report: {report}   figures: {config.folder / 'summary.json'}")
+    console.print(f"report: {report}   figures: {config.folder / 'summary.json'}", markup=False, emoji=False)
 
 
 class Clock:

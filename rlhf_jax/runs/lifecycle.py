@@ -114,6 +114,7 @@ def train(
     frozen: Sequence[Any] = (),
     host_step: HostStep | None = None,
     evaluate: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    evaluate_first: bool = False,
     flops_per_token: float | None = None,
     show: Sequence[str] = ("loss",),
     new_shapes: Callable[[int], Iterable[int]] | None = None,
@@ -130,6 +131,7 @@ def train(
       make_update: axis name (None under jit) -> the stage's pure update(state, batch, *frozen).
       batch_at: step -> its batch; with several processes, called with places=… for this process's rows.
       frozen: networks that the update reads; placed on the mesh and not saved.
+      evaluate_first: with config.eval_every, also evaluate the initial state, in a row of step 0.
       host_step: work of the host before the update, on what the devices compute for it; None for none.
       new_shapes: first step -> the steps at which a batch shape occurs for the first time; None if all batches have one
         shape.
@@ -186,7 +188,7 @@ def train(
                 update.prepare(state, read(step), *held)
             if fresh:
                 state = begin()
-            if 0 < eval_every < steps:
+            if 0 < eval_every < steps and not (fresh and evaluate_first):
                 figures(state)
             return state
 
@@ -201,6 +203,7 @@ def train(
             log_every=config.log_every,
             evaluate=None if evaluate is None else figures,
             eval_every=eval_every,
+            evaluate_first=evaluate_first,
             flops_per_token=flops_per_token,
             prepare=prepare,
         )

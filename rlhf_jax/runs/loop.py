@@ -55,6 +55,7 @@ def fit(
     log_every: int = 10,
     evaluate: Callable[[TrainState], Metrics] | None = None,
     eval_every: int = 0,
+    evaluate_first: bool = False,
     flops_per_token: float | None = None,
     prepare: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
@@ -73,6 +74,7 @@ def fit(
       save_every, eval_every: interval in steps; 0 means at the end only. If checkpoints keep the best by a metric, each
         evaluated state is saved.
       evaluate: metrics of a state, written as "eval/…"; those of a checkpoint's step are saved with it.
+      evaluate_first: with eval_every, also evaluate the initial state, in a row of step 0.
       flops_per_token: floating point operations per trained token.
       prepare: called with `state` before the first step to compile the programs, so that no step waits for it; returns
         the state to begin with. In the state it gets, only the step must be an array (`parallel.outline`).
@@ -105,6 +107,9 @@ def fit(
             kind = _kind(state)
             machines = _machines(state)
             guard.check_start(state)
+            if evaluate is not None and evaluate_first and step == 0 and 0 < eval_every < steps:
+                processes.phase("evaluating", 0, may_compile=True)
+                writers.row(0, _evaluated(evaluate, state))
             while step < steps:
                 processes.phase("reading the batch", step + 1)
                 batch = batch_at(step)
@@ -150,7 +155,7 @@ def fit(
                         row |= throughput.lap(sum(r["tokens"] for r in rows))
                     if evaluate is not None and evaluating:
                         processes.phase("evaluating", step)
-                        row |= {f"eval/{name}": float(value) for name, value in jax.device_get(evaluate(state)).items()}
+                        row |= _evaluated(evaluate, state)
                         if processes.count() == 1:
                             stopping = bool(received)
                     writers.row(step, row)
@@ -173,13 +178,16 @@ def _save_untrained(
     evaluate: Callable[[TrainState], Metrics] | None,
 ) -> None:
     """Evaluates and saves the initial state of a run of 0 steps."""
-    figures = {} if evaluate is None else jax.device_get(evaluate(state))
-    row = {f"eval/{name}": float(value) for name, value in figures.items()}
+    row = {} if evaluate is None else _evaluated(evaluate, state)
     writers.start(0, 0)
     writers.row(0, row)
     writers.close()
     if checkpoints is not None:
         checkpoints.save(0, state, row)
+
+
+def _evaluated(evaluate: Callable[[TrainState], Metrics], state: TrainState) -> dict[str, float]:
+    return {f"eval/{name}": float(value) for name, value in jax.device_get(evaluate(state)).items()}
 
 
 def _due(step: int, every: int, steps: int) -> bool:

@@ -80,7 +80,8 @@ class JsonLines:
         if not self.path.exists():
             return
         # A killed run leaves rows after its last checkpoint, the last one possibly truncated; those steps run again.
-        kept = [line for line, row in _lines(self.path) if row["step"] <= step]
+        # A run that starts again writes its row of step 0 again.
+        kept = [line for line, row in _lines(self.path) if row["step"] <= step] if step else []
         unfinished = self.path.with_name(self.path.name + UNFINISHED)
         unfinished.write_text("".join(kept), encoding="utf-8")
         unfinished.replace(self.path)
@@ -222,6 +223,8 @@ class Console:
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self._latest.update(values)
+        if step == 0 < self._steps:  # the initial state: the pace counts from the first step on
+            return
         left = self._clock.left(step, self._steps)
         if self._live is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, left=left)

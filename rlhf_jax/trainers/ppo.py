@@ -85,7 +85,7 @@ def run(
       reward_funcs: reward functions, after those that config.reward_function names.
       prompts: records in place of the files (or the embedded corpus) that the config names.
       texts: records of the pretraining mix, likewise.
-      evaluate: maps a state to metrics, which are written as "eval/…".
+      evaluate: maps a state to metrics, which are written as "eval/…"; with config.eval_every, the initial state too.
 
     Raises:
       UserError: for settings or files that do not fit.
@@ -197,6 +197,7 @@ def run(
             config.episode.response_length,
         ),
         evaluate=evaluate,
+        evaluate_first=True,
         # Sampling, one forward pass of each network for scoring, and forward and backward passes of policy and critic
         # in each epoch.
         flops_per_token=forward * (4 + (reward_model is not None) + 2 * config.lora.passes * config.epochs),

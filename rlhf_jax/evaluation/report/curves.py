@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,30 +88,41 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
         f'<div class="two">{"".join(small)}</div>',
         ppo(metrics["ppo"]),
         lead="Thin lines are the logged values, thick lines their running mean, dots evaluations on held-out data, "
-        "on which settings may be chosen; the figures of this page are measured on other data.",
+        "on which settings may be chosen; the figures of this page are measured on other data. PPO’s score and KL of "
+        "an iteration are those of the policy before its update.",
     )
 
 
 def ppo(rows: Rows) -> str:
-    """Reward-model score, gold score and KL in one chart, and PPO's diagnostics."""
-    lines = [
-        Line("reward model’s score", "reward", points(rows, "score")),
-        Line("gold score, held out", "ppo", points(rows, "eval/gold"), dots=True),
-        Line("KL to SFT, right axis", "muted", points(rows, "kl"), axis="right", dashed=True),
+    """Reward, gold score and KL in panels of their own from iteration 0, and PPO's diagnostics.
+
+    A rollout is sampled from the policy of the iterations before it: its score and its KL are drawn there.
+    """
+    panels = [
+        ([Line("score", "reward", before(rows, "score"))], "Score", "before the KL penalty"),
+        ([Line("gold score", "ppo", points(rows, "eval/gold"), dots=True)], "Gold score, held out", "score"),
+        ([Line("KL to the reference", "muted", before(rows, "kl"))], "KL to the reference", "nats per response"),
     ]
-    title = "4 · PPO: score, gold and distance from SFT"
-    main = ""
-    # One drawing is not readable at both widths; the style sheet shows the one that fits.
-    for css, width, height in (("wide", 980, 360), ("narrow", 420, 320)):
-        drawn = line_chart(
-            lines, title=title, x="iteration", y="score", right="nats per response", width=width, height=height
-        )
-        main += f'<div class="{css}">{drawn}</div>' if drawn else ""
+    terms = dict.fromkeys(name for row in rows for name in row if name.startswith("reward/"))
+    if len(terms) > 1:
+        drawn = zip(terms, itertools.cycle(("reward", "sft", "ppo", "muted", "pretrain")))
+        lines = [Line(term.removeprefix("reward/"), colour, before(rows, term)) for term, colour in drawn]
+        panels.insert(1, (lines, "Terms of the reward", "before weights"))
+    main = "".join(
+        line_chart(lines, title=title, x="iteration", y=unit, width=360, height=260, legend=len(lines) > 1)
+        for lines, title, unit in panels
+    )
     small = ""
     for name, title, unit in HEALTH:
         line = Line(title, "ppo", points(rows, name))
         small += line_chart([line], title=title, x="iteration", y=unit, width=320, height=190, legend=False)
-    return main + details("More of PPO’s curves", f'<div class="three">{small}</div>' if small else "")
+    folded = details("More of PPO’s curves", f'<div class="three">{small}</div>' if small else "")
+    return (f'<div class="three">{main}</div>' if main else "") + folded
+
+
+def before(rows: Rows, name: str) -> Points:
+    """(iterations done before a rollout, value) of a metric of rollouts."""
+    return [(step - 1, value) for step, value in points(rows, name)]
 
 
 def _levels(figures: Figures, *keys: tuple[str, str]) -> list[tuple[str, float]]:

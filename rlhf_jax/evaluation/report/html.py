@@ -86,6 +86,9 @@ class Figures:
         return percent(value) if form == "%" else form.format(value)
 
 
+Cell = str | tuple[str, str]
+
+
 def table(
     caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1, hidden: bool = False
 ) -> str:
@@ -111,6 +114,49 @@ def table(
         f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
         f"<caption{mark}>{caption}</caption><thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def side_by_side(caption: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table of texts in columns of equal width, which becomes a list on a narrow screen; "" without rows.
+
+    Args:
+      caption: for screen readers.
+      head: column headers.
+      rows: cells; the first of a row is its header. A cell is HTML, or (HTML, class of the cell).
+    """
+    body = ""
+    for row in rows:
+        cells = f'<th scope="row" role="rowheader">{row[0]}</th>'
+        for name, cell in zip(head[1:], row[1:], strict=True):
+            content, css = (cell, "") if isinstance(cell, str) else cell
+            mark = f' class="{css}"' if css else ""
+            cells += f'<td role="cell"{mark} data-label="{name}">{content}</td>'
+        body += f'<tr role="row">{cells}</tr>'
+    if not body:
+        return ""
+    columns = "".join(f'<th scope="col" role="columnheader">{name}</th>' for name in head)
+    return (
+        f'<table class="answers" role="table"><caption class="hidden">{caption}</caption>'
+        f'<thead role="rowgroup"><tr role="row">{columns}</tr></thead><tbody role="rowgroup">{body}</tbody></table>'
+    )
+
+
+def answer(value: object, score: float | None = None, *, name: str = "score", best: bool = False) -> str:
+    """The HTML of an answer, with its score under it.
+
+    Args:
+      value: its text.
+      score: of the answer, None for none.
+      name: of the score, for screen readers.
+      best: mark it as the highest of its row.
+    """
+    shown = text(value).strip() or '<i class="none">nothing</i>'
+    if score is None:
+        return shown
+    star = '<span title="highest of the row">★</span> ' if best else ""
+    signed = f"{score:.2f}".replace("-", "\N{MINUS SIGN}")
+    css = "gold best" if best else "gold"
+    return f'{shown}<span class="{css}">{star}<span class="hidden">{name} </span>{signed}</span>'
 
 
 def section(name: str, title: str, *parts: str, lead: str = "") -> str:

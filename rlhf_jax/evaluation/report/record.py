@@ -95,16 +95,17 @@ def settings(configs: Mapping[str, Mapping[str, Any]]) -> str:
     """Section of all settings of every stage, folded."""
     parts = []
     for stage, config in configs.items():
-        rows = [(f"<code>{text(key)}</code>", f"<code>{text(value)}</code>") for key, value in _flat(config)]
+        rows = [(f"<code>{text(key)}</code>", f"<code>{text(value)}</code>") for key, value in flat(config)]
         listed = table(STAGES[stage], ("Setting", "Value"), rows, words=2, hidden=True)
         parts.append(details(STAGES[stage], listed))
     return section("settings", "Settings", *parts, lead="From each stage’s config.json.")
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value as text) of nested settings."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             shown = "–" if value in (None, "", [], {}) else str(value)
             # 12 of a fingerprint's 64 characters suffice to tell it from any other.

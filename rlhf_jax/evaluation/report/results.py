@@ -1,12 +1,24 @@
-"""Results of a run: headline, key figures, diagram of the recipe, win rates, sampled answers and targets."""
+"""Results of a run: headline, key figures, diagram of the recipe, win rates and sampled answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.evaluation.report.charts import interval_chart
-from rlhf_jax.evaluation.report.html import Figures, details, duration, number, percent, section, table, text
+from rlhf_jax.evaluation.report.html import (
+    Cell,
+    Figures,
+    answer,
+    details,
+    duration,
+    number,
+    percent,
+    section,
+    side_by_side,
+    table,
+    text,
+)
 
 LEAST_DISTINCT = 0.8  # of SFT's share of distinct answers
 SHOWN, MOST = 10, 100  # samples shown unfolded, and in total
@@ -171,87 +183,24 @@ def answers(samples: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _answers(rows: Sequence[str]) -> str:
-    head = "".join(
-        f'<th scope="col" role="columnheader">{name}</th>'
-        for name in ("Prompt", "Pretrained", "SFT", "PPO", "Documentation")
-    )
-    if not rows:
-        return ""
-    return (
-        '<table class="answers" role="table"><caption class="hidden">Answers side by side</caption>'
-        f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
-        f'<tbody role="rowgroup">{"".join(rows)}</tbody></table>'
-    )
+def _answers(rows: Sequence[Sequence[Cell]]) -> str:
+    head = ("Prompt", "Pretrained", "SFT", "PPO", "Documentation")
+    return side_by_side("Answers side by side", head, rows)
 
 
-def _answer(sample: Mapping[str, Any]) -> str:
+def _answer(sample: Mapping[str, Any]) -> list[Cell]:
     gold = sample.get("gold")
     scores = {name: number(gold.get(name)) for name in ("pretrain", "sft", "ppo")} if isinstance(gold, Mapping) else {}
     known = [score for score in scores.values() if score is not None]
     prompt = text(sample.get("prompt", "")).strip().replace("-&gt;", '<span class="whole">-&gt;</span>')
-    cells = [f'<th scope="row" role="rowheader"><code>{prompt}</code></th>']
-    for name, title in (("pretrain", "Pretrained"), ("sft", "SFT"), ("ppo", "PPO")):
-        answer = text(sample.get(name, "")).strip() or '<i class="none">nothing</i>'
-        mark, score = "", scores.get(name)
-        if score is not None:
-            best = len(known) > 1 and score == max(known) > min(known)
-            star = '<span title="highest of the row">★</span> ' if best else ""
-            css = "gold best" if best else "gold"
-            mark = f'<span class="{css}">{star}<span class="hidden">gold score </span>{_signed(score)}</span>'
-        cells.append(f'<td role="cell" class="c-{name}" data-label="{title}">{answer}{mark}</td>')
+    cells: list[Cell] = [f"<code>{prompt}</code>"]
+    for name in ("pretrain", "sft", "ppo"):
+        score = scores.get(name)
+        best = score is not None and len(known) > 1 and score == max(known) > min(known)
+        cells.append((answer(sample.get(name, ""), score, name="gold score", best=best), f"c-{name}"))
     documented = sample.get("docstring")
-    css = "doc" if documented else "doc none"
-    cells.append(f'<td role="cell" class="{css}" data-label="Documentation">{text(documented or "–")}</td>')
-    return f'<tr role="row">{"".join(cells)}</tr>'
-
-
-def _signed(score: float) -> str:
-    return f"{score:.2f}".replace("-", "\N{MINUS SIGN}")
-
-
-def bars(figures: Figures) -> str:
-    """Section of the default recipe's targets, with this run's values and verdicts."""
-    get = figures.number
-    seed = get("seed")
-    below: Callable[[float, float], bool] = lambda found, bar: found < bar  # noqa: E731
-    above: Callable[[float, float], bool] = lambda found, bar: found > bar  # noqa: E731
-    most: Callable[[float, float], bool] = lambda found, bar: found <= bar  # noqa: E731
-    least: Callable[[float, float], bool] = lambda found, bar: found >= bar  # noqa: E731
-    wanted = (
-        ("Bits per byte of test text, below those of token bigrams", get("pretrain.heldout_bits_per_byte"),
-         below, get("pretrain.bigram_bits_per_byte"), "below"),
-        ("SFT’s nats per test response token, below the pretrained model’s", get("sft.heldout_response_nll"),
-         below, get("pretrain.heldout_response_nll"), "below"),
-        ("Reward model’s accuracy on test pairs", get("reward.heldout_accuracy"), least, 0.75, "at least"),
-        ("The same, above a reward model from scratch", get("reward.heldout_accuracy"),
-         above, get("reward.scratch_heldout_accuracy"), "above"),
-        ("PPO’s win rate over SFT", get("ppo.win_rate_vs_sft"), least, 0.70, "at least"),
-        ("PPO’s distinct answers, as a share of SFT’s", distinct_of_sft(figures), least, LEAST_DISTINCT, "at least"),
-        ("|ratio − 1| before the first update", get("ppo.first_ratio_error"), most, 1e-4, "at most"),
-        ("KL before the first update", get("ppo.first_kl"), most, 1e-4, "at most"),
-        ("Seconds, all stages", get("wall_seconds"), most, 480.0, "at most"),
-    )  # fmt: skip
-    rows = []
-    for title, found, holds, bar, words in wanted:
-        if found is None or bar is None:
-            continue
-        verdict = '<span class="yes">✓ holds</span>' if holds(found, bar) else '<span class="no">✗ missed</span>'
-        rows.append((title, f"{words} {_exact(bar)}", _exact(found), verdict))
-    one = "" if seed is None else f", seed {seed:.0f}"
-    return section(
-        "bars",
-        "Targets of the default recipe",
-        table("Targets of the default recipe", ("Metric", "Target", f"This run{one}", "Verdict"), rows, hidden=True),
-        lead="The targets are for the median over seeds 0, 1 and 2 of the default recipe; this page is one run.",
-    )
-
-
-def _exact(value: float) -> str:
-    """Format with four digits, so that rounding does not carry a value over its target."""
-    if value and abs(value) < 1e-2:
-        return f"{value:.1e}".replace("e-0", "e-")
-    return f"{value:.{1 if abs(value) >= 100 else 4}f}".rstrip("0").rstrip(".")
+    cells.append((text(documented or "–"), "doc" if documented else "doc none"))
+    return cells
 
 
 def eyebrow(name: str, figures: Figures) -> str:

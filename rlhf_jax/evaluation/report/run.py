@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_jax.evaluation.report import record
 from rlhf_jax.evaluation.report.charts import Line, line_chart
 from rlhf_jax.evaluation.report.curves import Rows, points, ppo
-from rlhf_jax.evaluation.report.html import STAGES, number, page, section, short, table, text
+from rlhf_jax.evaluation.report.html import STAGES, answer, number, page, section, short, side_by_side, table, text
 from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import read_rows
@@ -56,18 +56,19 @@ def warnings(summary: Mapping[str, Any]) -> str:
 def answers(samples: Sequence[Mapping[str, Any]]) -> str:
     """Section of answers before and after the stage, or of a reward model's scores of two answers."""
     names = [name for name in ("before", "after", "preferred", "other") if samples and name in samples[0]]
-    rows = [[_cell(sample, name) for name in ("prompt", *names)] for sample in samples]
+    rows = []
+    for sample in samples:
+        scores = [number(sample.get(f"{name}_score")) for name in names]
+        best = max((score for score in scores if score is not None), default=None)
+        cells = [answer(sample[name], score, best=score == best) for name, score in zip(names, scores)]
+        rows.append([f"<code>{text(sample['prompt']).strip()}</code>", *cells])
     head = ["Prompt", *(name.capitalize() for name in names)]
-    return section("answers", "Answers", table("Answers", head, rows, words=len(head), hidden=True))
+    return section("answers", "Answers", side_by_side("Answers", head, rows))
 
 
 def figures(summary: Mapping[str, Any]) -> str:
     """Section of the figures of summary.json."""
-    rows = [
-        (text(name.replace("heldout", "held-out").replace("_", " ")), _figure(value))
-        for name, value in summary.items()
-        if name != "warnings"
-    ]
+    rows = [(figure_name(name), figure(value)) for name, value in summary.items() if name != "warnings"]
     return section("figures", "Figures", table("Figures", ("Figure", "Value"), rows, hidden=True))
 
 
@@ -92,12 +93,13 @@ def curves(stage: str, rows: Rows) -> str:
     )
 
 
-def _cell(sample: Mapping[str, Any], name: str) -> str:
-    score = number(sample.get(f"{name}_score"))
-    return text(sample[name]).strip() + ("" if score is None else f" <b>{score:+.2f}</b>")
+def figure_name(name: str) -> str:
+    """The name of a figure of summary.json in words."""
+    return text(name.replace("heldout", "held-out").replace("_", " "))
 
 
-def _figure(value: Any) -> str:
+def figure(value: Any) -> str:
+    """The value of a figure of summary.json as text."""
     if isinstance(value, list | tuple):
-        return " to ".join(map(_figure, value))
+        return " to ".join(map(figure, value))
     return "–" if value is None else short(float(value)) if number(value) is not None else text(value)
