@@ -23,6 +23,7 @@ COMMANDS = {
     "ppo": "Stage 3.2: optimise the fine-tuned model against the reward model.",
     "generate": "Complete prompts, or chat, with a trained or published model.",
     "score": "Score answers, or check comparisons, with a reward model.",
+    "evaluate": "Compare models: win rates, KL, perplexity, diversity, best-of-n, reward-model accuracy.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
     "label": "Serve the web page on which people rate and rank responses.",
     "feedback": "Measure agreement, export, add AI labels, or choose the next items to label.",
