@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,16 +17,15 @@ import numpy as np
 
 from rlhf_jax.arrays import Params
 from rlhf_jax.config import SamplingConfig
-from rlhf_jax.data import Demonstration, Ledger, Prompt, encode_demonstrations, prompt_ids, response_text
+from rlhf_jax.data import Demonstration, Ledger, Prompt, prompt_ids, response_text
 from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
 from rlhf_jax.data.forms import Answers, Exchange, exchange_of, prompt_alone
 from rlhf_jax.data.rows import Row, Useless
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.heldout import row_scores
+from rlhf_jax.evaluation.scorers import normalized, response_scores
 from rlhf_jax.generate import generate, stream, uniform_numbers
 from rlhf_jax.pretrained.huggingface import read_folder
-from rlhf_jax.pretrained.source import LANGUAGE, PUBLISHED, Source, open_source
-from rlhf_jax.runs.atomic_files import read_json
+from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, with_prefix
 
 # Responses, or scored rows, in a batch.
 ROWS = 32
@@ -45,14 +43,7 @@ def load(run: str | os.PathLike[str]) -> Model:
     Raises:
       UserError: if there is no such model, or if it is not complete.
     """
-    spec = os.fspath(run)
-    if not spec.startswith(PUBLISHED):
-        path = Path(spec)
-        about = read_json(path / "config.json") if (path / "config.json").exists() else {}
-        if path.suffix == ".gguf" and path.is_file():
-            spec = f"gguf:{spec}"
-        elif isinstance(about, dict) and "model_type" in about:
-            spec = f"hf:{spec}"
+    spec = with_prefix(os.fspath(run))
     scorer = spec.startswith("hf:") and read_folder(spec.removeprefix("hf:")).scalar
     return Model(open_source(spec, stages=("reward",) if scorer else (*LANGUAGE, "reward")))
 
@@ -158,15 +149,8 @@ class Model:
         source = self.source
         if not source.scalar:
             raise UserError(f"{source.where}: expected a reward model to score with, got a language model")
-        rows = encode_demonstrations(records, source.tokenizer, max_tokens=source.model.context, ledger=ledger)
-        if not len(rows):
-            return [None] * len(records)
-        raw = row_scores(source.network(), self.params, rows, batch_size=ROWS)
-        found = {id(record): score for record, score in zip(rows.sources, raw.tolist(), strict=True)}
-        scores = [found.get(id(record)) for record in records]
-        mean = 0.0 if source.score_mean is None else source.score_mean
-        scale = 1.0 if source.score_scale is None else source.score_scale
-        return [None if raw is None else (raw - mean) / scale for raw in scores]
+        raw = response_scores(source, self.params, records, ledger, batch=ROWS)
+        return [normalized(source, score) for score in raw]
 
 
 def _exchange(where: str, prompt: Asked, answers: Answers) -> Exchange:

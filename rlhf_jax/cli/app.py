@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "Complete prompts, or chat, with a trained or published model.",
     "score": "Score answers, or check comparisons, with a reward model.",
     "report": "Put runs side by side in one HTML report.",
+    "evaluate": "Compare models: win rates, KL, perplexity, diversity, best-of-n, reward-model accuracy.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
     "label": "Serve the web page on which people rate and rank responses.",
     "feedback": "Measure agreement, export, add AI labels, or choose the next items to label.",

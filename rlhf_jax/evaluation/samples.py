@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_jax.arrays import Array, Params
 from rlhf_jax.data.batches import PromptRows
+from rlhf_jax.evaluation.preferences import outcomes
 from rlhf_jax.generate import generate
 from rlhf_jax.logprobs import response_logits
 from rlhf_jax.losses import next_token_loss
@@ -143,11 +144,9 @@ def win_rate(scores: np.ndarray, other: np.ndarray) -> tuple[float, list[float]]
     Returns:
       (win rate, [low, high]).
     """
-    first_NK1, second_N1L = scores.reshape(len(scores), -1, 1), other.reshape(len(other), 1, -1)
-    outcomes_NKL = np.where(first_NK1 > second_N1L, 1.0, np.where(first_NK1 == second_N1L, 0.5, 0.0))
-    outcomes = outcomes_NKL.mean(axis=(1, 2))
-    rate = float(outcomes.mean())
-    margin = 1.96 * float(outcomes.std(ddof=1)) / math.sqrt(len(outcomes))
+    of_prompt = outcomes(scores, other).mean(axis=1)
+    rate = float(of_prompt.mean())
+    margin = 1.96 * float(of_prompt.std(ddof=1)) / math.sqrt(len(of_prompt))
     return rate, [max(rate - margin, 0.0), min(rate + margin, 1.0)]
 
 

@@ -186,6 +186,17 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
     )
 
 
+def with_prefix(spec: str) -> str:
+    """The spec of a model's folder in Hugging Face's layout, or of a GGUF file, with its prefix; others as they are."""
+    path = Path(spec)
+    if spec.startswith(PUBLISHED):
+        return spec
+    if path.suffix == ".gguf" and path.is_file():
+        return f"gguf:{spec}"
+    about = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    return f"hf:{spec}" if isinstance(about, dict) and "model_type" in about else spec
+
+
 def on_base(spec: str, base: str) -> str:
     """The spec of an adapter on another base than the one that it names; other specs as they are."""
     return f"{spec}#{base}" if base and spec.startswith("peft:") else spec

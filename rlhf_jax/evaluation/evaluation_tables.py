@@ -1,0 +1,131 @@
+"""Rows of the tables of an evaluation, as text, for the console and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Content = Mapping[str, Any]
+NONE = "–"
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    return NONE if value is None else format(value, form).replace("-", "\N{MINUS SIGN}")
+
+
+def interval(estimate: Content | None, form: str = ".3f") -> str:
+    """An estimate with its interval: 0.712 (0.645 to 0.770)."""
+    if estimate is None:
+        return NONE
+    value, low, high = (number(estimate[name], form) for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _with_error(estimate: Content | None, form: str = ".2f") -> str:
+    if estimate is None:
+        return NONE
+    error = estimate["standard_error"]
+    return number(estimate["value"], form) + ("" if error is None else f" ± {number(error, form)}")
+
+
+def _value(estimate: Content | None, form: str) -> str:
+    return NONE if estimate is None else number(estimate["value"], form)
+
+
+def _text(name: str, form: str) -> Callable[[Content], str]:
+    return lambda model: NONE if not model.get("text") else number(model["text"][name], form)
+
+
+def _plain(name: str, form: str = ".3f") -> Callable[[Content], str]:
+    return lambda model: number(model.get(name), form)
+
+
+def model_rows(content: Content) -> list[tuple[str, list[str]]]:
+    """(figure, its value for each model); a figure that no model has is left out."""
+    models: Sequence[Content] = content["models"]
+    score = lambda name: lambda model: interval(model.get("scores", {}).get(name), ".2f")  # noqa: E731
+    rows: list[tuple[str, Callable[[Content], str]]] = [
+        *((f"score by {name}", score(name)) for name in content["scorers"]),
+        ("KL to the reference, nats per answer", lambda model: _with_error(model.get("kl"))),
+        ("KL to its own model, nats", _plain("kl_to_own_model", ".2f")),
+        ("held-out bits per byte", _text("bits_per_byte", ".3f")),
+        ("held-out perplexity, per token", _text("perplexity", ",.2f")),
+        ("entropy, nats per token", lambda model: _value(model.get("entropy"), ".3f")),
+        ("distinct-1", _plain("distinct_1")),
+        ("distinct-2", _plain("distinct_2")),
+        ("distinct-3", _plain("distinct_3")),
+        ("self-BLEU", _plain("self_bleu")),
+        ("self-BLEU, same prompt", _plain("self_bleu_same_prompt")),
+        ("repeated 4-grams", _plain("repetition")),
+        ("tokens", lambda model: _value(model.get("tokens"), ".1f")),
+        ("words", _plain("words", ".1f")),
+        ("characters", _plain("characters", ".1f")),
+        ("without an end", _plain("missing_end")),
+        ("empty", _plain("empty")),
+    ]
+    found = [(title, [cell(model) for model in models]) for title, cell in rows]
+    return [(title, cells) for title, cells in found if set(cells) != {NONE}]
+
+
+WIN_HEAD = ("scorer", "model", "over", "win rate", "paired bootstrap", "at equal length", "longer", "ties", "score")
+
+
+def win_rows(content: Content) -> list[tuple[str, ...]]:
+    """Rows of the table of win rates, with the head `WIN_HEAD`."""
+    return [
+        (
+            rate["scorer"],
+            rate["first"],
+            rate["second"],
+            interval(rate["rate"], ".3f"),
+            f"{number(rate['bootstrap']['low'])} to {number(rate['bootstrap']['high'])}",
+            interval(rate["length_controlled"], ".3f"),
+            number(rate["longer"], ".2f"),
+            number(rate["ties"], ".2f"),
+            interval(rate["score_difference"], "+.2f"),
+        )
+        for rate in content["win_rates"]
+    ]
+
+
+REWARD_HEAD = ("reward model", "accuracy", "longer wins", "calibration error", "prompts", "pairs")
+
+
+def reward_rows(content: Content) -> list[tuple[str, ...]]:
+    """Rows of the table of reward models, with the head `REWARD_HEAD`."""
+    return [
+        (
+            one["model"],
+            interval(one["accuracy"]),
+            number(one["longer_wins"]),
+            number(one["calibration_error"]),
+            f"{one['prompts']:,}",
+            f"{one['pairs']:,}",
+        )
+        for one in content["reward_models"]
+    ]
+
+
+def fit_lines(content: Content) -> list[str]:
+    """A sentence on each fit of a score against d = √KL."""
+    curves = [(f"best-of-n of {curve['model']}", curve) for curve in content["best_of_n"]]
+    if content["policies"]:
+        curves.append((f"policies from {content['policies']['start']}", content["policies"]))
+    lines = []
+    for what, curve in curves:
+        for scorer, fit in curve["fits"].items():
+            if fit is None:
+                continue
+            form = "d(α − βd)" if fit["form"] == "best-of-n" else "d(α − β log d)"
+            most = max(curve["kl"]) ** 0.5
+            turn = fit["turn"]["value"]
+            if turn is None or turn > most:
+                ends = "does not turn" if turn is None else f"turns beyond what was measured, at d = {turn:.2f}"
+            else:
+                high = fit["turn"]["high"]
+                ends = f"turns at d = {turn:.2f} ({fit['turn']['low']:.2f} to {'∞' if high is None else f'{high:.2f}'})"
+            lines.append(
+                f"{scorer}, {what}: {form} with α {interval(fit['alpha'], '.2f')} and β "
+                f"{interval(fit['beta'], '.2f')}; it {ends}, of {most:.2f} measured"
+            )
+    return lines
