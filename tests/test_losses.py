@@ -320,7 +320,7 @@ def masked_losses() -> dict[str, tuple[Callable, list[np.ndarray]]]:
         "cispo": (lambda p, r, a: masked_mean(cispo_loss(r, p, a, ratio_max=2.0), mask), three),
         "kto": (lambda x: masked_mean(kto_loss(x, mask, jnp.float32(0.1), beta=0.5), mask), three[:1]),
         "preferences": (
-            lambda *x: sum((masked_mean(row[0](*x), mask) for row in pairs), jnp.float32(0)),
+            lambda *x: jnp.sum(jnp.stack([masked_mean(row[0](*x), mask) for row in pairs])),
             [x - 1 for x in three[:2]],
         ),
     }

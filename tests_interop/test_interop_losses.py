@@ -58,9 +58,9 @@ class Model(torch.nn.Module):
         return SimpleNamespace(log_probs=self.logp, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
 
 
-def trainer(cls: type, **attributes: Any) -> Any:
+def trainer(cls: Any, **attributes: Any) -> Any:
     """A trainer of TRL without its constructor."""
-    made: Any = cls.__new__(cls)
+    made = cls.__new__(cls)
     shared = {
         "accelerator": ACCELERATOR,
         "aux_loss_enabled": False,

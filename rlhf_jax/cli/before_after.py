@@ -103,7 +103,7 @@ def lines_of(samples: Sequence[dict[str, Any]]) -> list[str]:
 def next_command(run: RunFolder, config: RunConfig, samples: Sequence[dict[str, Any]]) -> str:
     """The command that comes after a stage."""
     path, settings = shlex.quote(str(run.path)), dataclasses.asdict(config)
-    if run.stage == "ppo":
+    if run.stage in ("ppo", "preference"):
         if samples and "chat" in samples[0]:
             return f"rlhf-jax generate {path} --chat"
         prompt = samples[0]["prompt"] if samples else "Hello"
