@@ -93,6 +93,22 @@ class PackedRankingBatch:
 
 
 @pytree
+class PreferenceBatch:
+    """K ranked responses to each of B prompts for a loss on their log-probabilities.
+
+    Attributes:
+      ranking: the rows and their ranks.
+      loss_mask_BKT: bool, True for the response's own tokens, whose log-probabilities are summed.
+      unrelated: for KTO's baseline, a row for each prompt with a response to another prompt, or padding alone where
+        there is none; None for other methods.
+    """
+
+    ranking: RankingBatch
+    loss_mask_BKT: Array
+    unrelated: TokenBatch | None = None
+
+
+@pytree
 class PromptBatch:
     """Left-padded prompts to sample responses for.
 

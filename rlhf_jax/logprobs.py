@@ -39,6 +39,12 @@ def target_losses(
     return _by_chunks(model, params, hidden, targets, lambda logits, ids: (next_token_loss(logits, ids),))[0], mask
 
 
+def sequence_logps(model: Transformer, params: Params, batch: TokenBatch) -> tuple[Array, Array]:
+    """Log-probability of the targets of each row, their sum in nats, and their number: [B] each."""
+    loss_BT, mask_BT = target_losses(model, params, batch)
+    return -jnp.sum(jnp.where(mask_BT, loss_BT, 0.0), axis=1), jnp.sum(mask_BT, axis=1)
+
+
 def response_logits(
     model: Transformer, params: Params, tokens_BT: Array, mask_BT: Array, *, response_length: int, temperature: float
 ) -> Array:

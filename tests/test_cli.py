@@ -17,7 +17,7 @@ from docstring_parser import parse_from_object
 from rlhf_jax.cli import feedback, flags, process
 from rlhf_jax.cli.app import main
 from rlhf_jax.cli.other_names import OTHER_NAMES
-from rlhf_jax.config import PPOConfig, PretrainConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_jax.config import PPOConfig, PreferenceConfig, PretrainConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.loop import Stopped
 from tests.cases import case
@@ -173,7 +173,7 @@ def test_help_of_a_stage_begins_with_the_basics(
     monkeypatch.setenv("COLUMNS", "300")
     basics = ("init", "reward", "data", "name", "epochs", "steps", "batch", "learning-rate", "config")
     titles = ("data and method", "run and checkpoints", "devices and processes")
-    for cls in (PretrainConfig, SFTConfig, RewardConfig, PPOConfig):
+    for cls in (PretrainConfig, SFTConfig, RewardConfig, PreferenceConfig, PPOConfig):
         with pytest.raises(SystemExit) as end:
             flags.parse(cls, ["--help"])
         assert end.value.code == 0
@@ -209,6 +209,7 @@ def test_names_of_other_libraries_are_suggested() -> None:
         (RewardConfig, "--num_train_epochs", "--epochs"),
         (PretrainConfig, "--num_train_epochs", "--steps"),
         (RewardConfig, "--per_device_train_batch_size", "--batch, which counts the rows over all devices"),
+        (PreferenceConfig, "--loss_type", "--method"),
         (PPOConfig, "--max_steps", "--steps"),
         (PPOConfig, "--gradient_accumulation_steps", "--microbatches; it splits --batch"),
         (PPOConfig, "--beta", "--kl-coef"),
@@ -217,7 +218,11 @@ def test_names_of_other_libraries_are_suggested() -> None:
         with case((cls, given)), pytest.raises(UserError) as error:
             flags.parse(cls, [given, "1"])
         assert str(error.value).startswith(f"unknown flag {given.partition('=')[0]}; use {ours}")
-    every = {flag for cls in (PretrainConfig, SFTConfig, RewardConfig, PPOConfig) for flag in flags._flags(cls)}
+    every = {
+        flag
+        for cls in (PretrainConfig, SFTConfig, RewardConfig, PreferenceConfig, PPOConfig)
+        for flag in flags._flags(cls)
+    }
     assert {flag for ours in OTHER_NAMES.values() for flag in ours} <= every | {"--learning-rate"}
 
 

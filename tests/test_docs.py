@@ -1,6 +1,7 @@
 """The pages of docs/: what they tell to type is understood, their Python runs, their lists leave nothing out."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import json
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 import rlhf_jax
-from rlhf_jax.arrays import PromptBatch, RankingBatch, TokenBatch
+from rlhf_jax.arrays import PreferenceBatch, PromptBatch, RankingBatch, TokenBatch
 from rlhf_jax.cli.app import COMMANDS
 from rlhf_jax.cli.flags import _flags, parse
 from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
@@ -24,7 +25,7 @@ from rlhf_jax.data import Ledger, read_records
 from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.runs.metrics import Throughput
-from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.stages import ppo, preference, pretrain, reward, sft
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.cases import case
 from tests.made_params import random_params
@@ -198,13 +199,13 @@ def test_the_reference_has_every_command_every_setting_and_every_public_name() -
             assert f"rlhf_jax.{folder}.{path.stem}" in modules
 
 
-def traced(make_update: Any, model: Transformer, batch: Any) -> set[str]:
+def traced(make_update: Any, model: Transformer, batch: Any, *frozen: Any) -> set[str]:
     """The names of the metrics of one update, which is traced and not compiled."""
     optimizer = make_optimizer(OptimConfig(), steps=1)
 
     def metrics(batch: Any) -> dict[str, Any]:
         params = init_params(model, jax.random.key(0))
-        return make_update(model, optimizer)(new_state(params, optimizer.init(params), 0), batch)[1]
+        return make_update(model, optimizer)(new_state(params, optimizer.init(params), 0), batch, *frozen)[1]
 
     return set(jax.eval_shape(metrics, batch))
 
@@ -216,7 +217,12 @@ def written_by_the_stages() -> set[str]:
     ids, mask = jnp.ones((2, 2, 4), jnp.int32), jnp.ones((2, 2, 4), bool)
     text = TokenBatch(ids[0], ids[0], mask[0])
     names = traced(pretrain.make_update, model, text) | traced(sft.make_update, model, text)
-    names |= traced(reward.make_update, scorer, RankingBatch(ids, mask, ids[:, :, 0], mask[:, :, 0]))
+    ranking = RankingBatch(ids, mask, ids[:, :, 0], mask[:, :, 0])
+    names |= traced(reward.make_update, scorer, ranking)
+    kto = functools.partial(preference.make_update, config=preference.Config(method="kto"))
+    names |= traced(
+        kto, model, PreferenceBatch(ranking, mask, text), preference.Frozen(init_params(model, jax.random.key(0)))
+    )
     config = ppo.Config(
         batch=2,
         minibatches=2,

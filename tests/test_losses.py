@@ -11,12 +11,27 @@ import pytest
 from jax.test_util import check_grads
 
 from rlhf_jax.losses import (
+    apo_down_loss,
+    apo_zero_loss,
+    asymmetric_surrogate,
+    cispo_loss,
     clipped_surrogate,
     clipped_value_loss,
+    divergence_slope,
+    dpo_loss,
+    exo_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    nca_loss,
     next_token_loss,
     ordered_pairs,
+    orpo_loss,
     pairwise_loss,
     ranking_loss,
+    robust_dpo_loss,
+    sequence_log_ratio,
+    simpo_loss,
 )
 from rlhf_jax.masked import masked_mean
 from tests.conftest import WAYS
@@ -114,6 +129,120 @@ def test_clipped_value_by_hand() -> None:
     check(value_loss, [value, old_value, target], (0, 1, 2), losses, [slopes, np.zeros(6), np.zeros(6)])
 
 
+def test_other_policy_losses_by_hand() -> None:
+    # As above with clip(ρ, 0.8, 1.3), and no more than 2|A| where A < 0. CISPO: -min(ρ, 1.3) A ln π, slope in ln π.
+    cases = [
+        # ρ, A, loss, slope
+        (1.25, 2.0, -2.5, -2.5),  # beyond 1.2, within 1.3
+        (1.5, 2.0, -2.6, 0.0),
+        (1.5, -2.0, 3.0, 3.0),
+        (3.0, -2.0, 4.0, 0.0),  # the dual clip, in place of 6
+        (3.0, 2.0, -2.6, 0.0),
+        (0.5, -2.0, 1.6, 0.0),
+        (exp(500), -1.0, 2.0, 0.0),
+    ]
+    ratio, advantage, losses, slopes = (np.array(column) for column in zip(*cases))
+    double = partial(asymmetric_surrogate, clip_low=0.2, clip_high=0.3, dual_clip=2.0)
+    check(double, [np.log(ratio), advantage], (0,), losses, [slopes])
+    logp, weight = np.full(7, -2.0), np.minimum(ratio, 1.3)
+    cispo = partial(cispo_loss, ratio_max=1.3)
+    in_logp = -weight * advantage
+    check(cispo, [np.log(ratio), logp, advantage], (0, 1, 2), -2 * in_logp, [np.zeros(7), in_logp, np.zeros(7)])
+    # GSPO: (0.1 - 0.3)/2 = -0.1 at both tokens of the first row; a token has 1/2 of the slope of each.
+    log_ratio, mask = np.array([[0.1, -0.3, nan], [nan, nan, nan]]), np.array([[1, 1, 0], [0, 0, 0]], bool)
+    found, slope = jax.jit(jax.value_and_grad(lambda x: sequence_log_ratio(x, mask)[0, 0]))(log_ratio)
+    np.testing.assert_allclose(found, -0.1, rtol=1e-6)
+    np.testing.assert_allclose(slope, [[0.5, 0.5, 0], [0, 0, 0]])
+    np.testing.assert_allclose(sequence_log_ratio(log_ratio, mask), [[-0.1, -0.1, 0], [0, 0, 0]], rtol=1e-6)
+
+
+A3 = log(3)  # σ(ln 3) = 3/4, σ' = 3/16
+
+
+def kto(log_ratio: jax.Array, baseline: jax.Array, desirable: bool) -> jax.Array:
+    return kto_loss(log_ratio, jnp.array(desirable), baseline, beta=0.5, desirable_weight=2.0, undesirable_weight=3.0)
+
+
+# (loss, chosen, rejected, value, slope in chosen, slope in rejected); β = 1/2 makes β (2 ln 3) = ln 3.
+PREFERENCES: dict[str, tuple[Callable, float, float, float, float, float]] = {
+    "dpo": (partial(dpo_loss, beta=0.5), 2 * A3, 0.0, log(4 / 3), -1 / 8, 1 / 8),
+    # -0.9 ln 3/4 - 0.1 ln 1/4; slope ½ (-0.9 · 1/4 + 0.1 · 3/4).
+    "cdpo": (
+        partial(dpo_loss, beta=0.5, label_smoothing=0.1),
+        *(2 * A3, 0.0, 0.9 * log(4 / 3) + 0.1 * log(4), -0.075, 0.075),
+    ),
+    # f' at u = 3 less f' at u = 1, with slopes u f''.
+    "forward KL": (
+        partial(dpo_loss, beta=1.5 * A3, divergence="forward_kl"),  # 3/2 ln 3 · (2/3 - 0)
+        *(A3, 0.0, log(4 / 3), -1.5 * A3 / 12, 1.5 * A3 / 4),  # -β/4 · 1/3 and 1
+    ),
+    "JS": (
+        partial(dpo_loss, beta=A3 / log(1.5), divergence="js"),  # ln 6/4 - ln 1
+        *(A3, 0.0, log(4 / 3), -A3 / log(1.5) / 16, A3 / log(1.5) / 8),  # slopes 1/4 and 1/2
+    ),
+    "α": (
+        partial(dpo_loss, beta=A3, divergence="alpha", alpha=0.5),  # u = 4: (1 - 1/2)/½ = 1
+        *(log(4), 0.0, log(4 / 3), -A3 / 8, A3 / 4),  # slopes 1/2 and 1
+    ),
+    # (3/4 ln 4/3 - 1/4 ln 4)/½; slope ½ (-3/4 · 1/4 - 1/4 · 3/4)/½.
+    "robust": (
+        partial(robust_dpo_loss, beta=0.5, label_smoothing=0.25),
+        *(2 * A3, 0.0, 1.5 * log(4 / 3) - 0.5 * log(4), -0.375, 0.375),
+    ),
+    "ipo": (partial(ipo_loss, beta=0.5), 3.0, 1.0, 1.0, 2.0, -2.0),
+    "hinge": (partial(hinge_loss, beta=0.5), 1.0, 0.0, 0.5, -0.5, 0.5),
+    "hinge, right": (partial(hinge_loss, beta=0.5), 4.0, 0.0, 0.0, 0.0, 0.0),
+    "exo at p": (partial(exo_loss, beta=0.5, label_smoothing=0.25), 2 * A3, 0.0, 0.0, 0.0, 0.0),
+    # q = (½, ½): ½ ln 2/3 + ½ ln 2; slope ½ · ¼ (ln 2/3 - ln 2).
+    "exo": (partial(exo_loss, beta=0.5, label_smoothing=0.25), 0.0, 0.0, 0.5 * log(4 / 3), -A3 / 8, A3 / 8),
+    # -ln 3/4 - ½ ln 1/4 - ½ ln 3/4; slopes ½ (-1/4 + ½ · 3/4) and ½ · ½ · 1/4.
+    "nca": (partial(nca_loss, beta=0.5), 2 * A3, -2 * A3, 1.5 * log(4 / 3) + 0.5 * log(4), 1 / 16, 1 / 16),
+    "apo-zero": (partial(apo_zero_loss, beta=0.5), 2 * A3, 0.0, 1 / 4 + 1 / 2, -3 / 32, 1 / 8),
+    "apo-down": (partial(apo_down_loss, beta=0.5), 2 * A3, 0.0, 3 / 4 + 1 / 4, 0.0, 3 / 32),
+    # h = 3 ln 3 beside z = ln 3, which is data.
+    "kto, desirable": (partial(kto, desirable=True), 3 * A3, A3, 2 / 4, -2 * 3 / 32, 0.0),
+    "kto, undesirable": (partial(kto, desirable=False), 3 * A3, A3, 3 * 3 / 4, 3 * 3 / 32, 0.0),
+    # Odds 3 and 1, then 1/3 and 1; the slope of log odds is 1/(1 - p).
+    "orpo": (partial(orpo_loss, beta=0.5), log(3 / 4), log(1 / 2), 0.5 * log(4 / 3), -4 / 8, 2 / 8),
+    "orpo, wrong": (partial(orpo_loss, beta=0.5), log(1 / 4), log(1 / 2), 0.5 * log(4), -1 / 2, 3 / 4),
+    "simpo": (partial(simpo_loss, beta=2.0, margin=A3), A3 - 5, -5.0, log(4 / 3), -1 / 2, 1 / 2),
+}
+
+
+def test_preferences_by_hand() -> None:
+    losses = [case[0] for case in PREFERENCES.values()]
+    chosen, rejected, values, *slopes = np.array([case[1:] for case in PREFERENCES.values()]).T
+
+    def total(chosen: jax.Array, rejected: jax.Array) -> tuple[jax.Array, jax.Array]:
+        every = jnp.stack([loss(chosen[i], rejected[i]) for i, loss in enumerate(losses)])
+        return jnp.sum(every), every
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(chosen, rejected)
+    assert found.dtype == jnp.float32
+    for i, name in enumerate(PREFERENCES):
+        np.testing.assert_allclose(found[i], values[i], rtol=2e-6, atol=1e-7, err_msg=name)
+        for side, slope in zip(gradient, slopes, strict=True):
+            np.testing.assert_allclose(side[i], slope[i], rtol=5e-6, atol=2e-7, err_msg=name)
+    with pytest.raises(ValueError, match=r"divergence: expected 'reverse_kl', .*, got 'tv'"):
+        divergence_slope(jnp.zeros(1), divergence="tv")
+
+
+def test_preferences_stay_finite_far_from_the_reference() -> None:
+    # A probability of 1 has the largest odds of float32; a ratio beyond float32 has no gradient that is not finite.
+    far = np.array([1e4, -1e4, 0.0, 200.0])
+
+    def every(far: jax.Array) -> dict[str, tuple]:
+        found = {}
+        for name, (loss, *_) in PREFERENCES.items():
+            logps = name.startswith(("orpo", "simpo"))
+            inputs = (-jnp.abs(far), far[::-1] - 1e4) if logps else (far, far[::-1])
+            found[name] = jax.vmap(jax.value_and_grad(loss, (0, 1)))(*inputs)
+        return found
+
+    for name, (value, slopes) in jax.jit(every)(far).items():
+        assert all(np.isfinite(x).all() for x in (value, *slopes)), name
+
+
 def test_next_token_is_the_naive_loop() -> None:
     rng = np.random.default_rng(0)
     logits, targets = rng.normal(0, 3, (2, 5, 11)), rng.integers(0, 11, (2, 5))
@@ -180,12 +309,20 @@ def masked_losses() -> dict[str, tuple[Callable, list[np.ndarray]]]:
     mask = np.array([[True, True, False], [False, False, False]])
     three = [np.array([[0.1, -0.6, 0.3], [0.2, 0.4, -0.5]]) * factor for factor in (1.0, 1.5, -1.0)]
     logits = np.arange(24.0).reshape(2, 3, 4) / 7
+    pairs = [row for name, row in PREFERENCES.items() if not name.startswith("kto")]
     return {
         "next_token": (lambda x: masked_mean(next_token_loss(x, jnp.array([[0, 1, 2], [3, 2, 1]])), mask), [logits]),
         "pairwise": (lambda *x: masked_mean(pairwise_loss(*x), mask), three[:2]),
         "ranking": (lambda x: jnp.mean(ranking_loss(x, jnp.array([[1, 2, 3], [1, 2, 3]]), mask)), three[:1]),
         "surrogate": (lambda *x: masked_mean(surrogate(*x), mask), three[:2]),
         "value": (lambda *x: masked_mean(value_loss(*x), mask), three),
+        "sequence": (lambda *x: masked_mean(surrogate(sequence_log_ratio(x[0], mask), x[1]), mask), three[:2]),
+        "cispo": (lambda p, r, a: masked_mean(cispo_loss(r, p, a, ratio_max=2.0), mask), three),
+        "kto": (lambda x: masked_mean(kto_loss(x, mask, jnp.float32(0.1), beta=0.5), mask), three[:1]),
+        "preferences": (
+            lambda *x: jnp.sum(jnp.stack([masked_mean(row[0](*x), mask) for row in pairs])),
+            [x - 1 for x in three[:2]],
+        ),
     }
 
 

@@ -1,5 +1,6 @@
-"""One device, eight by jit, eight by pmap, microbatches: the same gradients of all four objectives, masks uneven."""
+"""One device, eight by jit, eight by pmap, microbatches: the same gradients of all objectives, masks uneven."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.arrays import RankingBatch, Rollout, TokenBatch, TrainState
+from rlhf_jax.arrays import PreferenceBatch, RankingBatch, Rollout, TokenBatch, TrainState
 from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer
 from rlhf_jax.optim import global_count, gradient_step, make_optimizer, new_state
 from rlhf_jax.parallel.mesh import copied, jit_update, make_mesh, outline, place, pmap_update, shard_rows
 from rlhf_jax.runs.loop import compile_seconds
-from rlhf_jax.stages import ppo, pretrain, reward, sft
+from rlhf_jax.stages import ppo, preference, pretrain, reward, sft
 from rlhf_jax.stages.ppo import Networks
 from tests.random_params import random_params
 
@@ -76,6 +77,25 @@ def rollout(random: np.random.Generator) -> Rollout:
     )
 
 
+def preference_batch(random: np.random.Generator) -> PreferenceBatch:
+    ranking = ranking_batch(random)
+    mask = np.asarray(ranking.mask_BKT) & (np.arange(LENGTH) >= random.integers(0, 4, (ROWS, 1, 1)))
+    unrelated = token_batch(random)
+    # Most of the baseline's rows on half of the devices.
+    exist = (np.arange(ROWS) % 4 < 2) | (np.arange(ROWS) < 4)
+    return PreferenceBatch(
+        ranking, jnp.asarray(mask), dataclasses.replace(unrelated, loss_mask_BT=unrelated.loss_mask_BT & exist[:, None])
+    )
+
+
+def make_preference(microbatches: int = 1, axis_name: str | None = None) -> Callable:
+    """KTO: its objective has all parts, and its baseline is a mean over the global batch."""
+    config = preference.Config(method="kto", batch=ROWS, microbatches=microbatches, sft_coef=0.1)
+    update = preference.make_update(MODEL, RECORDER, config, axis_name=axis_name)
+    frozen = preference.Frozen(jax.tree.map(jnp.asarray, random_params(MODEL, 3, 2.0)))
+    return lambda state, batch: update(state, batch, frozen)
+
+
 def make_ppo(**settings: Any) -> Callable:
     config = ppo.Config(batch=ROWS)
 
@@ -93,6 +113,7 @@ OBJECTIVES: dict[str, tuple[Callable, Callable, Callable]] = {
     "pretrain": (lambda **s: pretrain.make_update(MODEL, RECORDER, **s), token_batch, lambda p: p["policy"]),
     "sft": (lambda **s: sft.make_update(MODEL, RECORDER, **s), token_batch, lambda p: p["policy"]),
     "reward": (lambda **s: reward.make_update(SCORER, RECORDER, **s), ranking_batch, lambda p: p["critic"]),
+    "preference": (make_preference, preference_batch, lambda p: p["policy"]),
     "ppo": (make_ppo, rollout, lambda p: p),
 }
 

@@ -621,18 +621,22 @@ MISTAKES = [
     (
         "reward",
         changed(REWARD, init="nowhere"),
-        "nowhere: expected the folder of a pretrain or sft or ppo or reward run, got no such folder",
+        "nowhere: expected the folder of a pretrain or sft or ppo or preference or reward run, got no such folder",
     ),
     (
         "ppo",
         changed(PPO, reward="runs/answers"),
         "runs/answers: expected the folder of a rew",
     ),
-    ("ppo", changed(PPO, init="runs/judge"), "expected the folder of a sft or pretrain or ppo run, got one of reward"),
+    (
+        "ppo",
+        changed(PPO, init="runs/judge"),
+        "expected the folder of a sft or pretrain or ppo or preference run, got one of reward",
+    ),
     (
         "ppo",
         changed(PPO, reference="nowhere"),
-        "nowhere: expected the folder of a sft or pretrain or ppo run, got no s",
+        "nowhere: expected the folder of a sft or pretrain or ppo or preference run, got no s",
     ),
     (
         "sft",
@@ -676,7 +680,7 @@ MISTAKES = [
     (
         "generate",
         ("runs/judge",),
-        "runs/judge: expected the folder of a pretrain or sft or ppo run, got one of reward",
+        "runs/judge: expected the folder of a pretrain or sft or ppo or preference run, got one of reward",
     ),
     ("generate", ("runs/base", "--max-new-tokens", "64"), "to leave room .* use --max-new-tokens 32"),
     (

@@ -21,6 +21,7 @@ COMMANDS = {
     "pretrain": "Stage 1: pretrain a language model on text.",
     "sft": "Stage 2: fine-tune the pretrained model on demonstrations or dialogues.",
     "reward": "Stage 3.1: train a reward model on comparisons or rankings.",
+    "preference": "Train the fine-tuned model on comparisons directly: DPO, IPO, KTO, ORPO, SimPO and more.",
     "ppo": "Stage 3.2: optimise the fine-tuned model against the reward model.",
     "generate": "Complete prompts, or chat, with a trained or published model.",
     "score": "Score answers, or check comparisons, with a reward model.",
@@ -31,7 +32,7 @@ COMMANDS = {
     "feedback": "Measure agreement, export, add AI labels, or choose the next items to label.",
     "plan": "Estimate memory, time and cost of a stage on a TPU pod, without a TPU.",
 }
-TRAINING = ("recipe", "pretrain", "sft", "reward", "ppo")
+TRAINING = ("recipe", "pretrain", "sft", "reward", "preference", "ppo")
 
 
 def console(name: str | None = None) -> NoReturn:

@@ -103,7 +103,7 @@ def lines_of(samples: Sequence[dict[str, Any]]) -> list[str]:
 
 def next_command(run: RunFolder, config: RunConfig, samples: Sequence[dict[str, Any]]) -> str:
     """The command that comes after a stage, to be pasted into a shell."""
-    if run.stage == "ppo":
+    if run.stage in ("ppo", "preference"):
         prompts = [sample["prompt"] for sample in samples]
         return generate_command(run.path, prompts, chat=any("messages" in sample for sample in samples))
     path, settings = path_word(run.path), dataclasses.asdict(config)

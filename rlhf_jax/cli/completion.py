@@ -11,7 +11,7 @@ from rlhf_jax.data import chat_ids
 from rlhf_jax.data.dialogues import HEADERS, Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import Sampler
-from rlhf_jax.pretrained.source import on_base, open_source, with_template
+from rlhf_jax.pretrained.source import LANGUAGE, on_base, open_source, with_template
 from rlhf_jax.runs.lifecycle import say
 
 # Rows that are read at once, to batch rows of similar length.
@@ -25,7 +25,7 @@ class Speaker(Sampler):
     """A run's model with its sampling settings."""
 
     def __init__(self, config: Config) -> None:
-        source = open_source(on_base(config.run, config.base), stages=("pretrain", "sft", "ppo"))
+        source = open_source(on_base(config.run, config.base), stages=LANGUAGE)
         source = with_template(source, config.chat_template)
         sampling = SamplingConfig(
             max_new_tokens=config.max_new_tokens,

@@ -23,7 +23,8 @@ class Config:
     """Sampling settings."""
 
     run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
-    """Model: folder of a pretrain, sft or ppo run, or a published model as hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
+    """Model: folder of a pretrain, sft, ppo or preference run, or a published model as hf:FOLDER, gguf:FILE or
+    pypi:PACKAGE."""
     base: str = ""
     """Model under an adapter given as peft:FOLDER, in place of the one that the adapter names."""
     chat_template: str = ""

@@ -56,7 +56,8 @@ class SFTConfig(RunConfig):
     """Settings of stage 2, supervised fine-tuning."""
 
     init: str = hinted("")
-    """Model to start from: the folder of a pretrain, sft or ppo run, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
+    """Model to start from: the folder of a pretrain, sft, ppo or preference run, hf:FOLDER, gguf:FILE or
+    pypi:PACKAGE."""
     data: tuple[str, ...] = hinted(())
     """Files of demonstrations or dialogues; or embedded, for docstrings of Python's own documentation."""
     heldout: tuple[str, ...] = ()

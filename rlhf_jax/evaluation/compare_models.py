@@ -31,7 +31,7 @@ from rlhf_jax.evaluation.report.evaluation import write_evaluation_report
 from rlhf_jax.evaluation.reward_accuracy import reward_accuracy
 from rlhf_jax.evaluation.scorers import Scorer, function_scorer, model_scorer
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, same_tokenizer, with_prefix
-from rlhf_jax.rewards import RewardFunction, load_function, make_terms, spec_of
+from rlhf_jax.reward_functions.loading import RewardFunction, load_function, make_terms, spec_of
 from rlhf_jax.runs.atomic_files import write_json
 
 Path = str | os.PathLike[str]

@@ -12,7 +12,8 @@ from rlhf_jax.evaluation.answers import Answer
 from rlhf_jax.evaluation.heldout import row_scores
 from rlhf_jax.evaluation.intervals import Floats
 from rlhf_jax.pretrained.source import Source
-from rlhf_jax.rewards import RewardFunction, RewardFunctions
+from rlhf_jax.reward_functions.calling import RewardFunctions
+from rlhf_jax.reward_functions.loading import RewardFunction
 
 # Answers scored at a time, to bound the memory that their rows take.
 PART = 1024

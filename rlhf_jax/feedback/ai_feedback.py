@@ -29,9 +29,9 @@ from rlhf_jax.feedback.records import PRINCIPLE, Item, Judgement
 from rlhf_jax.feedback.store import AI
 from rlhf_jax.logprobs import response_logits
 from rlhf_jax.model import Transformer
-from rlhf_jax.pretrained.source import Source
+from rlhf_jax.pretrained.source import LANGUAGE, Source
 
-STAGES = ("pretrain", "sft", "ppo")
+STAGES = LANGUAGE
 TOO_LONG = "longer than the judge's context"
 Floats = NDArray[np.float64]
 

@@ -30,7 +30,7 @@ from rlhf_jax.tokenizers.published_files import FILES
 
 # Up to this many layers, a published model's blocks stay separate, which decodes faster; deeper models scan over them.
 MOST_UNROLLED = 8
-LANGUAGE = ("pretrain", "sft", "ppo")
+LANGUAGE = ("pretrain", "sft", "ppo", "preference")
 PUBLISHED = ("hf:", "gguf:", "pypi:", "peft:")
 
 
@@ -267,7 +267,7 @@ def _base(run: RunFolder) -> Source:
         # The run's own tokenizer, which may be an adapter's, decides the rows of the embedding.
         base = _published(record["init"], {False}, retokenize=lambda _: run.tokenizer)
     else:
-        base = open_source(record["init"], stages=("pretrain", "sft", "ppo", "reward"))
+        base = open_source(record["init"], stages=(*LANGUAGE, "reward"))
     if base.fingerprint != record["fingerprint"]:
         raise UserError(
             f"{run.path}: the parameters of {record['init']}, the base of its adapter, have changed since: expected "

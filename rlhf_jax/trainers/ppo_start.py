@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Params
-from rlhf_jax.config import LoraConfig, to_plain
+from rlhf_jax.config import LoraConfig, PreferenceConfig, to_plain
 from rlhf_jax.data import PromptRows, RaggedRows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import row_scores
@@ -29,7 +29,7 @@ from rlhf_jax.runs.lifecycle import say
 from rlhf_jax.stages.ppo import Config, Networks
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
-POLICIES = ("sft", "pretrain", "ppo")
+POLICIES = ("sft", "pretrain", "ppo", "preference")
 # Responses on which mean and scale of the scores are measured: the scale to 4%.
 REFERENCE_RESPONSES = 256
 
@@ -69,7 +69,7 @@ def starts(config: Config, source: Source, reward_model: Source | None) -> tuple
     return policy, start_from(reward_model, config.lora, lambda: first_key(config.seed, 1))
 
 
-def open_reference(config: Config, source: Source) -> Source:
+def open_reference(config: Config | PreferenceConfig, source: Source) -> Source:
     """Open a reference model other than the initial policy.
 
     Raises:

@@ -17,7 +17,7 @@ from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params
 from rlhf_jax.optim import first_key, make_optimizer, new_state
-from rlhf_jax.pretrained.source import Start, open_for, start_from
+from rlhf_jax.pretrained.source import LANGUAGE, Start, open_for, start_from
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -57,7 +57,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         refuse_unevaluated(heldout, heldout_ledger)
         remark_shared(texts, heldout, heldout_ledger)
     refuse_empty(texts, "texts", ledger)
-    source = open_for(config, config.init, stages=("pretrain", "sft", "ppo")) if config.init else None
+    source = open_for(config, config.init, stages=LANGUAGE) if config.init else None
     tokenizer = _tokenizer(config, texts) if source is None else source.tokenizer
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     if source is not None:

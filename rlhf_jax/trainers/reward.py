@@ -33,7 +33,7 @@ from rlhf_jax.evaluation.warnings import reward_warnings
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
 from rlhf_jax.optim import make_optimizer, new_state
-from rlhf_jax.pretrained.source import Source, Start, open_for, start_from
+from rlhf_jax.pretrained.source import LANGUAGE, Source, Start, open_for, start_from
 from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
     Finished,
@@ -81,7 +81,7 @@ def run(
     """
     if not config.init:
         raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER or --init hf:FOLDER")
-    source = open_for(config, config.init, stages=("pretrain", "sft", "ppo", "reward"))
+    source = open_for(config, config.init, stages=(*LANGUAGE, "reward"))
     tokenizer = source.tokenizer
     model = Transformer(source.model, scalar=True)
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)

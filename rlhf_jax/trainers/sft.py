@@ -30,7 +30,7 @@ from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters
 from rlhf_jax.optim import first_key, make_optimizer, new_state
 from rlhf_jax.parallel import processes
-from rlhf_jax.pretrained.source import open_for, start_from
+from rlhf_jax.pretrained.source import LANGUAGE, open_for, start_from
 from rlhf_jax.runs.checkpoint import best_step
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.length import run_length
@@ -74,7 +74,7 @@ def run(
     """
     if not config.init:
         raise UserError("init: expected a pretrained model, got nothing; use --init FOLDER or --init hf:FOLDER")
-    source = open_for(config, config.init, stages=("pretrain", "sft", "ppo"))
+    source = open_for(config, config.init, stages=LANGUAGE)
     ledger, heldout_ledger = Ledger(), Ledger()
     if records is None:
         records, heldout = _records(config, ledger, heldout_ledger)

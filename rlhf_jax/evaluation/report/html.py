@@ -14,6 +14,7 @@ STAGES = {
     "reward": "Reward",
     "reward_scratch": "Reward, from scratch",
     "ppo": "PPO",
+    "preference": "Preference",
 }
 
 

@@ -1,0 +1,210 @@
+"""Preference optimization: files of comparisons or rankings in, a run folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.config import METHODS
+from rlhf_jax.data import (
+    Comparison,
+    Ledger,
+    Prompt,
+    Ranking,
+    RankingRows,
+    batch_at,
+    encode_rankings,
+    have_messages,
+    new_lengths,
+    read_records,
+)
+from rlhf_jax.data.preferences import preference_rows
+from rlhf_jax.data.split import hold_out, remark_shared
+from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.intervals import wilson
+from rlhf_jax.evaluation.heldout_preferences import Logps, evaluate_preferences, logps_of
+from rlhf_jax.lora import attach
+from rlhf_jax.model import count_parameters
+from rlhf_jax.optim import first_key, make_optimizer, new_state
+from rlhf_jax.pretrained.source import LANGUAGE, Source, open_for, start_from
+from rlhf_jax.runs.length import run_length
+from rlhf_jax.runs.lifecycle import (
+    Finished,
+    complete,
+    create_run,
+    fingerprint_of,
+    longest_row,
+    refuse_empty,
+    refuse_unevaluated,
+    say,
+    say_data,
+    say_unheld,
+    train,
+)
+from rlhf_jax.stages.preference import STAGE, Config, Frozen, make_update
+from rlhf_jax.trainers.inputs import EMBEDDED, EXAMPLES
+from rlhf_jax.trainers.ppo_start import open_reference, reference_params
+
+# Default number of passes over the data.
+EPOCHS = 1.0
+Records = Sequence[Comparison | Ranking]
+
+
+def run(config: Config, *, records: Records | None = None, heldout: Records | None = None) -> Finished:
+    """Train the model of config.init on preferences; resumes from the latest checkpoint of the same run.
+
+    Args:
+      config: settings of the stage.
+      records: comparisons and rankings in place of the files that the config names.
+      heldout: held-out ones, likewise.
+
+    Raises:
+      UserError: for settings or files that do not fit.
+    """
+    if not config.init:
+        raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER or --init hf:FOLDER")
+    source = open_for(config, config.init, stages=LANGUAGE)
+    method, model = METHODS[config.method], source.network()
+    limit = longest_row(config.max_tokens, config.buckets, model.config.context)
+    ledger, heldout_ledger = Ledger(), Ledger()
+    rankings, held = _rankings(config, source, limit, (ledger, heldout_ledger), (records, heldout))
+    refuse_empty(rankings, "rankings", ledger)
+    rows = preference_rows(rankings, source.tokenizer, unrelated=method.unpaired)
+    held_rows = preference_rows(held, source.tokenizer, unrelated=method.unpaired) if len(held) else None
+    inputs = {
+        "init": source.fingerprint,
+        # Without sources (file and line of each ranking), so that the fingerprint depends on the content only.
+        "rankings": fingerprint_of([dataclasses.replace(rankings, sources=())]),
+        "heldout": fingerprint_of([dataclasses.replace(held, sources=())]),
+    }
+    length = run_length(config, len(rows), epochs=EPOCHS, what="rankings")
+    # Written out, so that a run that resumes on other devices has the same batches, and so that its folder says them.
+    config = dataclasses.replace(
+        config,
+        epochs=None,
+        steps=length.steps,
+        batch=length.batch,
+        sft_coef=config.likelihood_weight,
+        **{name: value for name, value in config.coefficients.items() if name != "alpha"},
+    )
+    start = start_from(source, config.lora, lambda: first_key(config.seed))
+    reference = start.params if method.reference else None
+    if config.reference:
+        other = open_reference(config, source)
+        inputs["reference"] = other.fingerprint
+        reference = reference_params(other, start, config.lora)
+    folder = create_run(
+        config,
+        stage=STAGE,
+        model=model.config,
+        tokenizer=source.tokenizer,
+        inputs=inputs,
+        origin=source.origin,
+        base=start.record,
+    )
+    if folder.finished:
+        return Finished(folder, folder.summary)
+    say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
+    if heldout is None and not config.heldout and config.heldout_fraction > 0:
+        say_unheld(held)
+    for line in length.lines:
+        say(line)
+    if method.unpaired:
+        without = sum(not ids for ids, _ in rows.unrelated)
+        say(
+            f"{config.method}: of each pair, the chosen response counts as desirable and the rejected one as "
+            "undesirable; its baseline is of responses to other prompts"
+            + (f", which {without:,} of {len(rows):,} prompts lack" if without else "")
+        )
+    optimizer = make_optimizer(config.optimizer, length.steps)
+
+    @functools.cache
+    def reference_logps() -> Logps | None:
+        if reference is None or held_rows is None:
+            return None
+        full = attach(start.base, reference, config.lora.scale)
+        return logps_of(model, full, held_rows, batch_size=length.batch)
+
+    evaluated: dict[int, tuple[float, float, int]] = {}  # by step
+
+    def held_out(state: TrainState) -> tuple[float, float, int]:
+        step = int(state.step)
+        if step not in evaluated and held_rows is not None:
+            full = attach(start.base, state.params, config.lora.scale)
+            policy = logps_of(model, full, held_rows, batch_size=length.batch)
+            evaluated[step] = evaluate_preferences(policy, reference_logps(), held_rows, config)
+        return evaluated[step]
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        loss, right, _ = held_out(state)
+        return {"loss": loss, "accuracy": right}
+
+    state = train(
+        folder,
+        config,
+        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
+        lambda axis: make_update(model, optimizer, config, axis_name=axis),
+        lambda step, **share: batch_at(rows, batch_size=length.batch, seed=config.seed, step=step, **share),
+        new_shapes=lambda first: new_lengths(
+            rows, batch_size=length.batch, seed=config.seed, first=first, steps=length.steps
+        ),
+        frozen=(Frozen(reference, start.base),),
+        evaluate=evaluate if held_rows is not None else None,
+        # A forward pass of the reference model, and for KTO one more of both for responses to other prompts.
+        flops_per_token=(config.lora.passes + method.reference) * model.config.flops_per_token(limit),
+        show=("loss", "accuracy", "margin"),
+    )
+    loss, right, pairs = held_out(state) if held_rows is not None else (None, None, 0)
+    # One observation per prompt, because the pairs of a ranking are not independent.
+    judged = sum(len(set(ranks)) > 1 for ranks in held.ranks)
+    summary = {
+        "dialogues": source.dialogues or have_messages(rankings.sources),
+        "prompts": len(rows),
+        "steps": length.steps,
+        "epochs": length.epochs,
+        "heldout_loss": loss,
+        "heldout_accuracy": right,
+        "heldout_accuracy_interval": None if right is None else wilson(right, judged),
+        "heldout_pairs": pairs,
+        "heldout_prompts": judged,
+    }
+    shown = (held if len(held) else rankings).sources[:EXAMPLES]
+    examples = [Prompt(record.prompt, record.where, record.turns) for record in shown]
+    return dataclasses.replace(complete(folder, summary, ledger, heldout=heldout_ledger), examples=examples)
+
+
+def _rankings(
+    config: Config,
+    source: Source,
+    limit: int,
+    ledgers: tuple[Ledger, Ledger],
+    records: tuple[Records | None, Records | None],
+) -> tuple[RankingRows, RankingRows]:
+    """Training and held-out rankings; the held-out ones are given, of files, or drawn from the training ones."""
+    (ledger, heldout_ledger), (given, held) = ledgers, records
+    if given is None:
+        if not config.data:
+            raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
+        if EMBEDDED in config.data:
+            raise UserError(
+                "data: expected files of comparisons or rankings, got embedded, which has none; rlhf-jax recipe "
+                "writes some to runs/recipe/rankings.jsonl"
+            )
+        given = read_records(config.data, "rankings", ledger, columns=config.columns)
+    if held is None and config.heldout:
+        held = read_records(config.heldout, "rankings", heldout_ledger, columns=config.columns)
+
+    def encoded(records: Records, ledger: Ledger) -> RankingRows:
+        return encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
+
+    rows = encoded(given, ledger)
+    if held is None:
+        return hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
+    remark_shared(given, held, heldout_ledger)
+    held_rows = encoded(held, heldout_ledger)
+    refuse_unevaluated(held_rows, heldout_ledger)
+    return rows, held_rows
