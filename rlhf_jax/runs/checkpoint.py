@@ -58,6 +58,8 @@ class Checkpoints:
         self.keep_last = keep_last
         self.best_metric = best_metric
         self.best_mode = best_mode
+        # If not None: later states may be bad, so the newest step up to this one is kept too.
+        self.beyond_doubt: int | None = None
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first; a damaged one is included until `restore` detects it."""
@@ -66,6 +68,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest saved step, or None."""
         return max(self.steps(), default=None)
+
+    def newest_until(self, step: int) -> int | None:
+        """The newest saved step that is not later than `step`, or None."""
+        return max((saved for saved in self.steps() if saved <= step), default=None)
 
     def best(self) -> int | None:
         """The step with the best metric, the newest among equals; None if no step has the metric."""
@@ -180,7 +186,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self.steps()
-        for step in {*steps[: -self.keep_last]} - {self.best()}:
+        good = None if self.beyond_doubt is None else self.newest_until(self.beyond_doubt)
+        for step in {*steps[: -self.keep_last]} - {self.best(), good}:
             path = self.folder / _name(step)
             path.rename(path.with_name(path.name + _DELETED))
         self._sweep()
