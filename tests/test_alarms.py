@@ -12,7 +12,6 @@ import pytest
 
 from rlhf_jax.cli import process
 from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
-from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.checkpoint import fingerprint, saved_steps
 from rlhf_jax.runs.loop import Ended

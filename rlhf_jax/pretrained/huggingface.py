@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Params
+from rlhf_jax.arrays import Params, first_bad
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer
@@ -161,6 +161,8 @@ class Pretrained:
             raise UserError(f"{at}: expected shape {list(shape)} by config.json, got {list(value.shape)}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise UserError(f"{at}: expected unquantised floating-point numbers, got {value.dtype}")
+        if bad := first_bad(value):
+            raise UserError(f"{at}: expected finite numbers, got {bad}; the file is damaged, copy it again")
         return value
 
     def _digest(self, name: str) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Params
+from rlhf_jax.arrays import Params, first_bad
 from rlhf_jax.config import PLACES, LoraConfig, ModelConfig
 from rlhf_jax.errors import UserError, install_command
 from rlhf_jax.pretrained.config_fields import Fields
@@ -420,6 +420,8 @@ def _package(name: str) -> Any:
 def _check_shape(path: Path, name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
     if value.shape != expected:
         raise UserError(f"{path}: tensor {name!r}: expected shape {list(expected)}, got {list(value.shape)}")
+    if bad := first_bad(value):
+        raise UserError(f"{path}: tensor {name!r}: expected finite numbers, got {bad}; copy the file again")
 
 
 def _plain(number: float) -> float:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import rich.console
 
-from rlhf_jax.arrays import Params, TrainState
+from rlhf_jax.arrays import Params, TrainState, first_bad
 from rlhf_jax.config import ModelConfig, RunConfig, from_plain, to_plain
 from rlhf_jax.data.batches import RankingRows
 from rlhf_jax.data.ledger import Ledger
@@ -330,10 +330,19 @@ def released_params(run: RunFolder) -> Params:
     """Loads a run's final parameters: the released ones, else those of the last checkpoint (PPO: the policy's).
 
     For a run with an adapter these are the adapter alone: `pretrained.source.open_source` finds its base.
+
+    Raises:
+      UserError: for a parameter that is not finite, by its name; a sampler would make text of it without an error.
     """
     if (run.path / RELEASED).exists():
         params = load_params(run.path / RELEASED)
     else:
         params = run.load_params()
         params = params.get("policy", params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if bad := first_bad(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise UserError(
+                f"{run.path}: parameter {name!r}: expected finite numbers, got {bad}; train the model again"
+            )
     return jax.tree.map(jnp.asarray, params)

@@ -7,6 +7,7 @@ before the sign is released. Limits and their reasons are in docs/reference/metr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -272,7 +273,7 @@ def _judge(name: str, evaluated: Sequence[Row]) -> Sign | None:
     at = max(range(len(rows)), key=lambda i: (rows[i][name], i))
     best, worse = rows[at], rows[at + 1 :]
     # Of the evaluations up to the best, the noise: later ones differ since the policy gets worse.
-    steps = [abs(a[name] - b[name]) for a, b in zip(rows[:at], rows[1 : at + 1], strict=True)]
+    steps = [abs(a[name] - b[name]) for a, b in itertools.pairwise(rows[: at + 1])]
     margin = max(0.1 * abs(best[name]), 2 * statistics.median(steps) if len(steps) > 1 else 0.0)
     streak = 0
     for row in reversed(worse):
