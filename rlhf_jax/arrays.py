@@ -13,7 +13,6 @@ import dataclasses
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
-import numpy as np
 
 Array = jax.Array
 Params = Any
@@ -24,15 +23,6 @@ T = TypeVar("T")
 def pytree(cls: type[T]) -> type[T]:
     """Make a class a frozen dataclass and register it as a pytree of its fields."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-def first_bad(value: np.ndarray) -> str | None:
-    """The first entry of an array that is not finite, with its index; None if all are finite."""
-    finite = np.isfinite(value)
-    if finite.all():
-        return None
-    place = np.unravel_index(int(np.argmin(finite)), value.shape)
-    return f"{float(value[place])} at {list(map(int, place))}"
 
 
 @pytree

@@ -20,15 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Params, first_bad
+from rlhf_jax.arrays import Params
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import UNFINISHED, sync_folder
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.config_fields import Fields
 from rlhf_jax.pretrained.families import FAMILIES, family_of
 from rlhf_jax.pretrained.safetensors_files import SafetensorsFolder, write_tensors
 from rlhf_jax.pretrained.weights import BUFFERS, Tensor, head_of, join, shape_in_file, split, tensors_of
-from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, sync_folder, write_json
+from rlhf_jax.runs.atomic_files import read_json, write_json
+from rlhf_jax.runs.checkpoint import first_bad
 from rlhf_jax.tokenizers.published_files import as_ids
 
 SHARD_BYTES = 2 * 2**30

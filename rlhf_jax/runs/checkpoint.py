@@ -26,8 +26,9 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import UNFINISHED, sync_folder
 from rlhf_jax.parallel import processes
-from rlhf_jax.runs.atomic_files import UNFINISHED, Damaged, read_manifest, seal, sync_folder, verify
+from rlhf_jax.runs.atomic_files import Damaged, read_manifest, seal, verify
 
 FORMAT_VERSION = 1
 _DELETED, _REPLACED, _DAMAGED = ".deleted", ".replaced", ".damaged"
@@ -261,6 +262,15 @@ def fingerprint(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def first_bad(value: np.ndarray) -> str | None:
+    """The first entry of an array that is not finite, with its index; None if all are finite."""
+    finite = np.isfinite(value)
+    if finite.all():
+        return None
+    place = np.unravel_index(int(np.argmin(finite)), value.shape)
+    return f"{float(value[place])} at {list(map(int, place))}"
 
 
 def _restore(path: Path, manifest: dict[str, Any], template: TrainState) -> TrainState:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import rich.console
 
-from rlhf_jax.arrays import Params, TrainState, first_bad
+from rlhf_jax.arrays import Params, TrainState
 from rlhf_jax.config import ModelConfig, RunConfig, from_plain, to_plain
 from rlhf_jax.data.batches import RankingRows
 from rlhf_jax.data.ledger import Ledger
@@ -35,7 +35,7 @@ from rlhf_jax.parallel.mesh import (
     use_all,
 )
 from rlhf_jax.parallel.sharding import DATA
-from rlhf_jax.runs.checkpoint import Checkpoints, load_params
+from rlhf_jax.runs.checkpoint import Checkpoints, first_bad, load_params
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.loop import Ended, Watch, fit
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
