@@ -250,6 +250,11 @@ ENDS = [
         130,
         "stopped, nothing was saved; to start again: rlhf-jax sft --data a\n",
     ),
+    (
+        raising(Stopped(signal.SIGTERM, 7, saved=False, last=4)),
+        143,
+        "stopped, step 7 was not saved, as it was a bad one; to resume from step 4: rlhf-jax sft --data a\n",
+    ),
     (raising(PermissionError(13, "Permission denied", "a.jsonl")), 2, "error: a.jsonl: Permission denied\n"),
     (raising(KeyboardInterrupt()), 130, "interrupted"),
 ]

@@ -1,12 +1,22 @@
 """A sealed folder gives no changed byte away as whole."""
 
+import errno
 import json
+import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_file
 from rlhf_jax.runs.atomic_files import Damaged, read_json, read_manifest, seal, verify, write_json
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.metrics import JsonLines
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
 
 pytestmark = pytest.mark.core
 
@@ -80,3 +90,68 @@ def test_reading_names_the_file(tmp_path: Path) -> None:
     for name in ("torn.json", "missing.json"):
         with pytest.raises(UserError, match=name):
             read_json(tmp_path / name)
+
+
+def test_every_file_is_whole_or_as_it_was_and_leftovers_block_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, ledger = Tokenizer.bytes(), Ledger()
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+
+    def rows(path: Path) -> None:
+        lines.row(1, {"loss": 1.0})
+        lines.close()
+        lines.start(1, 2)
+
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def watched(fd: int) -> None:
+        synced.append(os.fstat(fd).st_mode)
+        fsync(fd)
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writers: dict[str, Callable[[Path], object]] = {
+        "file.txt": lambda path: write_file(path, "ünï\r\n"),
+        "summary.json": lambda path: write_json(path, {"a": 1}),
+        "tokenizer.json": tokenizer.save,
+        "ledger.json": ledger.save,
+        "metrics.jsonl": rows,
+    }
+    for name, write in writers.items():
+        with case(name):
+            path, left = tmp_path / name, tmp_path / f"{name}.unfinished"
+            left.write_text("torn")
+            synced.clear()
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "fsync", watched)
+                write(path)
+            # The file, and the folder after its rename.
+            assert any(map(stat.S_ISREG, synced)) and stat.S_ISDIR(synced[-1]) and not left.exists()
+            before = path.read_bytes()
+
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "fsync", full)
+                with pytest.raises(OSError, match="No space left on device") as end:
+                    write(path)
+            assert end.value.filename == str(path.resolve()) and not left.exists()
+            assert name == "metrics.jsonl" or path.read_bytes() == before
+            lines.close()
+    assert (tmp_path / "file.txt").read_bytes() == "ünï\r\n".encode()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_file(tmp_path / "pipe", "through")
+    assert os.read(reader, 99) == b"through" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    os.close(reader)
+    (tmp_path / "link").symlink_to("file.txt")
+    write_file(tmp_path / "link", "followed")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file.txt").read_text() == "followed"
+    for name in ("tokenizer.json.partial", "tokenizer.json.unfinished", "config.json.unfinished"):
+        with case(name):
+            folder = tmp_path / name.replace(".", "_")
+            folder.mkdir()
+            (folder / name).write_text("torn")
+            RunFolder.create(folder, stage="sft", config={}, model={}, tokenizer=tokenizer, inputs={})
+            assert not (folder / name).exists()

@@ -19,7 +19,7 @@ import pytest
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import loop as fit_module
-from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
+from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint, saved_steps
 from rlhf_jax.runs.loop import Stopped, fit
 from rlhf_jax.runs.metrics import JsonLines, read_rows
 from tests.cases import case
@@ -241,6 +241,59 @@ def test_three_lost_losses_end_the_run(tmp_path: Path) -> None:
     ]
     assert checkpoints.steps() == [4]
     assert not recorder.open
+
+
+def test_nothing_is_saved_amid_bad_steps_and_a_restart_does_not_creep(tmp_path: Path) -> None:
+    def fitted(folder: str, bad: set[int], save_every: int = 2, stop: int = 0) -> tuple[Recorder, Checkpoints]:
+        recorder, checkpoints = Recorder(), Checkpoints(tmp_path / folder, keep_last=1)
+
+        def batches(step: int) -> np.ndarray:
+            if stop and step == stop - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batch_at(step)
+
+        options: dict[str, Any] = {"checkpoints": checkpoints, "save_every": save_every, "log_every": 100}
+        fit(checkpoints.restore(initial()), lossy(bad), batches, steps=12, writers=recorder, **options)
+        return recorder, checkpoints
+
+    lost = set(range(5, 13))
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"last at step 7; the last good checkpoint is that of step 4"):
+            fitted("creeping", lost, save_every=1)
+        assert saved_steps(tmp_path / "creeping") == [4]
+    with pytest.raises(Stopped) as stopped:
+        fitted("stopped", lost, stop=6)
+    assert (stopped.value.saved, stopped.value.last) == (False, 4) and saved_steps(tmp_path / "stopped") == [4]
+    # The checkpoint that was due at 6 is saved after the bad steps.
+    recorder, _ = fitted("over", {6, 7}, save_every=6)
+    assert [step for step, _ in recorder.rows] == [1, 6, 7, 8, 12]
+    # The last step is saved: the run is over.
+    assert fitted("end", {11, 12})[1].steps() == [12]
+
+
+def test_numbers_that_leave_a_sane_range_end_the_run(tmp_path: Path) -> None:
+    def saying(**absurd: float) -> Any:
+        def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            state, metrics = update(state, batch)
+            return state, metrics | ({name: jnp.float32(v) for name, v in absurd.items()} if state.step > 4 else {})
+
+        return step
+
+    options: dict[str, Any] = {"steps": 12, "save_every": 2}
+    for absurd, cause in (
+        ({"score": 1e12}, "score was absurd (1e+12) for 3 consecutive steps, last at step 7"),
+        ({"value": -2e6, "value_loss": 4e12}, "value was absurd (-2e+06) for 3"),
+        ({"loss": 1e13}, "loss was absurd (1e+13) for 3"),
+        ({"policy_param_norm": 1e6}, "the parameters have exploded: policy_param_norm is 1e+06 after step 5, and was"),
+    ):
+        with case(absurd):
+            checkpoints = Checkpoints(tmp_path / cause[:9])
+            with pytest.raises(UserError) as end:
+                fit(initial(), saying(**absurd), batch_at, writers=Recorder(), checkpoints=checkpoints, **options)
+            assert cause in str(end.value) and "the last good checkpoint is that of step 4" in str(end.value)
+    # Rewards in a unit of the user's, and norms of a large model.
+    usual = saying(score=9e5, value_loss=1e11, param_norm=200.0)
+    fit(initial(), usual, batch_at, writers=Recorder(), steps=12)
 
 
 def test_skipped_steps_are_told_and_end_the_run() -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import rlhf_jax
 from rlhf_jax.cli.app import main
@@ -219,3 +220,42 @@ def test_a_file_is_scored_on_the_rows_that_training_sees(
     Path("there.jsonl").touch()
     assert call("no-such-run", "--data", "data.jsonl", "--out", "there.jsonl") == 2
     assert "out: expected a file that does not exist yet" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_not_finite_is_named_and_makes_no_text(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = jax.tree.map(np.array, random_params(MODEL))
+    broken["block_0"]["ffn"]["up"]["kernel"][2, 3] = np.nan
+    judge = jax.tree.map(np.array, random_params(MODEL, True, 1))
+    judge["embedding"][7, 0] = np.inf
+    write_run(tmp_path / "nan", "sft", broken, MODEL, BYTES)
+    write_run(tmp_path / "released", "sft", random_params(MODEL), MODEL, BYTES, released=broken)
+    write_run(tmp_path / "judge", "reward", judge, MODEL, BYTES)
+    published = tmp_path / "published"
+    export(str(runs / "sft"), published)
+    tensors = load_file(published / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], -np.inf)
+    save_file(tensors, published / "model.safetensors")
+    kernel = "parameter 'block_0.ffn.up.kernel': expected finite numbers, got nan at [2, 3]"
+    for where, use, said in (
+        ("nan", lambda model: model.generate(["a"]), kernel),
+        ("released", lambda model: model.generate(["a"]), kernel),
+        (
+            "judge",
+            lambda model: model.score(["a"], ["b"]),
+            "parameter 'embedding': expected finite numbers, got inf at",
+        ),
+        (
+            "published",
+            lambda model: model.generate(["a"]),
+            "tensor 'model.norm.weight': expected finite numbers, got -in",
+        ),
+    ):
+        with case(where), pytest.raises(UserError) as end:
+            use(rlhf_jax.load(tmp_path / where))
+        assert said in str(end.value) and where in str(end.value)
+    with pytest.raises(SystemExit) as exited:
+        main(["generate", str(tmp_path / "nan"), "--prompt", "a", "--max-new-tokens", "8"])
+    errors = capsys.readouterr()
+    assert exited.value.code == 2 and kernel in errors.err and errors.err.count("\n") == 1 and not errors.out

@@ -23,6 +23,7 @@ from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.reliability import dawid_skene, estimate
 from rlhf_jax.feedback.store import AI, Store
 from rlhf_jax.feedback.trust import agreement_with_people
+from rlhf_jax.files import write_file
 from rlhf_jax.runs.atomic_files import write_json
 
 DIMENSIONS = 128
@@ -126,8 +127,8 @@ def ai(config: Ai) -> None:
         principle=config.principle,
     )
     if config.out:
-        with Path(config.out).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(judgement_row(one), ensure_ascii=False) + "\n" for one in answers.judgements)
+        rows = (json.dumps(judgement_row(one), ensure_ascii=False) + "\n" for one in answers.judgements)
+        write_file(Path(config.out), "".join(rows))
     else:
         with folder_lock(Path(config.labels)), contextlib.closing(Store(Path(config.labels))) as store:
             store.record(answers.judgements)
@@ -178,8 +179,7 @@ def active(config: Active) -> None:
         chosen = next_by_ensemble(kept, np.array(scores), judgements, config.count)
     too_long = sum(not fit for item, fit in zip(wanted, fits) if item.id not in done)
     if config.out:
-        with Path(config.out).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(item_row(item), ensure_ascii=False) + "\n" for item in chosen)
+        write_file(Path(config.out), "".join(json.dumps(item_row(item), ensure_ascii=False) + "\n" for item in chosen))
     else:
         with folder_lock(Path(config.labels)), contextlib.closing(Store(Path(config.labels))) as store:
             store.ask_first([item.id for item in chosen])

@@ -17,6 +17,7 @@ from rich.table import Table
 from rlhf_jax.cli.process import peak_memory
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_file
 from rlhf_jax.pods.chips import Topology, read_topology, written
 from rlhf_jax.pods.estimate import GIB, TooLarge, bill, make_plan
 from rlhf_jax.pods.models import read_model
@@ -70,7 +71,7 @@ def run(config: Config) -> None:
     plan["host_peak_bytes"] = peak_memory()
     _show(plan)
     if config.json:
-        Path(config.json).write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        write_file(Path(config.json), json.dumps(plan, indent=1) + "\n")
     if not plan["fits"]:
         worst = max(plan["programs"], key=lambda name: plan["programs"][name]["hbm_bytes"])
         found = plan["programs"][worst]["hbm_bytes"] / GIB
@@ -131,7 +132,7 @@ def search(config: Config, topology: Topology) -> None:
     Console(highlight=False).print(table)
     if config.json:
         text = json.dumps([plan for _, _, plan in found], indent=1)
-        Path(config.json).write_text(text + "\n", encoding="utf-8")
+        write_file(Path(config.json), text + "\n")
 
 
 def _mesh(text: str) -> dict[str, int]:

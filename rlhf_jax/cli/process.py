@@ -59,6 +59,8 @@ def run(work: Callable[[C], object], config: C, cluster: Cluster | None = None, 
         _exit(130, INTERRUPTED)
     except Stopped as stop:
         saved = f"saved after step {stop.step}; to resume:" if stop.saved else "nothing was saved; to start again:"
+        if not stop.saved and stop.last is not None:
+            saved = f"step {stop.step} was not saved, as it was a bad one; to resume from step {stop.last}:"
         _exit(128 + stop.signal, f"stopped, {saved} {again}", together=True)
     sys.exit(0)
 

@@ -175,6 +175,12 @@ class PPOConfig(RunConfig):
     policy."""
     log_every: int = 1
     """Iterations between rows of metrics."""
+    save_every: int = 10
+    """Iterations between checkpoints; 0 saves at the end only."""
+    alarms: Literal["stop", "warn"] = "stop"
+    """At a sign of collapse that lasts (KL, entropy, repetition, one answer to every prompt, missing ends, a score that
+    rises against a held-out judge or by length alone). stop: end the run and release the last good policy; warn: say so
+    and go on."""
     init: str = hinted("")
     """Initial policy, and reference model if reference is not given: fine-tuned, pretrained or a ppo run's policy; a
     run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf_jax.files import write_file
+
 TOKENS_PER_BOOK = 67_000  # 50,000 words at 0.75 words a token
 
 
@@ -131,9 +133,7 @@ class Ledger:
         content = self.to_dict()
         rows = ",\n".join(json.dumps(decision._asdict()) for decision in self.decisions)
         head = json.dumps({**content, "rows": []}, indent=1).removesuffix('"rows": []\n}')
-        partial = Path(f"{path}.partial")
-        partial.write_text(f'{head}"rows": [\n{rows}\n]}}\n', encoding="utf-8")
-        partial.replace(path)
+        write_file(Path(path), f'{head}"rows": [\n{rows}\n]}}\n')
 
     def summary(self, parameters: int | None = None) -> str:
         """Human-readable summary: rows, tokens, books of 67,000 tokens, tokens per parameter, reasons.

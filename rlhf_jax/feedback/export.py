@@ -27,7 +27,8 @@ from rlhf_jax.feedback.judged import Judged, join
 from rlhf_jax.feedback.records import Form, Item, Judgement
 from rlhf_jax.feedback.store import AI, dense
 from rlhf_jax.feedback.trust import trusted
-from rlhf_jax.runs.atomic_files import MANIFEST, UNFINISHED, read_manifest, seal
+from rlhf_jax.files import UNFINISHED
+from rlhf_jax.runs.atomic_files import MANIFEST, read_manifest, seal
 
 FORMS: tuple[Form, ...] = ("rankings", "comparisons", "trl", "hh", "demonstrations")
 KIND = "rlhf_jax feedback"

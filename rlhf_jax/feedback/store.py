@@ -21,7 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import FILE, connect, transaction
 from rlhf_jax.feedback.page import Page, parse_page
 from rlhf_jax.feedback.records import Item, Judgement
-from rlhf_jax.runs.atomic_files import sync_folder
+from rlhf_jax.files import sync_folder
 
 Role = Literal["labeller", "admin", "model"]
 AI = "ai:"

@@ -23,12 +23,14 @@ import numpy as np
 from rlhf_jax.arrays import Params
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import UNFINISHED, sync_folder
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.config_fields import Fields
 from rlhf_jax.pretrained.families import FAMILIES, family_of
 from rlhf_jax.pretrained.safetensors_files import SafetensorsFolder, write_tensors
 from rlhf_jax.pretrained.weights import BUFFERS, Tensor, head_of, join, shape_in_file, split, tensors_of
-from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, sync_folder, write_json
+from rlhf_jax.runs.atomic_files import read_json, write_json
+from rlhf_jax.runs.checkpoint import first_bad
 from rlhf_jax.tokenizers.published_files import as_ids
 
 SHARD_BYTES = 2 * 2**30
@@ -161,6 +163,8 @@ class Pretrained:
             raise UserError(f"{at}: expected shape {list(shape)} by config.json, got {list(value.shape)}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise UserError(f"{at}: expected unquantised floating-point numbers, got {value.dtype}")
+        if bad := first_bad(value):
+            raise UserError(f"{at}: expected finite numbers, got {bad}; the file is damaged, copy it again")
         return value
 
     def _digest(self, name: str) -> bytes:

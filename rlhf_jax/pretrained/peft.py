@@ -22,12 +22,14 @@ import numpy as np
 from rlhf_jax.arrays import Params
 from rlhf_jax.config import PLACES, LoraConfig, ModelConfig
 from rlhf_jax.errors import UserError, install_command
+from rlhf_jax.files import UNFINISHED, sync_folder
 from rlhf_jax.pretrained.config_fields import Fields
 from rlhf_jax.pretrained.families import FAMILIES
 from rlhf_jax.pretrained.huggingface import flattened, nested, parameter_shapes
 from rlhf_jax.pretrained.safetensors_files import write_file
 from rlhf_jax.pretrained.weights import Tensor, join, shape_in_file, split, tensors_of
-from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, sync_folder, write_json
+from rlhf_jax.runs.atomic_files import read_json, write_json
+from rlhf_jax.runs.checkpoint import first_bad
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OURS = "rlhf_jax.json"
@@ -420,6 +422,8 @@ def _package(name: str) -> Any:
 def _check_shape(path: Path, name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
     if value.shape != expected:
         raise UserError(f"{path}: tensor {name!r}: expected shape {list(expected)}, got {list(value.shape)}")
+    if bad := first_bad(value):
+        raise UserError(f"{path}: tensor {name!r}: expected finite numbers, got {bad}; copy the file again")
 
 
 def _plain(number: float) -> float:

@@ -15,6 +15,7 @@ from rlhf_jax.demo.gold_score import Virtues, gold_score, noise_for_agreement, r
 from rlhf_jax.demo.python_docs import Corpus
 from rlhf_jax.demo.relevance import Usage
 from rlhf_jax.evaluation.samples import sample_responses
+from rlhf_jax.files import write_file
 from rlhf_jax.model import Transformer
 from rlhf_jax.parallel import processes
 from rlhf_jax.tokenizers.protocol import TextTokenizer
@@ -138,7 +139,7 @@ def label(
         for p, row, r in zip(chosen.sources, responses, ranks, strict=True)
     ]
     if processes.is_first():
-        (folder / "rankings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_file(folder / "rankings.jsonl", "\n".join(lines) + "\n")
     return ranked(sampler, judge, chosen, responses, ranks), float(same[differ].mean())
 
 

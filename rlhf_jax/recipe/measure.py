@@ -14,6 +14,7 @@ from rlhf_jax.demo.python_docs import Corpus
 from rlhf_jax.evaluation.bigram import bigram_nats
 from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.evaluation.samples import distinct_share, sequence_kl, win_rate
+from rlhf_jax.files import write_file
 from rlhf_jax.model import Transformer
 from rlhf_jax.parallel import processes
 from rlhf_jax.recipe.labels import Judge, Sampler, gold_rankings, prompt_rows
@@ -80,7 +81,7 @@ def measure(
         for i, prompt in enumerate(prompts.sources)
     ]
     if processes.is_first():
-        (folder / "samples.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
+        write_file(folder / "samples.json", json.dumps(samples, indent=1) + "\n")
     shares: dict[str, float] = {}
     for name in params:
         for suffix, sampled in (("", answers[name]), ("_shown", shown[name])):

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import sync_folder, write_file
 
 MANIFEST = "manifest.json"
-UNFINISHED = ".unfinished"
 
 
 class Damaged(Exception):
@@ -35,14 +35,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
       ValueError: for an infinity or NaN.
       TypeError: for a value that JSON cannot represent.
     """
-    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    sync_folder(path.parent)
+    write_file(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -113,15 +106,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash_of(manifest):
         raise Damaged(f"{MANIFEST} differs from what was written")
     return manifest
-
-
-def sync_folder(path: Path) -> None:
-    """Syncs the entries of a folder to disk: without it a rename may be lost in a crash."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -26,8 +26,9 @@ import orbax.checkpoint as ocp
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import UNFINISHED, sync_folder
 from rlhf_jax.parallel import processes
-from rlhf_jax.runs.atomic_files import UNFINISHED, Damaged, read_manifest, seal, sync_folder, verify
+from rlhf_jax.runs.atomic_files import Damaged, read_manifest, seal, verify
 
 FORMAT_VERSION = 1
 _DELETED, _REPLACED, _DAMAGED = ".deleted", ".replaced", ".damaged"
@@ -58,6 +59,8 @@ class Checkpoints:
         self.keep_last = keep_last
         self.best_metric = best_metric
         self.best_mode = best_mode
+        # If not None: later states may be bad, so the newest step up to this one is kept too.
+        self.beyond_doubt: int | None = None
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first; a damaged one is included until `restore` detects it."""
@@ -66,6 +69,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest saved step, or None."""
         return max(self.steps(), default=None)
+
+    def newest_until(self, step: int) -> int | None:
+        """The newest saved step that is not later than `step`, or None."""
+        return max((saved for saved in self.steps() if saved <= step), default=None)
 
     def best(self) -> int | None:
         """The step with the best metric, the newest among equals; None if no step has the metric."""
@@ -180,7 +187,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self.steps()
-        for step in {*steps[: -self.keep_last]} - {self.best()}:
+        good = None if self.beyond_doubt is None else self.newest_until(self.beyond_doubt)
+        for step in {*steps[: -self.keep_last]} - {self.best(), good}:
             path = self.folder / _name(step)
             path.rename(path.with_name(path.name + _DELETED))
         self._sweep()
@@ -254,6 +262,15 @@ def fingerprint(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def first_bad(value: np.ndarray) -> str | None:
+    """The first entry of an array that is not finite, with its index; None if all are finite."""
+    finite = np.isfinite(value)
+    if finite.all():
+        return None
+    place = np.unravel_index(int(np.argmin(finite)), value.shape)
+    return f"{float(value[place])} at {list(map(int, place))}"
 
 
 def _restore(path: Path, manifest: dict[str, Any], template: TrainState) -> TrainState:

@@ -19,14 +19,16 @@ from typing import Any, Literal
 
 from rlhf_jax.config import MAY_CHANGE
 from rlhf_jax.errors import UserError
-from rlhf_jax.runs.atomic_files import UNFINISHED, read_json, write_json
+from rlhf_jax.files import LEFTOVERS
+from rlhf_jax.runs.atomic_files import read_json, write_json
 from rlhf_jax.tokenizers.load import load_tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 FORMAT_VERSION = 1
 _ABSENT = "nothing"
-# Files that a killed start may have left in a folder.
-_BEFORE_CONFIG = {"run.lock", "tokenizer.json", "tokenizer.json" + UNFINISHED, "config.json" + UNFINISHED}
+# Files that a killed start may have left in a folder without config.json.
+_BEFORE_CONFIG = {"run.lock", "tokenizer.json"}
+_BEFORE_CONFIG |= {name + ending for name in ("tokenizer.json", "config.json") for ending in LEFTOVERS}
 
 
 class RunFolder:
@@ -96,6 +98,8 @@ class RunFolder:
                         f"{path}: {field}: expected {earlier} as in the earlier run, got {now}; give the same settings "
                         f"to resume it, or another --name to start a new run"
                     )
+            for left in [child for child in path.iterdir() if child.name.endswith(LEFTOVERS) and child.is_file()]:
+                left.unlink()
             # The tokenizer first: a folder with a config.json is complete.
             tokenizer.save(path / "tokenizer.json")
             write_json(path / "config.json", about)

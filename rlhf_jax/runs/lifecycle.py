@@ -35,9 +35,9 @@ from rlhf_jax.parallel.mesh import (
     use_all,
 )
 from rlhf_jax.parallel.sharding import DATA
-from rlhf_jax.runs.checkpoint import Checkpoints, load_params
+from rlhf_jax.runs.checkpoint import Checkpoints, first_bad, load_params
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.runs.loop import fit
+from rlhf_jax.runs.loop import Ended, Watch, fit
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
@@ -121,6 +121,7 @@ def train(
     best_metric: str | None = None,
     best_mode: Literal["min", "max"] = "min",
     writers: Sequence[Writer] = (),
+    watch: Watch | None = None,
 ) -> TrainState:
     """Trains until config.steps, resuming from the run's last checkpoint if there is one.
 
@@ -136,6 +137,7 @@ def train(
       new_shapes: first step -> the steps at which a batch shape occurs for the first time; None if all batches have one
         shape.
       writers: writers in addition to the console and metrics.jsonl.
+      watch: called with the metrics of each step; see `runs.loop.Watch`.
 
     Returns:
       The final state.
@@ -143,6 +145,7 @@ def train(
     Raises:
       UserError: for a setting that does not fit the devices.
       Stopped: after SIGTERM, with the state saved.
+      Ended: by `watch`, with the newest state from before its reason; the initial one if none is saved.
     """
     steps, eval_every = config.steps, config.eval_every or 0
     if steps is None:
@@ -192,21 +195,32 @@ def train(
                 figures(state)
             return state
 
-        state = fit(
-            state,
-            lambda state, batch: update(state, batch, *held),
-            read,
-            steps=steps,
-            writers=Writers(outputs),
-            checkpoints=checkpoints,
-            save_every=config.save_every,
-            log_every=config.log_every,
-            evaluate=None if evaluate is None else figures,
-            eval_every=eval_every,
-            evaluate_first=evaluate_first,
-            flops_per_token=flops_per_token,
-            prepare=prepare,
-        )
+        ended: Ended | None = None
+        try:
+            state = fit(
+                state,
+                lambda state, batch: update(state, batch, *held),
+                read,
+                steps=steps,
+                writers=Writers(outputs),
+                checkpoints=checkpoints,
+                save_every=config.save_every,
+                log_every=config.log_every,
+                evaluate=None if evaluate is None else figures,
+                eval_every=eval_every,
+                evaluate_first=evaluate_first,
+                flops_per_token=flops_per_token,
+                prepare=prepare,
+                watch=watch,
+            )
+        except Ended as end:
+            # Without the frames of the loop, which hold the last state.
+            ended = end.with_traceback(None)
+        if ended is not None:
+            good = processes.from_first(lambda: checkpoints.newest_until(ended.good))
+            initial = copied(place(make_state(), mesh), mesh)
+            ended.state = initial if good is None else checkpoints.restore(initial, good)
+            raise ended
         checkpoints.close()
     processes.barrier("trained")
     # Evaluation and the next stage need only one copy on the first device, if it fits there.
@@ -319,10 +333,19 @@ def released_params(run: RunFolder) -> Params:
     """Loads a run's final parameters: the released ones, else those of the last checkpoint (PPO: the policy's).
 
     For a run with an adapter these are the adapter alone: `pretrained.source.open_source` finds its base.
+
+    Raises:
+      UserError: for a parameter that is not finite, by its name; a sampler would make text of it without an error.
     """
     if (run.path / RELEASED).exists():
         params = load_params(run.path / RELEASED)
     else:
         params = run.load_params()
         params = params.get("policy", params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if bad := first_bad(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise UserError(
+                f"{run.path}: parameter {name!r}: expected finite numbers, got {bad}; train the model again"
+            )
     return jax.tree.map(jnp.asarray, params)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
@@ -24,23 +25,42 @@ if TYPE_CHECKING:
     from rlhf_jax.runs.checkpoint import Checkpoints
 
 Metrics = Mapping[str, Any]
+# (metrics of the newest steps with their "step", writer of a message) -> the last step whose state is beyond doubt, or
+# None if the newest is. It may raise to end the run.
+Watch = Callable[[list[dict[str, Any]], Callable[[str], None]], int | None]
 # Consecutive steps with a bad metric or without any optimizer step, after which the run ends.
 PATIENCE = 3
-# Endings of the names of metrics that must be finite, causes before what follows from them.
-GUARDED = ("score", "value", "kl", "reward", "_loss", "loss")
+# Endings of the names of metrics that must be finite and at most this large, causes before what follows from them. A
+# loss may be the square of a value.
+GUARDED = {"score": 1e6, "value": 1e6, "kl": 1e6, "reward": 1e6, "_loss": 1e12, "loss": 1e12}
+# Largest root mean square of the parameters, and largest growth since the start.
+LARGEST_PARAMS = 100.0
 
 
 class Stopped(Exception):
     """Raised when SIGTERM or SIGINT ended the run at a step boundary.
 
-    signal: its number. step: updates done. saved: True if a checkpoint has all of them.
+    signal: its number. step: updates done. saved: True if a checkpoint has all of them. last: the last checkpoint.
     """
 
-    def __init__(self, signal: int, step: int, saved: bool) -> None:
+    def __init__(self, signal: int, step: int, saved: bool, last: int | None = None) -> None:
         super().__init__(f"stopped by signal {signal} after step {step}")
         self.signal = signal
         self.step = step
         self.saved = saved
+        self.last = last
+
+
+class Ended(Exception):
+    """Raised by a `Watch` to end a run.
+
+    good: the last step whose state is beyond doubt. state: the newest saved one up to it, given by `lifecycle.train`.
+    """
+
+    def __init__(self, reason: str, good: int) -> None:
+        super().__init__(reason)
+        self.good = good
+        self.state: TrainState | None = None
 
 
 def fit(
@@ -58,6 +78,7 @@ def fit(
     evaluate_first: bool = False,
     flops_per_token: float | None = None,
     prepare: Callable[[TrainState], TrainState] | None = None,
+    watch: Watch | None = None,
 ) -> TrainState:
     """Updates the state until its step is `steps`.
 
@@ -78,14 +99,16 @@ def fit(
       flops_per_token: floating point operations per trained token.
       prepare: called with `state` before the first step to compile the programs, so that no step waits for it; returns
         the state to begin with. In the state it gets, only the step must be an array (`parallel.outline`).
+      watch: called with each row of metrics that is read back; see `Watch`.
 
     Returns:
       The last state.
 
     Raises:
       Stopped: after SIGTERM or SIGINT, at the next step, once the state is saved.
-      UserError: if the state is not finite; if a loss, reward, score, value or KL was not finite, or every optimizer
-        step was skipped, for 3 consecutive steps, or for all steps of a shorter run.
+      UserError: if the state is not finite or its parameters have exploded; if a loss, reward, score, value or KL was
+        not finite or absurdly large, or every optimizer step was skipped, for 3 consecutive steps, or for all steps of
+        a shorter run. Nothing is saved between such steps, so the last checkpoint is from before the first.
     """
     step = int(state.step)
     if step >= steps:
@@ -97,6 +120,8 @@ def fit(
     guard = _Guard(writers, checkpoints, min(PATIENCE, steps))
     pending: list[Metrics] = []
     met: set[str] = set()
+    # A checkpoint that is due within a streak of bad steps is saved after it.
+    owed = False
     pace = _Pace()
     try:
         writers.start(step, steps)
@@ -141,10 +166,10 @@ def fit(
                         stopping and step < steps and (checkpoints is None or checkpoints.best_metric is None)
                     )
                 )
-                saving = checkpoints is not None and (
+                owed |= checkpoints is not None and (
                     _due(step, save_every, steps) or (evaluating and checkpoints.best_metric is not None)
                 )
-                if stopping or saving or evaluating or step == 1 or _due(step, log_every, steps):
+                if stopping or owed or evaluating or step == 1 or _due(step, log_every, steps):
                     processes.phase("waiting for the devices", step, waits=True, limit=pace.limit(len(pending)))
                     rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(pending)]
                     pending = []
@@ -159,13 +184,20 @@ def fit(
                         if processes.count() == 1:
                             stopping = bool(received)
                     writers.row(step, row)
-                    if checkpoints is not None and (saving or stopping):
+                    if watch is not None:
+                        doubt = watch(_numbered(step, rows, row), functools.partial(writers.event, step))
+                        if checkpoints is not None:
+                            checkpoints.beyond_doubt = doubt
+                    if checkpoints is not None and (owed or stopping):
                         processes.phase("saving", step, limit=_saving_limit(state))
                         guard.check_state(step, state)
-                        checkpoints.save(step, state, row)
+                        if step == steps or not guard.in_a_row:
+                            checkpoints.save(step, state, row)
+                            owed = False
                     throughput.restart()
                 if stopping and step < steps:
-                    raise Stopped(received[0], step, saved=checkpoints is not None)
+                    last = None if checkpoints is None else checkpoints.latest()
+                    raise Stopped(received[0], step, saved=last == step, last=last)
     finally:
         writers.close()
     return state
@@ -194,6 +226,13 @@ def _due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
+def _numbered(step: int, rows: list[dict[str, float]], row: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The metrics of the steps up to `step`, each with its number, the last one with those of the evaluation too."""
+    numbered: list[dict[str, Any]] = [{**each, "step": at} for at, each in enumerate(rows, step - len(rows) + 1)]
+    numbered[-1] |= {name: value for name, value in row.items() if name.startswith("eval/")}
+    return numbered
+
+
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric of the last row over the rows that have it."""
     columns = {name: [row[name] for row in rows if name in row] for name in rows[-1]}
@@ -208,34 +247,56 @@ class _Guard:
         self.checkpoints = checkpoints
         self.patience = patience
         self.in_a_row = 0
+        self.start_norm, self.largest_norm = 0.0, math.inf
 
     def check_metrics(self, step: int, rows: list[dict[str, float]]) -> None:
         """Checks the metrics of each step; `rows` are those of the steps up to `step`."""
         for at, row in enumerate(rows, start=step - len(rows) + 1):
+            self._check_params(at, row)
             bad = {name: value for name, value in row.items() if not math.isfinite(value)}
-            lost = [name for ending in GUARDED for name in bad if name.endswith(ending)]
+            lost = [
+                name
+                for ending, largest in GUARDED.items()
+                for name, value in row.items()
+                if name.endswith(ending) and (name in bad or abs(value) > largest)
+            ]
             share = max((row[name] for name in row if name.endswith("skipped") and "/" not in name), default=0.0)
             self.in_a_row = self.in_a_row + 1 if lost or share == 1 else 0
             if not lost and not share:
                 continue
             causes = lost[:1] or [name for name in bad if name.endswith("_norm")]
             # A score that is replaced, since its response has no end, is in no metric but this count.
-            cause = ", ".join(f"{name} is {bad[name]}" for name in causes)
+            cause = ", ".join(f"{name} is {row[name]:.6g}" for name in causes)
             cause = cause or f"nonfinite is {row.get('nonfinite', 0.0):g}"
             skips = f"; {f'{share:.0%} of its optimizer steps were' if share < 1 else 'the step was'} skipped"
             self.writers.event(at, cause + skips if share else cause)
             if self.in_a_row == self.patience:
-                what = f"{lost[0]} was not finite" if lost else f"no optimizer step was made, as {cause},"
+                what = f"no optimizer step was made, as {cause},"
+                if lost:
+                    what = f"{lost[0]} was {'not finite' if lost[0] in bad else f'absurd ({row[lost[0]]:.3g})'}"
                 self._end(f"{what} for {self.patience} consecutive steps, last at step {at}")
 
     def check_start(self, state: TrainState) -> None:
         """Raises UserError if training would start from a parameter that is not finite."""
-        if not bool(_sound(state)[0]):
+        params_finite, _, norm = _sound(state)
+        if not bool(params_finite):
             raise UserError("a parameter is not finite before the first step; the model to start from is damaged")
+        self.start_norm = float(norm)
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        self.largest_norm = LARGEST_PARAMS * max(self.start_norm, math.sqrt(count))
+
+    def _check_params(self, step: int, row: Mapping[str, float]) -> None:
+        """Raises UserError if the parameters have exploded."""
+        for name, norm in row.items():
+            if name.endswith("param_norm") and math.isfinite(norm) and norm > self.largest_norm:
+                self._end(
+                    f"the parameters have exploded: {name} is {norm:.3g} after step {step}, and was at most "
+                    f"{self.start_norm:.3g} at the start"
+                )
 
     def check_state(self, step: int, state: TrainState) -> None:
         """Raises UserError if a parameter is not finite or anything else in the state is NaN."""
-        params_finite, rest_defined = jax.device_get(_sound(state))
+        params_finite, rest_defined, _ = jax.device_get(_sound(state))
         if not params_finite:
             self._end(f"a parameter is not finite after step {step}; this state is not saved")
         if not rest_defined:
@@ -248,13 +309,17 @@ class _Guard:
 
 
 @jax.jit
-def _sound(state: TrainState) -> tuple[jax.Array, jax.Array]:
+def _sound(state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(the parameters are finite, the rest of the state has no NaN, norm of the parameters)."""
+
     def every(keep: Callable[[jax.Array], jax.Array], tree: Any) -> jax.Array:
         floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         return jnp.all(jnp.asarray([jnp.all(keep(leaf)) for leaf in floats], bool))
 
     # An optimizer may hold an infinity by design, such as the initial best loss.
-    return every(jnp.isfinite, state.params), every(lambda x: ~jnp.isnan(x), (state.opt_state, state.extras))
+    rest_defined = every(lambda x: ~jnp.isnan(x), (state.opt_state, state.extras))
+    norm = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.params))
+    return every(jnp.isfinite, state.params), rest_defined, norm
 
 
 @contextlib.contextmanager

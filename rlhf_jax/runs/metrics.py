@@ -6,12 +6,14 @@ Every writer has the same four methods: `start` before the first step, `row` for
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -23,7 +25,7 @@ import rich.progress
 import rich.text
 
 from rlhf_jax.errors import UserError, install_command
-from rlhf_jax.runs.atomic_files import UNFINISHED
+from rlhf_jax.files import sync_folder, write_file
 
 
 class Writer(Protocol):
@@ -73,7 +75,8 @@ class JsonLines:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._synced = -math.inf
 
     def start(self, step: int, steps: int) -> None:
         self.close()
@@ -82,9 +85,7 @@ class JsonLines:
         # A killed run leaves rows after its last checkpoint, the last one possibly truncated; those steps run again.
         # A run that starts again writes its row of step 0 again.
         kept = [line for line, row in _lines(self.path) if row["step"] <= step] if step else []
-        unfinished = self.path.with_name(self.path.name + UNFINISHED)
-        unfinished.write_text("".join(kept), encoding="utf-8")
-        unfinished.replace(self.path)
+        write_file(self.path, "".join(kept))
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self._write({"step": step, "time": round(time.time(), 3)} | {name: _number(v) for name, v in values.items()})
@@ -94,16 +95,35 @@ class JsonLines:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with file, self._named():
+                os.fsync(file.fileno())
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        # Each row is flushed to the system at once, so that a killed process loses none.
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with self._named():
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Unbuffered: a killed process loses no row. A crash of the machine costs those of the last second.
+                self._file = self.path.open("ab", buffering=0)
+                sync_folder(self.path.parent)
+            rest, size = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"), self._file.tell()
+            try:
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            except OSError:
+                self._file.truncate(size)
+                raise
+            if time.monotonic() - self._synced > 1.0:
+                os.fsync(self._file.fileno())
+                self._synced = time.monotonic()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Names the file in the error of a full disk."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from rlhf_jax.optim import apply_gradients, global_count, make_optimizer, new_st
 from rlhf_jax.packing import EpisodeRows, map_episodes, pack_episodes, padded_episodes
 from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
 from rlhf_jax.rewards import Terms, compose
+from rlhf_jax.stages.answers import repeated_pairs, same_answer
 
 STAGE = "ppo"
 Config = PPOConfig
@@ -407,6 +408,8 @@ def score(
         "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
         "missing_end": over_episodes(~ended_B),
         "entropy": masked_mean(found.entropy_BR, mask_BR, axis_name),
+        "same_answer": same_answer(sampled.tokens, mask_BR, axis_name),
+        "repeated_pairs": repeated_pairs(sampled.tokens, mask_BR, axis_name),
         "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - found.logp_BR), mask_BR, axis_name),
         "nonfinite": over_episodes(~finite_B),
         **term_metrics,

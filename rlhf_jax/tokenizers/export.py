@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_file
 from rlhf_jax.tokenizers.bpe import BYTES_PATTERN, Tokenizer
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
 from rlhf_jax.tokenizers.merges import merges_of, to_letters, to_oniguruma
@@ -117,8 +118,8 @@ def write_folder(tokenizer: TextTokenizer, folder: str | Path, *, chat_template:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, part in files.items():
             text = json.dumps(part, ensure_ascii=False, indent=2) + "\n"
-            (Path(folder) / name).write_bytes(text.encode("utf-8"))
+            write_file(Path(folder) / name, text)
     else:
         raise TypeError(f"tokenizer: expected a Tokenizer or a HuggingFaceTokenizer, got {type(tokenizer).__name__}")
     if chat_template is not None:
-        (Path(folder) / TEMPLATE).write_bytes(chat_template.encode("utf-8"))
+        write_file(Path(folder) / TEMPLATE, chat_template)

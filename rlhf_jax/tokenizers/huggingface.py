@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.files import write_file
 from rlhf_jax.tokenizers.added_tokens import Added, collect, text_of
 from rlhf_jax.tokenizers.bpe import pieces
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
@@ -183,7 +184,7 @@ class HuggingFaceTokenizer:
         """Writes the original files, byte for byte, for transformers to read."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
-            (Path(folder) / name).write_bytes(text.encode("utf-8"))
+            write_file(Path(folder) / name, text)
 
     @functools.cached_property
     def fingerprint(self) -> str:

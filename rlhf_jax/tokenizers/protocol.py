@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from rlhf_jax.files import write_file
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
 
 FORMAT = "rlhf_jax tokenizer"
@@ -90,10 +91,7 @@ def write_saved(path: str | Path, tokenizer: TextTokenizer, content: Mapping[str
         "special_ids": {"eos": tokenizer.eos_id, "bos": tokenizer.bos_id, "pad": tokenizer.pad_id},
         **content,
     }
-    # Written atomically: a crash must leave the old file or the new one.
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(saved, indent=0, ensure_ascii=True) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file(Path(path), json.dumps(saved, indent=0, ensure_ascii=True) + "\n")
 
 
 def one_line(error: BaseException) -> str:

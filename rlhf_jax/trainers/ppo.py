@@ -35,7 +35,6 @@ from rlhf_jax.runs.lifecycle import (
     say,
     say_data,
     say_epochs,
-    train,
 )
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.ppo import (
@@ -49,6 +48,7 @@ from rlhf_jax.stages.ppo import (
     make_update,
     rescaled,
 )
+from rlhf_jax.trainers.alarms import train_watched
 from rlhf_jax.trainers.inputs import EXAMPLES, wants_embedded
 from rlhf_jax.trainers.ppo_rewards import NumberedRows, host_step, reward_functions, rewards_of
 from rlhf_jax.trainers.ppo_start import (
@@ -88,7 +88,7 @@ def run(
       evaluate: maps a state to metrics, which are written as "eval/…"; with config.eval_every, the initial state too.
 
     Raises:
-      UserError: for settings or files that do not fit.
+      UserError: for settings or files that do not fit; at an alarm, with the last good policy released.
     """
     config, functions, terms = reward_functions(config, reward_funcs)
     if not config.init:
@@ -180,7 +180,7 @@ def run(
     )
     ids: dict[str, Any] = {"eos_id": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     forward = networks.policy.config.flops_per_token(length, language_head=False)
-    state = train(
+    state, warnings = train_watched(
         folder,
         config,
         lambda: initial_state(config, policy.params, rescaled(scorer.params, mean, scale)),
@@ -221,6 +221,7 @@ def run(
         "kl_coef": float(state.extras["kl_coef"]),
         "score_mean": mean,
         "score_scale": scale,
+        "warnings": warnings,
     }
     finished = complete(folder, summary, ledger, pretraining_data=text_ledger)
     return dataclasses.replace(finished, examples=list(rows.sources)[:EXAMPLES])

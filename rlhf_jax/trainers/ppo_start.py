@@ -32,6 +32,8 @@ from rlhf_jax.tokenizers.protocol import TextTokenizer
 POLICIES = ("sft", "pretrain", "ppo", "preference")
 # Responses on which mean and scale of the scores are measured: the scale to 4%.
 REFERENCE_RESPONSES = 256
+# float32 tells scores apart in this range; those of reward models are within 0.01 to 100.
+SMALLEST_SCALE, LARGEST_SCORE = 1e-5, 1e6
 
 
 def open_reward_model(config: Config, source: Source) -> Source | None:
@@ -46,7 +48,7 @@ def open_reward_model(config: Config, source: Source) -> Source | None:
     reward_model = open_for(config, config.reward, stages=("reward",))
     same_tokenizer(source, reward_model)
     if reward_model.score_scale is not None:
-        refuse_scale(reward_model, reward_model.score_scale)
+        refuse_scale(reward_model, reward_model.score_scale, reward_model.score_mean or 0.0)
     return reward_model
 
 
@@ -114,20 +116,30 @@ def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np
         else:
             scores = measure().astype(np.float64)
             mean, scale, responses = float(scores.mean()), float(scores.std()), len(scores)
-            refuse_scale(reward_model, scale)
+            refuse_scale(reward_model, scale, mean)
             say(f"scores of {responses} responses of the starting policy: mean {mean:.4g}, scale {scale:.4g}")
         found = facts = {"score_mean": mean, "score_scale": scale, "measured_on_responses": responses}
         processes.by_first(lambda: write_json(path, found))
     return facts["score_mean"], facts["score_scale"]
 
 
-def refuse_scale(reward_model: Source, scale: float) -> None:
-    """Raises UserError if scores do not differ or are not finite."""
+def refuse_scale(reward_model: Source, scale: float, mean: float = 0.0) -> None:
+    """Raises UserError if scores do not differ, are not finite, or are of a size that no scores have."""
     if not (scale > 0 and math.isfinite(scale)):
         raise UserError(
             f"{reward_model.where}: score_scale: expected more than 0, as scores must differ, got {scale}; train it on "
             "more data"
         )
+    for name, value, sound in (
+        ("score_scale", scale, SMALLEST_SCALE <= scale <= LARGEST_SCORE),
+        ("score_mean", mean, abs(mean) <= LARGEST_SCORE),
+    ):
+        if not sound:
+            raise UserError(
+                f"{reward_model.where}: {name}: expected a deviation of {SMALLEST_SCALE:g} to {LARGEST_SCORE:g} and a "
+                f"mean of at most {LARGEST_SCORE:g}, got {value:g}; the summary is damaged, or the model is: train it "
+                "again"
+            )
 
 
 def first_scores(

@@ -25,8 +25,8 @@ from rlhf_jax.data import (
 from rlhf_jax.data.preferences import preference_rows
 from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.evaluation.heldout_preferences import Logps, evaluate_preferences, logps_of
+from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.lora import attach
 from rlhf_jax.model import count_parameters
 from rlhf_jax.optim import first_key, make_optimizer, new_state
