@@ -153,8 +153,8 @@ def test_help_of_a_field_is_one_paragraph(capsys: pytest.CaptureFixture[str], mo
         with pytest.raises(SystemExit):
             flags.parse(cls, ["--help"])
         lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-        texts = [field.description for owner in cls.__mro__[:-1] for field in parse_from_object(owner).params]
-        texts = [" ".join(text.split())[:150] for text in texts if text and "\n" in text]
+        given = [field.description for owner in cls.__mro__[:-1] for field in parse_from_object(owner).params]
+        texts = [" ".join(text.split())[:150] for text in given if text and "\n" in text]
         assert texts and all(any(text in line for line in lines) for text in texts)
 
 

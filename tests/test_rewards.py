@@ -263,12 +263,12 @@ def test_ready_made_rewards_by_hand() -> None:
 
 
 def test_an_ensemble_by_hand() -> None:
-    scores_NB = np.float32([[1, 4], [3, 0], [5, 2]])
+    scores_NB = np.array([[1, 4], [3, 0], [5, 2]], np.float32)
     ways: list[Any] = [({}, [3, 2]), ({"how": "worst"}, [1, 0])]
     ways.append(({"how": "cautious", "k": 0.5}, [3 - 0.5 * math.sqrt(8 / 3), 2 - 0.5 * math.sqrt(8 / 3)]))
     for settings, expected in ways:
         with case(settings):
             np.testing.assert_allclose(jax.jit(functools.partial(rewards.ensemble, **settings))(scores_NB), expected)
-            judges = [lambda prompts, completions, row=row: row for row in scores_NB]
+            judges: list[Any] = [lambda prompts, completions, row=row: row for row in scores_NB]
             found = rewards.judged(["p", "q"], ["a", "b"], judges=judges, **settings)
             np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -16,7 +16,7 @@ import sys
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import docstring_parser
 import tyro
@@ -132,7 +132,7 @@ def _help_in_paragraphs() -> Iterator[None]:
             field.description = " ".join((field.description or "").split()) or None
         return found
 
-    docstring_parser.parse_from_object = joined
+    docstring_parser.parse_from_object = cast(Any, joined)
     try:
         yield
     finally:

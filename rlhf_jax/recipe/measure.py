@@ -160,7 +160,7 @@ def reward_figures(
             released_params(runs[name].run),
             rankings,
             size.reward_batch,
-            share_prompts=True,
+            pack=1,
         )
         for name in ("reward", "reward_scratch")
     }
