@@ -296,7 +296,8 @@ def test_without_jinja(monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf_jax.tokenizers import chat_template
 
     monkeypatch.setattr(chat_template, "_environment", chat_template._environment.__wrapped__)
-    for name in [name for name in sys.modules if name.split(".")[0] == "jinja2"]:
+    # Also those that no test has imported before this one.
+    for name in {"jinja2", *(name for name in sys.modules if name.split(".")[0] == "jinja2")}:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
         UserError, match=r"need jinja2; run: pip install 'gguf>=.*' 'jinja2>=.*' 'safetensors>=.*' 'tokenizers>="

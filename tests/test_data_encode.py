@@ -219,6 +219,23 @@ def test_a_dialogue_to_pretrain_on_is_written_by_the_template() -> None:
     assert encode_text([document], BYTES, ledger=Ledger()) == [ids(document.text)]
 
 
+def test_a_dialogue_to_pretrain_on_is_the_row_that_fine_tuning_has() -> None:
+    talk = (Message("system", "S"), *ASK, Message("assistant", "a"), *ASK, Message("assistant", "b"))
+    plain = load("gpt2", {"eos_token": "</s>"})
+    metaspace = load("metaspace", {"bos_token": "<s>", "eos_token": "</s>"})
+    for tokenizer in (BYTES, plain, metaspace):
+        for messages in (talk, talk[:3], talk[:5], (*talk, Message("user", ""))):
+            with case((tokenizer.name, messages)):
+                (document,) = encode_text([Text("any", messages=messages)], tokenizer, ledger=Ledger())
+                whole = [*tokenizer.start_ids, *document, tokenizer.eos_id]
+                row = dialogue_row(messages, tokenizer)[0]
+                # An answer ends in the middle too; the last one's end, or that of what follows it, is packing's.
+                assert whole == row if messages[-1].role == "assistant" else whole == [*row, tokenizer.eos_id]
+    assert encode_text([Text("any", messages=talk)], BYTES, ledger=Ledger()) == [
+        [*ids("S\n\nHuman: u\n\nAssistant: a"), EOS, *ids("\n\nHuman: u\n\nAssistant: b")]
+    ]
+
+
 def test_a_prompt_of_text_stays_text() -> None:
     tokenizer = load("gpt2", {"eos_token": "</s>", "chat_template": CHATML})
     assert prompt_ids(Prompt("a cat"), tokenizer) == tokenizer.encode("a cat")

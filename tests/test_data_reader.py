@@ -186,6 +186,8 @@ MALFORMED = [
          "'ended': expected true, or false for a response that was cut, got the text \"no\""),
         ("dialogues", {"messages": [USER, says("x")], "ended": False}, "'ended': expected true in a dialogue; use"),
         ("text", {"messages": [USER, says("x")], "ended": False}, "'ended': expected true in a dialogue; use"),
+        ("text", {"text": "x", "ended": False}, "'ended': expected true beside a text, as each is taught with its end"),
+        ("text", {"text": "x", "ended": 0}, "'ended': expected true, or false for a response that was cut, got the nu"),
         ("comparisons", {"prompt": "p", "chosen": "c", "rejected": "r", "ended_chosen": 0}, "got the number 0"),
         ("rankings", {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "ended": [True]},
          "'ended': expected a list of 2, one for each response, got a list of 1"),

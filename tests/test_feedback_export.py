@@ -216,8 +216,17 @@ def test_consensus(tmp_path: Path) -> None:
     assert consensus_ranks([(1, 2, 3), (3, 1, 2)], [2, 1]) == (1, 1, 2)
     assert consensus_ranks([(1, 2), (2, 1)], [0.1 + 0.2, 0.3]) == (1, 1)
     said = [
-        Judgement(TEXT.id, "ann", (1, 2, 3), (7, 5, None), (frozenset({"other"}), NONE, NONE), seconds=1.5),
-        Judgement(TEXT.id, "bob", (3, 1, 2), (4, 5, None), (NONE, NONE, NONE), seconds=2.0),
+        Judgement(
+            TEXT.id,
+            "ann",
+            (1, 2, 3),
+            (7, 5, None),
+            (frozenset({"other"}), NONE, NONE),
+            seconds=1.5,
+            comments=("short", "", "né\n1"),
+            rationale="As asked.",
+        ),
+        Judgement(TEXT.id, "bob", (3, 1, 2), (4, 5, None), (NONE, NONE, NONE), seconds=2.0, comments=("", "", "no")),
         Judgement(TEXT.id, "cy", (3, 1, 2)),
         Judgement(CHAT.id, "ann", (1, 1, 2)),
         Judgement(CHAT.id, "bob", (2, 2, 1)),
@@ -227,6 +236,13 @@ def test_consensus(tmp_path: Path) -> None:
     assert (row["ranks"], row["labeller"], row["labellers"]) == ([2, 1, 2], "consensus", ["ann", "bob", "cy"])
     assert (row["ratings"], row["flags"], row["seconds"]) == ([5.5, 5.0, None], [["other"], [], []], 3.5)
     assert manifest["counts"]["left_out"] == {"tied by the consensus": 2}
+    # What people wrote is kept, with their names, in pairs too.
+    assert row["comments"] == [{"ann": "short"}, {}, {"ann": "né\n1", "bob": "no"}]
+    assert row["rationale"] == {"ann": "As asked."}
+    export(ITEMS, said, tmp_path, consensus=True, form="trl")
+    first, _ = rows(tmp_path / "trl.jsonl")
+    assert (first["comments_chosen"], first["comments_rejected"]) == ({}, {"ann": "short"})
+    assert first["rationale"] == {"ann": "As asked."}
 
 
 def test_a_model_is_exported_once_it_agrees_with_people(tmp_path: Path) -> None:

@@ -240,11 +240,14 @@ def _completion_ids(record: Demonstration, tokenizer: TextTokenizer) -> list[int
 
 
 def _document_ids(record: Text, tokenizer: TextTokenizer) -> list[int]:
-    """Ids of a document without start ids and eos; a dialogue is rendered by the chat template, if there is one."""
-    if not record.messages or tokenizer.chat_template is None:
-        _refuse_tools(record.messages)
+    """Ids of a document without start ids and eos; a dialogue is rendered as to fine-tune on it."""
+    if not record.messages:
         return tokenizer.encode(record.text)
-    ids, start = chat.dialogue_ids(record.messages, tokenizer), list(tokenizer.start_ids)
+    if tokenizer.chat_template is None:
+        ids = dialogue_row(record.messages, tokenizer)[0]
+    else:
+        ids = chat.dialogue_ids(record.messages, tokenizer)
+    start = list(tokenizer.start_ids)
     ids = ids[len(start) :] if ids[: len(start)] == start else ids
     # Packing ends every document.
     return ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids

@@ -137,6 +137,8 @@ def _text(row: Row) -> Text:
     messages: tuple[Message, ...] = ()
     if name is None:
         text = row.text("text")
+        if not row.ended("ended"):
+            raise row.wrong("ended", "false", "true beside a text, as each is taught with its end; leave the row out")
     else:
         turns = _whole_dialogue(row, name)
         if False in turns.learned:

@@ -19,7 +19,7 @@ from rlhf_jax.data.dialogues import Message
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A document to pretrain on. messages: a dialogue, of which `text` is the rendering without a chat template."""
+    """A document to pretrain on. messages: a dialogue, with `text` as its rendering for people."""
 
     text: str
     where: str = dataclasses.field(default="", compare=False)

@@ -218,7 +218,10 @@ def _demonstrations(judged: Judged, models: bool, left_out: collections.Counter[
 def _agreed(
     said: Iterable[Said], weights: Mapping[str, float] | None, left_out: collections.Counter[str]
 ) -> list[Said]:
-    """One ranking per item, with mean ratings, flags given by at least half of those asked, and summed seconds."""
+    """One ranking per item, with mean ratings, flags given by at least half of those asked, and summed seconds.
+
+    Comments and rationales are kept as they are, by labeller.
+    """
     agreed = []
     for _, group in itertools.groupby(said, key=lambda one: one[0].id):
         several = list(group)
@@ -235,6 +238,12 @@ def _agreed(
             about["ratings"] = [_mean([rating for rating in column if rating is not None]) for column in zip(*ratings)]
         if flags := [one["flags"] for one in abouts if "flags" in one]:
             about["flags"] = [_half(column, len(flags)) for column in zip(*flags)]
+        if comments := [(name, one["comments"]) for name, one in zip(names, abouts) if "comments" in one]:
+            about["comments"] = [
+                {name: texts[place] for name, texts in comments if texts[place]} for place in range(len(ranks))
+            ]
+        if rationales := {name: one["rationale"] for name, one in zip(names, abouts) if "rationale" in one}:
+            about["rationale"] = rationales
         about |= _of_responses(item)
         agreed.append((item, ranks, about))
     return agreed

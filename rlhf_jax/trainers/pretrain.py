@@ -115,7 +115,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         "training_tokens": rows.targets,
         "heldout_loss": figures.get("loss"),
         "heldout_bits_per_byte": figures.get("bits_per_byte"),
-        # Its own messages do not count: without a template they are text, whose answers have no end of turn.
+        # Its own messages do not count: they may be a few among texts, too few to learn a turn's end from.
         "dialogues": source is not None and source.dialogues,
     }
     finished = complete(folder, summary, ledger, heldout=heldout_ledger)
