@@ -21,6 +21,7 @@ from rlhf_jax.evaluation import evaluate, reward_accuracy
 from rlhf_jax.evaluation.answers import Answer, Language, _logp_and_entropy, read_answers, sample_answers
 from rlhf_jax.evaluation.arms import Arm, best_arm
 from rlhf_jax.evaluation.compare_models import short_names
+from rlhf_jax.evaluation.evaluation_tables import fit_lines
 from rlhf_jax.evaluation.frontier import best_of_curve, policies_curve, steps_to
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.model import Transformer
@@ -123,7 +124,11 @@ def test_scores_are_those_that_ppo_sees(root: Path, found: dict[str, Any]) -> No
     means = [np.mean([answer["scores"]["judge"] for answer in row["answers"]["sft"]]) for row in rows]
     assert sft["scores"]["judge"]["value"] == pytest.approx(np.mean(means))
     assert sft["scores"]["judge"]["low"] < np.mean(means) < sft["scores"]["judge"]["high"]
-    assert found["notes"] == ["count_a: 1 prompts are left out, as an answer has no score"]
+    assert found["notes"] == [
+        "count_a: 1 prompts are left out, as an answer has no score",
+        "1 rows are left out: the same prompt as in an earlier row",
+        f"1 rows are left out: longer than 56 tokens, the context of {root / 'sft'} less max_new_tokens",
+    ]
     assert (sft["kl"]["value"], sft["kl"]["standard_error"]) == (0.0, 0.0) and ppo["kl"]["value"] != 0
     assert best["kl"] is None and best["kl_to_own_model"] == pytest.approx(math.log(3) - 2 / 3)
     assert best["name"] == "sft, best of 3" and best["answers"] == 4
@@ -439,6 +444,24 @@ def test_answers_are_read_in_the_forms_of_prompts(tmp_path: Path) -> None:
     assert [answer.ended for _, answer in found] == [None] * 5 + [False, None]
     assert found[4][0].columns == {"question": "hi", "id": 7}
     assert ledger.reasons() == {"dropped": {"empty prompt": 1}}
+
+
+def test_a_turn_is_said_where_it_was_measured() -> None:
+    one = {"value": 1.0, "low": 0.5, "high": 2.0}
+    fit: dict[str, Any] = {"form": "rl", "alpha": one, "beta": one}
+    cases: list[Any] = [
+        ((2.0, 1.5, 2.5), True, "it turns at d = 2.00 (1.50 to 2.50), measured to 3.00"),
+        ((2.0, 1.5, None), False, "it may turn at d = 2.00 (1.50 to ∞), which reaches beyond the 3.00 that were"),
+        ((None, 1.5, None), False, "it does not turn (measured to d = 3.00)"),
+    ]
+    for values, turned, words in cases:
+        with case(words):
+            turn = dict(zip(("value", "low", "high"), values, strict=True))
+            curve = {"start": "sft", "kl": [0.0, 9.0], "fits": {"judge": fit | {"turn": turn, "turned": turned}}}
+            best = curve | {"model": "sft", "fits": {"judge": fit, "gold": None}}
+            (line,) = fit_lines({"scorers": ["judge"], "best_of_n": [best], "policies": curve})
+            assert line.startswith("judge, policies from sft: d(α − β log d) with α 1.00 (0.50 to 2.00) and β")
+            assert words in line
 
 
 def test_models_have_the_shortest_names_that_differ() -> None:

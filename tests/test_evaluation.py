@@ -94,6 +94,10 @@ def test_the_win_rate_at_equal_length_is_that_of_the_closed_form() -> None:
             assert found.value == pytest.approx(rate, abs=1e-6)
             assert 0 <= found.low <= found.value <= found.high <= 1
     assert length_controlled(np.ones(20), np.arange(20.0))[0].low == wilson(1.0, 20)[0]
+    # The prior keeps the effect of length finite: at the maximum φ = 100 x (20 + 20) (1 - p), x = tanh(1), p = σ(φ x).
+    _, effect = length_controlled(np.array([1.0, 0.0] * 20), np.array([3.0, -3.0] * 20))
+    x = math.tanh(1)
+    assert effect == pytest.approx(100 * 40 * x / (1 + math.exp(effect * x)), rel=1e-6)
 
 
 def test_words_are_runs_of_letters_and_single_signs() -> None:
@@ -242,6 +246,9 @@ def test_fits_of_gold_scores_recover_their_parameters_and_the_turn() -> None:
                 assert estimate.low < true < estimate.high < 1.1 * true
             assert fit.turned == (form == "best-of-n")  # that of RL, at 4.5, is beyond what was measured
             assert fit == fit_gold(form, own, noisy)
+    # A turn within what was measured, at 3.85, but for a few resamples.
+    near = fit_gold("best-of-n", d, d * (np.random.default_rng(0).normal(2.0, 0.5, (20, 1)) - 0.26 * d))
+    assert near.turn.value < 4 < near.turn.high and not near.turned
     rising = fit_gold("best-of-n", d, d * (1.0 + 0.1 * d))
     assert rising.turn.value == math.inf and not rising.turned
     assert turn_of("best-of-n", np.array([-1.0]), np.array([1.0])).tolist() == [0.0]

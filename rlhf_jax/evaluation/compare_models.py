@@ -187,6 +187,8 @@ class _Comparison:
             for reason, count in own.reasons().get("dropped", {}).items():
                 self.notes.append(f"{judge.where}: {count:,} comparisons are left out: {reason}")
         about = {"prompts": len(self.prompts), "scorers": list(self.arms[0].scores) if self.arms else []}
+        for reason, count in self.ledger.reasons().get("dropped", {}).items():
+            self.notes.append(f"{count:,} rows are left out: {reason}")
         settings = dataclasses.asdict(config) | {"reward_funcs": [spec_of(f) for f in self.functions]}
         rest = {"reward_models": [one for one in rewards if one], "notes": self.notes, "settings": settings}
         content: dict[str, Any] = plain(about | {"reference": config.reference or None} | found | rest)

@@ -107,25 +107,31 @@ def reward_rows(content: Content) -> list[tuple[str, ...]]:
 
 
 def fit_lines(content: Content) -> list[str]:
-    """A sentence on each fit of a score against d = √KL."""
-    curves = [(f"best-of-n of {curve['model']}", curve) for curve in content["best_of_n"]]
+    """A sentence on each fit of a score against d = √KL, but for best-of-n by the score itself, which cannot turn."""
+    proxy = next(iter(content["scorers"]), "")
+    curves: list[tuple[str, Content, tuple[str, ...]]] = [
+        (f"best-of-n of {curve['model']}", curve, (proxy,)) for curve in content["best_of_n"]
+    ]
     if content["policies"]:
-        curves.append((f"policies from {content['policies']['start']}", content["policies"]))
+        curves.append((f"policies from {content['policies']['start']}", content["policies"], ()))
     lines = []
-    for what, curve in curves:
+    for what, curve, left_out in curves:
         for scorer, fit in curve["fits"].items():
-            if fit is None:
-                continue
-            form = "d(α − βd)" if fit["form"] == "best-of-n" else "d(α − β log d)"
-            most = max(curve["kl"]) ** 0.5
-            turn = fit["turn"]["value"]
-            if turn is None or turn > most:
-                ends = "does not turn" if turn is None else f"turns beyond what was measured, at d = {turn:.2f}"
-            else:
-                high = fit["turn"]["high"]
-                ends = f"turns at d = {turn:.2f} ({fit['turn']['low']:.2f} to {'∞' if high is None else f'{high:.2f}'})"
-            lines.append(
-                f"{scorer}, {what}: {form} with α {interval(fit['alpha'], '.2f')} and β "
-                f"{interval(fit['beta'], '.2f')}; it {ends}, of {most:.2f} measured"
-            )
+            if fit is not None and scorer not in left_out:
+                form = "d(α − βd)" if fit["form"] == "best-of-n" else "d(α − β log d)"
+                lines.append(
+                    f"{scorer}, {what}: {form} with α {interval(fit['alpha'], '.2f')} and β "
+                    f"{interval(fit['beta'], '.2f')}; {_turn(fit, max(curve['kl']) ** 0.5)}"
+                )
     return lines
+
+
+def _turn(fit: Content, most: float) -> str:
+    """Where a fitted curve turns, of which `most` was measured."""
+    value, high = fit["turn"]["value"], fit["turn"]["high"]
+    if value is None:
+        return f"it does not turn (measured to d = {most:.2f})"
+    at = f"d = {value:.2f} ({number(fit['turn']['low'], '.2f')} to {'∞' if high is None else f'{high:.2f}'})"
+    if fit["turned"]:
+        return f"it turns at {at}, measured to {most:.2f}"
+    return f"it may turn at {at}, which reaches beyond the {most:.2f} that were measured"

@@ -76,7 +76,7 @@ def _wins(content: Content) -> str:
     for scorer in content["scorers"]:
         rows = [
             (
-                f"{rate['first']} over {first}, by {scorer}",
+                rate["first"],
                 colours[rate["first"]],
                 rate["rate"]["value"],
                 (rate["rate"]["low"], rate["rate"]["high"]),
@@ -84,17 +84,25 @@ def _wins(content: Content) -> str:
             for rate in content["win_rates"]
             if rate["scorer"] == scorer and rate["second"] == first
         ]
-        charts.append(interval_chart(rows))
-    pairs = [tuple(map(text, row)) for row in win_rows(content)]
-    return section(
-        "wins",
-        "Win rates",
-        f'<div class="two">{"".join(charts)}</div>' if any(charts) else "",
-        table("Win rates of all pairs", [name.capitalize() for name in WIN_HEAD], pairs, words=3),
-        lead="Share of prompts on which a model’s answer has the higher score, ties half, with 95% intervals: "
-        "Wilson’s, and a paired bootstrap over prompts. At equal length: a logistic regression takes the effect of "
-        "length out. Longer: how often the model’s answer is the longer one. Score: mean difference.",
+        if rows:
+            charts.append(f"<div><b>Over {text(first)}, by {text(scorer)}</b>{interval_chart(rows)}</div>")
+    lead = (
+        "Share of prompts on which a model’s answer has the higher score, ties half, with 95% intervals: Wilson’s, and "
+        "a paired bootstrap over prompts. At equal length: a logistic regression takes the effect of length out. "
+        "Longer: how often the model’s answer is the longer one. Score: mean difference."
     )
+    drawn = section("wins", "Win rates", f'<div class="two">{"".join(charts)}</div>' if charts else "", lead=lead)
+    tables = []
+    for scorer in content["scorers"]:
+        # Figures stay on one line; where the page is narrow, the table scrolls.
+        pairs = [
+            [f'<span class="whole">{text(value)}</span>' for value in (*row[1:-1], row[-1].partition(" ")[0])]
+            for row in win_rows(content)
+            if row[0] == scorer
+        ]
+        head = [name.capitalize() for name in WIN_HEAD[1:]]
+        tables.append(table(f"By {text(scorer)}", head, pairs, words=2))
+    return drawn + section("pairs", "All pairs", *tables)
 
 
 def _models(content: Content) -> str:
@@ -160,7 +168,8 @@ def _frontier(content: Content) -> str:
         "Scores against the distance from the start",
         *drawn,
         *(f"<p>{text(line)}</p>" for line in fit_lines(content)),
-        lead="Answers are chosen, or policies trained, by one score. A score that was not optimised and that turns "
+        lead="Answers are chosen, or policies trained, by one score; best-of-n starts at the model that it samples "
+        "from. A score that was not optimised and that turns "
         "down while the optimised one still rises is over-optimisation (Gao et al. 2022). Dashed: the fitted curve.",
     )
 
