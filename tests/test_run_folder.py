@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from rlhf_jax.arrays import TrainState
+from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.errors import UserError
+from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
+from tests.made_params import random_params
+from tests.made_runs import write_run
 
 pytestmark = pytest.mark.core
 
 TOKENIZER = Tokenizer.bytes()
+MODEL = ModelConfig(vocab_size=TOKENIZER.vocab_size, context=16, width=8, layers=1, heads=2)
 
 
 def create(path: Path, stage: str = "sft", **changes: Any) -> RunFolder:
@@ -172,3 +180,91 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path: Path) -> N
             pass
     with run.lock():
         pass
+
+
+def finished(path: Path, seed: int = 0, **given: Any) -> Path:
+    """The folder of a finished run of PPO, whose released parameters are not its last ones."""
+    released = random_params(MODEL, seed=seed + 1)
+    write_run(path, "ppo", random_params(MODEL, seed=seed), MODEL, TOKENIZER, released=released, **given)
+    return path
+
+
+def opened(path: Path) -> str:
+    """Fingerprint of what a later stage takes, which reads it."""
+    source = open_source(str(path), stages=("ppo",))
+    assert source.fingerprint == fingerprint(source.own())
+    return source.fingerprint
+
+
+def test_what_later_stages_read_is_sealed(tmp_path: Path) -> None:
+    whole, other = finished(tmp_path / "whole", score_mean=0.5), finished(tmp_path / "other", seed=5)
+    clean = opened(whole)
+    assert clean != opened(other) and clean == fingerprint(random_params(MODEL, seed=1))
+    random, refused = np.random.default_rng(0), 0
+    for number, name in enumerate(sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())):
+        arrays = name.name != "manifest.json" and {"checkpoints", "training"} & {*name.parts}
+        if name.name == "run.lock" or arrays:
+            continue  # nothing of the last checkpoint's arrays is handed on
+        for how in ("flip", "truncate", "delete"):
+            with case((str(name), how)):
+                copy = tmp_path / f"{number}_{how}"
+                shutil.copytree(whole, copy)
+                content = bytearray((copy / name).read_bytes())
+                content[random.integers(len(content))] ^= 1 << random.integers(8)
+                (copy / name).write_bytes(content if how == "flip" else content[:-1])
+                if how == "delete":
+                    (copy / name).unlink()
+                if (name.name, how) == ("manifest.json", "delete") and len(name.parts) == 1:
+                    continue  # as a run of an earlier version
+                with pytest.raises(UserError) as end:
+                    opened(copy)
+                assert str(copy) in str(end.value) and "\n" not in str(end.value)
+                refused += 1
+    assert refused > 20
+    shutil.rmtree(tmp_path / "other" / "checkpoints")
+    for what, spoil, said in (
+        ("no released", lambda run: shutil.rmtree(run / "released"), "released/00000000 is missing; copy the whole"),
+        ("no summary", lambda run: (run / "summary.json").unlink(), "summary.json is missing"),
+        ("no checkpoints", lambda run: shutil.rmtree(run / "checkpoints"), "checkpoints/00000000 is missing"),
+        ("another's released", swapped(other / "released"), "released/00000000/manifest.json differs from what was"),
+        (
+            "another's step",
+            lambda run: shutil.copytree(other / "released" / "00000000", run / "released" / "00000007"),
+            "released/00000007 is not of this run",
+        ),
+    ):
+        with case(what):
+            run = shutil.copytree(whole, tmp_path / what)
+            spoil(run)
+            with pytest.raises(UserError, match=said):
+                opened(run)
+
+
+def swapped(folder: Path) -> Any:
+    def spoil(run: Path) -> None:
+        shutil.rmtree(run / folder.name)
+        shutil.copytree(folder, run / folder.name)
+
+    return spoil
+
+
+def test_a_run_of_an_earlier_version_loads_and_is_said_to_be_unsealed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = finished(tmp_path / "old")
+    (run / "manifest.json").unlink()
+    source = open_source(str(run), stages=("ppo",))
+    # As the runs that started from it have recorded it: by the last checkpoint.
+    assert source.fingerprint == fingerprint(random_params(MODEL)) != fingerprint(source.own())
+    assert [record.message.partition(",")[0] for record in caplog.records] == [f"{run}: made by an earlier version"]
+    # Its own command seals it, as it is.
+    write_run_again = RunFolder.create(
+        run, stage="ppo", config={}, model=to_plain(MODEL), tokenizer=TOKENIZER, inputs={}
+    )
+    assert write_run_again.finished and opened(run) == fingerprint(random_params(MODEL, seed=1))
+    # A start that was killed between the files and their seal is healed by the next.
+    (run / "config.json").write_text((run / "config.json").read_text() + " ")
+    with pytest.raises(UserError, match=r"config\.json differs from what was written"):
+        opened(run)
+    RunFolder.create(run, stage="ppo", config={}, model=to_plain(MODEL), tokenizer=TOKENIZER, inputs={})
+    opened(run)

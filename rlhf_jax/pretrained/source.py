@@ -21,7 +21,8 @@ from rlhf_jax.pretrained.same_tokenizer import differences
 from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.checkpoint import fingerprint
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.runs.lifecycle import RELEASED, model_of, released_params
+from rlhf_jax.runs.lifecycle import model_of, released_params
+from rlhf_jax.runs.sealed import RELEASED, sealed_files
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
 from rlhf_jax.tokenizers.export import as_hugging_face
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
@@ -47,7 +48,7 @@ class Source:
       scalar: True for a score head instead of a language head.
       origin: record of the published model that it started from, None without one.
       own: reads the trained tree, which is all parameters or the adapter.
-      identify: SHA-256 of the tree that `own` reads, or of the last state from which that was made.
+      identify: SHA-256 of the tree that `own` reads; for runs of earlier versions, of the state that it was made from.
       base: source of the frozen parameters under an adapter, None without an adapter.
       lora: settings of the adapter.
       dialogues: True if it was trained on messages; rendered as `data.dialogues` does if the tokenizer has no template.
@@ -161,6 +162,7 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
             raise UserError(f"{run.path}: the reward model is not finished; start its command again to resume it")
         facts = {name: run.summary.get(name) for name in ("score_mean", "score_scale")}
         facts["warnings"] = tuple(run.summary.get("warnings", ()))
+    unsealed = sealed_files(run.path) is None
     best = run.stage == "sft" and run.finished and run.summary.get("released_step") != run.summary.get("steps")
     if best and not (run.path / RELEASED).exists():
         raise UserError(
@@ -176,8 +178,9 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
         scalar=run.stage == "reward",
         origin=run.origin,
         own=lambda: released_params(run),
-        # Other runs are known by their last checkpoint; that of SFT says nothing of the step that it released.
-        identify=lambda: fingerprint(released_params(run)) if best else run.fingerprint,
+        # A run is known by what it hands on; one of an earlier version, but for SFT's best, by its last checkpoint, as
+        # those that started from it have recorded it.
+        identify=lambda: run.fingerprint if unsealed and not best else fingerprint(released_params(run)),
         base=base,
         lora=lora,
         # Runs from before this was recorded may have been trained on messages.

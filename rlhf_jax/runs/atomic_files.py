@@ -35,7 +35,12 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
       ValueError: for an infinity or NaN.
       TypeError: for a value that JSON cannot represent.
     """
-    write_file(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_file(path, json_text(value))
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """The text that `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -61,9 +66,9 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
         else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            files[path.relative_to(folder).as_posix()] = _sha256(path)
+            files[path.relative_to(folder).as_posix()] = hash_of_file(path)
     manifest = {**about, "files": files}
-    write_json(folder / MANIFEST, {**manifest, "sha256": _hash_of(manifest)})
+    write_json(folder / MANIFEST, {**manifest, "sha256": hash_of(manifest)})
 
 
 def verify(folder: Path, part: str = "") -> dict[str, Any]:
@@ -83,7 +88,7 @@ def verify(folder: Path, part: str = "") -> dict[str, Any]:
         if part and not name.startswith(part + "/"):
             continue
         try:
-            actual = _sha256(folder / name)
+            actual = hash_of_file(folder / name)
         except OSError as error:
             raise Damaged(f"{name}: {error.strerror}") from None
         if actual != sha256:
@@ -103,15 +108,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST}: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise Damaged(f"{MANIFEST} is unreadable") from None
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _hash_of(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != hash_of(manifest):
         raise Damaged(f"{MANIFEST} differs from what was written")
     return manifest
 
 
-def _sha256(path: Path) -> str:
+def hash_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _hash_of(manifest: Mapping[str, Any]) -> str:
+def hash_of(manifest: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of a manifest without its own hash."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -20,15 +20,16 @@ from typing import Any, Literal
 from rlhf_jax.config import MAY_CHANGE
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import LEFTOVERS
-from rlhf_jax.runs.atomic_files import read_json, write_json
+from rlhf_jax.runs.atomic_files import json_text, read_json, write_json
+from rlhf_jax.runs.sealed import CHECKPOINTS, RELEASED, SUMMARY, check_run, seal_run
 from rlhf_jax.tokenizers.load import load_tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 FORMAT_VERSION = 1
 _ABSENT = "nothing"
 # Files that a killed start may have left in a folder without config.json.
-_BEFORE_CONFIG = {"run.lock", "tokenizer.json"}
-_BEFORE_CONFIG |= {name + ending for name in ("tokenizer.json", "config.json") for ending in LEFTOVERS}
+_BEFORE_CONFIG = {"run.lock", "tokenizer.json", "manifest.json"}
+_BEFORE_CONFIG |= {name + ending for name in ("tokenizer.json", "config.json", "manifest.json") for ending in LEFTOVERS}
 
 
 class RunFolder:
@@ -64,7 +65,7 @@ class RunFolder:
 
         Raises:
           UserError: if the folder is in use, or belongs to another stage or to a run with other settings or inputs; the
-            message names the first field that differs.
+            message names the first field that differs. If the run is finished and its files are damaged.
         """
         path = Path(path)
         about = json.loads(
@@ -103,6 +104,9 @@ class RunFolder:
             # The tokenizer first: a folder with a config.json is complete.
             tokenizer.save(path / "tokenizer.json")
             write_json(path / "config.json", about)
+            seal_run(path, ["config.json", "tokenizer.json"])
+            if run.finished:
+                check_run(path)
         return run
 
     @classmethod
@@ -110,7 +114,8 @@ class RunFolder:
         """Opens the folder of an earlier run of one of the given stages.
 
         Raises:
-          UserError: if it is not a run folder, is of another stage, or is incomplete.
+          UserError: if it is not a run folder, is of another stage, is incomplete or damaged, or has parameters of
+            another run.
         """
         path = Path(path)
         if not path.is_dir():
@@ -128,6 +133,7 @@ class RunFolder:
                 f"{path}: tokenizer.json: expected fingerprint {about['tokenizer'][:12]} as in config.json, got "
                 f"{run.tokenizer.fingerprint[:12]}; the folder is incomplete, copy it again"
             )
+        check_run(path)
         return run
 
     @property
@@ -168,7 +174,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def metrics(self) -> Path:
@@ -215,8 +221,9 @@ class RunFolder:
             yield
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Writes summary.json, which marks the run as complete."""
-        write_json(self.path / "summary.json", summary)
+        """Writes summary.json, which marks the run as complete, and seals all that later stages read."""
+        seal_run(self.path, content={SUMMARY: json_text(summary)}, parts=(CHECKPOINTS, RELEASED))
+        write_json(self.path / SUMMARY, summary)
 
     @property
     def finished(self) -> bool:

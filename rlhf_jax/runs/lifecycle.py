@@ -39,9 +39,8 @@ from rlhf_jax.runs.checkpoint import Checkpoints, first_bad, load_params
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.loop import Ended, Watch, fit
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
+from rlhf_jax.runs.sealed import RELEASED, seal_run
 from rlhf_jax.tokenizers.protocol import TextTokenizer
-
-RELEASED = "released"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +326,7 @@ def release(run: RunFolder, params: Params, step: int) -> None:
     released = Checkpoints(run.path / RELEASED, keep_last=1)
     if processes.from_first(lambda: step not in released.steps()):
         released.save(step, state, {})
+        processes.by_first(lambda: seal_run(run.path, parts=(RELEASED,)))
 
 
 def released_params(run: RunFolder) -> Params:

@@ -16,10 +16,12 @@ from typing import Any
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import PPOConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import lifecycle
 from rlhf_jax.runs.folder import RunFolder
-from rlhf_jax.runs.lifecycle import RELEASED, release, train
+from rlhf_jax.runs.lifecycle import release
 from rlhf_jax.runs.loop import Ended
 from rlhf_jax.runs.metrics import read_rows
+from rlhf_jax.runs.sealed import RELEASED
 
 Row = Mapping[str, Any]
 # Results of `evaluate` that judge the policy by something else than its reward; higher is better.
@@ -129,7 +131,7 @@ class Alarms:
         self._evaluated += [row] if any(name in row for name in JUDGES) else []
 
 
-def train_watched(run: RunFolder, config: PPOConfig, *arguments: Any, **options: Any) -> tuple[TrainState, list[str]]:
+def train(run: RunFolder, config: PPOConfig, *arguments: Any, **options: Any) -> tuple[TrainState, list[str]]:
     """Train as `lifecycle.train` does, with the alarms on: (final state, alarms that did not end the run).
 
     Raises:
@@ -138,7 +140,7 @@ def train_watched(run: RunFolder, config: PPOConfig, *arguments: Any, **options:
     """
     alarms = Alarms(Limits.of(config), read_rows(run.metrics), stop=config.alarms == "stop")
     try:
-        return train(run, config, *arguments, watch=alarms, **options), alarms.told
+        return lifecycle.train(run, config, *arguments, watch=alarms, **options), alarms.told
     except Ended as end:
         if end.state is None:
             raise

@@ -48,7 +48,7 @@ from rlhf_jax.stages.ppo import (
     make_update,
     rescaled,
 )
-from rlhf_jax.trainers.alarms import train_watched
+from rlhf_jax.trainers.alarms import train
 from rlhf_jax.trainers.inputs import EXAMPLES, wants_embedded
 from rlhf_jax.trainers.ppo_rewards import NumberedRows, host_step, reward_functions, rewards_of
 from rlhf_jax.trainers.ppo_start import (
@@ -180,7 +180,7 @@ def run(
     )
     ids: dict[str, Any] = {"eos_id": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
     forward = networks.policy.config.flops_per_token(length, language_head=False)
-    state, warnings = train_watched(
+    state, warnings = train(
         folder,
         config,
         lambda: initial_state(config, policy.params, rescaled(scorer.params, mean, scale)),

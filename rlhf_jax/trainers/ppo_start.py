@@ -26,6 +26,7 @@ from rlhf_jax.pretrained.source import Source, Start, open_for, same_tokenizer, 
 from rlhf_jax.runs.atomic_files import read_json, write_json
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import say
+from rlhf_jax.runs.sealed import check_file, seal_run, sealed_files
 from rlhf_jax.stages.ppo import Config, Networks
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
@@ -109,7 +110,16 @@ def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np
       UserError: if the scores do not differ or are not finite.
     """
     path = run.path / "scores.json"
-    facts: dict[str, Any] | None = processes.from_first(lambda: read_json(path) if path.exists() else None)
+
+    def kept() -> dict[str, Any] | None:
+        check_file(run.path, path.name, sealed_files(run.path))
+        return dict(read_json(path)) if path.exists() else None
+
+    def keep(found: dict[str, Any]) -> None:
+        write_json(path, found)
+        seal_run(run.path, [path.name])
+
+    facts: dict[str, Any] | None = processes.from_first(kept)
     if facts is None:
         if reward_model.score_mean is not None and reward_model.score_scale is not None:
             mean, scale, responses = reward_model.score_mean, reward_model.score_scale, None
@@ -119,7 +129,7 @@ def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np
             refuse_scale(reward_model, scale, mean)
             say(f"scores of {responses} responses of the starting policy: mean {mean:.4g}, scale {scale:.4g}")
         found = facts = {"score_mean": mean, "score_scale": scale, "measured_on_responses": responses}
-        processes.by_first(lambda: write_json(path, found))
+        processes.by_first(lambda: keep(found))
     return facts["score_mean"], facts["score_scale"]
 
 
