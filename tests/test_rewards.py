@@ -180,6 +180,9 @@ def test_functions_are_found_in_files_and_modules(tmp_path: Path, monkeypatch: p
         with case(spec):
             assert load_function(spec)([""]) == [2]
     assert load_function("statistics:mean")([1, 3]) == 2
+    Path("nameless_42.py").write_text("commas = lambda completions, **_: [-c.count(',') for c in completions]\n")
+    commas = load_function("nameless_42.py:commas")
+    assert commas(["a, b"]) == [-1] and make_terms([commas], (), model=False).names == ("commas",)
     cases = [
         ("mine_42.py", "expected FILE.py:NAME or package.module:NAME, got 'mine_42.py'"),
         ("none.py:f", "expected a Python file, got no such file as none.py"),

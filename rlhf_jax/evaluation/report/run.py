@@ -95,11 +95,15 @@ def curves(stage: str, rows: Rows) -> str:
 
 def figure_name(name: str) -> str:
     """The name of a figure of summary.json in words."""
-    return text(name.replace("heldout", "held-out").replace("_", " "))
+    return text(
+        name.replace("response_nll", "nats per response token").replace("heldout", "held-out").replace("_", " ")
+    )
 
 
 def figure(value: Any) -> str:
     """The value of a figure of summary.json as text."""
     if isinstance(value, list | tuple):
         return " to ".join(map(figure, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "–" if value is None else short(float(value)) if number(value) is not None else text(value)
