@@ -50,7 +50,11 @@ def write_run_report(run: RunFolder, samples: Sequence[Mapping[str, Any]], follo
 
 def warnings(summary: Mapping[str, Any]) -> str:
     """Section of the run's warnings."""
-    return section("warnings", "Warnings", *(f"<p>{text(warning)}</p>" for warning in summary.get("warnings", ())))
+    return section(
+        "warnings",
+        "Warnings",
+        *(f"<p>{text(warning[:1].upper() + warning[1:])}.</p>" for warning in summary.get("warnings", ())),
+    )
 
 
 def answers(samples: Sequence[Mapping[str, Any]]) -> str:
