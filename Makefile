@@ -1,7 +1,7 @@
 # The doors of the project; `make help` lists them.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup recipe test docs test-interop test-pods test-lowest test-newest test-wheel lint format lock clean
+.PHONY: help setup recipe lab test docs test-interop test-pods test-lowest test-newest test-wheel lint format lock clean
 
 # The environment that setup makes and all others use, e.g. `make test VENV=.venv-3.13 PYTHON=python3.13`.
 VENV ?= .venv
@@ -24,6 +24,9 @@ setup: ## make .venv with everything that development needs (does nothing when n
 
 recipe: setup ## the whole recipe on the embedded default: pretrain, SFT, reward model, PPO
 	@$(BIN)/rlhf-jax recipe $(ARGS)
+
+lab: setup ## the notebooks in JupyterLab, which opens in the browser
+	@$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
 
 # Two workers, each with whole files.
 test: setup ## the tests; ARGS="-m core" for the part to run while working, also speed, pods, demo, pretrained, feedback, slow

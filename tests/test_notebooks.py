@@ -37,12 +37,20 @@ def test_the_tiny_recipe_runs_and_gains(run_notebook: Callable[[Path], Any]) -> 
     assert len(said(run_notebook(path))) == len(said(nbformat.read(path, as_version=4)))
 
 
+def test_a_reward_is_hacked_without_a_penalty(run_notebook: Callable[[Path], Any]) -> None:
+    # Its last cell asserts that β = 0 gets more of the proxy and less of what was meant, and that β orders the KL.
+    path = ROOT / "notebooks" / "reward_hacking.ipynb"
+    found = said(run_notebook(path))
+    assert len(found) == len(said(nbformat.read(path, as_version=4)))
+    assert found[0].endswith("proxy 4   gold 0   The fox feeds and likes and thanks and helps and\n")
+    assert found[-1].count("β = ") == 4 and found[-1].count("    ") == 12
+
+
 def test_a_notebook_holds_outputs_and_no_trace_of_a_machine() -> None:
     for path in NOTEBOOKS:
         with case(path):
             text = path.read_text(encoding="utf-8")
             assert len(text) < 150_000
-            without_pictures = re.sub(r'"image/png": "[^"]*"', "", text)
             for trace in (
                 r"/home/",
                 r"/tmp/",
@@ -53,10 +61,13 @@ def test_a_notebook_holds_outputs_and_no_trace_of_a_machine() -> None:
                 r"ipykernel",
                 r"Warning",
             ):
-                assert not re.search(trace, without_pictures), trace
+                assert not re.search(trace, text), trace
             notebook = nbformat.read(path, as_version=4)
             nbformat.validate(notebook)
             assert notebook.metadata.keys() == {"kernelspec", "language_info"}
             cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
             assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run from top to bottom"
-            assert all(output.output_type in ("stream", "display_data") for cell in cells for output in cell.outputs)
+            outputs = [output for cell in cells for output in cell.outputs]
+            assert all(output.output_type in ("stream", "display_data") for output in outputs)
+            # Pictures are sharp on any screen.
+            assert all("image/svg+xml" in output.data for output in outputs if output.output_type == "display_data")

@@ -187,6 +187,9 @@ def test_functions_are_found_in_files_and_modules(tmp_path: Path, monkeypatch: p
     assert make_terms([limited], (), model=False).names == ("matches",)
     # A column of an option's name does not take its place.
     assert made(limited, columns=[{"pattern": "x"}] * 3)([0, 1], ["b (a", "b"]).tolist() == [[1], [0]]
+    Path("nameless_42.py").write_text("commas = lambda completions, **_: [-c.count(',') for c in completions]\n")
+    commas = load_function("nameless_42.py:commas")
+    assert commas(["a, b"]) == [-1] and make_terms([commas], (), model=False).names == ("commas",)
     cases = [
         ("mine_42.py", "expected FILE.py:NAME or package.module:NAME, got 'mine_42.py'"),
         ("none.py:f", "expected a Python file, got no such file as none.py"),

@@ -228,7 +228,8 @@ def test_a_stage_ends_with_answers_before_and_after_and_the_next_command(capsys:
     assert any(sample["before"] != sample["after"] for sample in answers)
     assert samples[0]["prompt"] == "red red ->" and len(samples) == 4
     judged = json.loads(Path("runs/judge/samples.json").read_text())["samples"][0]
-    assert re.fullmatch(r"\w+ \w+ -> ?|a ?", judged["prompt"]) and judged["preferred"] != judged["other"]
+    assert re.fullmatch(r"\w+ \w+ ->|a", judged["prompt"]) and judged["preferred"] != judged["other"]
+    assert re.match(r" \w", judged["preferred"])  # the whole answer, and not what the two do not share
 
 
 @pytest.mark.usefixtures("user")

@@ -78,13 +78,16 @@ def scored(run: RunFolder, rankings: RankingRows, count: int) -> list[dict[str, 
     few = dataclasses.replace(rankings, rows=rankings.rows[:count], sources=())
     scores_NK = scores_of(source.network(), source.params(), few, batch_size=len(few))
     rows = []
-    for (responses, ranks), scores_K in zip(few.rows, scores_NK):
-        columns = zip(*responses, strict=False)
-        common = next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, responses)))
-        decode = run.tokenizer.decode
-        row: dict[str, Any] = {"prompt": decode(responses[0][:common])}
+    decode = run.tokenizer.decode
+    for at, ((responses, ranks), scores_K) in enumerate(zip(few.rows, scores_NK)):
+        if at < len(rankings.sources):
+            start = len(prompt_ids(rankings.sources[at], run.tokenizer))
+        else:  # rows that were given as ids: what they share
+            columns = zip(*responses, strict=False)
+            start = next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, responses)))
+        row: dict[str, Any] = {"prompt": decode(responses[0][:start])}
         for name, place in (("preferred", int(np.argmin(ranks))), ("other", int(np.argmax(ranks)))):
-            row |= {name: decode(responses[place][common:]), f"{name}_score": float(scores_K[place])}
+            row |= {name: decode(responses[place][start:]), f"{name}_score": float(scores_K[place])}
         rows.append(row)
     return rows
 

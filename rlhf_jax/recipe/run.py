@@ -157,7 +157,7 @@ def run_seed(config: RecipeConfig) -> None:
             minibatches=size.minibatches,
             epochs=size.epochs,
             log_every=1,
-            eval_every=15,
+            eval_every=max(min(15, size.iterations // 3), 1),
             prompt_length=size.prompt_tokens,
             kl_coef=size.kl_coef,
             pretraining_coef=size.pretraining_coef,

@@ -77,6 +77,8 @@ def load_function(spec: str) -> RewardFunction:
             f"reward_function {spec}: expected a function {name} in {where}, got {got}; its functions are "
             f"{', '.join(defined) or 'none'}"
         )
+    if isinstance(found, types.FunctionType) and found.__qualname__ == "<lambda>":
+        found.__qualname__ = name  # by which its term is logged
     if not options:
         return found
     try:

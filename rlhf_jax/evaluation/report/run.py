@@ -51,7 +51,11 @@ def write_run_report(run: RunFolder, samples: Sequence[Mapping[str, Any]], follo
 
 def warnings(summary: Mapping[str, Any]) -> str:
     """Section of the run's warnings."""
-    return section("warnings", "Warnings", *(f"<p>{text(warning)}</p>" for warning in summary.get("warnings", ())))
+    return section(
+        "warnings",
+        "Warnings",
+        *(f"<p>{text(warning[:1].upper() + warning[1:])}.</p>" for warning in summary.get("warnings", ())),
+    )
 
 
 def answers(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -96,11 +100,15 @@ def curves(stage: str, rows: Rows) -> str:
 
 def figure_name(name: str) -> str:
     """The name of a figure of summary.json in words."""
-    return text(name.replace("heldout", "held-out").replace("_", " "))
+    return text(
+        name.replace("response_nll", "nats per response token").replace("heldout", "held-out").replace("_", " ")
+    )
 
 
 def figure(value: Any) -> str:
     """The value of a figure of summary.json as text."""
     if isinstance(value, list | tuple):
         return " to ".join(map(figure, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "–" if value is None else short(float(value)) if number(value) is not None else text(value)
