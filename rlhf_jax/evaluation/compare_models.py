@@ -7,8 +7,8 @@ import functools
 import json
 import math
 import os
+import pathlib
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from rlhf_jax.config.evaluation import EvaluationConfig, is_file
@@ -32,10 +32,11 @@ from rlhf_jax.evaluation.reward_accuracy import reward_accuracy
 from rlhf_jax.evaluation.scorers import Scorer, function_scorer, model_scorer
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, same_tokenizer, with_prefix
 from rlhf_jax.rewards import RewardFunction, load_function, make_terms, spec_of
-from rlhf_jax.runs.atomic_files import write_json
+from rlhf_jax.runs.atomic_files import read_json, write_json
 
 Path = str | os.PathLike[str]
 FILE, ANSWERS, REPORT, LEDGER = "evaluation.json", "answers.jsonl", "report.html", "ledger.json"
+SHOWN = 12  # prompts in the report
 TEXT_ROW = 512  # tokens of a row of held-out text, if the context has room for it
 
 
@@ -90,9 +91,42 @@ def run(
     if comparison.prompts:
         with (config.folder / ANSWERS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.rows())
-    write_evaluation_report(config.folder / REPORT, content, list(comparison.rows(most=12)))
-    write_json(config.folder / FILE, content)  # last: a folder with it is complete
+    write_evaluation(config.folder, content, list(comparison.rows(most=SHOWN)))
     return content
+
+
+def read_evaluation(config: EvaluationConfig) -> dict[str, Any]:
+    """The content of the evaluation.json that an evaluation with these settings has written.
+
+    Raises:
+      UserError: if it had other settings.
+    """
+    path = config.folder / FILE
+    content: dict[str, Any] = read_json(path)
+    for name, value in plain(dataclasses.asdict(config)).items():
+        if name not in ("out", "batch", "reward_timeout") and content["settings"].get(name) != value:
+            raise UserError(
+                f"{name}: expected {content['settings'].get(name)!r}, as in {path}, got {value!r}; repeat its command, "
+                "or give another --out"
+            )
+    return content
+
+
+def read_answered(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of answers.jsonl."""
+    return [json.loads(line) for line in (folder / ANSWERS).read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_evaluation(folder: pathlib.Path, content: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
+    """Write report.html and evaluation.json.
+
+    Args:
+      folder: of the evaluation.
+      content: of evaluation.json.
+      samples: rows of answers.jsonl, of which the first are shown.
+    """
+    write_evaluation_report(folder / REPORT, content, samples[:SHOWN])
+    write_json(folder / FILE, content)  # last: a folder with it is complete
 
 
 class _Comparison:
@@ -319,7 +353,7 @@ def text_figures(language: Language, texts: Sequence[Text], *, batch: int) -> di
 
 def short_names(specs: Sequence[str]) -> list[str]:
     """The last part of each spec's path, or all of the spec where that is not unique."""
-    last = [PurePath(spec.rpartition(":")[2]).name or spec for spec in specs]
+    last = [pathlib.PurePath(spec.rpartition(":")[2]).name or spec for spec in specs]
     return [name if last.count(name) == 1 else spec for name, spec in zip(last, specs, strict=True)]
 
 
