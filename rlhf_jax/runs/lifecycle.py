@@ -39,6 +39,7 @@ from rlhf_jax.runs.checkpoint import Checkpoints, load_params
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.loop import fit
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
+from rlhf_jax.runs.weights_and_biases import WeightsAndBiases
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 RELEASED = "released"
@@ -163,6 +164,8 @@ def train(
         outputs += [Console(run.stage, show), JsonLines(run.metrics), *writers]
         if config.tensorboard:
             outputs.append(TensorBoard(run.path / "tensorboard"))
+        if config.wandb:
+            outputs.append(WeightsAndBiases(config.wandb, run.path, run.config))
     replicated = is_replicated(mesh)
 
     def figures(state: TrainState) -> Mapping[str, Any]:
