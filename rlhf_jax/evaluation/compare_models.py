@@ -83,9 +83,11 @@ def run(
     """`evaluate` with settings as one object."""
     if (config.folder / FILE).exists():
         raise UserError(f"out: expected a folder without an evaluation, got {config.folder / FILE}; give another --out")
+    if config.folder.exists() and not config.folder.is_dir():
+        raise UserError(f"out: expected a folder, got the file {config.out}; give another --out")
     comparison = _Comparison(config, [reward_funcs] if callable(reward_funcs) else list(reward_funcs), say or _silent)
-    content = comparison.content()
     config.folder.mkdir(parents=True, exist_ok=True)
+    content = comparison.content()
     if comparison.ledger.total:
         comparison.ledger.save(config.folder / LEDGER)
     if comparison.prompts:
@@ -154,8 +156,11 @@ class _Comparison:
         self.arms: list[Arm] = []
 
     def _reference(self) -> Source | None:
-        spec = self.config.reference
-        return self.sources.get(spec) or (open_source(with_prefix(spec), stages=LANGUAGE) if spec else None)
+        if not self.config.reference:
+            return None
+        reference = open_source(with_prefix(self.config.reference), stages=LANGUAGE)
+        # The same object if it is compared as well, however its path is written: its parameters are read once.
+        return next((one for one in self.sources.values() if one.spec == reference.spec), reference)
 
     def _prompts(self) -> tuple[list[Prompt], list[int]]:
         """The distinct prompts that fit all models, and the number of each among those that were read."""
@@ -209,7 +214,9 @@ class _Comparison:
             found["models"] = [figures(arm, masks, seed=config.seed) for arm in self.arms]
             found["win_rates"] = win_rates(self.arms, masks, seed=config.seed)
             found["best_of_n"] = [c for pool in pools if (c := best_of_curve(pool, proxy, seed=config.seed))]
-            start = next((arm for arm in self.arms if arm.model == config.reference), None)
+            start = next(
+                (arm for arm in self.arms if self.reference and self.sources.get(arm.model) is self.reference), None
+            )
             found["policies"] = policies_curve(self.arms, start, seed=config.seed) if start else None
         else:
             found["models"] = [{"name": self.names[spec], "model": spec, "text": text} for spec, text in samples]
