@@ -24,6 +24,7 @@ from rlhf_jax.evaluation.compare_models import short_names
 from rlhf_jax.evaluation.evaluation_tables import fit_lines
 from rlhf_jax.evaluation.frontier import best_of_curve, policies_curve, steps_to
 from rlhf_jax.evaluation.intervals import wilson
+from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
 from rlhf_jax.tokenizers.bpe import Tokenizer
@@ -191,14 +192,15 @@ def test_the_same_seed_writes_the_same_files(root: Path, found: dict[str, Any], 
         root / "prompts.jsonl",
         reward=root / "judge",
         reward_funcs=count_a,
-        reference=root / "sft",
+        reference=root / "ppo" / ".." / "sft",
         text=root / "text.jsonl",
         samples=2,
         best_of=3,
         out=tmp_path / "out",
         **SMALL,
     )
-    assert again | {"settings": None} == found | {"settings": None}
+    left_out = {"settings": None, "reference": None}  # their paths
+    assert again | left_out == found | left_out
     assert answered(tmp_path / "out") == answered(root / "out")
     # A published folder is the run that it was exported from.
     export(str(root / "ppo"), tmp_path / "published")
@@ -356,6 +358,64 @@ def test_the_command_prints_tables_and_writes_a_report(
     assert "By margin" in Page(Path("judge/report.html").read_text(encoding="utf-8")).text
 
 
+def test_people_compare_the_answers_blind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ours, theirs = made_files(tmp_path)
+    # The baseline comes last in the alphabet: its rates are turned round.
+    flags = [theirs, ours, "--people", "labels", "--out", "both"]
+    code, out, err = call(capsys, *flags, "--no-serve")
+    assert code == 0 and "labels: 4 prompts to compare, 4 of them new" in err and "nobody has judged yet" in err
+    assert json.loads(Path("both/evaluation.json").read_text())["people"] is None
+
+    def serve(config: Any, store: Any) -> None:
+        assert (config.folder, config.port) == ("labels", 9000)
+        items = {item.prompt: item for item in store.items()}
+        assert all(item.sources == ("theirs.jsonl", "ours.jsonl") for item in items.values())
+        assert items["s"].ended == (False, True) and items["r"].responses == ("x and more", "")
+        bad, none = frozenset({"hallucination"}), frozenset[str]()
+        for labeller, prompt, ranks, marks in (
+            *(("ann", "p", (2, 1), (bad, none)), ("ann", "q", (1, 1), (none, none)), ("bob", "p", (2, 1), ())),
+            *(("ann", "r", (1, 2), (none, none)), ("ai:judge", "s", (1, 2), ())),
+        ):
+            store.record([Judgement(items[prompt].id, labeller, ranks, flags=marks)])
+
+    monkeypatch.setattr("rlhf_jax.cli.labelling.serve", serve)
+    code, out, err = call(capsys, *flags, "--port", 9000)
+    assert code == 0, err
+    people = json.loads(Path("both/evaluation.json").read_text())["people"]
+    assert (people["items"], people["of"], people["judgements"], people["labellers"]) == (3, 4, 4, 2)
+    (pair,) = people["win_rates"]
+    assert (pair["first"], pair["second"], pair["ties"]) == ("ours.jsonl", "theirs.jsonl", 0.25)
+    low, high = wilson(0.5, 3)  # wins p, ties q, loses r
+    assert pair["win_rate"] == {"value": 0.5, "low": pytest.approx(low), "high": pytest.approx(high), "items": 3}
+    flagged = pair["flags"]["hallucination"]
+    assert (flagged["first"]["value"], flagged["second"]["value"]) == (0.0, pytest.approx(1 / 3))
+    assert flagged["win_rate"]["value"] == 1.0 and pair["flags"]["harmful"]["win_rate"] is None
+    assert "ours.jsonl and theirs.jsonl cannot be told apart: 50.0% of 3 prompts by people" in out
+    shown = Page(Path("both/report.html").read_text(encoding="utf-8")).text
+    assert "By people, blind" in shown and "4 judgements of 3 of 4 prompts by 2 people" in shown
+    code, out, err = call(capsys, *flags, "--no-serve")  # again: nothing is asked or lost
+    assert code == 0 and json.loads(Path("both/evaluation.json").read_text())["people"] == people
+    for arguments, message in (
+        ([*flags, "--seed", 1], "seed: expected 0, as in both/evaluation.json, got 1; repeat its command"),
+        ([ours, "--people", "labels", "--out", "one"], "people: expected 2 to 9 models to compare"),
+        (
+            [ours, theirs, "--people", "ours.jsonl", "--out", "two"],
+            "ours.jsonl: expected a labelling folder, got a file",
+        ),
+        ([ours, theirs, "--no-serve"], "serve: expected --people FOLDER with --no-serve"),
+        (
+            ["runs/a", "--text", "t.jsonl", "--people", "labels"],
+            "people: expected prompts whose answers people compare",
+        ),
+    ):
+        with case(arguments):
+            code, _, err = call(capsys, *arguments)
+            assert code == 2 and message in err
+
+
 def test_the_report_has_every_part(root: Path, found: dict[str, Any]) -> None:
     shown = Page((root / "out" / "report.html").read_text(encoding="utf-8")).text
     for words in (
@@ -414,13 +474,14 @@ def test_bad_input_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
         ({"models": "number.jsonl"}, "number.jsonl:1: field 'answer': expected text, got the number 7"),
         ({"models": "both.jsonl"}, "field '.*': expected one field with the answer; remove or rename one, got"),
         ({"models": "ends.jsonl"}, "ends.jsonl:1: field 'ended': expected true, or false"),
+        ({"models": ours, "out": "few.jsonl"}, "out: expected a folder, got the file few.jsonl"),
         ({"models": ours, "reward_function": "no.py:f"}, "reward_function no.py:f: expected a Python file"),
         ({"models": ours, "reward_funcs": lambda completions: [1]}, r"expected a list of 4 numbers"),
     ]
     for settings, message in cases:
         with case(settings), pytest.raises(UserError, match=message):
             evaluate(**({"max_new_tokens": 8} | settings))
-    assert not Path("evaluation").exists()
+    assert not Path("evaluation/evaluation.json").exists()
 
 
 def test_answers_are_read_in_the_forms_of_prompts(tmp_path: Path) -> None:

@@ -4,11 +4,15 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.runs import metrics
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Throughput, Writers, matmul_peak, read_rows
+from rlhf_jax.runs.weights_and_biases import WeightsAndBiases
 
 pytestmark = pytest.mark.core
 
@@ -118,6 +122,47 @@ def test_tensorboard_files_hold_the_figures(tmp_path: Path) -> None:
         writers.close()
     content = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert content.count(b"loss") == 2 and b"recompiled" in content
+
+
+def test_wandb_gets_rows_and_events_and_a_resumed_run_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Run:
+        def log(self, values: dict[str, Any]) -> None:
+            calls.append(values)
+
+        def define_metric(self, name: str, step_metric: str) -> None:
+            calls.append((name, step_metric))
+
+        def finish(self) -> None:
+            calls.append("finish")
+
+    def init(**settings: Any) -> Run:
+        calls.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for start in (0, 10):  # the second is another process, which resumes
+        writers = Writers([WeightsAndBiases("rlhf", tmp_path / "aligned", {"seed": 3})])
+        writers.start(start, 20)
+        writers.row(start + 10, {"loss": 0.5})
+        writers.event(start + 10, "recompiled")
+        writers.close()
+        writers.close()
+    first, second = calls[:5], calls[5:]
+    id = (tmp_path / "aligned" / "wandb_id").read_text().strip()
+    settings = {"project": "rlhf", "name": "aligned", "id": id, "resume": "allow", "config": {"seed": 3}}
+    assert len(id) == 8 and first[0] == settings | {"dir": str(tmp_path / "aligned")} == second[0]
+    assert first[1:] == [("*", "step"), {"step": 10, "loss": 0.5}, {"step": 10, "event": "recompiled"}, "finish"]
+    assert second[2:] == [{"step": 20, "loss": 0.5}, {"step": 20, "event": "recompiled"}, "finish"]
+    # A run that ends before its first row makes none there.
+    calls.clear()
+    WeightsAndBiases("rlhf", tmp_path / "other", {}).close()
+    assert calls == [] and not (tmp_path / "other").exists()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"^wandb: the package wandb is not installed; run: pip install") as error:
+        WeightsAndBiases("rlhf", tmp_path, {})
+    assert "\n" not in str(error.value)
 
 
 def test_throughput_by_hand(clock: Clock) -> None:

@@ -6,6 +6,8 @@ rlhf-jax evaluate runs/sft --prompts prompts.jsonl --reward runs/judge runs/gold
 
 rlhf-jax evaluate ours.jsonl theirs.jsonl --reward-function quality.py:score --out runs/files
 
+rlhf-jax evaluate runs/sft runs/aligned --prompts prompts.jsonl --people labels/blind --out runs/blind
+
 rlhf-jax evaluate --reward runs/judge --comparisons comparisons.jsonl --out runs/judge-accuracy
 """
 
@@ -16,7 +18,9 @@ from typing import Annotated
 
 import tyro
 
-from rlhf_jax.config.evaluation import EvaluationConfig
+from rlhf_jax.config import at_least
+from rlhf_jax.config.evaluation import EvaluationConfig, is_file
+from rlhf_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,22 @@ class Config(EvaluationConfig):
     models: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL …]")]] = ()
     """Models to compare, the baseline first: run folders, published models (a Hugging Face folder, gguf:FILE,
     peft:FOLDER), or JSONL files of answers, with the fields prompt and answer."""
+    people: str = ""
+    """Labelling folder in which people compare the first answers of all models, blind. The page is served until Ctrl-C;
+    then, and whenever the command is repeated, the win rates by their judgements are added to the report."""
+    serve: bool = True
+    """Serve the page of --people; --no-serve only makes the folder and adds up its judgements, for a page that
+    `rlhf-jax label` serves to several people."""
+    port: int = 8460
+    """Port of the page; 0 picks a free one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "port", 0)
+        if self.people and not (self.prompts or any(map(is_file, self.models))):
+            raise UserError("people: expected prompts whose answers people compare, got none; use --prompts")
+        if not self.people and not self.serve:
+            raise UserError("serve: expected --people FOLDER with --no-serve, got no --people")
 
 
 def run(config: Config) -> None:

@@ -14,7 +14,18 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.config.checks import HINT
 
 BASICS = ("help", "init", "reward", "data", "name", "epochs", "steps", "batch", "learning_rate", "config")
-RUN = ("out", "seed", "microbatches", "log_every", "save_every", "eval_every", "keep_last", "tensorboard", "examples")
+RUN = (
+    "out",
+    "seed",
+    "microbatches",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "keep_last",
+    "tensorboard",
+    "wandb",
+    "examples",
+)
 DEVICES = ("devices", "mesh", "pmap", "distributed", "coordinator", "processes", "process")
 # Titles of the groups below the basics, from which tyro makes one box.
 TITLES = ("data and method", "run and checkpoints", "devices and processes")

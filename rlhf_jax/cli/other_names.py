@@ -75,6 +75,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "use-peft": ("--lora.rank",),
     "validation-file": ("--heldout",),
     "vf-coef": ("--value-coef",),
+    "wandb-project": ("--wandb",),
     "warmup-ratio": ("--optimizer.warmup-fraction", "--policy.warmup-fraction"),
 }
 NOTES = {

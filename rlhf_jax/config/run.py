@@ -14,7 +14,8 @@ from rlhf_jax.errors import UserError
 # Fields that affect neither the data nor the arithmetic of a step, so a resumed run may change them. `devices` and
 # `mesh` are included: rows and their order stay the same, but the last bits of a sum may differ.
 MAY_CHANGE = frozenset(
-    "name out devices mesh log_every save_every eval_every keep_last tensorboard examples reward_timeout alarms".split()
+    "name out devices mesh log_every save_every eval_every keep_last tensorboard wandb examples reward_timeout "
+    "alarms".split()
 )
 # Places of inputs whose content is compared instead (`inputs` in config.json), so that they may be moved.
 MAY_CHANGE |= {"init", "reward", "reference", "base", "chat_template"}
@@ -62,6 +63,8 @@ class RunConfig:
     """Number of most recent checkpoints to keep, besides the best one."""
     tensorboard: bool = False
     """Also write TensorBoard event files; requires the package tensorboardX."""
+    wandb: str = ""
+    """Project of Weights & Biases to write the metrics to as well; requires the package wandb."""
 
     examples: int = 4
     """Held-out prompts whose answers before and after the stage are shown at its end; 0 shows none."""

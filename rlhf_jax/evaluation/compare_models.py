@@ -7,8 +7,8 @@ import functools
 import json
 import math
 import os
+import pathlib
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from rlhf_jax.config.evaluation import EvaluationConfig, is_file
@@ -32,10 +32,11 @@ from rlhf_jax.evaluation.reward_accuracy import reward_accuracy
 from rlhf_jax.evaluation.scorers import Scorer, function_scorer, model_scorer
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, same_tokenizer, with_prefix
 from rlhf_jax.reward_functions.loading import RewardFunction, load_function, make_terms, spec_of
-from rlhf_jax.runs.atomic_files import write_json
+from rlhf_jax.runs.atomic_files import read_json, write_json
 
 Path = str | os.PathLike[str]
 FILE, ANSWERS, REPORT, LEDGER = "evaluation.json", "answers.jsonl", "report.html", "ledger.json"
+SHOWN = 12  # prompts in the report
 TEXT_ROW = 512  # tokens of a row of held-out text, if the context has room for it
 
 
@@ -82,17 +83,52 @@ def run(
     """`evaluate` with settings as one object."""
     if (config.folder / FILE).exists():
         raise UserError(f"out: expected a folder without an evaluation, got {config.folder / FILE}; give another --out")
+    if config.folder.exists() and not config.folder.is_dir():
+        raise UserError(f"out: expected a folder, got the file {config.out}; give another --out")
     comparison = _Comparison(config, [reward_funcs] if callable(reward_funcs) else list(reward_funcs), say or _silent)
-    content = comparison.content()
     config.folder.mkdir(parents=True, exist_ok=True)
+    content = comparison.content()
     if comparison.ledger.total:
         comparison.ledger.save(config.folder / LEDGER)
     if comparison.prompts:
         with (config.folder / ANSWERS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.rows())
-    write_evaluation_report(config.folder / REPORT, content, list(comparison.rows(most=12)))
-    write_json(config.folder / FILE, content)  # last: a folder with it is complete
+    write_evaluation(config.folder, content, list(comparison.rows(most=SHOWN)))
     return content
+
+
+def read_evaluation(config: EvaluationConfig) -> dict[str, Any]:
+    """The content of the evaluation.json that an evaluation with these settings has written.
+
+    Raises:
+      UserError: if it had other settings.
+    """
+    path = config.folder / FILE
+    content: dict[str, Any] = read_json(path)
+    for name, value in plain(dataclasses.asdict(config)).items():
+        if name not in ("out", "batch", "reward_timeout") and content["settings"].get(name) != value:
+            raise UserError(
+                f"{name}: expected {content['settings'].get(name)!r}, as in {path}, got {value!r}; repeat its command, "
+                "or give another --out"
+            )
+    return content
+
+
+def read_answered(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of answers.jsonl."""
+    return [json.loads(line) for line in (folder / ANSWERS).read_text(encoding="utf-8").split("\n") if line]
+
+
+def write_evaluation(folder: pathlib.Path, content: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
+    """Write report.html and evaluation.json.
+
+    Args:
+      folder: of the evaluation.
+      content: of evaluation.json.
+      samples: rows of answers.jsonl, of which the first are shown.
+    """
+    write_evaluation_report(folder / REPORT, content, samples[:SHOWN])
+    write_json(folder / FILE, content)  # last: a folder with it is complete
 
 
 class _Comparison:
@@ -120,8 +156,11 @@ class _Comparison:
         self.arms: list[Arm] = []
 
     def _reference(self) -> Source | None:
-        spec = self.config.reference
-        return self.sources.get(spec) or (open_source(with_prefix(spec), stages=LANGUAGE) if spec else None)
+        if not self.config.reference:
+            return None
+        reference = open_source(with_prefix(self.config.reference), stages=LANGUAGE)
+        # The same object if it is compared as well, however its path is written: its parameters are read once.
+        return next((one for one in self.sources.values() if one.spec == reference.spec), reference)
 
     def _prompts(self) -> tuple[list[Prompt], list[int]]:
         """The distinct prompts that fit all models, and the number of each among those that were read."""
@@ -175,7 +214,9 @@ class _Comparison:
             found["models"] = [figures(arm, masks, seed=config.seed) for arm in self.arms]
             found["win_rates"] = win_rates(self.arms, masks, seed=config.seed)
             found["best_of_n"] = [c for pool in pools if (c := best_of_curve(pool, proxy, seed=config.seed))]
-            start = next((arm for arm in self.arms if arm.model == config.reference), None)
+            start = next(
+                (arm for arm in self.arms if self.reference and self.sources.get(arm.model) is self.reference), None
+            )
             found["policies"] = policies_curve(self.arms, start, seed=config.seed) if start else None
         else:
             found["models"] = [{"name": self.names[spec], "model": spec, "text": text} for spec, text in samples]
@@ -319,7 +360,7 @@ def text_figures(language: Language, texts: Sequence[Text], *, batch: int) -> di
 
 def short_names(specs: Sequence[str]) -> list[str]:
     """The last part of each spec's path, or all of the spec where that is not unique."""
-    last = [PurePath(spec.rpartition(":")[2]).name or spec for spec in specs]
+    last = [pathlib.PurePath(spec.rpartition(":")[2]).name or spec for spec in specs]
     return [name if last.count(name) == 1 else spec for name, spec in zip(last, specs, strict=True)]
 
 

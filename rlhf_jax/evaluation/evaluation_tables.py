@@ -88,6 +88,23 @@ def win_rows(content: Content) -> list[tuple[str, ...]]:
     ]
 
 
+PEOPLE_HEAD = ("by people: model", "over", "win rate", "ties", "flagged", "over's flagged", "win rate where flagged")
+
+
+def people_rows(content: Content) -> list[tuple[str, ...]]:
+    """Rows of win rates by people with the head `PEOPLE_HEAD`: of each pair all judgements, then those by flag."""
+    rows: list[tuple[str, ...]] = []
+    for pair in (content.get("people") or {"win_rates": ()})["win_rates"]:
+        rate, ties = interval(pair["win_rate"], ".3f"), number(pair["ties"], ".2f")
+        rows.append((pair["first"], pair["second"], rate, ties, NONE, NONE, NONE))
+        for flag, found in pair["flags"].items():
+            flagged = [interval(found[side], ".2f") for side in ("first", "second", "win_rate")]
+            # A flag that nobody has set says nothing of the pair.
+            if found["win_rate"] is not None:
+                rows.append((f"  {flag.replace('_', ' ')}", "", NONE, NONE, *flagged))
+    return rows
+
+
 REWARD_HEAD = ("reward model", "accuracy", "longer wins", "calibration error", "prompts", "pairs")
 
 

@@ -81,7 +81,7 @@ def length_controlled(outcome: Floats, difference: Floats) -> tuple[Estimate, fl
 
     Δ is the length of the model's answer minus that of the other's, s the standard deviation of Δ, θ the effect of the
     model and φ that of length. φ has a normal prior of standard deviation `PRIOR`. Without differences in length, σ(θ)
-    is the mean outcome. If the model wins, or loses, every time, so it does at equal length, with Wilson's interval.
+    is the mean outcome. If all outcomes are the same, so they are at equal length, with Wilson's interval.
 
     It is AlpacaEval's length-controlled win rate without its third term, the difficulty of each instruction, which
     takes many models to estimate.
@@ -98,7 +98,7 @@ def length_controlled(outcome: Floats, difference: Floats) -> tuple[Estimate, fl
     prompts = len(outcome)
     y_NP, delta_NP = outcome.reshape(prompts, -1), np.asarray(difference, np.float64).reshape(prompts, -1)
     mean = float(y_NP.mean())
-    if mean in (0.0, 1.0):
+    if np.ptp(y_NP) == 0:
         return Estimate(mean, *wilson(mean, prompts)), 0.0
     spread = float(delta_NP.std())
     length_NP = np.tanh(delta_NP / spread) if spread else np.zeros_like(delta_NP)

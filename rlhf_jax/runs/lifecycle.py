@@ -40,6 +40,7 @@ from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.loop import Ended, Watch, fit
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
 from rlhf_jax.runs.sealed import RELEASED, seal_run
+from rlhf_jax.runs.weights_and_biases import WeightsAndBiases
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 
@@ -167,6 +168,8 @@ def train(
         outputs += [Console(run.stage, show), JsonLines(run.metrics), *writers]
         if config.tensorboard:
             outputs.append(TensorBoard(run.path / "tensorboard"))
+        if config.wandb:
+            outputs.append(WeightsAndBiases(config.wandb, run.path, run.config))
     replicated = is_replicated(mesh)
 
     def figures(state: TrainState) -> Mapping[str, Any]:

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.evaluation.calibration import BANDS
-from rlhf_jax.evaluation.evaluation_tables import WIN_HEAD, fit_lines, interval, model_rows, win_rows
+from rlhf_jax.evaluation.evaluation_tables import (
+    PEOPLE_HEAD,
+    WIN_HEAD,
+    fit_lines,
+    interval,
+    model_rows,
+    people_rows,
+    win_rows,
+)
 from rlhf_jax.evaluation.evaluation_tables import number as cell
 from rlhf_jax.evaluation.frontier import curve_of
 from rlhf_jax.evaluation.report.charts import Line, interval_chart, line_chart
@@ -40,13 +48,22 @@ def write_evaluation_report(path: Path, content: Content, samples: Sequence[Cont
 
 
 def headline(content: Content) -> str:
-    """The main finding in one sentence: the last model against the first, by the last scorer."""
+    """The main finding in one sentence: the last model against the first, by people, else by the last scorer."""
     models = [model["name"] for model in content["models"] if not model.get("best_of")]
-    rates = [r for r in content["win_rates"] if (r["second"], r["first"]) == (models[0], models[-1])]
-    if not rates:
+    found = [
+        (pair["win_rate"], pair["win_rate"]["items"], "people")
+        for pair in (content.get("people") or {"win_rates": ()})["win_rates"]
+        if (pair["second"], pair["first"]) == (models[0], models[-1])
+    ]
+    found += [
+        (pair["rate"], pair["prompts"], pair["scorer"])
+        for pair in reversed(content["win_rates"])
+        if (pair["second"], pair["first"]) == (models[0], models[-1])
+    ]
+    if not found:
         return f"Evaluation of {', '.join(models or [one['model'] for one in content['reward_models']])}"
-    rate = rates[-1]["rate"]
-    share = f"{percent(rate['value'])} of {rates[-1]['prompts']:,} prompts by {rates[-1]['scorer']}"
+    rate, prompts, scorer = found[0]
+    share = f"{percent(rate['value'])} of {prompts:,} prompts by {scorer}"
     if rate["low"] > 0.5:
         return f"{models[-1]} beats {models[0]} on {share}"
     if rate["high"] < 0.5:
@@ -120,29 +137,21 @@ def _people(content: Content) -> str:
     people = content.get("people")
     if not people:
         return ""
-    rows = []
-    for pair in people["win_rates"]:
-        rows.append(
-            (text(f"{pair['first']} over {pair['second']}"), interval(pair["win_rate"]), cell(pair["ties"], ".2f"))
-        )
-        for flag, found in pair["flags"].items():
-            if found["first"] is not None:
-                rates = " and ".join(interval(found[side], ".2f") for side in ("first", "second"))
-                rows.append(
-                    (text(f"flagged {flag.replace('_', ' ')}, each"), rates, interval(found["win_rate"], ".2f"))
-                )
     chart = interval_chart(
-        (f"{pair['first']} over {pair['second']}, by people", "ink", pair["win_rate"]["value"],
+        (f"{pair['first']} over {pair['second']}", "ink", pair["win_rate"]["value"],
          (pair["win_rate"]["low"], pair["win_rate"]["high"]))
         for pair in people["win_rates"]
     )  # fmt: skip
-    head = ("", "Win rate, or share flagged", "Ties, or win rate where flagged")
+    rows = [[f'<span class="whole">{text(value)}</span>' for value in row] for row in people_rows(content)]
+    head = ["Model", *(name.capitalize() for name in PEOPLE_HEAD[1:])]
     return section(
         "people",
         "By people, blind",
-        f'<div class="two">{chart}{table("Judgements by people", head, rows, hidden=True)}</div>',
-        lead=f"{people['judgements']:,} judgements of {people['items']:,} prompts by {people['labellers']:,} people, "
-        "who did not see which model had answered.",
+        f'<div class="two">{chart}</div>',
+        table("Judgements by people", head, rows, words=2, hidden=True),
+        lead=f"{people['judgements']:,} judgements of {people['items']:,} of {people['of']:,} prompts by "
+        f"{people['labellers']:,} people, who did not see which model had answered. Flagged: the share of the "
+        "answers of each that got the flag.",
     )
 
 
