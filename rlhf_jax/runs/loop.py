@@ -175,7 +175,8 @@ def fit(
                         row |= throughput.lap(sum(r["tokens"] for r in rows))
                     if evaluate is not None and evaluating:
                         processes.phase("evaluating", step)
-                        row |= {f"eval/{name}": float(value) for name, value in jax.device_get(evaluate(state)).items()}
+                        keeps_best = checkpoints is not None and checkpoints.best_metric is not None
+                        row |= _evaluated(state, evaluate, received, must=step == steps or keeps_best)
                         if processes.count() == 1:
                             stopping = bool(received)
                     writers.row(step, row)
@@ -196,6 +197,30 @@ def fit(
     finally:
         writers.close()
     return state
+
+
+class _Received(list[int]):
+    """Signals received so far; with `at_once`, one that arrives raises `_Abandoned`."""
+
+    at_once = False
+
+
+class _Abandoned(Exception):
+    """An evaluation was interrupted by a signal."""
+
+
+def _evaluated(
+    state: TrainState, evaluate: Callable[[TrainState], Metrics], received: _Received, *, must: bool
+) -> dict[str, float]:
+    """Metrics of the state as "eval/…"; none if a signal arrives meanwhile, unless the evaluation must be made."""
+    try:
+        received.at_once = not must
+        figures = jax.device_get(evaluate(state))
+    except _Abandoned:
+        return {}
+    finally:
+        received.at_once = False
+    return {f"eval/{name}": float(value) for name, value in figures.items()}
 
 
 def _save_untrained(
@@ -315,13 +340,13 @@ def _sound(state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals() -> Iterator[_Received]:
     """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. The previous handlers are restored at the end.
 
     With several processes the signal may arrive at different steps, so jax's own SIGTERM handler stays installed and
     agrees on one step (processes.stop_asked); Ctrl-C is forwarded to it.
     """
-    received: list[int] = []
+    received = _Received()
     interrupted: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -333,6 +358,9 @@ def _signals() -> Iterator[list[int]]:
             interrupted.append(number)
             os.kill(os.getpid(), signal.SIGTERM)
         os.write(2, b"\nstopping after this step\n")
+        if received and received.at_once:
+            received.at_once = False
+            raise _Abandoned
 
     # Python allows signal handlers only in the main thread.
     if threading.current_thread() is not threading.main_thread():

@@ -32,6 +32,7 @@ from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
+    exclusive,
     fingerprint_of,
     refuse_empty,
     release,
@@ -65,6 +66,7 @@ from rlhf_jax.trainers.ppo_start import (
 )
 
 
+@exclusive
 def run(
     config: Config,
     *,
