@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -19,6 +20,7 @@ from rlhf_jax.cli.app import main
 from rlhf_jax.cli.other_names import OTHER_NAMES
 from rlhf_jax.config import PPOConfig, PreferenceConfig, PretrainConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs.locks import hold, lock
 from rlhf_jax.runs.loop import Stopped
 from tests.cases import case
 
@@ -321,3 +323,73 @@ def test_commands_are_found_by_name(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         said = capsys.readouterr()
         assert (end.value.code, (said.out + said.err)[: len(text)]) == (status, text), arguments
+
+
+STUCK = """
+import hashlib, sys, time
+from rlhf_jax.parallel import stopping
+stopping.answer_sigterm("rlhf-jax sft --name a")
+stopping.GRACE = 0.2
+if sys.argv[1] != "start":
+    import signal
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # the training loop's, which waits for the step
+    stopping.phase(sys.argv[1])
+print(flush=True)
+if sys.argv[1] == "saving":
+    time.sleep(1)
+    stopping.ending()
+    sys.exit(3)
+while True:
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # no Python runs meanwhile
+"""
+
+
+def test_sigterm_is_answered_in_any_phase_with_one_line() -> None:
+    for phase, code, said in (
+        ("start", 143, "stopped while reading models and data; to start or resume: rlhf-jax sft --name a\n"),
+        ("compiling", 143, "stopped while compiling; to start or resume: rlhf-jax sft --name a\n"),
+        ("saving", 3, ""),  # is waited for
+    ):
+        # At the start, Python's own handler answers, here between two sleeps.
+        script = STUCK if phase != "start" else STUCK.replace("hashlib.pbkdf2", "time.sleep(0.01) or str or hashlib.p")
+        with (
+            case(phase),
+            subprocess.Popen(
+                [sys.executable, "-c", script, phase],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[1],
+            ) as process,
+        ):
+            if process.stdout is None:
+                raise RuntimeError("no pipe")
+            process.stdout.readline()
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate()
+            assert (process.returncode, errors) == (code, said)
+            assert time.monotonic() - began < 8
+
+
+def test_a_second_command_is_refused_before_it_reads_anything(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "rlhf_jax", "sft", "--out", str(folder), "--data", "none.jsonl", "--init", "none"]
+    options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    with hold(folder):
+        with hold(folder), lock(folder):  # this process may write in it
+            pass
+        second = subprocess.run(command, **options)
+    said = f"error: {folder}: process {os.getpid()} is writing in this folder; wait for it or give another --name\n"
+    assert (second.returncode, second.stderr, second.stdout) == (2, said, "")
+    # Nothing is left of a start that made nothing.
+    assert not folder.exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with hold(tmp_path / "mine"):
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="expected a run folder, got a file"), hold(tmp_path / "file"):
+        pass
+    with pytest.raises(UserError, match=r"cannot be made: Not a directory"), hold(tmp_path / "file" / "run"):
+        pass

@@ -201,6 +201,23 @@ def test_evaluation_and_the_best(tmp_path: Path) -> None:
     assert stopped.steps() == [4, 10]
 
 
+def test_a_stop_in_an_evaluation_does_not_wait_for_it(tmp_path: Path) -> None:
+    recorder, checkpoints = Recorder(), Checkpoints(tmp_path)
+    made: list[int] = []
+
+    def evaluate(state: TrainState) -> dict[str, jax.Array]:
+        if len(made) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        made.append(int(state.step))
+        return {"loss": jnp.float32(0)}
+
+    options: dict[str, Any] = {"evaluate": evaluate, "eval_every": 2, "log_every": 100}
+    with pytest.raises(Stopped) as stop:
+        fit(initial(), update, batch_at, steps=10, writers=recorder, checkpoints=checkpoints, **options)
+    assert (stop.value.step, stop.value.saved, made) == (4, True, [2])
+    assert [(step, "eval/loss" in row) for step, row in recorder.rows] == [(1, False), (2, True), (4, False)]
+
+
 def test_no_steps_evaluate_and_save_the_initial_state(tmp_path: Path) -> None:
     recorder, checkpoints = Recorder(), Checkpoints(tmp_path)
     options: dict[str, Any] = {"evaluate": lambda state: {"sum": state.params["w"].sum()}, "checkpoints": checkpoints}

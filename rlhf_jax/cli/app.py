@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import shlex
+import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -42,8 +44,14 @@ def console(name: str | None = None) -> NoReturn:
       name: the command, for a program that runs only that one (scripts/NAME.py).
     """
     _check_environment()
+    arguments = sys.argv[1:] if name is None else [name, *sys.argv[1:]]
+    if arguments and arguments[0] in TRAINING:
+        # Before the imports, which take seconds on a busy machine.
+        from rlhf_jax.parallel import stopping
+
+        stopping.answer_sigterm(_again(arguments))
     try:
-        main(sys.argv[1:] if name is None else [name, *sys.argv[1:]], own_process=True)
+        main(arguments, own_process=True)
     except KeyboardInterrupt:  # while JAX is being imported; `process.run` catches all later ones
         print("interrupted before the start", file=sys.stderr)
         sys.exit(130)
@@ -97,15 +105,42 @@ def execute(
         config, cluster = parse_command(config_class, description, arguments, program=program)
     except UserError as error:
         _refuse(error)
-    if own_process and training:
-        from rlhf_jax.cli.startup import use_fast_settings
+    again = again or shlex.join([*program.split(), *arguments])
+    with contextlib.ExitStack() as held:
+        if own_process and training:
+            _begin_training(config, cluster.distributed, again, held)
+        from rlhf_jax.cli import process
 
+        if own_process:
+            process.use_compilation_cache()
+        process.run(run, config, cluster, again=again)
+
+
+def _begin_training(config: Any, distributed: bool, again: str, held: contextlib.ExitStack) -> None:
+    """Answers SIGTERM from now on, takes the lock of the run's folder, and restarts with the fast settings.
+
+    With several processes, jax has its own handler of SIGTERM, and only the first of them locks, once it knows that it
+    is the first.
+    """
+    from rlhf_jax.cli.startup import use_fast_settings
+    from rlhf_jax.parallel import stopping
+    from rlhf_jax.runs.locks import hold
+
+    if distributed:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         use_fast_settings()
-    from rlhf_jax.cli import process
-
-    if own_process:
-        process.use_compilation_cache()
-    process.run(run, config, cluster, again=again or shlex.join([*program.split(), *arguments]))
+        return
+    stopping.answer_sigterm(again)
+    try:
+        # Tried before the restart, which gives the lock back, so that a refusal does not wait for it.
+        if config.name or config.out:
+            with hold(config.folder):
+                pass
+        use_fast_settings()
+        if config.name or config.out:
+            held.enter_context(hold(config.folder))
+    except UserError as error:
+        _refuse(error)
 
 
 def _refuse(error: UserError) -> NoReturn:

@@ -22,10 +22,11 @@ from rlhf_jax.cli.flags import Cluster
 from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.report.run import write_run_report
-from rlhf_jax.parallel import processes
+from rlhf_jax.parallel import processes, stopping
 from rlhf_jax.parallel.mesh import use_cpu_devices
 from rlhf_jax.runs.atomic_files import user_cache
 from rlhf_jax.runs.lifecycle import Finished, say
+from rlhf_jax.runs.locks import hold
 from rlhf_jax.runs.loop import Stopped
 
 C = TypeVar("C")
@@ -67,11 +68,16 @@ def run(work: Callable[[C], object], config: C, cluster: Cluster | None = None, 
 
 def run_stage(work: Callable[[S], Finished], config: S) -> None:
     """Runs a stage and prints its summary as a table."""
-    again = processes.from_first((config.folder / "summary.json").exists)
-    use_cpu_devices(config.device_count)
-    finished = work(config)
-    if not processes.is_first():
-        return
+    with hold(config.folder) if processes.is_first() else contextlib.nullcontext():
+        again = processes.from_first((config.folder / "summary.json").exists)
+        use_cpu_devices(config.device_count)
+        finished = work(config)
+        if processes.is_first():
+            _tell(finished, config, again)
+
+
+def _tell(finished: Finished, config: RunConfig, again: bool) -> None:
+    """Prints the summary of a stage, samples, its report and the next command; `again` if it was finished before."""
     state = "was finished before; nothing was trained" if again else "finished"
     table = Table("figure", box=box.SIMPLE)
     table.add_column("value", justify="right")
@@ -172,4 +178,5 @@ def _interrupted_anywhere() -> Iterator[None]:
 
 
 def _exit(status: int, line: str, *, together: bool = False) -> NoReturn:
+    stopping.ending()
     processes.leave(status, line, together=together)

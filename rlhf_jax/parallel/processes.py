@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.parallel import stopping
 from rlhf_jax.parallel.watchdog import BEAT, FIRST_TIME, STUCK, Watchdog
 
 T = TypeVar("T")
@@ -155,6 +156,7 @@ def slowest(seconds: float | None) -> float:
 
 def phase(what: str, step: int, *, waits: bool = False, limit: float | None = None, may_compile: bool = False) -> None:
     """Reports to the watchdogs what this process is about to do in a step; see Watchdog.enter."""
+    stopping.phase(what)
     if _cluster is not None:
         _cluster.watchdog.enter(what, step, waits=waits, limit=limit, may_compile=may_compile)
 
@@ -165,6 +167,7 @@ def steps() -> Iterator[None]:
     try:
         yield
     finally:
+        stopping.outside()
         if _cluster is not None and sys.exc_info()[0] is None:
             _cluster.watchdog.outside()
 

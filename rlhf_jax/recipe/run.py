@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -27,6 +28,7 @@ from rlhf_jax.recipe.sizes import SIZES, Size
 from rlhf_jax.recipe.tables import figures_table, print_summary
 from rlhf_jax.runs.atomic_files import write_json
 from rlhf_jax.runs.lifecycle import Finished, model_of, released_params
+from rlhf_jax.runs.locks import hold
 from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 
@@ -48,6 +50,11 @@ def adamw(rate: float, **changes: Any) -> OptimConfig:
 
 def run(config: RecipeConfig) -> None:
     """Runs the recipe with one seed, or with several and reports the medians."""
+    with hold(config.folder) if processes.is_first() else contextlib.nullcontext():
+        _run(config)
+
+
+def _run(config: RecipeConfig) -> None:
     use_cpu_devices(config.devices)
     if config.seeds == 1:
         run_seed(config)

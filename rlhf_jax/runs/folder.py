@@ -9,7 +9,6 @@ settings, and the fingerprints of all its inputs.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -21,6 +20,7 @@ from rlhf_jax.config import MAY_CHANGE
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import LEFTOVERS
 from rlhf_jax.runs.atomic_files import json_text, read_json, write_json
+from rlhf_jax.runs.locks import LOCK, lock
 from rlhf_jax.runs.sealed import CHECKPOINTS, RELEASED, SUMMARY, check_run, seal_run
 from rlhf_jax.tokenizers.load import load_tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
@@ -28,7 +28,7 @@ from rlhf_jax.tokenizers.protocol import TextTokenizer
 FORMAT_VERSION = 1
 _ABSENT = "nothing"
 # Files that a killed start may have left in a folder without config.json.
-_BEFORE_CONFIG = {"run.lock", "tokenizer.json", "manifest.json"}
+_BEFORE_CONFIG = {LOCK, "tokenizer.json", "manifest.json"}
 _BEFORE_CONFIG |= {name + ending for name in ("tokenizer.json", "config.json", "manifest.json") for ending in LEFTOVERS}
 
 
@@ -206,18 +206,7 @@ class RunFolder:
         Raises:
           UserError: immediately, with the id of the process that holds it, if the folder is locked.
         """
-        with (self.path / "run.lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip()
-                raise UserError(
-                    f"{self.path}: process {holder} is writing in this folder; wait for it or give another --name"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+        with lock(self.path):
             yield
 
     def finish(self, summary: Mapping[str, Any]) -> None:

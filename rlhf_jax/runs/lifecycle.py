@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,15 @@ from rlhf_jax.parallel.mesh import (
 from rlhf_jax.parallel.sharding import DATA
 from rlhf_jax.runs.checkpoint import Checkpoints, first_bad, load_params
 from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.locks import hold, lock
 from rlhf_jax.runs.loop import Ended, Watch, fit
 from rlhf_jax.runs.metrics import Console, JsonLines, TensorBoard, Writer, Writers
 from rlhf_jax.runs.sealed import RELEASED, seal_run
 from rlhf_jax.runs.weights_and_biases import WeightsAndBiases
 from rlhf_jax.tokenizers.protocol import TextTokenizer
+
+C = TypeVar("C", bound=RunConfig)
+P = ParamSpec("P")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,21 @@ class Finished:
     run: RunFolder
     summary: dict[str, Any]
     examples: Sequence[Prompt] | RankingRows = ()
+
+
+def exclusive(run: Callable[Concatenate[C, P], Finished]) -> Callable[Concatenate[C, P], Finished]:
+    """Makes run(config, …) hold the lock of the run's folder from its first line to its last.
+
+    Raises:
+      UserError: immediately, if another process has locked the folder.
+    """
+
+    @functools.wraps(run)
+    def locked(config: C, *arguments: P.args, **options: P.kwargs) -> Finished:
+        with hold(config.folder) if processes.is_first() else contextlib.nullcontext():
+            return run(config, *arguments, **options)
+
+    return locked
 
 
 def create_run(
@@ -182,7 +201,7 @@ def train(
     def begin() -> TrainState:
         return checkpoints.restore(copied(place(make_state(), mesh), mesh))
 
-    with run.lock() if processes.is_first() else contextlib.nullcontext():
+    with lock(run.path) if processes.is_first() else contextlib.nullcontext():
         # A resumed run restores before it compiles, so that a checkpoint that does not match fails early.
         fresh = steps > 0 and processes.from_first(lambda: not checkpoints.steps())
         state = outline(make_state, mesh) if fresh else begin()

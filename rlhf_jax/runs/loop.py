@@ -134,7 +134,9 @@ def fit(
             guard.check_start(state)
             if evaluate is not None and evaluate_first and step == 0 and 0 < eval_every < steps:
                 processes.phase("evaluating", 0, may_compile=True)
-                writers.row(0, _evaluated(evaluate, state))
+                row = _evaluated(state, evaluate, received, must=False)
+                if row:
+                    writers.row(0, row)
             while step < steps:
                 processes.phase("reading the batch", step + 1)
                 batch = batch_at(step)
@@ -180,7 +182,8 @@ def fit(
                         row |= throughput.lap(sum(r["tokens"] for r in rows))
                     if evaluate is not None and evaluating:
                         processes.phase("evaluating", step)
-                        row |= _evaluated(evaluate, state)
+                        keeps_best = checkpoints is not None and checkpoints.best_metric is not None
+                        row |= _evaluated(state, evaluate, received, must=step == steps or keeps_best)
                         if processes.count() == 1:
                             stopping = bool(received)
                     writers.row(step, row)
@@ -203,6 +206,29 @@ def fit(
     return state
 
 
+class _Received(list[int]):
+    """Signals received so far; with `at_once`, one that arrives raises `_Abandoned`."""
+
+    at_once = False
+
+
+class _Abandoned(Exception):
+    """An evaluation was interrupted by a signal."""
+
+
+def _evaluated(
+    state: TrainState, evaluate: Callable[[TrainState], Metrics], received: _Received, *, must: bool
+) -> dict[str, float]:
+    """Metrics of the state as "eval/…"; none if a signal arrives meanwhile, unless the evaluation must be made."""
+    try:
+        received.at_once = not must
+        return _figures(evaluate, state)
+    except _Abandoned:
+        return {}
+    finally:
+        received.at_once = False
+
+
 def _save_untrained(
     state: TrainState,
     writers: Writer,
@@ -210,7 +236,7 @@ def _save_untrained(
     evaluate: Callable[[TrainState], Metrics] | None,
 ) -> None:
     """Evaluates and saves the initial state of a run of 0 steps."""
-    row = {} if evaluate is None else _evaluated(evaluate, state)
+    row = {} if evaluate is None else _figures(evaluate, state)
     writers.start(0, 0)
     writers.row(0, row)
     writers.close()
@@ -218,7 +244,7 @@ def _save_untrained(
         checkpoints.save(0, state, row)
 
 
-def _evaluated(evaluate: Callable[[TrainState], Metrics], state: TrainState) -> dict[str, float]:
+def _figures(evaluate: Callable[[TrainState], Metrics], state: TrainState) -> dict[str, float]:
     return {f"eval/{name}": float(value) for name, value in jax.device_get(evaluate(state)).items()}
 
 
@@ -323,13 +349,13 @@ def _sound(state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals() -> Iterator[_Received]:
     """Collects SIGTERM and SIGINT; a second SIGINT interrupts at once. The previous handlers are restored at the end.
 
     With several processes the signal may arrive at different steps, so jax's own SIGTERM handler stays installed and
     agrees on one step (processes.stop_asked); Ctrl-C is forwarded to it.
     """
-    received: list[int] = []
+    received = _Received()
     interrupted: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -341,6 +367,9 @@ def _signals() -> Iterator[list[int]]:
             interrupted.append(number)
             os.kill(os.getpid(), signal.SIGTERM)
         os.write(2, b"\nstopping after this step\n")
+        if received and received.at_once:
+            received.at_once = False
+            raise _Abandoned
 
     # Python allows signal handlers only in the main thread.
     if threading.current_thread() is not threading.main_thread():

@@ -29,6 +29,7 @@ from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
+    exclusive,
     fingerprint_of,
     refuse_empty,
     release,
@@ -62,6 +63,7 @@ from rlhf_jax.trainers.ppo_start import (
 )
 
 
+@exclusive
 def run(
     config: Config,
     *,

@@ -22,6 +22,7 @@ from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
+    exclusive,
     fingerprint_of,
     refuse_empty,
     refuse_unevaluated,
@@ -36,6 +37,7 @@ from rlhf_jax.tokenizers.protocol import TextTokenizer
 from rlhf_jax.trainers.inputs import beginnings, wants_embedded
 
 
+@exclusive
 def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequence[Text] | None = None) -> Finished:
     """Pretrain on text and write a run folder; resumes from the latest checkpoint of the same run.
 

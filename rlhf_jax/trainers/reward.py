@@ -39,6 +39,7 @@ from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
+    exclusive,
     fingerprint_of,
     longest_row,
     refuse_empty,
@@ -60,6 +61,7 @@ FEWEST_RESPONSES = 64
 EPOCHS = 1.0
 
 
+@exclusive
 def run(
     config: Config,
     *,

@@ -38,6 +38,7 @@ from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
+    exclusive,
     fingerprint_of,
     longest_row,
     refuse_empty,
@@ -56,6 +57,7 @@ from rlhf_jax.trainers.inputs import prompts_of, wants_embedded
 EPOCHS, EVALUATIONS = 3.0, 10
 
 
+@exclusive
 def run(
     config: Config,
     *,
