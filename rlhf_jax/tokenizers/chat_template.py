@@ -184,6 +184,11 @@ class SpecialTexts:
             places.add(0)
         return places
 
+    def first_within(self, text: str) -> str | None:
+        """The first special token that a text names."""
+        match = self._one.search(text)
+        return match[0] if match else None
+
     def split_end(self, text: str) -> tuple[str, str]:
         """Splits into (answer, special tokens at its end); white space after those is dropped."""
         match = self._end.fullmatch(text)
