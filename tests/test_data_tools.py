@@ -22,6 +22,7 @@ from rlhf_jax.data.split import prompt_key
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.export import export
 from rlhf_jax.feedback.features import rows_of
+from rlhf_jax.feedback.judged import item_row, read_items
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import read_demonstration_tasks, read_tasks
@@ -226,6 +227,8 @@ def ids_by_label(path: Path, row: dict[str, Any], tokenizer: Any, folder: Path) 
     store.add_items([item])
     assert list(store.items()) == [item]
     store.close()
+    (folder / "items.jsonl").write_text(json.dumps(item_row(item)) + "\n", encoding="utf-8")
+    assert read_items([folder / "items.jsonl"]) == [item]
     found = {"label": rows_of(item, tokenizer, ended=True)}
     for form in ("rankings", "comparisons", "trl"):
         export([item], [Judgement(item.id, "ann", (2, 1))], folder / "out", form=form)
