@@ -103,6 +103,15 @@ def test_calls_are_targets_and_results_are_not(tmp_path: Path) -> None:
     assert '"20"<|eot_id|>' in whole and whole.count(json.dumps(WEATHER, indent=4)) == 1
 
 
+def test_a_template_for_tools_alone(tmp_path: Path) -> None:
+    templates = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS_CHATML}]
+    both, plain, tools = (load("qwen2", QWEN | {"chat_template": t}) for t in (templates, CHATML, TOOLS_CHATML))
+    path, row = tmp_path / "data.jsonl", {"messages": [ASK, SAYS]}
+    assert sft(path, row, both) == sft(path, row, plain) != sft(path, row, tools)
+    row |= {"messages": TALK, "tools": [WEATHER]}
+    assert sft(path, row, both) == sft(path, row, tools)
+
+
 SAME: list[tuple[list[dict[str, Any]], Any]] = [
     # OpenAI's text, an object as transformers has it, a bare call, all calls as text, null keys of other rows, tools as
     # text, as bare functions, with the keys of other tools.
