@@ -185,9 +185,10 @@ class _Talk:
           UserError: for the first of them whose rendering is the same without it.
         """
         for at, turn in enumerate(self.messages):
+            parts = list(_without(turn))
             shown = self.messages if turn["role"] == TOOLS else self.messages[: at + 1]
-            whole = self._render_or_none(shown)
-            for name, others in _without(turn):
+            whole = self._render_or_none(shown) if parts else None
+            for name, others in parts:
                 if whole is not None and whole == self._render_or_none([*shown[:at], *others, *shown[at + 1 :]]):
                     raise UserError(
                         f"field {name!r}: expected a chat template that renders it, got one that gives the same text "
