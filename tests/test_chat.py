@@ -91,6 +91,8 @@ def test_of_several_templates_the_default_is_taken() -> None:
     assert load("gpt2", {"eos_token": "</s>", "chat_template": templates}).chat_template == ChatTemplate(
         "d", {"eos_token": "</s>"}
     )
+    assert ChatTemplate.named(templates, {"a": "b"}).for_tools == ChatTemplate("t", {"a": "b"})
+    assert ChatTemplate.named(templates[1:]).for_tools == ChatTemplate("d")
     with pytest.raises(UserError, match="expected one named default, got templates named tool_use"):
         ChatTemplate.named(templates[:1])
 

@@ -1,6 +1,7 @@
 """Which tokens a row holds and which carry loss, by hand."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,6 +235,39 @@ def test_a_dialogue_to_pretrain_on_is_the_row_that_fine_tuning_has() -> None:
     assert encode_text([Text("any", messages=talk)], BYTES, ledger=Ledger()) == [
         [*ids("S\n\nHuman: u\n\nAssistant: a"), EOS, *ids("\n\nHuman: u\n\nAssistant: b")]
     ]
+
+
+def test_text_that_was_rendered_already_and_answers_with_their_prompt_are_remarked() -> None:
+    tokenizer = load("gpt2", {"eos_token": "<|im_end|>", "chat_template": CHATML})
+    question = "Why is the sky blue?"
+    letters = "has the text of a special token, {}, which is encoded as letters; give messages"
+    twice = "begins with the prompt again in each answer, which then stands there twice"
+    cases: list[tuple[Any, list[str]]] = [
+        (Text("<|im_start|>user\nq<|im_end|>", "f:1"), [letters.format("<|im_start|>")]),
+        (Text("x <s> y", "f:1"), [letters.format("<s>")]),
+        (Text("x < s> y [INST]", "f:1"), []),
+        (Prompt("[INST] q [/INST] </s>", "f:1"), [letters.format("</s>")]),
+        (Demonstration("q", " a<|endoftext|>", "f:1"), [letters.format("<|endoftext|>")]),
+        (Dialogue((*ASK, Message("assistant", "a</s>")), "f:1"), [letters.format("</s>")]),
+        (Ranking("q", ("a", "b<bos>"), (1, 2), "f:1"), [letters.format("<bos>")]),
+        (Demonstration(question, f" {question} Light.", "f:1"), [twice]),
+        (Demonstration("any", f" {question} Light.", "f:1", (Message("user", question),)), [twice]),
+        (Comparison(question, f"{question} a", f"\n{question} b", "f:1"), [twice]),
+        (Comparison(question, f"{question} a", " b", "f:1"), []),
+        (Ranking("Why?", ("Why? a", "Why? b"), (1, 2), "f:1"), []),
+    ]
+    for record, reasons in cases:
+        with case(record):
+            ledger = Ledger()
+            if isinstance(record, Text):
+                encode_text([record], tokenizer, ledger=ledger)
+            elif isinstance(record, Prompt):
+                encode_prompts([record], tokenizer, max_tokens=99, ledger=ledger)
+            elif isinstance(record, Comparison | Ranking):
+                encode_rankings([record], tokenizer, max_tokens=99, ledger=ledger)
+            else:
+                encode_demonstrations([record], tokenizer, max_tokens=99, ledger=ledger)
+            assert [tuple(decision) for decision in ledger.decisions] == [("f:1", "remarked", r) for r in reasons]
 
 
 def test_a_prompt_of_text_stays_text() -> None:

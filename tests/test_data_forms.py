@@ -246,7 +246,35 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("demonstrations", {"prompt": "q", "completion": "c", "label": False}, "field 'label': expected no unpaired"),
     ("comparisons", {"prompt": "q", "completion": "c", "label": True}, "field 'label': expected no unpaired"),
     ("rankings", {"prompt": m("Uq"), "completion": m("Ac"), "label": 0}, "field 'label': expected no unpaired"),
+    # The same under other names, and as text.
+    *((kind, row | {name: value}, f"field {name!r}: expected no unpaired preferences")
+      for kind, row in (("demonstrations", {"prompt": "q", "completion": "c"}), ("dialogues", {"messages": m("Uq|Ax")}))
+      for name, value in (("label", "false"), ("label", "Chosen"), ("label", "rejected"), ("kto_tag", True),
+                          ("kto_tag", False), ("is_correct", False), ("correct", 0.0), ("desirable", "False"),
+                          ("chosen", True), ("rejected", False))),
+    ("comparisons", {"prompt": "q", **PAIR, "label": 0}, "field 'label': expected the better answer in 'chosen', no v"),
+    ("comparisons", {"prompt": m("Uq"), **SAID, "label": "rejected"}, "field 'label': expected the better answer in '"),
+    # An answer that was cut, by the names that samplers have for it.
+    *((kind, row | {name: value}, f"field {name!r}: expected 'ended': false beside a completion that was cut")
+      for kind, row in (("demonstrations", {"prompt": "q", "completion": "c"}), ("dialogues", {"messages": m("Uq|Ax")}),
+                        ("text", {"messages": m("Uq|Ax")}), ("demonstrations", {"question": "q", "answer": "a"}),
+                        ("text", {"text": "t"}))
+      for name, value in (("finish_reason", "length"), ("stop_reason", "MAX_TOKENS"), ("truncated", True),
+                          ("is_truncated", 1))),
+    # Messages that were written as text, by JSON or by Python.
+    *(("demonstrations", {"prompt": "q", "completion": write(m("Ax"))}, "field 'completion': expected text or a list o")
+      for write in (str, json.dumps, lambda said: f" {json.dumps(said[0])}")),
+    *((kind, {"prompt": write(g("Uq")), "chosen": "a", "rejected": "b"}, "field 'prompt': expected text or a list of m")
+      for kind in ("comparisons", "prompts") for write in (str, json.dumps)),
+    ("comparisons", {"prompt": "q", "chosen": str(m("Uq|Ax")), "rejected": str(m("Uq|Ay"))}, "field 'chosen': expecte"),
+    ("rankings", {"prompt": "q", "responses": [json.dumps(m("Ax")), "b"], "ranks": [1, 2]}, "field 'responses[0]': ex"),
+    ("prompts", {"prompt": '["How are you?", "And you?"]'}, "field 'prompt': expected text or a list of messages, and"),
     # A part of the question that is not in it.
+    *(("demonstrations", {"question": "q", name: "A passage.", "answer": "a"}, f"field {name!r}: expected a question t")
+      for name in ("passage", "document", "article", "paragraph", "story")),
+    ("prompts", {"messages": m("Uq"), "documents": [{"title": "T", "text": "A passage."}]}, "field 'documents': expec"),
+    *(("demonstrations", {"question": "q", name: "hm", "answer": "a"}, f"field {name!r}: expected a row without it")
+      for name in ("reasoning", "thinking")),
     ("prompts", {"prompt": "q", "context": "A passage."}, "field 'context': expected a question that has its text in"),
     ("dialogues", {"messages": m("Uq|Ax"), "context": ["A passage."]}, "field 'context': expected a question that has"),
     ("comparisons", {**WHOLE, "context": "A passage."}, "field 'context': expected a question that has its text in it"),
@@ -301,6 +329,40 @@ def test_what_cannot_be_read_with_certainty_is_refused_by_name(tmp_path: Path) -
             if kind in ("comparisons", "rankings") and "label" not in row:
                 with pytest.raises(UserError, match=r"data\.jsonl:2: "):
                     read_tasks([path])
+
+
+def test_what_looks_like_it_and_is_not_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    for kind, row in (
+        ("demonstrations", {"prompt": "As JSON.", "completion": '{"value": 3, "role": "x"}', "is_correct": True}),
+        ("demonstrations", {"prompt": "List two.", "completion": '["a", "b"]', "label": "sports", "correct": "B"}),
+        ("demonstrations", {"prompt": '["a", "b"] are what?', "completion": "c", "finish_reason": "stop"}),
+        ("demonstrations", {"prompt": "q", "completion": "c", "finish_reason": "length", "ended": False}),
+        ("demonstrations", {"prompt": "[INST] q", "completion": "c", "truncated": False, "documents": ["q"]}),
+        ("comparisons", {"prompt": "q", **PAIR, "label": 1, "status": "unchanged", "winner": "model_a", "tie": False}),
+        ("text", {"text": json.dumps(m("Uq|Ax")), "label": 0, "reasoning": "hm"}),
+    ):
+        with case(row):
+            path.write_text(json.dumps(row) + "\n")
+            ledger = Ledger()
+            assert len(read_records(path, kind, ledger)) == 1 and not ledger.decisions  # type: ignore[call-overload]
+
+
+TIES = [
+    ("status", "tie"),
+    ("winner", "tie (bothbad)"),
+    ("preference", "Tied"),
+    ("label", "tie"),
+    ("is_tie", True),
+    ("tie", 1),
+]
+
+
+def test_a_comparison_that_its_row_calls_a_tie_is_dropped(tmp_path: Path) -> None:
+    path, ledger = tmp_path / "data.jsonl", Ledger()
+    path.write_text("".join(json.dumps({"prompt": "q", **PAIR, name: value}) + "\n" for name, value in TIES))
+    assert read_records(path, "comparisons", ledger) == []
+    assert [decision.reason for decision in ledger.decisions] == [f"a tie, by its field {name!r}" for name, _ in TIES]
 
 
 def test_answers_and_columns_of_the_forms_are_read_as_their_records(tmp_path: Path) -> None:

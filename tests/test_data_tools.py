@@ -22,6 +22,7 @@ from rlhf_jax.data.split import prompt_key
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.export import export
 from rlhf_jax.feedback.features import rows_of
+from rlhf_jax.feedback.judged import item_row, read_items
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import read_demonstration_tasks, read_tasks
@@ -100,6 +101,15 @@ def test_calls_are_targets_and_results_are_not(tmp_path: Path) -> None:
     whole, learned = sft(path, {"messages": TALK, "tools": [WEATHER]}, load("llama3", LLAMA))
     assert learned == '{"name": "weather", "parameters": {"city": "Ulm"}}<|eot_id|>Yes.<|eot_id|>'
     assert '"20"<|eot_id|>' in whole and whole.count(json.dumps(WEATHER, indent=4)) == 1
+
+
+def test_a_template_for_tools_alone(tmp_path: Path) -> None:
+    templates = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS_CHATML}]
+    both, plain, tools = (load("qwen2", QWEN | {"chat_template": t}) for t in (templates, CHATML, TOOLS_CHATML))
+    path, row = tmp_path / "data.jsonl", {"messages": [ASK, SAYS]}
+    assert sft(path, row, both) == sft(path, row, plain) != sft(path, row, tools)
+    row |= {"messages": TALK, "tools": [WEATHER]}
+    assert sft(path, row, both) == sft(path, row, tools)
 
 
 SAME: list[tuple[list[dict[str, Any]], Any]] = [
@@ -226,6 +236,8 @@ def ids_by_label(path: Path, row: dict[str, Any], tokenizer: Any, folder: Path) 
     store.add_items([item])
     assert list(store.items()) == [item]
     store.close()
+    (folder / "items.jsonl").write_text(json.dumps(item_row(item)) + "\n", encoding="utf-8")
+    assert read_items([folder / "items.jsonl"]) == [item]
     found = {"label": rows_of(item, tokenizer, ended=True)}
     for form in ("rankings", "comparisons", "trl"):
         export([item], [Judgement(item.id, "ann", (2, 1))], folder / "out", form=form)

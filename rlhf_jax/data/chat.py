@@ -131,10 +131,12 @@ class _Talk:
     def __init__(self, messages: Turns, tokenizer: TextTokenizer):
         if tokenizer.chat_template is None:
             raise UserError(f"tokenizer {tokenizer.name}: expected a chat template to render messages with, got none")
+        turns = [_turn(message) for message in messages]
         self.tokenizer = tokenizer
         self.template = tokenizer.chat_template
+        if turns and turns[0]["role"] == TOOLS:
+            self.template = self.template.for_tools
         self.tokens = SpecialTexts.of(tuple(tokenizer.special_tokens))
-        turns = [_turn(message) for message in messages]
         # Within calls and lists of tools, whose texts a template may compare, only whole special tokens are hidden.
         texts = {(turn["content"], True) for turn in turns if isinstance(turn["content"], str)}
         texts |= {(text, False) for turn in turns for value in _further(turn).values() for text in _texts(value)}
@@ -183,9 +185,10 @@ class _Talk:
           UserError: for the first of them whose rendering is the same without it.
         """
         for at, turn in enumerate(self.messages):
+            parts = list(_without(turn))
             shown = self.messages if turn["role"] == TOOLS else self.messages[: at + 1]
-            whole = self._render_or_none(shown)
-            for name, others in _without(turn):
+            whole = self._render_or_none(shown) if parts else None
+            for name, others in parts:
                 if whole is not None and whole == self._render_or_none([*shown[:at], *others, *shown[at + 1 :]]):
                     raise UserError(
                         f"field {name!r}: expected a chat template that renders it, got one that gives the same text "

@@ -20,9 +20,11 @@ from rlhf_jax.data.dialogues import HEADERS, Message, of_tools, render_message
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompted, Ranking, Text
 from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizers.chat_template import SpecialTexts
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 Row = tuple[list[int], list[bool]]
+_REPEATED = 20  # characters of a prompt that an answer does not begin with by chance
 
 
 def response_row(prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Row:
@@ -116,6 +118,7 @@ def encode_text(records: Iterable[Text], tokenizer: TextTokenizer, *, ledger: Le
         with _named(record.where):
             ids = _document_ids(record, tokenizer)
         ledger.keep(record.where, tokens=len(tokenizer.start_ids) + len(ids) + 1)
+        _remark_special([record.text], record.where, tokenizer, ledger)
         docs.append(ids)
     return docs
 
@@ -144,6 +147,11 @@ def encode_demonstrations(
         if unlearned > 0:
             reason = f"answers without loss: {unlearned}, which the chat template rewrites once others follow"
             ledger.remark(record.where, reason)
+        if isinstance(record, Dialogue):
+            _remark_special([message.content for message in record.messages], record.where, tokenizer, ledger)
+        else:
+            _remark_special([record.prompt, record.completion], record.where, tokenizer, ledger)
+            _remark_repeated(record, [record.completion], ledger)
         rows.append(row)
         kept.append(record)
     return RaggedRows(rows, max_tokens, tokenizer.pad_id, buckets, kept)
@@ -185,6 +193,8 @@ def encode_rankings(
         if max(map(len, ids)) > max_tokens:
             ledger.drop(record.where, _too_long(max_tokens))
         elif tied := _ordered(ids, ranks, record.where, ledger, same):
+            _remark_special([record.prompt, *responses], record.where, tokenizer, ledger)
+            _remark_repeated(record, responses, ledger)
             rows.append((ids, tied))
             kept.append(record)
     return RankingRows(rows, max_tokens, tokenizer.pad_id, buckets, kept)
@@ -228,9 +238,24 @@ def encode_prompts(
             ledger.drop(record.where, _too_long(max_tokens))
             continue
         ledger.keep(record.where, tokens=len(ids))
+        _remark_special([record.prompt], record.where, tokenizer, ledger)
         rows.append(ids)
         kept.append(record)
     return PromptRows(rows, max_tokens, tokenizer.pad_id, kept)
+
+
+def _remark_special(texts: Iterable[str], where: str, tokenizer: TextTokenizer, ledger: Ledger) -> None:
+    """Remarks on a row that a chat template seems to have rendered already: its special tokens stay letters."""
+    special = SpecialTexts.of(tuple(tokenizer.special_tokens))
+    if found := next(filter(None, map(special.first_within, texts)), None):
+        ledger.remark(where, f"has the text of a special token, {found}, which is encoded as letters; give messages")
+
+
+def _remark_repeated(record: Prompted, responses: Sequence[str], ledger: Ledger) -> None:
+    """Remarks on responses that all begin with the prompt, as in files whose answers are full texts."""
+    prompt = (record.turns[-1].content if record.turns else record.prompt).strip()
+    if len(prompt) >= _REPEATED and all(text.strip().startswith(prompt) for text in responses):
+        ledger.remark(record.where, "begins with the prompt again in each answer, which then stands there twice")
 
 
 def _completion_ids(record: Demonstration, tokenizer: TextTokenizer) -> list[int]:

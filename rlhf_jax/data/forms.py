@@ -23,12 +23,25 @@ from rlhf_jax.data.dialogues import (
 )
 from rlhf_jax.data.jsonl import describe
 from rlhf_jax.data.rows import SYSTEMS, Row, Useless, is_empty
+from rlhf_jax.data.written import refuse_written
 from rlhf_jax.errors import UserError
 
 PROMPTS = ("prompt", "instruction", "question", "problem", "query", "input")
 COMPLETIONS = ("completion", "response", "output", "answer", "solution")
 DIALOGUES = ("messages", "conversations")
-BESIDE = ("context", "choices", "options")  # parts of a question that datasets keep beside it
+# Parts of a question that datasets keep beside it.
+BESIDE = (
+    "context",
+    "choices",
+    "options",
+    "passage",
+    "passages",
+    "document",
+    "documents",
+    "article",
+    "paragraph",
+    "story",
+)
 GROUPS = (PROMPTS, COMPLETIONS, DIALOGUES, ("chosen",), ("rejected",), ("responses",), ("ranks",), ("text",))
 PROMPT_HINT = f"; it is read from one of {', '.join(PROMPTS)}, or from messages"
 Answers = Sequence[tuple[str, Any]]  # (name for errors, value)
@@ -150,6 +163,7 @@ def _exchange(row: Row, answers: Answers) -> Exchange:
     for name, value in answers:
         if not isinstance(value, str | list | dict):
             raise row.wrong(name, describe(value), "text")
+        refuse_written(row, name, value)
     asked = _asked(row, answers)
     talks = _talks(row, asked, answers)
     given = [talk for talk in talks if talk is not None]
@@ -197,6 +211,7 @@ def _asked(row: Row, answers: Answers) -> _Asked | None:
         turns = row.turns(name).messages
         return _Asked(name, None, turns, plain=False) if turns[-1].role in ("user", TOOL) else None
     value = row.fields[names[0]]
+    refuse_written(row, names[0], value, asked=True)
     if isinstance(value, str):
         if name is not None:
             return _Asked(names[0], value, _up_to(row, names[0], value, row.turns(name).messages), plain=False)

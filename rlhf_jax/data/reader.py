@@ -37,6 +37,7 @@ from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text, cut_marks
 from rlhf_jax.data.rows import Row, Turns, Useless, is_empty
 from rlhf_jax.data.tables import read_rows
+from rlhf_jax.data.verdicts import refuse_cut, refuse_opposite, refuse_unpaired, tie
 from rlhf_jax.errors import UserError
 
 Kind = Literal["text", "demonstrations", "dialogues", "comparisons", "rankings", "prompts"]
@@ -110,7 +111,7 @@ def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
         case "text":
             return _text(row)
         case "demonstrations":
-            _refuse_unpaired(row)
+            refuse_unpaired(row, (*COMPLETIONS, *DIALOGUES))
             return _demonstration(row) if dialogue_field(row) is None else _dialogue(row)
         case "dialogues":
             return _dialogue(row)
@@ -118,7 +119,7 @@ def record_of(where: str, fields: dict[str, Any], kind: Kind) -> Record:
             has_ranks = "responses" in row or "ranks" in row
             has_pair = "chosen" in row or "rejected" in row
             if not has_ranks and not has_pair:
-                _refuse_unpaired(row)
+                refuse_unpaired(row, (*COMPLETIONS, *DIALOGUES))
                 raise row.missing("'chosen' and 'rejected', or 'responses' and 'ranks'")
             if has_ranks and has_pair:
                 raise row.wrong("responses", "'chosen' or 'rejected' as well", "a ranking or a comparison alone")
@@ -137,6 +138,7 @@ def _text(row: Row) -> Text:
     messages: tuple[Message, ...] = ()
     if name is None:
         text = row.text("text")
+        refuse_cut(row)
         if not row.ended("ended"):
             raise row.wrong("ended", "false", "true beside a text, as each is taught with its end; leave the row out")
     else:
@@ -168,9 +170,10 @@ def _dialogue(row: Row) -> Dialogue:
 def _whole_dialogue(row: Row, name: str) -> Turns:
     """The row's dialogue, if the row says no more: a prompt beside it is its beginning, and no answer is beside it."""
     turns = row.turns(name)
-    _refuse_unpaired(row)
+    refuse_unpaired(row, (*COMPLETIONS, *DIALOGUES))
     if both := row.among(COMPLETIONS[:2]):
         raise row.wrong(both[0], f"{name!r} as well", "one field with the answer; remove one")
+    refuse_cut(row)
     if not row.ended("ended"):
         raise row.wrong(
             "ended", "false", "true in a dialogue; use 'prompt' and 'completion' for an answer that was cut"
@@ -193,6 +196,7 @@ def _demonstration(row: Row) -> Demonstration | Dialogue:
     if not completion.strip():
         raise Useless(f"empty {names[0]}")
     row.refuse_ends("a completion")
+    refuse_cut(row)
     if len(rest) > 1:
         return _dialogue_of(row, names[0], found.turns, rest)
     return Demonstration(found.prompt, completion, row.where, found.turns, row.ended("ended"), rest)
@@ -212,6 +216,9 @@ def _dialogue_of(row: Row, name: str, turns: tuple[Message, ...], rest: tuple[Me
 def _comparison(row: Row) -> Comparison:
     if isinstance(row.value("chosen"), str) and row.value("chosen") == row.value("rejected"):
         raise Useless("chosen equals rejected")
+    refuse_opposite(row)
+    if name := tie(row):
+        raise Useless(f"a tie, by its field {name!r}")
     found = exchange_of(row, [(name, row.value(name)) for name in ("chosen", "rejected")])
     chosen, rejected = found.texts
     if chosen == rejected:
@@ -265,14 +272,3 @@ def _prompt(row: Row) -> Prompt:
         raise Useless("empty prompt")
     columns = {name: value for name, value in row.fields.items() if name != "prompt"}
     return Prompt(found.prompt, row.where, found.turns, columns)
-
-
-def _refuse_unpaired(row: Row) -> None:
-    """Raises UserError for an answer with a verdict, of which only the good ones could be learned as they are."""
-    label = row.fields.get("label")
-    if isinstance(label, bool | int | float) and label in (0, 1) and row.among((*COMPLETIONS, *DIALOGUES)):
-        raise row.wrong(
-            "label",
-            describe(label),
-            "no unpaired preferences; give 'chosen' and 'rejected', or the good answers alone, without the field",
-        )

@@ -22,6 +22,7 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 # They change what a row says or how much it counts. All other fields of a row that no form names are bookkeeping.
 MEANINGFUL = (
     *("functions", "tool_calls", "function_call", "reasoning_content", "history", "chat_template"),
+    *("reasoning", "thinking"),
     *("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio"),
 )
 WEIGHTS = ("loss_mask", "sample_weight")

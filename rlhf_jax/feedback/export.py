@@ -22,6 +22,7 @@ from rlhf_jax.data.jsonl import read_rows
 from rlhf_jax.data.reader import record_of
 from rlhf_jax.data.records import Comparison, Demonstration, Ranking, cut_marks
 from rlhf_jax.data.rows import Useless
+from rlhf_jax.data.written import is_written
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.judged import Judged, join
 from rlhf_jax.feedback.records import Form, Item, Judgement
@@ -177,6 +178,8 @@ def _useless(item: Item, judgement: Judgement, models: bool) -> str:
         return "a system message in the middle"
     if not item.turns and all(map(is_hh, item.responses)):
         return "responses that are transcripts"
+    if any(map(is_written, item.responses)):
+        return "responses that are messages as text"
     return ""
 
 
@@ -195,6 +198,8 @@ def _demonstrations(judged: Judged, models: bool, left_out: collections.Counter[
             reason = "no answer written"
         elif any(message.role == "system" for message in item.turns[1:]):
             reason = "a system message in the middle"
+        elif is_written(text):
+            reason = "an answer that is messages as text"
         if reason:
             left_out[reason] += 1
             continue
@@ -232,7 +237,7 @@ def _agreed(
         if len(set(ranks)) == 1:
             left_out["tied by the consensus"] += len(several)
             continue
-        about = {"item": item.id, "labeller": CONSENSUS, "labellers": names}
+        about: dict[str, Any] = {"item": item.id, "labeller": CONSENSUS, "labellers": names}
         about["seconds"] = round(sum(one["seconds"] for one in abouts), 3)
         if ratings := [one["ratings"] for one in abouts if "ratings" in one]:
             about["ratings"] = [_mean([rating for rating in column if rating is not None]) for column in zip(*ratings)]
@@ -242,8 +247,8 @@ def _agreed(
             about["comments"] = [
                 {name: texts[place] for name, texts in comments if texts[place]} for place in range(len(ranks))
             ]
-        if rationales := {name: one["rationale"] for name, one in zip(names, abouts) if "rationale" in one}:
-            about["rationale"] = rationales
+        reasons = {name: one["rationale"] for name, one in zip(names, abouts) if "rationale" in one}
+        about |= {"rationale": reasons} if reasons else {}
         about |= _of_responses(item)
         agreed.append((item, ranks, about))
     return agreed

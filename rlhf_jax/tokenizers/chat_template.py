@@ -34,15 +34,18 @@ _FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, 
 class ChatTemplate:
     """Chat template of a model; equal if source and special tokens are equal."""
 
-    def __init__(self, source: str, tokens: Mapping[str, str] | None = None, *, where: str = ""):
+    def __init__(
+        self, source: str, tokens: Mapping[str, str] | None = None, *, where: str = "", of_tools: str | None = None
+    ):
         """Stores the template, which is compiled when it is first used.
 
         Args:
           source: the Jinja template.
           tokens: variables for the texts of special tokens, such as "eos_token".
           where: file and field of the template, for errors in its syntax.
+          of_tools: the Jinja template for dialogues with tools, if there is another.
         """
-        self.source = source
+        self.source, self._of_tools, self._where = source, of_tools, where
         self._label = f"{where}: chat template" if where else "chat template"
         self.tokens = dict(tokens or {})
 
@@ -50,12 +53,17 @@ class ChatTemplate:
     def named(
         cls, templates: Iterable[Mapping[str, str]], tokens: Mapping[str, str] | None = None, *, where: str = ""
     ) -> ChatTemplate:
-        """Selects the template named "default" from several, [{"name": …, "template": …}, …]."""
+        """Selects from several, [{"name": …, "template": …}, …], the one named "default", and "tool_use" for tools."""
         sources = {entry["name"]: entry["template"] for entry in templates}
         if "default" not in sources:
             named = ", ".join(sources) or "nothing"
             raise UserError(f"{where or 'chat_template'}: expected one named default, got templates named {named}")
-        return cls(sources["default"], tokens, where=where)
+        return cls(sources["default"], tokens, where=where, of_tools=sources.get("tool_use"))
+
+    @functools.cached_property
+    def for_tools(self) -> ChatTemplate:
+        """The template for dialogues with tools."""
+        return self if self._of_tools is None else ChatTemplate(self._of_tools, self.tokens, where=self._where)
 
     @property
     def marks_answers(self) -> bool:
@@ -183,6 +191,11 @@ class SpecialTexts:
         if 0 < len(text) < self._longest and text in self._texts:
             places.add(0)
         return places
+
+    def first_within(self, text: str) -> str | None:
+        """The first special token that a text names."""
+        match = self._one.search(text)
+        return match[0] if match else None
 
     def split_end(self, text: str) -> tuple[str, str]:
         """Splits into (answer, special tokens at its end); white space after those is dropped."""
