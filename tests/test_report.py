@@ -364,7 +364,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     ]
     beta = {"name": "b", "kl_coef": 0.4, "policy": {"learning_rate": 1e-4}, "clip": 0.2}
     runs = [
-        compared("a", summary={"last_kl": 2.0, "warnings": ["it <over-fits>"]}),
+        compared("a", summary={"last_kl": 2.0}, warnings=["it <over-fits>"]),
         compared("b", settings=beta, summary={"last_kl": 3.5}),
         compared("c", stage="sft", settings={"steps": 30}, summary=None, rows=[{"step": 7, "loss": 1.0}]),
         compared("j", stage="reward", rows=[], samples=judges),

@@ -218,7 +218,7 @@ def test_a_stage_ends_with_answers_before_and_after_and_the_next_command(capsys:
             page = Path("runs", name, "report.html").read_text()
             assert f"report: runs/{name}/report.html\n" in out and html.escape(after) in page
             answer = samples[0].get("after", samples[0].get("preferred"))
-            assert text(answer).strip() in page and ("Warnings" in page) == (name == "judge")
+            assert text(answer).strip() in page and ("Warnings" in page) == (name in ("judge", "aligned"))
             assert "<svg" in page
             assert 1 <= len(samples) <= 4 and all(set(sample) == keys for sample in samples)
             assert len(re.findall("^prompt: ", out, re.MULTILINE)) == len(samples)

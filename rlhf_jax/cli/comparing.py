@@ -15,6 +15,7 @@ from rlhf_jax.data.dialogues import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.report.compare import Answers, Compared, write_comparison
 from rlhf_jax.evaluation.report.html import STAGES
+from rlhf_jax.evaluation.report.run import warnings_of
 from rlhf_jax.inference import Sampler, load
 from rlhf_jax.pretrained.source import LANGUAGE, open_source
 from rlhf_jax.runs.atomic_files import read_json
@@ -80,6 +81,7 @@ def _compared(name: str, folder: RunFolder) -> Compared:
         settings=folder.config | {"model": folder.model, "inputs": folder.inputs},
         summary=folder.summary if folder.finished else None,
         rows=read_rows(folder.metrics),
+        warnings=warnings_of(folder) if folder.finished else (),
         samples=samples_in(folder.path) if folder.stage == "reward" else (),
     )
 
@@ -192,7 +194,7 @@ def _scores(
         for name, each in texts.items()
     }
     told = f"Scored by {judge}, in deviations from its mean."
-    if model.source.warnings:
+    if model.source.warnings and judge not in named:
         told += f" {judge}: {'; '.join(model.source.warnings)}."
     if judge in named:
         told += " It is what PPO was trained to please, so that a higher score is no proof of better answers."

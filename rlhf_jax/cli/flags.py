@@ -126,8 +126,8 @@ def _help_in_paragraphs() -> Iterator[None]:
     """Gives tyro the help text of a field without its line breaks, which it would print as they are in the source."""
     parse = docstring_parser.parse_from_object
 
-    def joined(obj: Any) -> Any:
-        found = parse(obj)
+    def joined(obj: Any, *arguments: Any, **options: Any) -> Any:
+        found = parse(obj, *arguments, **options)
         for field in found.params:
             field.description = " ".join((field.description or "").split()) or None
         return found

@@ -52,6 +52,7 @@ class Compared:
       settings: of the stage, with the shape of the model and the fingerprints of its inputs.
       summary: its final figures, None for an unfinished run.
       rows: its metrics.
+      warnings: of the run, and of the reward model that it was trained on.
       samples: a reward model's scores of two answers, from samples.json.
     """
 
@@ -60,6 +61,7 @@ class Compared:
     settings: Mapping[str, Any]
     summary: Mapping[str, Any] | None
     rows: Rows
+    warnings: Sequence[str] = ()
     samples: Sequence[Mapping[str, Any]] = ()
 
 
@@ -112,7 +114,7 @@ def _warnings(runs: Sequence[Compared]) -> str:
             done, steps = run.rows[-1]["step"] if run.rows else 0, run.settings.get("steps")
             found.append((run.name, f"not finished: {done:,} steps done" + (f" of {steps:,}" if steps else "")))
         else:
-            found += [(run.name, warning) for warning in run.summary.get("warnings", ())]
+            found += [(run.name, warning) for warning in run.warnings]
     return section("warnings", "Warnings", *(f"<p><b>{text(name)}</b>: {text(words)}</p>" for name, words in found))
 
 

@@ -38,7 +38,8 @@ def write_run_report(run: RunFolder, samples: Sequence[Mapping[str, Any]], follo
     ledger = read_json(run.path / "ledger.json")
     body = (
         f"<header><h1>{text(title)}</h1></header>"
-        f"{warnings(run.summary)}{answers(samples)}{figures(run.summary)}{curves(run.stage, read_rows(run.metrics))}"
+        f"{warnings(warnings_of(run))}{answers(samples)}{figures(run.summary)}"
+        f"{curves(run.stage, read_rows(run.metrics))}"
         f"{record.ledgers({run.stage: ledger})}"
         f"{section('next', 'Next', f'<pre><code>{text(following)}</code></pre>')}"
         f"{record.settings({run.stage: {'config': run.config, 'model': run.model}})}"
@@ -49,13 +50,18 @@ def write_run_report(run: RunFolder, samples: Sequence[Mapping[str, Any]], follo
     return path
 
 
-def warnings(summary: Mapping[str, Any]) -> str:
-    """Section of the run's warnings."""
-    return section(
-        "warnings",
-        "Warnings",
-        *(f"<p>{text(warning[:1].upper() + warning[1:])}.</p>" for warning in summary.get("warnings", ())),
-    )
+def warnings(found: Sequence[str]) -> str:
+    """Section of warnings."""
+    return section("warnings", "Warnings", *(f"<p>{text(warning)}</p>" for warning in found))
+
+
+def warnings_of(run: RunFolder) -> list[str]:
+    """The warnings of a finished run, and those of the reward model that PPO was trained on."""
+    found = list(run.summary.get("warnings", ()))
+    judge = str(run.config.get("reward") or "")
+    if judge and (Path(judge) / "summary.json").exists():
+        found += [f"{judge}: {warning}" for warning in read_json(Path(judge) / "summary.json").get("warnings", ())]
+    return found
 
 
 def answers(samples: Sequence[Mapping[str, Any]]) -> str:
