@@ -128,7 +128,7 @@ def test_its_messages() -> None:
 
 
 def test_no_text_takes_quadratic_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for text in (
         talk("A:", "A:", 20_000),
         talk("A:", "B:", 20_000),
@@ -138,4 +138,4 @@ def test_no_text_takes_quadratic_time() -> None:
     ):
         extract_dialogues(text)
     extract_dialogues(("Q: x\nA: y\n" * 3 + "End\n") * 4000)
-    assert time.perf_counter() - start < 10  # takes 1 s
+    assert time.process_time() - start < 10  # takes 1 s

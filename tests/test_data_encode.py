@@ -257,8 +257,8 @@ def test_messages_that_a_template_refuses_are_named() -> None:
 def test_two_megabytes_in_about_a_second() -> None:
     tokenizer = Tokenizer.train(["the quick brown fox jumps over the lazy dog, and so on. " * 50], 400)
     records = [Text(f"{n} jumps over the dog, and so on. " * 30, f"f:{n}") for n in range(2000)]
-    start = time.perf_counter()
+    start = time.process_time()
     docs = encode_text(records, tokenizer, ledger=Ledger())
     rows = pack_text(docs, length=64, start_ids=tokenizer.start_ids, eos_id=tokenizer.eos_id)
-    assert time.perf_counter() - start < 5  # takes 0.4 s; the rest is for a busy machine
+    assert time.process_time() - start < 5  # takes 0.4 s
     assert rows.targets == sum(len(doc) + 1 for doc in docs)
