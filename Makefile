@@ -29,7 +29,7 @@ lab: setup ## the notebooks in JupyterLab, which opens in the browser
 	@$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
 
 # Two workers, each with whole files.
-test: setup ## the tests; ARGS="-m core" for the part to run while working, also speed, pods, demo, pretrained, feedback, slow
+test: setup ## the tests; ARGS="-m core" for the part to run while working, also speed, runs, pods, demo, pretrained, feedback, slow
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Strict: a link, a reference or a name that is not there fails, and so does a page that no other links to.
@@ -48,11 +48,11 @@ test-pods: setup ## the tests that compile for TPUs, which need none, in .venv-p
 
 test-lowest: ## the tests of the method with the oldest packages that pyproject.toml allows, in .venv-lowest
 	@RESOLUTION=lowest-direct VENV=.venv-lowest PYTHON='$(PYTHON)' sh .ci/setup
-	@.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "core or speed or pods or demo" $(ARGS)
+	@.venv-lowest/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "core or speed or runs or pods or demo" $(ARGS)
 
 test-newest: ## the tests of the method with the newest packages that it allows, in .venv-newest
 	@RESOLUTION=highest VENV=.venv-newest PYTHON='$(PYTHON)' sh .ci/setup
-	@.venv-newest/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "core or speed or pods or demo" $(ARGS)
+	@.venv-newest/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "core or speed or runs or pods or demo" $(ARGS)
 
 test-wheel: setup ## the wheel, installed into a fresh environment outside the checkout, runs the recipe
 	@VENV='$(VENV)' sh .ci/wheel

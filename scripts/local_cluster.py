@@ -52,17 +52,7 @@ class Cluster:
         self._readers: list[threading.Thread] = []
         for process in range(processes):
             place = ("--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", f"{processes}")
-            child = subprocess.Popen(
-                [sys.executable, *command, *place, "--process", f"{process}"],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                errors="replace",
-                # Ctrl-C reaches this launcher alone, which passes it on as SIGTERM.
-                start_new_session=True,
-            )
+            child = self._start([*command, *place, "--process", f"{process}"], environment)
             self.children.append(child)
             for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
                 if source is None:
@@ -71,6 +61,20 @@ class Cluster:
                 reader.daemon = True
                 reader.start()
                 self._readers.append(reader)
+
+    def _start(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+        """One process."""
+        return subprocess.Popen(
+            [sys.executable, *command],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            # Ctrl-C reaches this launcher alone, which passes it on as SIGTERM.
+            start_new_session=True,
+        )
 
     def wait(self) -> list[int]:
         """Exit statuses, -N for a signal N. When one ends badly the others have PATIENCE, and are then killed."""

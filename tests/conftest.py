@@ -1,5 +1,6 @@
 """Eight CPU devices, quick compiling, strict settings, before jax is imported; pyproject.toml makes warnings errors."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -35,20 +36,28 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 COMPILED = tempfile.mkdtemp(prefix="compiled_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 os.environ["XDG_CACHE_HOME"] = COMPILED
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 # The files that take longest, which start first: with two workers, each taking whole files, none ends long before the
 # other.
 LONGEST = (
-    "test_distributed test_notebooks test_generate test_attention test_model test_feedback_server test_cache "
-    "test_parallel test_compilations test_scripts test_episodes test_packing test_feedback_reliability test_embedded"
+    "test_distributed test_notebooks test_scripts test_reward_runs test_generate test_cache test_sources test_parallel "
+    "test_compilations test_model test_feedback_browser test_packing test_episodes test_docs test_attention test_plan "
+    "test_embedded test_shared_prompts test_feedback_reliability test_sharding test_convert test_readme"
 ).split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first; the Makefile tells xdist to keep this order."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Exempts all that was imported from garbage collection, which would walk over it again and again as JAX traces."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:

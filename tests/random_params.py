@@ -7,6 +7,9 @@ import numpy as np
 
 from rlhf_jax.model import Transformer, init_params
 
+initialized = jax.jit(init_params, static_argnums=0)
+"""What `init_params` draws, by one program in place of one for each of a model's operations."""
+
 
 def random_params(model: Transformer, seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """Fresh parameters, `scale` times as large as a model begins with: matrices N(0, 1 / in), biases 0, norms 1."""

@@ -16,6 +16,7 @@ from rlhf_jax.layers import attention
 from rlhf_jax.layers.attention import attend, choose, cudnn, plain, splash
 from rlhf_jax.model import Transformer, empty_cache, init_params, unstack_blocks
 from rlhf_jax.parallel.mesh import make_mesh
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.speed
 
@@ -217,7 +218,7 @@ def gradient_and_hidden(config: ModelConfig, last: int = 0) -> Callable[[Any], A
 
 def test_a_model_with_the_kernel_is_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     scanned = dataclasses.replace(SMALL, scan_layers=True)
-    stacked = jax.tree.map(np.asarray, init_params(Transformer(scanned), jax.random.key(0)))
+    stacked = jax.tree.map(np.asarray, initialized(Transformer(scanned), jax.random.key(0)))
     asked: list[int] = []
 
     def counted(*args: Any, **settings: Any) -> jax.Array:

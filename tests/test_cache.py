@@ -15,8 +15,9 @@ from rlhf_jax import model as model_file
 from rlhf_jax.config import CacheDtype, ModelConfig
 from rlhf_jax.generate import generate, stream
 from rlhf_jax.layers.kv_cache import Cache, Int8, empty_cache, to_int8, write
-from rlhf_jax.model import Transformer, init_params, stack_blocks
+from rlhf_jax.model import Transformer, stack_blocks
 from rlhf_jax.parallel.mesh import make_mesh, place, shard_rows
+from tests.random_params import initialized
 
 SMALL: dict[str, Any] = {"vocab_size": 23, "context": 24, "width": 16, "heads": 4}
 KINDS = {
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.speed
 def network(kind: str) -> tuple[Transformer, dict]:
     """A model of that kind and parameters whose logits differ by several nats."""
     model = Transformer(KINDS[kind])
-    return model, jax.tree.map(lambda x: jnp.asarray(1.5 * np.asarray(x)), init_params(model, jax.random.key(1)))
+    return model, jax.tree.map(lambda x: jnp.asarray(1.5 * np.asarray(x)), initialized(model, jax.random.key(1)))
 
 
 def half_step(x: np.ndarray, dtype: str) -> np.ndarray:

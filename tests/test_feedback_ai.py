@@ -15,9 +15,10 @@ from rlhf_jax.feedback.ai_feedback import Judge, judge_items, question, ranks_of
 from rlhf_jax.feedback.judged import join
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.trust import agreement_with_people
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.source import Source
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.feedback
 
@@ -32,7 +33,7 @@ ITEMS = [
 def source() -> Source:
     tokenizer = Tokenizer.bytes()
     config = ModelConfig(vocab_size=tokenizer.vocab_size, context=256, width=16, layers=1, heads=2)
-    params = init_params(Transformer(config), jax.random.key(0))
+    params = initialized(Transformer(config), jax.random.key(0))
     return Source(
         where="tiny",
         spec="tiny",
@@ -52,9 +53,10 @@ def test_log_odds_are_those_of_the_whole_model(source: Source) -> None:
     found = judge.log_odds(texts)
     assert np.isnan(found[2])
     model, params = source.network(), source.params()
+    apply = jax.jit(model.apply)
     for text, odds in zip(texts[:2], found):
         ids = [*chat_ids((Message("user", text),), source.tokenizer), ord(" ")]
-        logits = model.apply({"params": params}, np.array([ids]))[0, -1]
+        logits = apply({"params": params}, np.array([ids]))[0, -1]
         assert odds == pytest.approx(float(logits[ord("A")] - logits[ord("B")]), abs=1e-5)
     np.testing.assert_allclose(judge.log_odds(texts[1::-1]), found[1::-1], atol=1e-5)
 

@@ -15,10 +15,11 @@ from rlhf_jax.feedback.features import hidden_states, principal, rows_of, standa
 from rlhf_jax.feedback.next_items import next_by_ensemble, next_by_heads
 from rlhf_jax.feedback.records import Item, Judgement
 from rlhf_jax.feedback.tasks import make_item
-from rlhf_jax.model import Transformer, init_params, stack_blocks
+from rlhf_jax.model import Transformer, stack_blocks
 from rlhf_jax.pretrained.source import Source
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.cases import case
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.feedback
 
@@ -89,7 +90,7 @@ def test_the_reward_models_read_what_they_are_trained_on() -> None:
 def test_hidden_states_are_those_after_half_of_the_blocks() -> None:
     tokenizer = Tokenizer.bytes()
     config = ModelConfig(vocab_size=tokenizer.vocab_size, context=64, width=16, layers=3, heads=2, windows=(2, 0, 0))
-    params = init_params(Transformer(config), jax.random.key(0))
+    params = initialized(Transformer(config), jax.random.key(0))
     ids = [[1 + n % 7] * (1 + n % 9) + [n % 50] for n in range(40)]
     # The blocks above the middle add nothing once what they write into the stream is 0.
     silent = params | {"block_2": jax.tree.map(np.zeros_like, params["block_2"])}

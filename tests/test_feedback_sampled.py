@@ -20,9 +20,10 @@ from rlhf_jax.feedback.features import rows_of
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.sampled import sample_items
 from rlhf_jax.feedback.store import Store
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.source import Source
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.feedback
 
@@ -37,7 +38,7 @@ def source(spec: str, **_: object) -> Source:
     """A model that never learned, another for each name."""
     tokenizer = Tokenizer.bytes()
     model = ModelConfig(vocab_size=tokenizer.vocab_size, context=64, width=16, layers=1, heads=2)
-    params = init_params(Transformer(model), jax.random.key(len(spec)))
+    params = initialized(Transformer(model), jax.random.key(len(spec)))
     return Source(
         where=spec,
         spec=spec,

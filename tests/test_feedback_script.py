@@ -15,10 +15,11 @@ from rlhf_jax.feedback.queue import Answer, Queue, Rules
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained import source
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.cases import case
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.feedback
 
@@ -49,7 +50,7 @@ def tiny(spec: str, *, stages: tuple[str, ...]) -> source.Source:
     scalar = set(stages) == {"reward"}
     tokenizer = Tokenizer.bytes()
     config = ModelConfig(vocab_size=tokenizer.vocab_size, context=256, width=16, layers=1, heads=2)
-    params = init_params(Transformer(config, scalar=scalar), jax.random.key(int(spec)))
+    params = initialized(Transformer(config, scalar=scalar), jax.random.key(int(spec)))
     about: dict[str, Any] = {"where": spec, "spec": spec, "stage": "sft", "origin": None, "identify": lambda: ""}
     return source.Source(model=config, tokenizer=tokenizer, scalar=scalar, own=lambda: params, **about)
 

@@ -11,7 +11,8 @@ import pytest
 
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.generate import Generation, draw, filter_logits, generate, stream
-from rlhf_jax.model import Transformer, init_params, stack_blocks
+from rlhf_jax.model import Transformer, stack_blocks
+from tests.random_params import initialized
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("each_key_once")]
 
@@ -53,7 +54,7 @@ class Counted(Transformer):
 @functools.cache
 def parameters(kind: str) -> dict[str, Any]:
     # Large weights: a flat distribution would hide errors.
-    deep = jax.tree.map(lambda x: 2 * np.asarray(x), init_params(Transformer(DEEP), jax.random.key(0)))
+    deep = jax.tree.map(lambda x: 2 * np.asarray(x), initialized(Transformer(DEEP), jax.random.key(0)))
     if kind == "plain":
         return {name: value for name, value in deep.items() if name != "block_1"}
     return jax.jit(lambda: stack_blocks(deep, DEEP))() if kind == "scan" else deep

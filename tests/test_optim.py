@@ -79,14 +79,14 @@ def test_stacked_layers_decay_as_separate_ones_do() -> None:
     steps = {}
     for scanned in (False, True):
         model = Transformer(dataclasses.replace(config, scan_layers=scanned), scalar=True)
-        params = stack_blocks(separate, config) if scanned else separate
 
         @jax.jit
-        def step(params: Any, model: Transformer = model) -> Any:
+        def step(separate: Any, model: Transformer = model) -> Any:
+            params = stack_blocks(separate, config) if model.config.scan_layers else separate
             gradient = jax.grad(lambda p: jnp.mean(model.apply({"params": p}, tokens) ** 2))(params)
-            return apply_gradient(optimizer, gradient, optimizer.init(params), params)[0]
+            return unstack_blocks(apply_gradient(optimizer, gradient, optimizer.init(params), params)[0], config)
 
-        steps[scanned] = unstack_blocks(step(params), config)
+        steps[scanned] = step(separate)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), steps[True], steps[False])
 
 

@@ -10,9 +10,10 @@ import pytest
 from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.data.batches import PackedRankingRows, RankingRows
 from rlhf_jax.logprobs import ranking_scores
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.trainers import reward
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.speed
 
@@ -69,7 +70,7 @@ def test_rows_are_as_long_as_the_buckets_that_hold_them() -> None:
 @functools.cache
 def parameters(config: ModelConfig) -> dict[str, Any]:
     model = Transformer(config, scalar=True)
-    return jax.tree.map(lambda x: 3 * np.asarray(x), init_params(model, jax.random.key(0)))
+    return jax.tree.map(lambda x: 3 * np.asarray(x), initialized(model, jax.random.key(0)))
 
 
 def test_scores_and_an_update_are_the_same() -> None:

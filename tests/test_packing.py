@@ -18,7 +18,7 @@ from rlhf_jax.stages import ppo
 from rlhf_jax.stages.ppo import Frozen, Networks
 from tests.random_params import random_params
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.speed
 
 CONFIG = ModelConfig(vocab_size=11, context=16, width=16, layers=1, heads=2, kv_heads=1)
 NETWORKS = Networks(Transformer(CONFIG), Transformer(CONFIG, scalar=True))

@@ -22,7 +22,7 @@ from rlhf_jax.stages import ppo, preference, pretrain, reward, sft
 from rlhf_jax.stages.ppo import Networks
 from tests.random_params import random_params
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.speed
 
 CONFIG = ModelConfig(vocab_size=13, context=12, width=8, layers=1, heads=2, ffn_width=16)
 MODEL, SCORER = Transformer(CONFIG), Transformer(CONFIG, scalar=True)

@@ -15,8 +15,6 @@ from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.made_params import random_params
 from tests.made_runs import write_run
 
-pytestmark = pytest.mark.core
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:rlhf-jax|python .* -- -m rlhf_jax) (.*)$", README, re.MULTILINE)
@@ -28,6 +26,7 @@ def block(language: str, word: str = "") -> str:
     return next(code for code in blocks if word in code)
 
 
+@pytest.mark.core
 def test_the_commands_have_the_flags_of_their_program() -> None:
     assert len(COMMANDS) >= 6
     for line in COMMANDS:
@@ -38,6 +37,7 @@ def test_the_commands_have_the_flags_of_their_program() -> None:
         assert parse(program.Config, arguments), line
 
 
+@pytest.mark.core
 def test_the_files_and_links_are_there() -> None:
     for name in re.findall(r"`((?:rlhf_jax|stages|scripts)/[\w/.]+)`", README):
         assert (ROOT / name).exists(), name
@@ -47,6 +47,7 @@ def test_the_files_and_links_are_there() -> None:
         assert (ROOT / link).exists(), link
 
 
+@pytest.mark.core
 def test_the_example_in_python_runs() -> None:
     namespace: dict[str, Any] = {}
     code = block("python", "init_params")
@@ -56,6 +57,7 @@ def test_the_example_in_python_runs() -> None:
     assert callable(namespace["update"])
 
 
+@pytest.mark.runs
 def test_ppo_with_a_function_in_a_dozen_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = block("python", "reward_funcs")
     assert sum(bool(line.strip()) for line in code.splitlines()) <= 12

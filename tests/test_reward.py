@@ -7,8 +7,9 @@ import pytest
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.batches import RaggedRows, RankingRows
 from rlhf_jax.evaluation.heldout import _in_batches, scores_of
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.trainers import reward
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.core
 
@@ -17,7 +18,7 @@ def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = Transformer(ModelConfig(vocab_size=11, context=8, width=8, layers=1, heads=1), scalar=True)
-    params = jax.tree.map(lambda x: 3 * np.asarray(x), init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 3 * np.asarray(x), initialized(model, jax.random.key(0)))
     rows = RankingRows(
         [
             ([[1], [2]], [1, 2]),

@@ -27,7 +27,7 @@ from tests.cases import case
 from tests.made_params import random_params
 from tests.made_runs import write_run
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.runs
 
 BYTES = Tokenizer.bytes()
 MODEL = ModelConfig(vocab_size=BYTES.vocab_size, context=64, width=16, layers=1, heads=2)

@@ -10,8 +10,9 @@ import pytest
 
 from rlhf_jax.arrays import PromptBatch, Rollout
 from rlhf_jax.config import EpisodeConfig, ModelConfig
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.stages.ppo import Frozen, Networks, make_rollout
+from tests.random_params import initialized
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("each_key_once")]
 
@@ -32,7 +33,7 @@ def parameters() -> dict[str, Any]:
         "critic": NETWORKS.scorer,
         "reward": NETWORKS.scorer,
     }
-    return {name: init_params(network, jax.random.key(n)) for n, (name, network) in enumerate(kinds.items())}
+    return {name: initialized(network, jax.random.key(n)) for n, (name, network) in enumerate(kinds.items())}
 
 
 def rollout() -> tuple[Rollout, dict[str, Any]]:

@@ -7,14 +7,15 @@ import pytest
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import PromptRows
 from rlhf_jax.evaluation.samples import distinct_share, sample_responses, win_rate
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.core
 
 
 def test_responses_are_those_to_their_prompts_also_where_slots_are_passed_on() -> None:
     model = Transformer(ModelConfig(vocab_size=9, context=8, width=8, layers=1, heads=1))
-    params = jax.tree.map(lambda x: 2 * np.asarray(x), init_params(model, jax.random.key(0)))
+    params = jax.tree.map(lambda x: 2 * np.asarray(x), initialized(model, jax.random.key(0)))
     prompts = PromptRows([[1], [2, 3], [4], [5, 6], [7]], 2, 0)
     told = {"samples": 3, "batch_size": 8, "max_new_tokens": 5, "eos_id": 8, "pad_id": 0}
     apart = sample_responses(model, params, prompts, jax.random.key(1), **told)

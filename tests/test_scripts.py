@@ -52,7 +52,7 @@ from rlhf_jax.trainers import reward as reward_trainer
 from rlhf_jax.trainers import sft as sft_trainer
 from tests.cases import case
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.runs
 
 COMPILER = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 WORDS = ("red", "blue", "green", "cat")

@@ -15,21 +15,22 @@ from rlhf_jax.arrays import TokenBatch, TrainState
 from rlhf_jax.config import LoraConfig, ModelConfig, OptimConfig, RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import init_adapter
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.parallel.mesh import jit_update, make_mesh, outline, place, shard_rows, shardings
 from rlhf_jax.parallel.sharding import parameter_axes, spec
 from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.stages import pretrain
+from tests.random_params import initialized
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.speed
 
 CONFIG = ModelConfig(vocab_size=64, context=16, width=16, layers=3, heads=4, ffn_width=32, tied=False)
 OPTIMIZER = make_optimizer(OptimConfig(learning_rate=0.01, warmup_steps=0, epsilon=1e-3), 8)
 
 
 def new(config: ModelConfig) -> TrainState:
-    params = init_params(Transformer(config), jax.random.key(0))
+    params = initialized(Transformer(config), jax.random.key(0))
     return new_state(params, OPTIMIZER.init(params), 0)
 
 

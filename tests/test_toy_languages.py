@@ -8,11 +8,12 @@ import pytest
 
 from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.data import batch_at, pack_text
-from rlhf_jax.model import Transformer, init_params
+from rlhf_jax.model import Transformer
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.parallel.mesh import jit_update, make_mesh, place
 from rlhf_jax.stages import pretrain
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.random_params import initialized
 
 pytestmark = pytest.mark.core
 
@@ -30,7 +31,7 @@ def trained() -> tuple:
     config = ModelConfig(vocab_size=tokenizer.vocab_size, context=32, width=32, layers=2, heads=2)
     model, mesh = Transformer(config), make_mesh(1)
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), STEPS)
-    params = init_params(model, jax.random.key(0))
+    params = initialized(model, jax.random.key(0))
     state = place(new_state(params, jax.jit(optimizer.init)(params), 0), mesh)
     step = jit_update(pretrain.make_update(model, optimizer), mesh)
     for number in range(STEPS):

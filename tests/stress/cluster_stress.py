@@ -33,7 +33,7 @@ from scripts.local_cluster import Cluster
 STRIKES = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "stuck": signal.SIGUSR1}
 LIMIT = 30.0
 """Seconds that the other process may take to end."""
-STEPS = 40
+STEPS = 30
 SETTINGS = (
     *("--tokenizer", "bytes", "--model.width", "16", "--model.layers", "1", "--model.heads", "2"),
     *("--model.context", "32", "--row-length", "24", "--batch", "8", "--devices", "4"),
@@ -72,11 +72,15 @@ def write_data(folder: Path) -> Path:
     return folder / "texts.jsonl"
 
 
+# What starts the processes of a run; test_distributed.py has one that starts them faster.
+CLUSTER = Cluster
+
+
 def start(folder: Path, name: str, *, devices: int = 2) -> Cluster:
     """The run `name` in two processes that can be made stuck."""
     me = str(Path(__file__).resolve())
     flags = ("--data", str(folder / "texts.jsonl"), "--out", str(folder / name), *SETTINGS)
-    return Cluster([me, "--be-struck", *flags], processes=2, devices=devices, echo=False)
+    return CLUSTER([me, "--be-struck", *flags], processes=2, devices=devices, echo=False)
 
 
 def steps_done(folder: Path) -> int:
