@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_
 from rlhf_jax.data.forms import Answers, Exchange, exchange_of, prompt_alone
 from rlhf_jax.data.rows import Row, Useless
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.best_of_n import best_of_n
 from rlhf_jax.evaluation.scorers import normalized, response_scores
 from rlhf_jax.generate import generate, stream, uniform_numbers
 from rlhf_jax.pretrained.huggingface import read_folder
@@ -110,6 +111,39 @@ class Model:
             sampler.refuse(rows[-1], where)
         answers = sampler.answers(rows) if rows else []
         return [text.removeprefix(" ") if own else text for own, text in zip(own_space, answers, strict=True)]
+
+    def best_of_n(
+        self,
+        prompts: Asked | Sequence[Asked],
+        reward: Model | Callable[[list[Asked], list[str]], Sequence[float]],
+        *,
+        n: int,
+        **settings: Any,
+    ) -> list[str]:
+        """Sample n responses to each prompt and keep the one with the highest reward, the first of equals.
+
+        Args:
+          prompts: as for `generate`.
+          reward: a reward model, or a function of prompts and responses, one prompt for each response.
+          n: responses per prompt.
+          **settings: of `generate`; temperature 1 unless given.
+
+        Raises:
+          UserError: as `generate` and `score`, and for a number of rewards other than that of responses.
+        """
+        if n < 1:
+            raise UserError(f"n: expected 1 or more responses to choose from, got {n}")
+        asked = [prompt for prompt in _several(prompts) for _ in range(n)]
+        answers = self.generate(asked, **({"temperature": 1.0} | settings))
+        given = reward.score(asked, answers) if isinstance(reward, Model) else reward(asked, answers)
+        scores = np.asarray(given, np.float64)
+        if scores.shape != (len(answers),) or np.isnan(scores).any():
+            raise UserError(
+                f"reward: expected {len(answers)} numbers, one for each response, got an array of shape {scores.shape}"
+                + (" with NaN" if np.isnan(scores).any() else "")
+            )
+        best = best_of_n(scores.reshape(-1, n))
+        return [answers[place * n + number] for place, number in enumerate(best.tolist())]
 
     def score(self, prompts: Asked | Sequence[Asked], answers: str | Sequence[str]) -> list[float]:
         """Score answers with a reward model, as PPO sees them: (score - mean) / scale of held-out scores.

@@ -115,6 +115,30 @@ def test_a_greedy_response_is_what_the_model_says_next(runs: Path) -> None:
         model.score("a", "b")
 
 
+def test_the_best_of_n_responses_is_kept(runs: Path) -> None:
+    model, prompts = rlhf_jax.load(runs / "sft"), ["say a", TALK]
+    settings: dict[str, Any] = {"max_new_tokens": 5, "seed": 3}
+    drawn = model.generate(["say a"] * 3 + [TALK] * 3, temperature=1.0, **settings)
+    given: list[Any] = []
+
+    def reward(prompts: list[Any], answers: list[str]) -> list[float]:
+        given.append((prompts, answers))
+        return [0.0, 2.0, 1.0, 5.0, 5.0, 4.0]
+
+    assert model.best_of_n(prompts, reward, n=3, **settings) == [drawn[1], drawn[3]]
+    assert given == [(["say a"] * 3 + [TALK] * 3, drawn)]
+    judge = rlhf_jax.load(runs / "judge")
+    scores = judge.score("say a", drawn[:3])
+    assert model.best_of_n("say a", judge, n=3, **settings) == [drawn[int(np.argmax(scores))]]
+    for n, function, message in (
+        (0, reward, "n: expected 1 or more responses to choose from, got 0"),
+        (2, lambda prompts, answers: [1.0], r"reward: expected 4 numbers, one for each response, got .* \(1,\)$"),
+        (2, lambda prompts, answers: [1.0, 2.0, np.nan, 0.0], r"got an array of shape \(4,\) with NaN"),
+    ):
+        with case(message), pytest.raises(UserError, match=message):
+            model.best_of_n(prompts, function, n=n, **settings)
+
+
 def test_a_published_folder_is_loaded_without_a_prefix(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

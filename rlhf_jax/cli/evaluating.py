@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rlhf_jax.config.evaluation import EvaluationConfig
 from rlhf_jax.errors import UserError
-from rlhf_jax.evaluation import compare_models
+from rlhf_jax.evaluation import compare_models, evaluation_files
 from rlhf_jax.evaluation.evaluation_tables import (
     PEOPLE_HEAD,
     REWARD_HEAD,
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 def run(config: Config) -> None:
     """Compares the models, prints the tables and writes the files; people judge the answers before, if asked."""
     settings = EvaluationConfig(**{field.name: vars(config)[field.name] for field in fields(EvaluationConfig)})
-    again = config.people and (settings.folder / compare_models.FILE).exists()
-    content = compare_models.read_evaluation(settings) if again else compare_models.run(settings, say=say)
+    again = config.people and (settings.folder / evaluation_files.FILE).exists()
+    content = evaluation_files.read_evaluation(settings) if again else compare_models.run(settings, say=say)
     if config.people:
         content = with_people(config, content)
     show(content, Console(highlight=False))
     for note in content["notes"]:
         say(f"note: {note}")
     print(headline(content))
-    print(f"report: {config.folder / compare_models.REPORT}")
+    print(f"report: {config.folder / evaluation_files.REPORT}")
 
 
 def with_people(config: Config, content: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def with_people(config: Config, content: dict[str, Any]) -> dict[str, Any]:
     from rlhf_jax.feedback.store import Store
 
     models = [model["name"] for model in content["models"]]
-    rows = compare_models.read_answered(config.folder)
+    rows = evaluation_files.read_answered(config.folder)
     items = items_of_answers(rows, models)
     folder = Path(config.people)
     if folder.exists() and not folder.is_dir():
@@ -72,7 +72,7 @@ def with_people(config: Config, content: dict[str, Any]) -> dict[str, Any]:
         content |= {"people": people_figures(store, items, models)}
     if content["people"] is None:
         say(f"nobody has judged yet; to label: rlhf-jax label {shlex.quote(config.people)}, then repeat this command")
-    compare_models.write_evaluation(config.folder, content, rows)
+    evaluation_files.write_evaluation(config.folder, content, rows)
     return content
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Array, Params, PromptBatch
+from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data import Ledger, Prompt, PromptRows, bucket_length, prompt_ids, response_text
 from rlhf_jax.data.batches import by_length, default_buckets
 from rlhf_jax.data.forms import COMPLETIONS, dialogue_field, exchange_of
@@ -109,53 +110,70 @@ def sample_answers(
     """
     tokenizer = language.source.tokenizer
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
-    room = room_of(language.source, max_new_tokens)
+    buckets = default_buckets(room_of(language.source, max_new_tokens))
     together = math.ceil(samples / math.ceil(samples / batch))
-    buckets = default_buckets(room)
+    settings = SamplingConfig(
+        max_new_tokens=max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        temperature=temperature,
+        samples=together,
+    )
     for part in by_length(list(map(len, rows)), max(1, batch // together)):
         width = bucket_length(max(len(rows[at]) for at in part), buckets)
         # The last group is padded with its own rows, so that one program serves all.
         repeated = part[np.arange(max(1, batch // together)) % len(part)]
         prompt_rows = PromptRows([rows[at] for at in repeated], width, tokenizer.pad_id)
-        prompt_batch = prompt_rows.batch(np.arange(len(repeated)))
         uniform_BSR = _uniform(seed, np.array([places[at] for at in repeated]), samples, max_new_tokens)
         found: list[list[Answer]] = [[] for _ in part]
         for first in range(0, samples, together):
             # The last of several rounds repeats some answers, which are left out again.
             numbers = np.minimum(np.arange(first, first + together), samples - 1)
-            out = generate(
-                language.network,
-                language.params,
-                prompt_batch.tokens_BP,
-                prompt_batch.mask_BP,
-                jax.random.key(seed),
-                max_new_tokens=max_new_tokens,
-                stop_ids=tokenizer.stop_ids,
-                pad_id=tokenizer.pad_id,
-                temperature=temperature,
-                samples=together,
-                uniform_BR=jnp.asarray(uniform_BSR[:, numbers].reshape(-1, max_new_tokens)),
+            answers = _one_round(
+                language,
+                reference,
+                prompt_rows,
+                uniform_BSR[:, numbers].reshape(-1, max_new_tokens),
+                settings,
+                [bool(prompts[at].turns) for at in repeated],
             )
-            ids_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
-            whole = _beside(prompt_batch, ids_BR, mask_BR)
-            entropy_B, kl_B = _measured(language, reference, whole, mask_BR, temperature)
-            for place, at in enumerate(part):
-                for number in range(min(together, samples - first)):
-                    row = place * together + number
-                    ids = ids_BR[row][mask_BR[row]].tolist()
-                    text = response_text(rows[at], ids, tokenizer)
-                    own_space = prompts[at].turns and tokenizer.chat_template is None
-                    found[place].append(
-                        Answer(
-                            text=text.removeprefix(" ") if own_space else text,
-                            ended=ids[-1] in tokenizer.stop_ids,
-                            tokens=len(ids),
-                            entropy=None if entropy_B is None else float(entropy_B[row]),
-                            kl=None if kl_B is None else float(kl_B[row]),
-                        )
-                    )
-        for at, answers in zip(part.tolist(), found, strict=True):
-            yield at, answers
+            for place, several in enumerate(found):
+                several += answers[place * together : place * together + min(together, samples - first)]
+        yield from zip(part.tolist(), found, strict=True)
+
+
+def _one_round(
+    language: Language,
+    reference: Language | None,
+    rows: PromptRows,
+    uniform_BR: np.ndarray,
+    settings: SamplingConfig,
+    turns: Sequence[bool],
+) -> list[Answer]:
+    """The answers to the prompts of one batch, settings.samples to each; turns: True for prompts of messages."""
+    tokenizer, batch = language.source.tokenizer, rows.batch(np.arange(len(rows)))
+    prompts = (batch.tokens_BP, batch.mask_BP)
+    # The key is not used: the numbers are given.
+    key, uniform = jax.random.key(0), jnp.asarray(uniform_BR)
+    out = generate(language.network, language.params, *prompts, key, settings, uniform_BR=uniform)
+    ids_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
+    entropy_B, kl_B = _measured(language, reference, _beside(batch, ids_BR, mask_BR), mask_BR, settings.temperature)
+    answers = []
+    for row, (ids_R, mask_R) in enumerate(zip(ids_BR, mask_BR, strict=True)):
+        ids, prompt = ids_R[mask_R].tolist(), row // settings.samples
+        text = response_text(rows.rows[prompt], ids, tokenizer)
+        # The answer to messages starts with a space in the Human / Assistant template, which is not its content.
+        own_space = turns[prompt] and tokenizer.chat_template is None
+        answers.append(
+            Answer(
+                text=text.removeprefix(" ") if own_space else text,
+                ended=ids[-1] in tokenizer.stop_ids,
+                tokens=len(ids),
+                entropy=None if entropy_B is None else float(entropy_B[row]),
+                kl=None if kl_B is None else float(kl_B[row]),
+            )
+        )
+    return answers
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -25,18 +24,15 @@ from rlhf_jax.evaluation.answers import (
     sample_answers,
 )
 from rlhf_jax.evaluation.arms import Arm, best_arm, figures, scored_prompts, win_rates
+from rlhf_jax.evaluation.evaluation_files import LEDGER, SHOWN, refuse_other, write_answered, write_evaluation
 from rlhf_jax.evaluation.frontier import best_of_curve, plain, policies_curve
 from rlhf_jax.evaluation.heldout import mean_loss
-from rlhf_jax.evaluation.report.evaluation import write_evaluation_report
 from rlhf_jax.evaluation.reward_accuracy import reward_accuracy
 from rlhf_jax.evaluation.scorers import Scorer, function_scorer, model_scorer
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, same_tokenizer, with_prefix
 from rlhf_jax.reward_functions.loading import RewardFunction, load_function, make_terms, spec_of
-from rlhf_jax.runs.atomic_files import read_json, write_json
 
 Path = str | os.PathLike[str]
-FILE, ANSWERS, REPORT, LEDGER = "evaluation.json", "answers.jsonl", "report.html", "ledger.json"
-SHOWN = 12  # prompts in the report
 TEXT_ROW = 512  # tokens of a row of held-out text, if the context has room for it
 
 
@@ -81,54 +77,16 @@ def run(
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """`evaluate` with settings as one object."""
-    if (config.folder / FILE).exists():
-        raise UserError(f"out: expected a folder without an evaluation, got {config.folder / FILE}; give another --out")
-    if config.folder.exists() and not config.folder.is_dir():
-        raise UserError(f"out: expected a folder, got the file {config.out}; give another --out")
+    refuse_other(config.folder)
     comparison = _Comparison(config, [reward_funcs] if callable(reward_funcs) else list(reward_funcs), say or _silent)
     config.folder.mkdir(parents=True, exist_ok=True)
     content = comparison.content()
     if comparison.ledger.total:
         comparison.ledger.save(config.folder / LEDGER)
     if comparison.prompts:
-        with (config.folder / ANSWERS).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in comparison.rows())
+        write_answered(config.folder, comparison.rows())
     write_evaluation(config.folder, content, list(comparison.rows(most=SHOWN)))
     return content
-
-
-def read_evaluation(config: EvaluationConfig) -> dict[str, Any]:
-    """The content of the evaluation.json that an evaluation with these settings has written.
-
-    Raises:
-      UserError: if it had other settings.
-    """
-    path = config.folder / FILE
-    content: dict[str, Any] = read_json(path)
-    for name, value in plain(dataclasses.asdict(config)).items():
-        if name not in ("out", "batch", "reward_timeout") and content["settings"].get(name) != value:
-            raise UserError(
-                f"{name}: expected {content['settings'].get(name)!r}, as in {path}, got {value!r}; repeat its command, "
-                "or give another --out"
-            )
-    return content
-
-
-def read_answered(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of answers.jsonl."""
-    return [json.loads(line) for line in (folder / ANSWERS).read_text(encoding="utf-8").split("\n") if line]
-
-
-def write_evaluation(folder: pathlib.Path, content: dict[str, Any], samples: Sequence[dict[str, Any]]) -> None:
-    """Write report.html and evaluation.json.
-
-    Args:
-      folder: of the evaluation.
-      content: of evaluation.json.
-      samples: rows of answers.jsonl, of which the first are shown.
-    """
-    write_evaluation_report(folder / REPORT, content, samples[:SHOWN])
-    write_json(folder / FILE, content)  # last: a folder with it is complete
 
 
 class _Comparison:
