@@ -1,4 +1,4 @@
-"""KL-penalized rewards and generalized advantage estimation."""
+"""KL-penalized rewards, generalized advantage estimation, and advantages without a value network."""
 
 from __future__ import annotations
 
@@ -78,3 +78,81 @@ def generalized_advantages(
     _, advantage_RB = jax.lax.scan(step, jnp.zeros_like(delta[:, 0]), (delta.T, mask.T), reverse=True)
     advantage = advantage_RB.T
     return advantage, advantage + value
+
+
+# Advantages of whole responses, [B], where rows g K … g K + K - 1 are the K responses to prompt g. Every token of a
+# response gets the same. They are treated as data.
+
+
+def leave_one_out_advantages(reward: Array, *, samples: int) -> Array:
+    """RLOO: A_i = r_i - mean of the other K - 1 rewards of the prompt.
+
+    Args:
+      reward: r of each response, [B], the K responses to a prompt in a row.
+      samples: K, 2 or more.
+
+    Returns:
+      The advantage, [B] float32.
+
+    Raises:
+      ValueError: if K is not a divisor of B that is 2 or more.
+
+    Source:
+      Ahmadian et al. 2024, eq. 8 (arXiv:2402.14740); Kool et al. 2019.
+    """
+    reward_GK = _groups(reward, samples)
+    others_GK = (jnp.sum(reward_GK, axis=1, keepdims=True) - reward_GK) / (samples - 1)
+    return (reward_GK - others_GK).reshape(-1)
+
+
+def group_advantages(reward: Array, *, samples: int, scale: bool = True, epsilon: float = 1e-4) -> Array:
+    """GRPO: A_i = (r_i - mean) / (deviation + ε) over the K rewards of the prompt; Dr. GRPO: r_i - mean.
+
+    Args:
+      reward: r of each response, [B], the K responses to a prompt in a row.
+      samples: K, 2 or more.
+      scale: divide by the sample deviation (with K - 1), as GRPO does; without it easy and hard prompts keep their
+        weight.
+      epsilon: ε, in reward units; equal rewards give 0.
+
+    Returns:
+      The advantage, [B] float32.
+
+    Raises:
+      ValueError: if K is not a divisor of B that is 2 or more.
+
+    Source:
+      Shao et al. 2024, section 4.1 (arXiv:2402.03300); Liu et al. 2025, Dr. GRPO (arXiv:2503.20783).
+    """
+    reward_GK = _groups(reward, samples)
+    centered_GK = reward_GK - jnp.mean(reward_GK, axis=1, keepdims=True)
+    if scale:
+        variance_G1 = jnp.sum(jnp.square(centered_GK), axis=1, keepdims=True) / (samples - 1)
+        centered_GK = centered_GK / (jnp.sqrt(variance_G1) + epsilon)
+    return centered_GK.reshape(-1)
+
+
+def greedy_baseline_advantages(reward: Array, *, samples: int) -> Array:
+    """ReMax: A_i = r_i - reward of the greedy response, which is the first of the K to a prompt.
+
+    Args:
+      reward: r of each response, [B], the K responses to a prompt in a row, the greedy one first.
+      samples: K, 2 or more.
+
+    Returns:
+      The advantage, [B] float32; 0 for the greedy responses, which are not samples of the policy.
+
+    Raises:
+      ValueError: if K is not a divisor of B that is 2 or more.
+
+    Source:
+      Li et al. 2023, algorithm 1 (arXiv:2310.10505).
+    """
+    reward_GK = _groups(reward, samples)
+    return (reward_GK - reward_GK[:, :1]).reshape(-1)
+
+
+def _groups(reward: Array, samples: int) -> Array:
+    if reward.ndim != 1 or samples < 2 or reward.shape[0] % samples:
+        raise ValueError(f"samples: expected a divisor of the {reward.shape} rewards from 2 up, got {samples}")
+    return at_least_float32(reward).reshape(-1, samples)

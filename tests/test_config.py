@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from rlhf_jax.config import (
+    EpisodeConfig,
     LoraConfig,
     OptimConfig,
     PPOConfig,
@@ -70,6 +71,31 @@ def test_settings_that_cannot_be() -> None:
     for row in WRONG_SETTINGS:
         with case(row) as (fields, message), pytest.raises(UserError, match=message):
             Config(**fields)
+
+
+def test_a_method_of_ppo_that_cannot_be() -> None:
+    grpo: dict[str, Any] = {"estimator": "grpo", "samples_per_prompt": 4}
+    rows: list[tuple[dict[str, Any], str]] = [
+        ({"estimator": "rloo"}, "samples_per_prompt: expected 2 or more with estimator rloo, got 1"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt: expected 1 or more, got 0"),
+        (grpo | {"batch": 24, "devices": 4}, "batch 24 is not .* samples_per_prompt 4 x devices 4; use --batch 16"),
+        (grpo | {"episode": EpisodeConfig(gamma=0.9)}, "episode.gamma: expected 1 with estimator grpo, .*, got 0.9"),
+        (grpo | {"value_coef": 0.5}, "value_coef: expected none with estimator grpo, which has no value network"),
+        (grpo | {"critic": OptimConfig()}, "critic: expected none with estimator grpo"),
+        ({"clip_high": -0.1}, "clip_high: expected 0 or more, got -0.1"),
+        ({"dual_clip": 1.2}, "dual_clip: expected more than 1 .* = 1.2, .* got 1.2 with clip"),
+        ({"dual_clip": 9.0, "policy_loss": "cispo"}, "dual_clip: expected .* got 9.0 with cispo"),
+        ({"policy_loss": "gspo", "episode": EpisodeConfig(pack=4)}, "episode.pack: expected 0 with policy_loss gspo"),
+        (
+            grpo | {"estimator": "remax", "episode": EpisodeConfig(slots=16)},
+            "episode.slots: expected 0 with estimator remax, which samples in two ways, got 16",
+        ),
+    ]
+    for row in rows:
+        with case(row) as (fields, message), pytest.raises(UserError, match=message):
+            PPOConfig(**fields)
+    assert (PPOConfig().policy_reduction, PPOConfig(policy_loss="gspo").policy_reduction) == ("token", "sequence")
+    assert PPOConfig().value_network and not PPOConfig(**grpo).value_network
 
 
 def test_training_that_could_not_do_what_its_settings_say() -> None:

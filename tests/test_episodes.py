@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.arrays import PromptBatch, TokenBatch
+from rlhf_jax.arrays import PromptBatch, Rollout, TokenBatch
 from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.logprobs import last_token_scores, response_losses
@@ -212,6 +212,123 @@ def test_episodes_scored_in_parts_are_the_same(networks_params: tuple) -> None:
     values = np.unique(np.round(whole.value_BR[:, 0], 4))
     assert len(values) > ROWS // 2  # rows differ, so that order is seen
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
+
+
+def test_estimators_compare_the_responses_to_a_prompt(networks_params: tuple) -> None:
+    params, frozen = networks_params
+    moved = {"policy": jax.tree.map(lambda x: 1.3 * x, params["policy"])}  # no value network
+    prompts = jax.tree.map(lambda x: x[:4], PROMPTS)
+    config = EpisodeConfig(response_length=LENGTH, missing_end="keep")
+    names = ("rloo", "grpo", "dr_grpo", "reinforce_pp", "remax")
+
+    @jax.jit
+    def run(params: dict, frozen: Frozen, key: jax.Array) -> Any:
+        sampled = sample(
+            *(NETWORKS.policy, params["policy"], prompts, key, config),
+            **{"eos_id": EOS, "pad_id": PAD, "samples": 4, "greedy_first": True},
+        )
+        arguments = (NETWORKS, params, frozen, prompts, sampled, jnp.float32(0.5), config)
+        every = {name: score(*arguments, eos_id=EOS, estimator=name, samples=4) for name in names}
+        tokens_BT, mask_BT = every["rloo"][0].tokens_BT, every["rloo"][0].mask_BT
+        return every, NETWORKS.policy.apply({"params": params["policy"]}, tokens_BT, mask_BT)
+
+    every, logits = jax.tree.map(np.asarray, run(moved, frozen, jax.random.key(5)))
+    rollout = every["rloo"][0]
+    mask, first = rollout.response_mask_BR, np.arange(ROWS) % 4 == 0
+    np.testing.assert_array_equal(rollout.tokens_BT[:, :5], np.repeat(np.asarray(prompts.tokens_BP), 4, axis=0))
+    greedy = logits[:, 4:-1].argmax(axis=2) == rollout.tokens_BT[:, 5:]
+    assert greedy[first][mask[first]].all() and not greedy[~first][mask[~first]].all()
+    assert len({tuple(row) for row in rollout.tokens_BT[~first]}) > 8  # the others differ
+    token = np.where(mask, -0.5 * (rollout.logp_BR - rollout.ref_logp_BR), 0)
+    token[np.arange(ROWS), mask.sum(axis=1) - 1] += rollout.score_B
+    groups = token.sum(axis=1).reshape(4, 4)
+    mean = groups.mean(axis=1, keepdims=True)
+    to_go = token[:, ::-1].cumsum(axis=1)[:, ::-1]
+    flat = to_go[mask]
+    expected = {
+        "rloo": (groups - mean) * 4 / 3,
+        "grpo": (groups - mean) / (groups.std(axis=1, ddof=1, keepdims=True) + 1e-4),
+        "dr_grpo": groups - mean,
+        "remax": groups - groups[:, :1],
+    }
+    for name, (found, metrics) in every.items():
+        learned = mask & ~first[:, None] if name == "remax" else mask
+        np.testing.assert_array_equal(found.response_mask_BR, learned)
+        assert "value" not in metrics and metrics["nonfinite"] == 0
+        counted = ~first if name == "remax" else np.ones(ROWS, bool)
+        assert metrics["score"] == pytest.approx(rollout.score_B[counted].mean(), rel=1e-5)
+        if name == "reinforce_pp":
+            wanted = (to_go - flat.mean()) / flat.std()
+        else:
+            wanted = np.repeat(expected[name].reshape(-1, 1), LENGTH, axis=1)
+        np.testing.assert_allclose(found.advantage_BR[learned], wanted[learned], atol=2e-4, err_msg=name)
+
+
+def test_policy_losses_and_their_reductions(networks_params: tuple) -> None:
+    draws = np.random.default_rng(0)
+    lengths = draws.integers(0, LENGTH + 1, ROWS)
+    mask = np.arange(LENGTH) < lengths[:, None]
+    off, advantage, ref = draws.normal(0, 0.4, (3, ROWS, LENGTH)).astype(np.float32)
+    tokens = draws.integers(0, 8, (ROWS, 5 + LENGTH), np.int32)
+    policy = {"policy": networks_params[0]["policy"]}
+    settings: dict[str, dict[str, Any]] = {
+        "token": {},
+        "sequence": {"reduction": "sequence"},
+        "constant": {"reduction": "constant"},
+        "gspo": {"policy_loss": "gspo"},
+        "cispo": {"policy_loss": "cispo", "clip_high": 0.3},
+        "higher": {"clip_high": 0.3, "dual_clip": 1.5},
+        "kl": {"kl_in": "loss", "reduction": "sequence"},
+    }
+    given: dict[str, Any] = {"batch": ROWS, "estimator": "reinforce_pp"}
+
+    @jax.jit
+    def run(policy: dict) -> Any:
+        full_mask = jnp.concatenate([PROMPTS.mask_BP, jnp.asarray(mask)], axis=1)
+        zeros = jnp.zeros(mask.shape)
+        blank = Rollout(tokens, full_mask, mask, zeros, zeros, zeros, advantage, zeros, jnp.zeros(ROWS))
+        loss_BR, _ = response_losses(
+            NETWORKS.policy, policy["policy"], ppo.episode_rows(blank, packed=False)[0], temperature=1.0
+        )
+        logp_BR = jax.lax.stop_gradient(-loss_BR)
+        part = dataclasses.replace(blank, logp_BR=logp_BR - off, ref_logp_BR=logp_BR - ref)
+        found = {}
+        for name, each in settings.items():
+            for packed in (False, True) if name in ("sequence", "kl") else (False,):
+                config = ppo.Config(**(given | each))
+                rows, _ = ppo.episode_rows(
+                    part, packed=packed, reduction=config.policy_reduction, with_reference=config.kl_in == "loss"
+                )
+                count, responses = int(mask.sum()), int((lengths > 0).sum())
+                found[name, packed] = ppo.objective(
+                    NETWORKS, policy, rows, jnp.asarray(count), config, responses=jnp.asarray(responses), kl_coef=0.3
+                )
+        return logp_BR, found
+
+    logp, found = jax.tree.map(np.asarray, run(policy))
+    ratio = np.exp(off)
+    sequence = np.exp(np.sum(off * mask, axis=1, keepdims=True) / np.maximum(lengths, 1)[:, None]) * np.ones_like(off)
+
+    def clipped(ratio: np.ndarray, high: float = 0.2) -> np.ndarray:
+        return np.maximum(-ratio * advantage, -np.clip(ratio, 0.8, 1 + high) * advantage)
+
+    higher = clipped(ratio, 0.3)
+    weight = mask / np.maximum(lengths, 1)[:, None] / (lengths > 0).sum()
+    expected = {
+        "token": (clipped(ratio) * mask).sum() / mask.sum(),
+        "sequence": (clipped(ratio) * weight).sum(),
+        "constant": (clipped(ratio) * mask).sum() / (lengths > 0).sum() / LENGTH,
+        "gspo": (clipped(sequence) * weight).sum(),
+        "cispo": (-np.minimum(ratio, 1.3) * advantage * np.where(mask, logp, 0) * mask).sum() / mask.sum(),
+        "higher": (np.where(advantage < 0, np.minimum(higher, -1.5 * advantage), higher) * mask).sum() / mask.sum(),
+        "kl": ((clipped(ratio) + 0.3 * (np.exp(-ref) - 1 + ref)) * weight).sum(),
+    }
+    for (name, packed), (loss, metrics) in found.items():
+        with case((name, packed)):
+            assert loss == pytest.approx(expected[name], abs=2e-6)
+            assert set(metrics) == {"policy_loss", "clipped", "ratio_error"}
+    high = found["higher", False][1]["clipped"]
+    assert high == pytest.approx((((ratio > 1.3) | (ratio < 0.8)) & mask).sum() / mask.sum(), abs=1e-6)
 
 
 @functools.cache

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
+from rlhf_jax.returns import (
+    generalized_advantages,
+    greedy_baseline_advantages,
+    group_advantages,
+    kl_penalized_reward,
+    leave_one_out_advantages,
+)
 from tests.conftest import WAYS
 
 pytestmark = [pytest.mark.core, pytest.mark.usefixtures("strict_dtypes")]
@@ -175,3 +181,23 @@ def test_shapes_that_differ_are_named() -> None:
     for call, message in rows:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_advantages_of_groups_by_hand() -> None:
+    # Two prompts with three responses each. Leave one out of (1, 2, 6): 1 - 4, 2 - 3.5, 6 - 1.5. Mean 3, squares
+    # 4 + 1 + 9 = 14, deviation √7 with K - 1. Equal rewards have no advantage, and no deviation to divide by.
+    reward = jnp.array([1, 2, 6, 5, 5, 5], jnp.bfloat16)
+    root = np.sqrt(7.0) + 1e-4
+    cases: list[tuple[Callable, list[float]]] = [
+        (leave_one_out_advantages, [-3, -1.5, 4.5, 0, 0, 0]),
+        (group_advantages, [-2 / root, -1 / root, 3 / root, 0, 0, 0]),
+        (partial(group_advantages, scale=False), [-2, -1, 3, 0, 0, 0]),
+        (greedy_baseline_advantages, [0, 1, 5, 0, 0, 0]),
+    ]
+    found = jax.jit(lambda reward: [function(reward, samples=3) for function, _ in cases])(reward)
+    for (function, expected), advantage in zip(cases, found, strict=True):
+        assert advantage.dtype == jnp.float32
+        np.testing.assert_allclose(advantage, expected, rtol=1e-6, err_msg=str(function))
+        for bad in (1, 4):
+            with pytest.raises(ValueError, match=rf"samples: expected a divisor of the \(6,\) rewards .*, got {bad}"):
+                function(reward, samples=bad)

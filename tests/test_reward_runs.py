@@ -17,6 +17,7 @@ from rlhf_jax.data import Message, Prompt, encode_prompts, read_records, respons
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation
+from rlhf_jax.pretrained.convert import critic_params
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.reward_functions.loading import make_terms
 from rlhf_jax.runs.folder import RunFolder
@@ -167,6 +168,37 @@ def renamed(function: Any) -> Any:
     """Another function under the name of `few`."""
     function.__module__, function.__qualname__ = few.__module__, few.__qualname__
     return function
+
+
+def test_groups_of_responses_need_no_value_network(folder: Path) -> None:
+    settings: dict[str, Any] = {
+        "estimator": "grpo",
+        "samples_per_prompt": 2,
+        "policy_loss": "gspo",
+        "kl_in": "loss",
+        "kl_coef": 0.1,
+        "minibatches": 2,
+    }
+    heard = Heard()
+    one = ppo.run(config(folder, "grpo", **settings), reward_funcs=heard)
+    rows = read_rows(one.run.metrics)
+    for row, call in zip(rows, heard.calls, strict=True):
+        asked = [number(prompt) for prompt, _, _ in call]
+        assert len(asked) == 8 and asked[::2] == asked[1::2] and len(set(asked)) == 4
+        assert row["score"] == pytest.approx(np.mean([n + 100.0 * len(text) for n, (_, text, _) in zip(asked, call)]))
+        assert row["reward"] == row["score"] and row["first_ratio_error"] < 1e-5 and row["policy_skipped"] == 0
+        assert not {"value", "value_loss", "critic_grad_norm"} & set(row)
+    assert set(one.run.load_params()) == {"policy"}
+    source = open_source(str(one.run.path), stages=("ppo",))
+    jax.tree.map(np.testing.assert_array_equal, source.params(), one.run.load_params()["policy"])
+    with pytest.raises(UserError, match=r"expected a ppo run with a value network .*, got one without"):
+        critic_params(source)
+    on_mesh = Heard()
+    mesh = ppo.run(config(folder, "grpo_mesh", **settings, mesh="data=2,fsdp=2"), reward_funcs=on_mesh)
+    assert on_mesh.calls == heard.calls
+    for row, other in zip(rows, read_rows(mesh.run.metrics), strict=True):
+        for name in ("loss", "kl", "score", "policy_grad_norm"):
+            assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5)
 
 
 def test_without_a_reward_model_the_value_network_is_the_policy_with_a_head_of_zeros(folder: Path) -> None:

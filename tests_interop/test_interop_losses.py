@@ -1,4 +1,4 @@
-"""Preference losses beside TRL's own: values and gradients on random log-probabilities.
+"""Losses of preferences and of policies beside TRL's own: values and gradients on random log-probabilities.
 
 TRL computes a loss in a trainer's method, from a model's outputs: the trainers here are made without their
 constructors, and the model returns drawn log-probabilities of tokens.
@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from trl import DPOTrainer
+from trl import DPOTrainer, GRPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
+from rlhf_jax.kl import kl_estimate
 from rlhf_jax.losses import (
     apo_down_loss,
     apo_zero_loss,
+    asymmetric_surrogate,
+    cispo_loss,
     dpo_loss,
     exo_loss,
     hinge_loss,
@@ -29,8 +32,10 @@ from rlhf_jax.losses import (
     nca_loss,
     orpo_loss,
     robust_dpo_loss,
+    sequence_log_ratio,
     simpo_loss,
 )
+from rlhf_jax.masked import masked_mean
 
 PAIRS, TOKENS = 32, 7
 DRAWS = np.random.default_rng(0)
@@ -42,7 +47,11 @@ REFERENCE = (LOGP.sum(axis=1) + DRAWS.normal(0, 3, 2 * PAIRS)).astype(np.float32
 BETA = 0.3
 
 ACCELERATOR = SimpleNamespace(
-    device=torch.device("cpu"), gather_for_metrics=lambda x: x, gather=lambda x: x, num_processes=1
+    device=torch.device("cpu"),
+    gather_for_metrics=lambda x: x,
+    gather=lambda x: x,
+    reduce=lambda x, reduction: x,
+    num_processes=1,
 )
 
 
@@ -184,6 +193,74 @@ def our_kto(logp: jax.Array) -> jax.Array:
     return jnp.mean(losses)
 
 
+# Of the policy that sampled, of the reference model, and advantages of responses.
+OLD, KL_REFERENCE = (np.where(MASK, LOGP + DRAWS.normal(0, 0.4, MASK.shape), 0.0).astype(np.float32) for _ in range(2))
+ADVANTAGE = DRAWS.normal(0, 1, (len(LOGP), 1)).astype(np.float32)
+
+
+def grpo(loss_type: str, *, delta: float | None = None, **attributes: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    settings = {
+        "loss_type": loss_type,
+        "importance_sampling_level": "token",
+        "epsilon_low": 0.2,
+        "epsilon_high": 0.28,
+        "beta": 0.0,
+        "top_entropy_quantile": 1.0,
+        "off_policy_mask_threshold": None,
+        "use_vllm": False,
+        "max_completion_length": TOKENS,
+        "_entropy_bonus_enabled": False,
+        "args": SimpleNamespace(delta=delta, use_bias_correction_kl=False),
+    }
+    batch = {
+        "prompt_ids": torch.ones((len(LOGP), 1)),
+        "prompt_mask": torch.ones((len(LOGP), 1)),
+        "completion_ids": torch.ones(MASK.shape),
+        "completion_mask": torch.tensor(MASK.astype(np.int64)),
+        "advantages": torch.tensor(ADVANTAGE[:, 0]),
+        "old_per_token_logps": torch.tensor(OLD),
+        "ref_per_token_logps": torch.tensor(KL_REFERENCE),
+        "num_items_in_batch": torch.tensor(float(MASK.sum())),
+    }
+
+    def loss(logp: torch.Tensor) -> torch.Tensor:
+        made = trainer(GRPOTrainer, model=SimpleNamespace(training=False), **(settings | attributes))
+        made._get_per_token_logps_and_entropies = lambda *_, **__: (logp, torch.zeros_like(logp), None)
+        found: torch.Tensor = made._compute_loss(made.model, batch)
+        return found
+
+    return loss
+
+
+def over_tokens(losses: jax.Array) -> jax.Array:
+    return masked_mean(losses, jnp.asarray(MASK))
+
+
+def over_sequences(losses: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.sum(jnp.where(MASK, losses, 0.0), axis=1) / LENGTHS)
+
+
+def by_length(losses: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(MASK, losses, 0.0)) / MASK.size
+
+
+def surrogate(
+    reduced: Numbers, *, sequence: bool = False, dual_clip: float | None = None, beta: float = 0.0
+) -> Numbers:
+    def mean(logp: jax.Array) -> jax.Array:
+        log_ratio = logp - OLD
+        log_ratio = sequence_log_ratio(log_ratio, jnp.asarray(MASK)) if sequence else log_ratio
+        advantage = jnp.broadcast_to(ADVANTAGE, logp.shape)
+        losses = asymmetric_surrogate(log_ratio, advantage, clip_low=0.2, clip_high=0.28, dual_clip=dual_clip)
+        return reduced(losses + beta * kl_estimate(logp, jnp.asarray(KL_REFERENCE), estimator="k3"))
+
+    return mean
+
+
+def our_cispo(logp: jax.Array) -> jax.Array:
+    return over_tokens(cispo_loss(logp - OLD, logp, jnp.broadcast_to(ADVANTAGE, logp.shape), ratio_max=1.5))
+
+
 CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Numbers]] = {
     "dpo": (dpo("sigmoid"), ours(dpo_loss)),
     "forward_kl": (dpo("sigmoid", f_divergence_type="forward_kl"), ours(dpo_loss, divergence="forward_kl")),
@@ -205,6 +282,14 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Numbers]] = {
     "simpo": (cpo("simpo", simpo_gamma=0.5), ours(simpo_loss, means, margin=0.5)),
     "orpo": (orpo, ours(orpo_loss, means)),
     "kto": (kto, our_kto),
+    "clip-higher": (grpo("bnpo"), surrogate(over_tokens)),
+    "dual clip": (grpo("bnpo", delta=1.6), surrogate(over_tokens, dual_clip=1.6)),
+    "sequence": (grpo("grpo"), surrogate(over_sequences)),
+    "constant": (grpo("dr_grpo"), surrogate(by_length)),
+    "KL in the loss": (grpo("bnpo", beta=BETA), surrogate(over_tokens, beta=BETA)),
+    "gspo": (grpo("grpo", importance_sampling_level="sequence"), surrogate(over_sequences, sequence=True)),
+    # TRL's epsilon_high bounds the ratio itself.
+    "cispo": (grpo("cispo", epsilon_high=1.5), our_cispo),
 }
 
 

@@ -213,8 +213,27 @@ class PPOConfig(RunConfig):
     """PPO epochs per rollout batch, each in a new random order."""
     minibatches: int = 4
     """Minibatches per PPO epoch, with one optimizer step each."""
+    samples_per_prompt: int = 1
+    """Responses K to each prompt; an iteration has batch / K prompts. 2 or more for rloo, grpo, dr_grpo and remax."""
+    estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_pp", "remax"] = "gae"
+    """Advantage estimator. gae: with a value network; the others have none. rloo: reward less the mean of the prompt's
+    other responses; grpo: less the prompt's mean, over its deviation; dr_grpo: the same without the deviation;
+    reinforce_pp: rewards to go; remax: less the reward of a greedy response, which is the first of the K. gae and
+    reinforce_pp whiten over the batch."""
+    policy_loss: Literal["clip", "gspo", "cispo"] = "clip"
+    """Policy loss. clip: clipped surrogate of each token; gspo: of the response's mean log-ratio; cispo:
+    log-probability weighted by the ratio, which is bounded by 1 + clip_high."""
+    reduction: Literal["token", "sequence", "constant"] | None = hinted(None, "default: by policy_loss")
+    """Mean of the policy loss. token: over the tokens of a minibatch; sequence: over each response's tokens, then over
+    responses (default for gspo); constant: sum over tokens by responses x response_length, as in Dr. GRPO."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Place of the KL penalty. reward: of each token; loss: kl_coef times the k3 estimate, as in GRPO."""
     clip: float = 0.2
     """Clipping range ε of the policy ratio."""
+    clip_high: float | None = None
+    """Upper clipping range of the policy ratio, clip by default; 0.28 in DAPO (clip-higher), 4 for cispo."""
+    dual_clip: float | None = None
+    """Bound on the ratio of tokens with a negative advantage, such as 3 (dual clip); none by default."""
     value_clip: float = 0.2
     """Clipping range of the value around the value at rollout time."""
     value_coef: float = 0.1
@@ -263,6 +282,7 @@ class PPOConfig(RunConfig):
             if value is not None and value <= 0:
                 raise UserError(f"{field}: expected more than 0, got {value}")
         self._check_learning()
+        self._check_method()
         parts = self.minibatches * self.microbatches * self.row_devices
         if self.batch % parts:
             nearest = max(parts, self.batch - self.batch % parts)
@@ -295,6 +315,49 @@ class PPOConfig(RunConfig):
                 f"{self.pretraining_coef}"
             )
 
+    def _check_method(self) -> None:
+        at_least(self, "samples_per_prompt", 1)
+        grouped = self.estimator not in ("gae", "reinforce_pp")
+        samples = self.samples_per_prompt
+        if grouped and samples < 2:
+            raise UserError(f"samples_per_prompt: expected 2 or more with estimator {self.estimator}, got {samples}")
+        if self.batch % (samples * self.row_devices):
+            whole = samples * self.row_devices
+            raise UserError(
+                f"batch {self.batch} is not divisible by samples_per_prompt {samples} x devices {self.row_devices}; "
+                f"use --batch {max(whole, self.batch - self.batch % whole)}"
+            )
+        if grouped and self.episode.gamma != 1:
+            raise UserError(
+                f"episode.gamma: expected 1 with estimator {self.estimator}, whose advantage is of whole responses, "
+                f"got {self.episode.gamma}"
+            )
+        if not self.value_network:
+            plain = PPOConfig()
+            for field in ("value_clip", "value_coef", "critic"):
+                if vars(self)[field] != vars(plain)[field]:
+                    raise UserError(
+                        f"{field}: expected none with estimator {self.estimator}, which has no value network"
+                    )
+        self._check_policy_loss()
+
+    def _check_policy_loss(self) -> None:
+        high = self.clip if self.clip_high is None else self.clip_high
+        at_least(self, "clip_high", 0)
+        if self.dual_clip is not None and (self.policy_loss == "cispo" or not self.dual_clip > 1 + high):
+            raise UserError(
+                f"dual_clip: expected more than 1 + clip_high = {1 + high:g}, with policy_loss clip or gspo, got "
+                f"{self.dual_clip} with {self.policy_loss}"
+            )
+        if self.episode.pack and self.policy_loss == "gspo":
+            raise UserError(
+                f"episode.pack: expected 0 with policy_loss gspo, whose ratio is of a response, got {self.episode.pack}"
+            )
+        if self.episode.slots and self.estimator == "remax":
+            raise UserError(
+                f"episode.slots: expected 0 with estimator remax, which samples in two ways, got {self.episode.slots}"
+            )
+
     def _check_learning(self) -> None:
         self.policy.check_steps("policy", self.optimizer_steps)
         self.critic.check_steps("critic", self.optimizer_steps)
@@ -315,6 +378,16 @@ class PPOConfig(RunConfig):
                 f"{self.kl_horizon}; an iteration changes kl_coef by up to 20% of batch / kl_horizon, and to 0 or less "
                 "here"
             )
+
+    @property
+    def value_network(self) -> bool:
+        """True if a value network is trained."""
+        return self.estimator == "gae"
+
+    @property
+    def policy_reduction(self) -> str:
+        """Mean of the policy loss: that of the settings, else that of the policy loss."""
+        return self.reduction or ("sequence" if self.policy_loss == "gspo" else "token")
 
     @property
     def optimizer_steps(self) -> int:

@@ -303,7 +303,7 @@ class Programs:
 
     def _ppo(self) -> dict[str, Program]:
         work, config, networks = self.work, self.ppo_config(), self.networks()
-        ids = {"eos_id": 0, "pad_id": 1}
+        ids: dict[str, Any] = {"eos_id": 0, "pad_id": 1}
         rows, parts = work.batch // work.minibatches, work.minibatches * work.microbatches
         text = self.tokens(work.pretraining_batch // work.minibatches, work.row_length)
         carry = (self.trained(), self.opt_state())

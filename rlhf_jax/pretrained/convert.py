@@ -120,7 +120,10 @@ def critic_params(source: Source) -> Params:
     """
     if source.stage != "ppo":
         raise UserError(f"{source.where}: expected a ppo run, which has a value network, got a {source.stage} run")
-    critic = RunFolder.open(source.spec, stages=("ppo",)).load_params()["critic"]
+    params = RunFolder.open(source.spec, stages=("ppo",)).load_params()
+    if "critic" not in params:
+        raise UserError(f"{source.where}: expected a ppo run with a value network (--estimator gae), got one without")
+    critic = params["critic"]
     if source.base is None or source.lora is None:
         return critic
     whole: Params = merge(source.base.params(), critic, source.lora.scale)

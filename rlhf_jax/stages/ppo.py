@@ -4,7 +4,8 @@ One iteration, `make_update`, has four steps:
 
   1 sample      prompts [B, P] → responses [B, R]
   2 score       of each response token: log π, log π_ref and V, [B, R]; of each response: r, [B]
-  3 advantages  reward = r at the last token - β (log π - log π_ref), then GAE and whitening, [B, R]
+  3 advantages  reward = r at the last token - β (log π - log π_ref), then GAE and whitening, [B, R]; other estimators
+                compare the K responses to a prompt and need no V
   4 optimize    epochs × minibatches: clipped surrogate + value loss + γ pretraining loss, one Adam step each
 
 r is the reward model's normalized score, or a sum of it and of reward functions (rewards.py). Functions need the text:
@@ -19,6 +20,7 @@ Source:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,12 +35,18 @@ from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import adapt_kl_coef, kl_estimate
 from rlhf_jax.logprobs import response_losses, response_scores, state_values, target_losses
 from rlhf_jax.lora import attach
-from rlhf_jax.losses import clipped_surrogate, clipped_value_loss
+from rlhf_jax.losses import asymmetric_surrogate, cispo_loss, clipped_value_loss, sequence_log_ratio
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
 from rlhf_jax.optim import apply_gradients, global_count, make_optimizer, new_state, summed_gradients
 from rlhf_jax.packing import EpisodeRows, map_episodes, pack_episodes, padded_episodes
-from rlhf_jax.returns import generalized_advantages, kl_penalized_reward
+from rlhf_jax.returns import (
+    generalized_advantages,
+    greedy_baseline_advantages,
+    group_advantages,
+    kl_penalized_reward,
+    leave_one_out_advantages,
+)
 from rlhf_jax.rewards import Terms, compose
 from rlhf_jax.stages.answers import repeated_pairs, same_answer
 
@@ -131,12 +139,17 @@ class RolloutScores:
 
 @pytree
 class OldPolicyStats:
-    """Statistics of the policy that sampled, as used by an optimizer step, [B, R] each."""
+    """Statistics of the policy that sampled, as used by an optimizer step, [B, R] each.
+
+    weight_BR is None where all tokens have the same weight, ref_logp_BR where the loss has no KL penalty.
+    """
 
     logp_BR: Array
     value_BR: Array
     advantage_BR: Array
     target_BR: Array
+    weight_BR: Array | None = None
+    ref_logp_BR: Array | None = None
 
 
 def make_update(
@@ -167,6 +180,8 @@ def make_update(
         parts=config.minibatches * config.microbatches,
         axis_name=axis_name,
         terms=terms,
+        estimator=config.estimator,
+        samples=config.samples_per_prompt,
     )
     optimizer_step = make_optimizer_step(networks, config, axis_name)
     scale = config.lora.scale
@@ -175,12 +190,13 @@ def make_update(
         sample_key, order_key = iteration_keys(state, axis_name)
 
         # 1, 2, 3. Sample, score, compute advantages.
+        kl_coef = state.extras["kl_coef"]
         episodes, metrics = rollout(
             attach_adapters(state.params, frozen, scale),
             attach_frozen(frozen, scale),
             batch.prompts,
             sample_key,
-            state.extras["kl_coef"],
+            kl_coef if config.kl_in == "reward" else jnp.zeros_like(kl_coef),
             batch.scored,
         )
         if axis_name is not None:
@@ -198,7 +214,7 @@ def make_update(
             episodes_key, text_key, steps_key = jax.random.split(key, 3)
             parts = minibatched(episodes, episodes_key)
             text = None if batch.pretraining is None else minibatched(batch.pretraining, text_key)
-            step = functools.partial(optimizer_step, frozen=frozen, sound=sound)
+            step = functools.partial(optimizer_step, frozen=frozen, sound=sound, kl_coef=kl_coef)
             return jax.lax.scan(step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
 
         (params, opt_state), history = jax.lax.scan(
@@ -242,7 +258,17 @@ def make_sampling(
     def sampling(state: TrainState, batch: Batch, frozen: Frozen) -> Generation:
         sample_key, _ = iteration_keys(state, axis_name)
         policy = attach(frozen.backbone, state.params["policy"], config.lora.scale)
-        return sample(networks.policy, policy, batch.prompts, sample_key, config.episode, eos_id=eos_id, pad_id=pad_id)
+        return sample(
+            networks.policy,
+            policy,
+            batch.prompts,
+            sample_key,
+            config.episode,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            samples=config.samples_per_prompt,
+            greedy_first=config.estimator == "remax",
+        )
 
     return sampling
 
@@ -265,12 +291,14 @@ def make_rollout(
     parts: int = 1,
     axis_name: str | None = None,
     terms: Terms | None = None,
+    estimator: str = "gae",
+    samples: int = 1,
 ) -> Callable[..., tuple[Rollout, dict[str, Array]]]:
     """Make steps 1 to 3: rollout(params, frozen, prompts, key, kl_coef, scored=None) -> (episodes, metrics).
 
-    params is {"policy": …, "critic": …} and, like frozen, holds full parameters, not adapters; key must be unique to
-    this iteration and device; kl_coef is β; scored holds the responses if they were sampled before. The metrics are
-    shares, to be summed over the mapped axis.
+    params is {"policy": …, "critic": …}, without a critic where the estimator has none, and, like frozen, holds full
+    parameters, not adapters; key must be unique to this iteration and device; kl_coef is β; scored holds the responses
+    if they were sampled before. The metrics are shares, to be summed over the mapped axis.
 
     Args:
       networks: architectures of the four networks.
@@ -278,9 +306,11 @@ def make_rollout(
       eos_id: token id that ends a response, or a tuple of such ids.
       pad_id: token id of padding.
       parts: number of equal parts of the prompts that are scored one after the other, to bound memory; a divisor of
-        the number of prompts.
+        the number of episodes.
       axis_name: mapped axis over which the prompts are split.
       terms: terms of the reward, with reward functions.
+      estimator: advantage estimator, as in `PPOConfig`.
+      samples: number of responses to each prompt, K.
     """
 
     def rollout(
@@ -292,7 +322,17 @@ def make_rollout(
         scored: ScoredResponses | None = None,
     ) -> tuple[Rollout, dict[str, Array]]:
         if scored is None:
-            sampled = sample(networks.policy, params["policy"], prompts, key, config, eos_id=eos_id, pad_id=pad_id)
+            sampled = sample(
+                networks.policy,
+                params["policy"],
+                prompts,
+                key,
+                config,
+                eos_id=eos_id,
+                pad_id=pad_id,
+                samples=samples,
+                greedy_first=estimator == "remax",
+            )
         else:
             sampled = scored.sampled
         return score(
@@ -308,6 +348,8 @@ def make_rollout(
             axis_name=axis_name,
             terms=terms,
             value_BN=None if scored is None else scored.value_BN,
+            estimator=estimator,
+            samples=samples,
         )
 
     return rollout
@@ -322,10 +364,26 @@ def sample(
     *,
     eos_id: int | tuple[int, ...],
     pad_id: int,
+    samples: int = 1,
+    greedy_first: bool = False,
 ) -> Generation:
-    """Step 1: sample a response [B, R] to each prompt [B, P] from the full distribution at the given temperature."""
-    sampling = config.sampling(_ends(eos_id), pad_id)
-    return generate(policy, params, prompts.tokens_BP, prompts.mask_BP, key, sampling)
+    """Step 1: sample K responses to each prompt from the full distribution at the given temperature.
+
+    The responses [B, R] to a prompt follow each other. With `greedy_first`, the first of them is the greedy one.
+    """
+    sampling = dataclasses.replace(config.sampling(_ends(eos_id), pad_id), samples=samples - greedy_first)
+    sampled = generate(policy, params, prompts.tokens_BP, prompts.mask_BP, key, sampling)
+    if not greedy_first:
+        return sampled
+    # Nothing is drawn in it, so the key is not used twice.
+    sampling = dataclasses.replace(sampling, samples=1, temperature=0.0)
+    greedy = generate(policy, params, prompts.tokens_BP, prompts.mask_BP, jax.random.fold_in(key, 1), sampling)
+
+    def joined(first: Array, rest: Array) -> Array:
+        groups = rest.reshape(first.shape[0], samples - 1, *first.shape[1:])
+        return jnp.concatenate([first[:, None], groups], axis=1).reshape(-1, *first.shape[1:])
+
+    return Generation(*map(joined, greedy, sampled))
 
 
 def score(
@@ -342,11 +400,15 @@ def score(
     axis_name: str | None = None,
     terms: Terms | None = None,
     value_BN: Array | None = None,
+    estimator: str = "gae",
+    samples: int = 1,
 ) -> tuple[Rollout, dict[str, Array]]:
     """Steps 2 and 3: score the sampled token ids, without decoding them, and compute rewards and advantages [B, R].
 
     The values of reward functions come from the host, which decoded the responses.
     """
+    if samples > 1:
+        prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
     tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
     mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
     mask_BR = sampled.mask
@@ -379,9 +441,13 @@ def score(
     reward_BR = kl_penalized_reward(found.logp_BR, found.ref_logp_BR, score_B, mask_BR, kl_coef=kl_coef)
     if config.whiten_rewards:
         reward_BR = masked_whiten(reward_BR, mask_BR, axis_name, keep_mean=True)
-    advantage_BR, target_BR = generalized_advantages(
-        reward_BR, found.value_BR, mask_BR, gamma=config.gamma, lam=config.gae_lambda
-    )
+    advantage_BR, target_BR = advantages(reward_BR, found.value_BR, mask_BR, config, estimator, samples)
+    counted_B = jnp.ones_like(ended_B)
+    if estimator == "remax":
+        # The greedy responses are a baseline, not samples of the policy.
+        counted_B = jnp.arange(len(ended_B)) % samples > 0
+        mask_BR = mask_BR & counted_B[:, None]
+    grouped = estimator not in WHITENED
     episodes = Rollout(
         tokens_BT=tokens_BT,
         mask_BT=mask_BT,
@@ -389,20 +455,20 @@ def score(
         logp_BR=found.logp_BR,
         ref_logp_BR=found.ref_logp_BR,
         value_BR=found.value_BR,
-        advantage_BR=masked_whiten(advantage_BR, mask_BR, axis_name),
+        advantage_BR=advantage_BR if grouped else masked_whiten(advantage_BR, mask_BR, axis_name),
         target_BR=target_BR,
         score_B=score_B,
     )
 
     def over_episodes(x_B: Array) -> Array:
-        return masked_mean(x_B, jnp.ones_like(ended_B), axis_name)
+        return masked_mean(x_B, counted_B, axis_name)
 
     finite_BR = jnp.isfinite(advantage_BR) & jnp.isfinite(target_BR)
     finite_B = jnp.isfinite(raw_B) & jnp.all(finite_BR | ~mask_BR, axis=1)
     kl_BR = jnp.where(mask_BR, kl_estimate(found.logp_BR, found.ref_logp_BR), 0.0)
     metrics = {
         "score": over_episodes(score_B),
-        "value": masked_mean(found.value_BR, mask_BR, axis_name),
+        **({"value": masked_mean(found.value_BR, mask_BR, axis_name)} if "critic" in params else {}),
         "kl": over_episodes(jnp.sum(kl_BR, axis=1)),
         "reward": over_episodes(jnp.sum(reward_BR, axis=1)),
         "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
@@ -417,13 +483,40 @@ def score(
     return episodes, metrics
 
 
+# Estimators of token advantages, which are whitened over the batch.
+WHITENED = ("gae", "reinforce_pp")
+
+
+def advantages(
+    reward_BR: Array, value_BR: Array, mask_BR: Array, config: EpisodeConfig, estimator: str, samples: int
+) -> tuple[Array, Array]:
+    """Advantage and value target [B, R] of each token, unwhitened, by the estimator; 0 in masked slots.
+
+    Without a value network the values are 0, and REINFORCE++ is GAE with λ = 1. The other estimators take the sum of a
+    response's rewards, and give all of its tokens the same advantage.
+    """
+    if estimator in WHITENED:
+        lam = config.gae_lambda if estimator == "gae" else 1.0
+        return generalized_advantages(reward_BR, value_BR, mask_BR, gamma=config.gamma, lam=lam)
+    return_B = jnp.sum(reward_BR, axis=1)
+    if estimator == "rloo":
+        advantage_B = leave_one_out_advantages(return_B, samples=samples)
+    elif estimator == "remax":
+        advantage_B = greedy_baseline_advantages(return_B, samples=samples)
+    else:
+        advantage_B = group_advantages(return_B, samples=samples, scale=estimator == "grpo")
+    return jnp.where(mask_BR, advantage_B[:, None], 0.0), jnp.zeros_like(reward_BR)
+
+
 def score_rows(
     networks: Networks, params: dict[str, Params], frozen: Frozen, rows: EpisodeRows, *, temperature: float
 ) -> RolloutScores:
     """Run the four forward passes over rows of episodes; without a reward model there are three, and scores are 0."""
     loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
     ref_loss_BR, _ = response_losses(networks.policy, frozen.reference, rows, temperature=temperature)
-    value_BR = state_values(networks.scorer, params["critic"], rows)
+    value_BR = jnp.zeros_like(loss_BR)
+    if "critic" in params:
+        value_BR = state_values(networks.scorer, params["critic"], rows)
     without = frozen.reward is None
     return RolloutScores(
         logp_BR=-loss_BR,
@@ -437,8 +530,9 @@ def score_rows(
 def make_optimizer_step(networks: Networks, config: Config, axis_name: str | None = None) -> Callable[..., Any]:
     """Make one optimizer step of step 4.
 
-    step((params, opt_state), (episodes, text, key), frozen, sound=True) -> ((params, opt_state), metrics), where sound
-    is False for episodes with a score, value or log-probability that is not finite: neither network makes a step.
+    step((params, opt_state), (episodes, text, key), frozen, sound=True, kl_coef=0.0) -> ((params, opt_state), metrics),
+    where sound is False for episodes with a score, value or log-probability that is not finite: neither network makes a
+    step. kl_coef is that of a KL penalty in the loss.
     """
     optimizers = make_optimizers(config)
     scale = config.lora.scale
@@ -448,16 +542,24 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
         inputs: tuple[Rollout, TokenBatch | None, Array],
         frozen: Frozen,
         sound: Array | bool = True,
+        kl_coef: Array | float = 0.0,
     ) -> tuple[tuple[dict[str, Params], dict[str, Any]], dict[str, Array]]:
         params, opt_state = carry
         sound = jnp.asarray(sound)
         episodes, text, key = inputs
         key, text_key = jax.random.split(key)
         count = global_count(episodes.response_mask_BR, axis_name)
-        rows, in_use = episode_rows(episodes, packed=config.episode.pack > 0)
+        responses = global_count(jnp.any(episodes.response_mask_BR, axis=1), axis_name)
+        rows, in_use = episode_rows(
+            episodes,
+            packed=config.episode.pack > 0,
+            reduction=config.policy_reduction,
+            with_reference=config.kl_in == "loss",
+        )
 
         def ppo_objective(p: dict[str, Params], part: EpisodeRows, _: Array) -> tuple[Array, dict[str, Array]]:
-            return objective(networks, attach_adapters(p, frozen, scale), part, count, config)
+            full = attach_adapters(p, frozen, scale)
+            return objective(networks, full, part, count, config, responses=responses, kl_coef=kl_coef)
 
         gradient, metrics = summed_gradients(
             ppo_objective,
@@ -499,43 +601,90 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
 
 
 def objective(
-    networks: Networks, params: dict[str, Params], rows: EpisodeRows, count: Array, config: Config
+    networks: Networks,
+    params: dict[str, Params],
+    rows: EpisodeRows,
+    count: Array,
+    config: Config,
+    *,
+    responses: Array | None = None,
+    kl_coef: Array | float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
-    """Clipped surrogate plus weighted clipped value loss, as a share of the mean over response tokens.
+    """Policy loss plus weighted clipped value loss, as a share of the mean over response tokens.
 
     Args:
       networks: architectures of the four networks.
-      params: {"policy": …, "critic": …}, full parameters.
+      params: {"policy": …, "critic": …}, full parameters; without a critic, there is no value loss.
       rows: rows of episodes whose data is an `OldPolicyStats`.
       count: number of response tokens in the global minibatch.
       config: settings of the stage.
+      responses: number of responses in the global minibatch, for a reduction other than over tokens.
+      kl_coef: β of a KL penalty in the loss, for rows with reference log-probabilities.
 
     Returns:
       (share of the loss, shares of the metrics).
     """
     old, mask_BR = rows.data, rows.response_mask_BR
     loss_BR, _ = response_losses(networks.policy, params["policy"], rows, temperature=config.episode.temperature)
-    value_BR = state_values(networks.scorer, params["critic"], rows)
     log_ratio_BR = jnp.where(mask_BR, -loss_BR - old.logp_BR, 0.0)
 
     def mean(x_BR: Array) -> Array:
         return masked_mean(x_BR, mask_BR, count=count)
 
-    policy_loss = mean(clipped_surrogate(log_ratio_BR, old.advantage_BR, clip=config.clip))
-    value_loss = mean(clipped_value_loss(value_BR, old.value_BR, old.target_BR, clip=config.value_clip))
-    error_BR = jnp.abs(jnp.expm1(jax.lax.stop_gradient(log_ratio_BR)))
+    def reduced(x_BR: Array) -> Array:
+        return mean(x_BR) if old.weight_BR is None else masked_mean(x_BR * old.weight_BR, mask_BR, count=responses)
+
+    if config.policy_loss == "gspo":
+        log_ratio_BR = sequence_log_ratio(log_ratio_BR, mask_BR)
+    high = config.clip if config.clip_high is None else config.clip_high
+    if config.policy_loss == "cispo":
+        losses_BR = cispo_loss(log_ratio_BR, -loss_BR, old.advantage_BR, ratio_max=1.0 + high)
+    else:
+        losses_BR = asymmetric_surrogate(
+            log_ratio_BR, old.advantage_BR, clip_low=config.clip, clip_high=high, dual_clip=config.dual_clip
+        )
+    policy_loss = reduced(losses_BR)
+    off_BR = jnp.expm1(jax.lax.stop_gradient(log_ratio_BR))
     metrics = {
         "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "clipped": mean(error_BR > config.clip),
-        "ratio_error": mean(error_BR),
+        "clipped": mean((off_BR > high) | (off_BR < -config.clip)),
+        "ratio_error": mean(jnp.abs(off_BR)),
     }
-    return policy_loss + config.value_coef * value_loss, metrics
+    loss = policy_loss
+    if "critic" in params:
+        value_BR = state_values(networks.scorer, params["critic"], rows)
+        value_loss = mean(clipped_value_loss(value_BR, old.value_BR, old.target_BR, clip=config.value_clip))
+        metrics["value_loss"] = value_loss
+        loss = policy_loss + config.value_coef * value_loss
+    if old.ref_logp_BR is not None:
+        loss = loss + kl_coef * reduced(kl_estimate(-loss_BR, old.ref_logp_BR, estimator="k3"))
+    return loss, metrics
 
 
-def episode_rows(episodes: Rollout, *, packed: bool) -> tuple[EpisodeRows, Array | None]:
-    """Lay out episodes as rows for `objective`: (rows, number of rows in use, or None for all)."""
-    old = OldPolicyStats(episodes.logp_BR, episodes.value_BR, episodes.advantage_BR, episodes.target_BR)
+def episode_rows(
+    episodes: Rollout, *, packed: bool, reduction: str = "token", with_reference: bool = False
+) -> tuple[EpisodeRows, Array | None]:
+    """Lay out episodes as rows for `objective`: (rows, number of rows in use, or None for all).
+
+    Args:
+      episodes: the episodes.
+      packed: pack several episodes into a row.
+      reduction: mean of the policy loss, as in `PPOConfig`.
+      with_reference: keep the reference log-probabilities, for a KL penalty in the loss.
+    """
+    mask_BR, weight_BR = episodes.response_mask_BR, None
+    if reduction != "token":
+        most = mask_BR.shape[1]
+        tokens_B1 = jnp.sum(mask_BR, axis=1, keepdims=True) if reduction == "sequence" else jnp.full((1, 1), most)
+        weight_BR = mask_BR / jnp.maximum(tokens_B1, 1)
+    old = OldPolicyStats(
+        episodes.logp_BR,
+        episodes.value_BR,
+        episodes.advantage_BR,
+        episodes.target_BR,
+        weight_BR,
+        episodes.ref_logp_BR if with_reference else None,
+    )
     layout = (episodes.tokens_BT, episodes.mask_BT, episodes.response_mask_BR, old)
     if not packed:
         return padded_episodes(*layout), None
@@ -544,7 +693,7 @@ def episode_rows(episodes: Rollout, *, packed: bool) -> tuple[EpisodeRows, Array
 
 
 def attach_adapters(params: dict[str, Params], frozen: Frozen, scale: float) -> dict[str, Params]:
-    """Attach the trained adapters to their backbones: full parameters {"policy": …, "critic": …}."""
+    """Attach the trained adapters to their backbones: full parameters of the same networks."""
     scorer_base = frozen.backbone if frozen.scorer_backbone is None else frozen.scorer_backbone
     bases = {"policy": frozen.backbone, "critic": scorer_base}
     return {name: attach(bases[name], trained, scale) for name, trained in params.items()}
@@ -558,16 +707,17 @@ def attach_frozen(frozen: Frozen, scale: float) -> Frozen:
 
 
 def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
-    """Make the optimizers of policy and critic, with schedules over all optimizer steps of the run."""
-    return {
-        "policy": make_optimizer(config.policy, config.optimizer_steps),
-        "critic": make_optimizer(config.critic, config.optimizer_steps),
-    }
+    """Make the optimizers of policy and critic, if there is one, with schedules over all optimizer steps of the run."""
+    settings = {"policy": config.policy} | ({"critic": config.critic} if config.value_network else {})
+    return {name: make_optimizer(each, config.optimizer_steps) for name, each in settings.items()}
 
 
-def initial_state(config: Config, policy: Params, critic: Params) -> TrainState:
-    """Initial state: the policy starts from the SFT model, the critic from the reward model, or else the policy."""
-    params = {"policy": policy, "critic": critic}
+def initial_state(config: Config, policy: Params, critic: Params | None) -> TrainState:
+    """Initial state: the policy starts from the SFT model, the critic from the reward model, or else the policy.
+
+    Without a value network, critic is None.
+    """
+    params = {"policy": policy} | ({} if critic is None else {"critic": critic})
     optimizers = make_optimizers(config)
     opt_state = {name: jax.jit(optimizers[name].init)(params[name]) for name in optimizers}
     extras: dict[str, Any] = {"kl_coef": jnp.asarray(config.kl_coef, jnp.float32)}

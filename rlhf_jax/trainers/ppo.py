@@ -154,7 +154,8 @@ def run(
         )
 
     say_data(ledger, pretraining_data=text_ledger)
-    say_epochs(rows, batch=config.batch, steps=config.steps, what="prompts")
+    prompts_at_once = config.batch // config.samples_per_prompt
+    say_epochs(rows, batch=prompts_at_once, steps=config.steps, what="prompts")
     if text_rows is not None:
         say_epochs(text_rows, batch=config.pretraining_batch, steps=config.steps, what="rows of the pretraining mix")
 
@@ -162,7 +163,7 @@ def run(
         text = None
         if text_rows is not None:
             text = batch_at(text_rows, batch_size=config.pretraining_batch, seed=config.seed, step=step, **share)
-        prompts, row_B = batch_at(NumberedRows(rows), batch_size=config.batch, seed=config.seed, step=step, **share)
+        prompts, row_B = batch_at(NumberedRows(rows), batch_size=prompts_at_once, seed=config.seed, step=step, **share)
         return Batch(prompts, text, row_B if functions else None)
 
     mean, scale = 0.0, 1.0
@@ -185,7 +186,9 @@ def run(
     state, warnings = train(
         folder,
         config,
-        lambda: initial_state(config, policy.params, rescaled(scorer.params, mean, scale)),
+        lambda: initial_state(
+            config, policy.params, rescaled(scorer.params, mean, scale) if config.value_network else None
+        ),
         lambda axis: make_update(networks, config, **ids, axis_name=axis, terms=terms),
         batch,
         frozen=(frozen,),
@@ -197,12 +200,14 @@ def run(
             rows,
             tokenizer,
             config.episode.response_length,
+            config.samples_per_prompt,
         ),
         evaluate=evaluate,
         evaluate_first=True,
-        # Sampling, one forward pass of each network for scoring, and forward and backward passes of policy and critic
-        # in each epoch.
-        flops_per_token=forward * (4 + (reward_model is not None) + 2 * config.lora.passes * config.epochs),
+        # Sampling, one forward pass of each network for scoring, and forward and backward passes of policy and critic,
+        # if there is one, in each epoch.
+        flops_per_token=forward * (3 + config.value_network + (reward_model is not None))
+        + forward * (1 + config.value_network) * config.lora.passes * config.epochs,
         show=(
             "score",
             *(f"reward/{name}" for name in (terms.names if terms else ())),

@@ -78,6 +78,7 @@ def host_step(
     rows: PromptRows,
     tokenizer: TextTokenizer,
     response_length: int,
+    samples: int = 1,
 ) -> HostStep:
     """Between sampling and the update: responses to text, text to values.
 
@@ -87,6 +88,7 @@ def host_step(
       rows: the prompts.
       tokenizer: decodes.
       response_length: R.
+      samples: responses to each prompt, which follow each other.
     """
 
     def text(row: int, ids: list[int]) -> str:
@@ -99,13 +101,13 @@ def host_step(
         return dataclasses.replace(batch, row_B=None, scored=ScoredResponses(sampled, value_BN))
 
     def fill(batch: Batch, sampled: Generation) -> Batch:
-        numbers = np.asarray(batch.row_B).tolist()
+        numbers = np.repeat(np.asarray(batch.row_B), samples).tolist()
         responses = zip(np.asarray(sampled.tokens), np.asarray(sampled.mask), strict=True)
         texts = [text(row, ids[mask].tolist()) for row, (ids, mask) in zip(numbers, responses, strict=True)]
         return scored(batch, sampled, rewards(numbers, texts))
 
     def outline(batch: Batch) -> Batch:
-        shape = (len(np.asarray(batch.row_B)), response_length)
+        shape = (samples * len(np.asarray(batch.row_B)), response_length)
         sampled: list[Any] = [np.zeros(shape, kind) for kind in (np.int32, np.bool_, np.float32)]
         return scored(batch, Generation(*sampled), np.zeros((shape[0], len(rewards.functions)), np.float32))
 
