@@ -340,7 +340,7 @@ def test_rows_that_contradict_each_other_or_ask_nothing_have_a_remark(read: Any)
     def ranking(*responses: str, ranks: list[int]) -> dict[str, Any]:
         return {"prompt": "p", "responses": list(responses), "ranks": ranks}
 
-    opposite, equal = "the opposite of ", "equal responses with different ranks"
+    opposite = "the opposite of "
     for kind, rows, remarks in (
         ("comparisons", [pair("a", "b"), pair("b", "a"), pair("a", "c")], {2: opposite}),
         ("comparisons", [pair("a", "b"), pair("b", "a", prompt="q")], {}),
@@ -349,8 +349,6 @@ def test_rows_that_contradict_each_other_or_ask_nothing_have_a_remark(read: Any)
         ("rankings", [ranking("a", "b", "c", ranks=[1, 2, 3]), pair("c", "a")], {2: opposite}),
         ("rankings", [ranking("a", "b", ranks=[1, 2]), ranking("b", "c", "a", ranks=[1, 1, 2])], {2: opposite}),
         ("rankings", [ranking("a", "b", ranks=[1, 2]), ranking("a", "b", "c", ranks=[2, 2, 1])], {}),
-        ("rankings", [ranking("a", "b", "a", ranks=[1, 2, 3])], {1: equal}),
-        ("rankings", [ranking("a", "b", "a", ranks=[1, 2, 1])], {}),
         (
             "demonstrations",
             [{"prompt": "", "completion": "c"}, {"prompt": "p", "completion": "c"}],

@@ -64,8 +64,7 @@ def read_records(paths: Paths, kind: Literal["prompts"], ledger: Ledger, *, colu
 def read_records(paths: Paths, kind: Kind, ledger: Ledger, *, columns: Columns = ()) -> Any:
     """Reads all rows of the files as records of a kind, in order.
 
-    Duplicates, opposites of earlier rows, equal responses with different ranks and empty prompts of demonstrations are
-    kept, with a remark in the ledger.
+    Duplicates, opposites of earlier rows and empty prompts of demonstrations are kept, with a remark in the ledger.
 
     Args:
       paths: JSONL files.

@@ -9,7 +9,6 @@ from rlhf_jax.data.records import Comparison, Demonstration, Ranking, Record
 
 SAME = "the same as an earlier row"
 EMPTY_PROMPT = "an empty prompt: the answer is learned as a text without a question"
-EQUAL_RESPONSES = "equal responses with different ranks"
 
 
 class Remarks:
@@ -33,9 +32,6 @@ class Remarks:
     def _contradictions(self, record: Comparison | Ranking) -> Iterator[str]:
         opposite = None
         for better, worse in _verdicts(record):
-            if better == worse:
-                yield EQUAL_RESPONSES
-                return
             opposite = opposite or self._verdicts.get((record.prompt, record.turns, worse, better))
             self._verdicts.setdefault((record.prompt, record.turns, better, worse), record.where)
         if opposite:
