@@ -2,12 +2,14 @@
 
 import itertools
 import re
+import resource
 from typing import Any
 
 import pytest
 
 from rlhf_jax.data.chat import chat_ids, chat_response_ids, chat_rest_ids, chat_row, dialogue_ids
 from rlhf_jax.errors import UserError
+from rlhf_jax.tokenizers import bounded_jinja
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
@@ -305,3 +307,63 @@ def test_without_jinja(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"need jinja2; run: pip install 'gguf>=.*' 'jinja2>=.*' 'safetensors>=.*' 'tokenizers>="
     ):
         ChatTemplate("x").render([("user", "a")])
+
+
+DOUBLED = "{% set ns = namespace(x='ab') %}{% for i in range(99) %}SET{% endfor %}"
+ENDLESS = [
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 0.3 s"),
+    (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "takes more than 0.3 s",
+    ),
+    ("{{ 'a' * 3000000000 }}", "makes more than"),
+    ("{{ [1] * 3000000000 }}", "makes more than"),
+    ("{% for i in range(9999) %}{{ 'a' * 99999 }}{% endfor %}", "makes more than"),
+    ("{{ '%999999999d' % 1 }}", "formats with a width"),
+    ("{{ '%*d' % (999999999, 1) }}", "formats with a width"),
+    ("{{ '{:999999999}'.format(1) }}", "formats with a width"),
+    ("{{ '{:{}}'.format(1, 999999999) }}", "with 1e+09"),
+    ("{{ '%999999999d' | format(1) }}", "formats with a width"),
+    ("{{ 'a'.ljust(999999999) }}", "calls ljust with 1e+09"),
+    ("{{ 'a' | center(999999999) }}", "calls center with 1e+09"),
+    ("{{ ['a'] | map('center', 999999999) | list }}", "calls map with 1e+09"),
+    ("{{ 'a' | indent(width=999999999) }}", "calls indent"),
+    ("{{ {'a': 1} | tojson(indent=99999) }}", "indents by more than 100"),
+    ("{{ strftime_now('%999999999d') }}", "formats with a width"),
+    ("{{ 10 ** (10 ** 10) }}", "raises a number to the power of 1e+10"),
+    (DOUBLED.replace("SET", "{% set ns.x = ns.x + ns.x %}"), "makes more than"),
+    (DOUBLED.replace("SET", "{% set ns.x = ns.x ~ ns.x %}"), "makes more than"),
+    (DOUBLED.replace("SET", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"), "makes more than"),
+    (DOUBLED.replace("SET", "{% set ns.x = ns.x.replace('a', ns.x) %}"), "makes more than"),
+    (DOUBLED.replace("SET", "{% set ns.x = ns.x | join(ns.x) %}"), "makes more than"),
+    (DOUBLED.replace("'ab'", "9").replace("SET", "{% set ns.x = ns.x * ns.x %}"), "multiplies numbers of thousands"),
+    ("{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "is nested too deeply"),
+    ("{{ " + "(" * 200000 + "1" + ")" * 200000 + " }}", "is nested too deeply"),
+    ("{% if 1 %}" * 5000 + "{% endif %}" * 5000, "is nested too deeply"),
+    ("{{ 1" + "+1" * 20000 + " }}", "is nested too deeply"),
+    ("x" * 2000000, "is longer than"),
+]
+
+
+def test_a_template_that_hangs_or_fills_memory_is_one_line_with_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_jinja, "SECONDS", 0.3)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for row in ENDLESS:
+        with case((row[0][:90], row[1])):
+            with pytest.raises(UserError) as end:
+                ChatTemplate(row[0], where="models/evil/chat_template.jinja").render([("user", "hi")])
+            said = str(end.value)
+            assert said.startswith("models/evil/chat_template.jinja: chat template: ") and row[1] in said
+            assert "\n" not in said and len(said) < 200
+    # 64 Mi characters, and what the parser took for the longest source.
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 400
+    # A long dialogue that is put together piece by piece, and figures that templates use.
+    source = (
+        "{% set ns = namespace(text='') %}{% for m in messages %}"
+        "{% set ns.text = ns.text + '<|' ~ m.role ~ '|>' ~ m.content | trim + '\\n' %}"
+        "{% if loop.index0 % 2 == 1 and not loop.last %}{% set ns.text = ns.text ~ '%s' % 1 %}{% endif %}"
+        "{% endfor %}{{ ns.text }}{{ messages | length * 2 }}{{ '-' * 9 }}{{ ['a', 'b'] | join(', ') }}"
+    )
+    turns = [("user" if i % 2 == 0 else "assistant", f"{i} " + "word " * 200) for i in range(100)]
+    text = ChatTemplate(source).render(turns)
+    assert text.endswith("word\n200---------a, b") and len(text) > 100_000

@@ -420,6 +420,54 @@ def test_a_row_that_stands_twice_is_kept_with_a_remark(read: Any) -> None:
     assert [(d.what, d.where[-2:]) for d in ledger.decisions] == [("remarked", ":3")]
 
 
+def test_rows_that_contradict_each_other_or_ask_nothing_have_a_remark(read: Any) -> None:
+    def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
+        return {"prompt": "p", "chosen": chosen, "rejected": rejected, **more}
+
+    def ranking(*responses: str, ranks: list[int]) -> dict[str, Any]:
+        return {"prompt": "p", "responses": list(responses), "ranks": ranks}
+
+    opposite = "the opposite of "
+    for kind, rows, remarks in (
+        ("comparisons", [pair("a", "b"), pair("b", "a"), pair("a", "c")], {2: opposite}),
+        ("comparisons", [pair("a", "b"), pair("b", "a", prompt="q")], {}),
+        # Cut off, it is another response.
+        ("comparisons", [pair("a", "b", ended_chosen=False), pair("b", "a")], {}),
+        ("rankings", [ranking("a", "b", "c", ranks=[1, 2, 3]), pair("c", "a")], {2: opposite}),
+        ("rankings", [ranking("a", "b", ranks=[1, 2]), ranking("b", "c", "a", ranks=[1, 1, 2])], {2: opposite}),
+        ("rankings", [ranking("a", "b", ranks=[1, 2]), ranking("a", "b", "c", ranks=[2, 2, 1])], {}),
+        (
+            "demonstrations",
+            [{"prompt": "", "completion": "c"}, {"prompt": "p", "completion": "c"}],
+            {1: "an empty prompt"},
+        ),
+        ("demonstrations", [{"prompt": " \n", "completion": "c"}], {1: "an empty prompt"}),
+    ):
+        with case((kind, rows)):
+            records, ledger = read(kind, rows)
+            assert len(records) == len(rows) and [d.what for d in ledger.decisions] == ["remarked"] * len(remarks)
+            for decision, (line, reason) in zip(ledger.decisions, remarks.items(), strict=True):
+                assert decision.where.endswith(f":{line}") and decision.reason.startswith(reason)
+    _, ledger = read("comparisons", [pair("a", "b"), pair("b", "a")])
+    assert ledger.decisions[0].reason.partition(": ")[0].endswith("data.jsonl:1")
+
+
+def test_a_line_of_a_great_many_keys_or_numbers_takes_little_memory(read: Any) -> None:
+    keys = b"{" + b",".join(b'"%x":1' % n for n in range(700_000)) + b"}"
+    spaced = b"{" + b",".join(b'"%x" : 1' % n for n in range(150_000)) + b"}"
+    numbers = b'{"text": [' + b"1.5," * 1_900_000 + b"1]}"
+    for line, words in ((keys, "100,000 keys"), (spaced, "100,000 keys"), (numbers, "1,000,000 commas")):
+        with case(words):
+            tracemalloc.start()
+            with pytest.raises(UserError, match=f"data.jsonl:1: more than {words} in a line"):
+                read("text", line)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 4 * MAX_LINE_BYTES
+    prose = json.dumps({"text": 'He said, "no": so be it, then. ' * 90_000}).encode()
+    assert len(read("text", prose)[0]) == 1
+
+
 def test_a_thousand_transcripts_come_back(read: Any) -> None:
     """No character of a transcript is lost between prompt and response, wherever the two part."""
     rows = []

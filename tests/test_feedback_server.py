@@ -18,14 +18,16 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra ui is not installed")
 import uvicorn
+from starlette.datastructures import Headers
 
 from rlhf_jax.cli import labelling
 from rlhf_jax.cli.app import main
 from rlhf_jax.data.dialogues import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.intervals import wilson
-from rlhf_jax.feedback import admin
-from rlhf_jax.feedback.guard import MOST_BYTES, Address, is_loopback
+from rlhf_jax.feedback import admin, guard
+from rlhf_jax.feedback.database import connect
+from rlhf_jax.feedback.guard import MOST_BYTES, Address, Guard, is_loopback
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.server import Service, make_app
@@ -182,6 +184,11 @@ MISFITS = [
     ({"request": 5}, "request: expected text"),
     ({"item": None}, "item: expected text"),
     ({"ranks": [], "skip": "x" * 501}, "skip: expected at most 500 characters, got 501"),
+    ({"seconds": 10**400}, "seconds: expected a number up to"),
+    ({"seconds": -1e300}, "seconds: expected a number up to"),
+    ({"corrects": 10**400}, "corrects: expected a whole number"),
+    ({"ranks": [1, 2, 10**400]}, "ranks: expected a list of whole numbers"),
+    ({"ratings": [1, None, 2**63]}, "ratings: expected a list of whole numbers"),
     ({"skip": "both"}, "ranks: expected ranks or a reason to skip, got both"),
 ]
 
@@ -236,6 +243,39 @@ def test_nothing_without_a_token(running: Running, ann: Client, store: Store) ->
             assert client.ask("GET", path)[0] == 401, path
         assert client.post("/api/login", {"token": client.token})[0] == 401
     assert store.db.execute("SELECT count(*) FROM leases").fetchone() == (0,)
+
+
+def test_wrong_tokens_are_limited_and_the_known_ones_are_not(
+    running: Running, ann: Client, boss: Client, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "MOST_WRONG", 5)
+    assert ann.post("/api/task")[0] == 200
+    statuses = [Client(running.port, f"wrong{n}").post("/api/task")[0] for n in range(8)]
+    assert statuses == [401] * 5 + [429] * 3
+    assert Client(running.port).post("/api/login", {"token": "another"})[0] == 429
+    assert boss.post("/api/task")[0] == 429  # it was not seen before the guessing began
+    assert ann.post("/api/task")[0] == 200 and Client(running.port).post("/api/task")[0] == 401
+    wrong = running.service.wrong
+    wrong._wrong = {client: [at - 61 for at in times] for client, times in wrong._wrong.items()}
+    assert boss.post("/api/task")[0] == 200
+    # What is revoked is wrong from now on.
+    store.revoke(next(who for who in [store.by_token(ann.token)] if who is not None))
+    assert ann.post("/api/task")[0] == 401
+
+
+def test_hosts_have_no_case_and_the_database_is_private(running: Running, ann: Client, store: Store) -> None:
+    for host, expected in ((f"LOCALHOST:{running.port}", 200), (f"LocalHost:{running.port}", 200), ("", 403)):
+        with case(host):
+            own = {} if not host else {"origin": f"http://localhost:{running.port}"}
+            assert ann.post("/api/task", None, host=host, **own)[0] == expected
+    anywhere = Guard(lambda *_: None, Address("0.0.0.0", 80))  # type: ignore[arg-type]
+    assert anywhere._wrong("POST", Headers({"host": "10.0.0.1"})) == ""
+    assert anywhere._wrong("GET", Headers({"host": ""})) == anywhere._wrong("GET", Headers({})) != ""
+    files = sorted(store.folder.glob("labels.sqlite*"))
+    assert files and all(path.stat().st_mode & 0o777 == 0o600 for path in files)
+    (path := files[0]).chmod(0o664)
+    connect(path).close()
+    assert path.stat().st_mode & 0o777 == 0o660
 
 
 def test_the_admins_pages_are_the_admins(ann: Client, boss: Client, store: Store) -> None:

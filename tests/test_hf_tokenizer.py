@@ -12,6 +12,20 @@ import pytest
 from tokenizers import Tokenizer as Package
 from tokenizers import models, normalizers
 
+from rlhf_jax.data import (
+    Comparison,
+    Demonstration,
+    Dialogue,
+    Ledger,
+    Message,
+    Prompt,
+    Ranking,
+    Text,
+    encode_demonstrations,
+    encode_prompts,
+    encode_rankings,
+    encode_text,
+)
 from rlhf_jax.data.chat import chat_ids
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.bpe import WORDS_PATTERN, Tokenizer
@@ -561,3 +575,47 @@ def test_a_table_of_a_real_size_takes_a_moment() -> None:
     words = Tokenizer.train(["".join(map(chr, range(0x4E00, 0x5E00)))], 4000)
     assert WORDS_PATTERN in PATTERNS
     assert table_of(to_hugging_face(words)["model"], words.special_ids) is not None
+
+
+def test_characters_that_the_vocabulary_has_no_token_for_are_in_the_ledger() -> None:
+    content = content_of("gpt2")
+    # The letters of the bytes 0x04, 0x16 and 0xF4, and of a continuation byte, 0x9D; no merge may build on them.
+    gone = "ĄĖôĿ"
+    model = content["model"]
+    model["vocab"] = {token: id for token, id in model["vocab"].items() if not set(token) & set(gone)}
+    model["merges"] = [merge for merge in model["merges"] if not set("".join(merge)) & set(gone)]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["special"]]
+    tokenizer = HuggingFaceTokenizer.from_content(content, {"eos_token": "<|endoftext|>"}, rows=2000, name="small")
+    assert tokenizer.decode(tokenizer.encode("a\x04b")) == "ab"
+    for text, lost in (
+        ("plain \x05 é \ufffd 👩 \n\t ", ""),
+        ("a\x04b\x16\x04", "\x04\x16"),
+        ("\U00100000", "\U00100000"),
+        ("\u275d", "\u275d"),  # e2 9d 9d
+        ("", ""),
+    ):
+        with case(text):
+            assert tokenizer.lost(text) == lost
+    for kind in ("gpt2", "qwen2", "llama3", "llama2", "metaspace", "gemma"):
+        with case(kind):
+            assert load(kind).lost("plain é 👩\x04") == ""
+    texts = [Text("fine", "t:1"), Text("\x04", "t:2")]
+    answers = [
+        Demonstration("p", "c\x16", "d:1"),
+        Dialogue((Message("user", "q"), Message("assistant", "\x04\x16")), "d:2"),
+    ]
+    rankings = [Comparison("p", "\x04", "r", "c:1"), Ranking("p", ("a", "b\x16"), (1, 2), "r:1")]
+    ledger = Ledger()
+    encode_text(texts, tokenizer, ledger=ledger)
+    encode_demonstrations(answers, tokenizer, max_tokens=60, ledger=ledger)
+    encode_rankings(rankings, tokenizer, max_tokens=60, ledger=ledger)
+    encode_prompts([Prompt("p\x04", "p:1")], tokenizer, max_tokens=60, ledger=ledger)
+    said = "characters that the vocabulary has no token for are lost: "
+    assert [(decision.where, decision.reason.removeprefix(said)) for decision in ledger.decisions] == [
+        ("t:2", "U+0004"),
+        ("d:1", "U+0016"),
+        ("d:2", "U+0004 U+0016"),
+        ("c:1", "U+0004"),
+        ("r:1", "U+0016"),
+        ("p:1", "U+0004"),
+    ]

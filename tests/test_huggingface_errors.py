@@ -1,6 +1,7 @@
 """What is wrong with a Hugging Face folder is said in one line that begins with the file."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -164,6 +165,52 @@ def test_what_is_wrong_is_one_line_that_names_file_and_field(whole: Path, tmp_pa
             assert "\n" not in message and len(message) < 500
             for word in named:
                 assert word in message
+
+
+def test_weights_outside_their_folder_and_pipes_are_not_opened(whole: Path, tmp_path: Path) -> None:
+    shards = sorted(path.name for path in (whole / "llama").glob("model-*"))
+
+    def index(name: str) -> Callable[[Path], None]:
+        def damage(folder: Path) -> None:
+            path = folder / "model.safetensors.index.json"
+            path.write_text(path.read_text().replace(shards[0], name))
+
+        return damage
+
+    def replaced(name: str, make: Callable[[Path], None]) -> Callable[[Path], None]:
+        def damage(folder: Path) -> None:
+            (folder / name).unlink()
+            make(folder / name)
+
+        return damage
+
+    outside = str(whole / "llama" / shards[0])
+    for number, (kind, damage, said) in enumerate(
+        (
+            ("llama", index(outside), "expected the name of a file in this folder, got"),
+            ("llama", index("../model/" + shards[0]), "expected the name of a file in this folder, got"),
+            ("llama", index(".."), "expected the name of a file in this folder, got"),
+            ("llama", replaced(shards[0], lambda path: path.symlink_to(outside)), "got a link to"),
+            ("llama", replaced(shards[0], os.mkfifo), "expected a file, got a pipe"),
+            ("llama", replaced(shards[0], lambda path: path.symlink_to("/dev/zero")), "got a link to"),
+            ("gpt2", replaced("model.safetensors", os.mkfifo), "expected a file, got a pipe"),
+            ("gpt2", replaced("model.safetensors", lambda path: path.symlink_to(outside)), "got a link to"),
+        )
+    ):
+        with case((number, said)):
+            folder = tmp_path / f"{number}" / "model"
+            shutil.copytree(whole / kind, folder)
+            damage(folder)
+            with pytest.raises(UserError) as caught:
+                read_folder(folder).load()
+            assert said in str(caught.value) and str(folder) in str(caught.value)
+    # The hub's cache links from a snapshot to blobs.
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "1f3c", tmp_path / "hub" / "blobs"
+    shutil.copytree(whole / "gpt2", snapshot)
+    blobs.mkdir()
+    (snapshot / "model.safetensors").rename(blobs / "00ff")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/00ff")
+    read_folder(snapshot).load()
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from rlhf_jax.data import chat
 from rlhf_jax.data.batches import PromptRows, RaggedRows, RankingRows, tied_ranks
 from rlhf_jax.data.dialogues import HEADERS, Message, of_tools, render_message
 from rlhf_jax.data.ledger import Ledger
-from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompted, Ranking, Text
+from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompted, Ranking, Record, Text, texts_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.tokenizers.chat_template import SpecialTexts
 from rlhf_jax.tokenizers.protocol import TextTokenizer
@@ -119,6 +119,7 @@ def encode_text(records: Iterable[Text], tokenizer: TextTokenizer, *, ledger: Le
             ids = _document_ids(record, tokenizer)
         ledger.keep(record.where, tokens=len(tokenizer.start_ids) + len(ids) + 1)
         _remark_special([record.text], record.where, tokenizer, ledger)
+        _remark_lost(record, tokenizer, ledger)
         docs.append(ids)
     return docs
 
@@ -143,6 +144,7 @@ def encode_demonstrations(
             ledger.drop(record.where, _too_long(max_tokens))
             continue
         ledger.keep(record.where, tokens=len(row[0]))
+        _remark_lost(record, tokenizer, ledger)
         unlearned = _answers(record) - _targets(row[1])
         if unlearned > 0:
             reason = f"answers without loss: {unlearned}, which the chat template rewrites once others follow"
@@ -195,6 +197,7 @@ def encode_rankings(
         elif tied := _ordered(ids, ranks, record.where, ledger, same):
             _remark_special([record.prompt, *responses], record.where, tokenizer, ledger)
             _remark_repeated(record, responses, ledger)
+            _remark_lost(record, tokenizer, ledger)
             rows.append((ids, tied))
             kept.append(record)
     return RankingRows(rows, max_tokens, tokenizer.pad_id, buckets, kept)
@@ -239,6 +242,7 @@ def encode_prompts(
             continue
         ledger.keep(record.where, tokens=len(ids))
         _remark_special([record.prompt], record.where, tokenizer, ledger)
+        _remark_lost(record, tokenizer, ledger)
         rows.append(ids)
         kept.append(record)
     return PromptRows(rows, max_tokens, tokenizer.pad_id, kept)
@@ -262,6 +266,14 @@ def _completion_ids(record: Demonstration, tokenizer: TextTokenizer) -> list[int
     if record.rest:
         return rest_ids(record.turns, record.rest, tokenizer, ended=record.ended)
     return response_ids(record.completion, tokenizer, turns=record.turns, ended=record.ended)
+
+
+def _remark_lost(record: Record, tokenizer: TextTokenizer, ledger: Ledger) -> None:
+    """Records characters that the ids of a record do not hold."""
+    lost = "".join(sorted(set(tokenizer.lost("".join(texts_of(record))))))
+    if lost:
+        some = " ".join(f"U+{ord(character):04X}" for character in lost[:8]) + (" …" if len(lost) > 8 else "")
+        ledger.remark(record.where, f"characters that the vocabulary has no token for are lost: {some}")
 
 
 def _document_ids(record: Text, tokenizer: TextTokenizer) -> list[int]:

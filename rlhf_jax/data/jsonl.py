@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from rlhf_jax.errors import UserError
 
 MAX_LINE_BYTES = 8 * 2**20  # longer than any document we use; a line is read up to this size before it is refused
 MAX_BRACKETS = 500_000  # lists and objects per line, each about 60 bytes once parsed
+MAX_KEYS = 100_000  # keys of objects per line, each about 250 bytes while it is parsed
+MAX_COMMAS = 1_000_000  # of lists, each number about 40 bytes, and of text
 # How files of other formats begin, and what to do with each.
 _PANDAS = "write it as JSON Lines, with pandas: read_{}(FILE).to_json(NEW, orient='records', lines=True)"
 _OTHERS = (
@@ -37,6 +40,7 @@ _OTHERS = (
     (b"PK\x03\x04", "a zip archive", "unpack it: unzip FILE"),
     (b"SQLite format 3", "an SQLite database", "write it as JSON Lines"),
 )
+_KEY, _COMMA = re.compile(rb'"\s*:'), re.compile(rb",")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -96,6 +100,10 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     """
     if line.count(b"[") + line.count(b"{") > MAX_BRACKETS:
         raise UserError(f"{where}: more than {MAX_BRACKETS:,} brackets in a line; split the document it holds")
+    for what, most, mark in (("keys", MAX_KEYS, _KEY), ("commas", MAX_COMMAS, _COMMA)):
+        # Only in a line that is long enough, as a search takes longer than a count.
+        if len(line) > most and sum(1 for _ in itertools.islice(mark.finditer(line), most + 1)) > most:
+            raise UserError(f"{where}: more than {most:,} {what} in a line; split the document it holds")
     try:
         row = _DECODER.decode(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:

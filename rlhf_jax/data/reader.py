@@ -35,6 +35,7 @@ from rlhf_jax.data.forms import (
 from rlhf_jax.data.jsonl import describe
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Comparison, Demonstration, Dialogue, Prompt, Ranking, Record, Text, cut_marks
+from rlhf_jax.data.remarks import Remarks
 from rlhf_jax.data.rows import Row, Turns, Useless, is_empty
 from rlhf_jax.data.tables import read_rows
 from rlhf_jax.data.verdicts import refuse_cut, refuse_opposite, refuse_unpaired, tie
@@ -63,7 +64,9 @@ def read_records(
 @overload
 def read_records(paths: Paths, kind: Literal["prompts"], ledger: Ledger, *, columns: Columns = ()) -> list[Prompt]: ...
 def read_records(paths: Paths, kind: Kind, ledger: Ledger, *, columns: Columns = ()) -> Any:
-    """Reads all rows of the files as records of a kind, in order. A duplicate row is kept, with a remark in the ledger.
+    """Reads all rows of the files as records of a kind, in order.
+
+    Duplicates, opposites of earlier rows and empty prompts of demonstrations are kept, with a remark in the ledger.
 
     Args:
       paths: JSONL files, tables in CSV or TSV with a header, or for kind "text" plain text (tables.py).
@@ -75,7 +78,7 @@ def read_records(paths: Paths, kind: Kind, ledger: Ledger, *, columns: Columns =
       UserError: `file:line: field 'x': expected …, got …` for a malformed row, and for a file without rows.
     """
     records: list[Record] = []
-    seen: set[Record] = set()
+    remarks = Remarks()
     for path in [paths] if isinstance(paths, str | Path) else paths:
         empty = True
         for where, fields in read_rows(path):
@@ -86,9 +89,8 @@ def read_records(paths: Paths, kind: Kind, ledger: Ledger, *, columns: Columns =
             except Useless as useless:
                 ledger.drop(where, str(useless))
                 continue
-            if record in seen:
-                ledger.remark(where, "the same as an earlier row")
-            seen.add(record)
+            for reason in remarks.of(record):
+                ledger.remark(where, reason)
             records.append(record)
         if empty:
             raise UserError(f"{path}: expected one JSON object on each line, got a file without rows")

@@ -11,7 +11,7 @@ trained on as it stands, without the end token. For several responses it has one
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_jax.data.dialogues import Message
@@ -81,6 +81,24 @@ class Dialogue:
     messages: tuple[Message, ...]
     where: str = dataclasses.field(default="", compare=False)
     unlearned: tuple[int, ...] = ()
+
+
+def texts_of(record: Record) -> Iterator[str]:
+    """Yields all texts of a record."""
+    if isinstance(record, Text):
+        yield record.text
+    elif isinstance(record, Dialogue):
+        yield from (message.text for message in record.messages)
+    else:
+        yield record.prompt
+        if isinstance(record, Demonstration):
+            yield record.completion
+        elif isinstance(record, Comparison):
+            yield from (record.chosen, record.rejected)
+        elif isinstance(record, Ranking):
+            yield from record.responses
+        if isinstance(record, Comparison | Ranking):
+            yield from (message.content for rest in record.rests for message in rest)
 
 
 def cut_marks(ended: Sequence[bool]) -> tuple[bool, ...]:

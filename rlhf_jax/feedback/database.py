@@ -103,6 +103,18 @@ CREATE TABLE requests (
 """
 
 
+def _keep_private(path: Path) -> None:
+    """Makes the file for its owner alone, and takes an existing one from others; its group may keep it.
+
+    SQLite gives the files beside it the same permissions.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    for each in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        if each.exists() and each.stat().st_uid == os.getuid() and each.stat().st_mode & 0o007:
+            each.chmod(each.stat().st_mode & 0o770)
+
+
 def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sqlite3.Connection:
     """Connect to the database file; a writer creates a missing one. One of an older version is brought to this one.
 
@@ -120,6 +132,7 @@ def connect(path: Path, *, read_only: bool = False, checked: bool = False) -> sq
                 uri = f"{path.absolute().as_uri()}?mode=ro"
                 db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10, check_same_thread=False)
             else:
+                _keep_private(path)
                 db = sqlite3.connect(path, isolation_level=None, timeout=10, check_same_thread=False)
             on_error.callback(db.close)
             if not read_only:

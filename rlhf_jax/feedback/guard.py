@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from rlhf_jax.data.jsonl import parse_row
 from rlhf_jax.errors import UserError
 
 MOST_BYTES = 256 * 1024
+MOST_WRONG = 100
 
 # Scripts and styles are files of this origin, never inline. Scripts write only text into the page, which browsers with
 # trusted types enforce.
@@ -85,7 +87,7 @@ class Address:
         """Accepted values of the Host header; None for any, since a machine may have names that it does not know."""
         own = {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost", "[::1]")}
         if self.origin:
-            return frozenset({*own, urlsplit(self.origin).netloc})
+            return frozenset({*own, urlsplit(self.origin).netloc.lower()})
         return frozenset(own) if is_loopback(self.host) else None
 
 
@@ -97,6 +99,37 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+class WrongTokens:
+    """Limit on the wrong tokens of each client, by its address.
+
+    Beyond it, the client's tokens are no longer looked up until a minute has passed, but for those that were right
+    before: behind a proxy, all labellers have one address.
+    """
+
+    def __init__(self) -> None:
+        self._wrong: dict[str, list[float]] = {}
+        self._right: set[str] = set()
+
+    def refuse(self, client: str, token: str) -> None:
+        """Raises Refused for a client with too many wrong tokens in the last minute."""
+        if len(self._recent(client)) >= MOST_WRONG and token not in self._right:
+            raise Refused(429, "too many wrong tokens from this address; wait a minute")
+
+    def count(self, client: str, token: str, *, right: bool) -> None:
+        """Counts a token that was looked up."""
+        if right:
+            self._right.add(token)
+            return
+        self._right.discard(token)
+        self._wrong[client] = [*self._recent(client), time.monotonic()]
+        if len(self._wrong) > 10_000:
+            self._wrong = {each: times for each in self._wrong if (times := self._recent(each))}
+
+    def _recent(self, client: str) -> list[float]:
+        since = time.monotonic() - 60
+        return [at for at in self._wrong.get(client, ()) if at > since]
 
 
 class Guard:
@@ -129,8 +162,9 @@ class Guard:
             await self.app(scope, receive, send_guarded)
 
     def _wrong(self, method: str, headers: Headers) -> str:
-        host = headers.get("host", "")
-        if self.address.hosts is not None and host not in self.address.hosts:
+        # Names of hosts have no case; a request without one cannot be told from one for another site.
+        host = headers.get("host", "").lower()
+        if not host or (self.address.hosts is not None and host not in self.address.hosts):
             return "this host name is not served here"
         if method in ("GET", "HEAD"):
             return ""

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from rlhf_jax.data.dialogues import is_hh, split_hh
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.admin_server import admin_routes
-from rlhf_jax.feedback.guard import Address, Guard, Refused, read_body, text_field
+from rlhf_jax.feedback.guard import Address, Guard, Refused, WrongTokens, read_body, text_field
 from rlhf_jax.feedback.markdown import markdown_tree
 from rlhf_jax.feedback.page import Page
 from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Paused, Queue
@@ -31,6 +31,8 @@ from rlhf_jax.feedback.store import Labeller, Store
 ASSETS = Path(__file__).parent / "assets"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 COOKIE_SECONDS = 30 * 24 * 3600
+# A larger whole number is not exact in JavaScript, and one from 2^63 does not fit the database.
+LARGEST = 2**53
 _Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -39,6 +41,7 @@ class Service:
 
     def __init__(self, store: Store, queue: Queue, address: Address) -> None:
         self.store, self.queue, self.address = store, queue, address
+        self.wrong = WrongTokens()
         # Cookies are not separated by port, so folders served on one machine need different names.
         self.cookie = "label_" + hashlib.sha256(store.salt.encode()).hexdigest()[:12]
 
@@ -51,11 +54,25 @@ class Service:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":
             token = request.cookies.get(self.cookie, "")
-        labeller = self.store.by_token(token) if token else None
+        labeller = self.by_token(request, token)
         if labeller is None:
             raise Refused(401, "open the page by the link that you were given")
         if roles and labeller.role not in roles:
             raise Refused(403, "for the admin only")
+        return labeller
+
+    def by_token(self, request: Request, token: object) -> Labeller | None:
+        """The labeller that a token belongs to, None for an unknown one.
+
+        Raises:
+          Refused: for a client with too many wrong tokens.
+        """
+        if not isinstance(token, str) or not token:
+            return None
+        client = "" if request.client is None else request.client.host
+        self.wrong.refuse(client, token)
+        labeller = self.store.by_token(token)
+        self.wrong.count(client, token, right=labeller is not None)
         return labeller
 
 
@@ -65,7 +82,7 @@ def make_app(service: Service) -> Starlette:
     async def log_in(request: Request) -> Response:
         body = await read_body(request)
         token = body.get("token")
-        labeller = service.store.by_token(token) if isinstance(token, str) else None
+        labeller = service.by_token(request, token)
         if labeller is None:
             raise Refused(401, "no labeller has this token; ask the admin for a new link")
         response = JSONResponse({"name": labeller.name, "role": labeller.role})
@@ -227,6 +244,8 @@ def _answer(body: dict[str, Any], page: Page) -> Answer:
         raise Refused(400, "flags: expected names")
     if not isinstance(skip, str) or isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise Refused(400, "skip: expected text; seconds: expected a number")
+    if not -LARGEST <= seconds <= LARGEST:
+        raise Refused(400, f"seconds: expected a number up to {LARGEST:,}")
     comments, corrects = body.get("comments", []), body.get("corrects")
     texts = {name: body.get(name, "") for name in ("rationale", "demonstration")}
     if not isinstance(comments, list) or not all(isinstance(one, str) for one in (*comments, *texts.values())):
@@ -247,7 +266,7 @@ def _answer(body: dict[str, Any], page: Page) -> Answer:
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 async def _refused(_: Request, error: Exception) -> Response:

@@ -26,12 +26,14 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         single, index = folder / SINGLE, folder / INDEX
         if single.exists():
+            _refuse_elsewhere(single)
             self._files = dict.fromkeys(_open(single).keys(), single)
         elif index.exists():
             self._files = {name: folder / file for name, file in _weight_map(index).items()}
             for file in sorted(set(self._files.values())):
-                if not file.exists():
+                if not file.exists() and not file.is_symlink():
                     raise UserError(f"{file}: missing, but named in {index.name}; copy the folder again")
+                _refuse_elsewhere(file)
                 held = set(_open(file).keys())
                 for name in (name for name, at in self._files.items() if at == file and name not in held):
                     raise UserError(f"{file}: tensor {name!r} is missing, but named in {index.name}")
@@ -113,7 +115,25 @@ def _weight_map(index: Path) -> dict[str, str]:
     files = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise UserError(f"{index}: field 'weight_map': expected tensor names and their files, got {files!r:.100}")
+    for name, file in files.items():
+        if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:
+            raise UserError(f"{index}: tensor {name!r}: expected the name of a file in this folder, got {file!r:.100}")
     return files
+
+
+def _refuse_elsewhere(file: Path) -> None:
+    """Raises UserError for a link out of the model's folder, and for anything but a file, such as a pipe.
+
+    The cache of the Hugging Face hub links from snapshots/COMMIT/ to its blobs/, which is allowed.
+    """
+    folder = file.parent.resolve()
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    if file.resolve().parent not in (folder, blobs):
+        raise UserError(f"{file}: expected a file in its folder, got a link to {file.resolve()}; copy the file there")
+    if not file.is_file():
+        raise UserError(
+            f"{file}: unreadable: expected a file, got {'nothing' if not file.exists() else 'a pipe, device or folder'}"
+        )
 
 
 def _open(path: Path) -> Any:

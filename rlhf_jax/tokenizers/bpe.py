@@ -150,6 +150,10 @@ class Tokenizer:
         """Hex SHA-256 of pattern and tokens; equal exactly if every text gets the same ids."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode("ascii")).hexdigest()
 
+    def lost(self, text: str) -> str:
+        """The characters of a text that its ids do not hold: none, as every byte has a token."""
+        return ""
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; "<|endoftext|>" in it is encoded as those 13 characters.
 

@@ -1,6 +1,6 @@
 """Chat templates: rendering of messages in the format that a published model was trained on.
 
-A template is a Jinja program from an external source, so it runs in a sandbox.
+A template is a Jinja program from an external source, so it runs in a sandbox, and with limits (bounded_jinja.py).
 """
 
 from __future__ import annotations
@@ -85,8 +85,11 @@ class ChatTemplate:
         template = self._compiled
         import jinja2
 
+        from rlhf_jax.tokenizers.bounded_jinja import Exceeded, budget
+
         rows = [row if isinstance(row, Mapping) else {"role": row[0], "content": row[1]} for row in messages]
         tools = rows.pop(0)["content"] if rows and rows[0]["role"] == TOOLS else None
+        budget.begin(len(str(rows)) + len(str(tools)))
         try:
             return template.render(
                 messages=rows,
@@ -96,6 +99,8 @@ class ChatTemplate:
                 generation_marks=generation_marks,
                 **self.tokens,
             )
+        except (Exceeded, MemoryError) as error:
+            raise UserError(f"{self._label}: {_one_line(error) or 'needs too much memory'}") from None
         except (jinja2.TemplateError, *_FAULTS) as error:
             raise UserError(f"chat template: {_one_line(error)}") from None
 
@@ -113,7 +118,10 @@ class ChatTemplate:
 
         {% generation %} blocks are left out, since they mark targets and render nothing.
         """
-        return _statements(self._parsed.body)
+        try:
+            return _statements(self._parsed.body)
+        except RecursionError:
+            raise UserError(f"{self._label}: is nested too deeply") from None
 
     @functools.cached_property
     def variables(self) -> frozenset[str]:
@@ -142,8 +150,12 @@ class ChatTemplate:
     def _read(self, reader: Callable[[str], Made]) -> Made:
         import jinja2
 
+        from rlhf_jax.tokenizers.bounded_jinja import Exceeded, read
+
         try:
-            return reader(self.source)
+            return read(reader, self.source)
+        except Exceeded as error:
+            raise UserError(f"{self._label}: {error}") from None
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{self._label}: line {error.lineno}: {_one_line(error)}") from None
 
@@ -212,7 +224,8 @@ def _environment() -> jinja2.Environment:
     """Sandboxed environment for templates, with the names that transformers provides."""
     try:
         import jinja2.ext
-        import jinja2.sandbox
+
+        from rlhf_jax.tokenizers.bounded_jinja import BoundedEnvironment
     except ImportError:
         raise UserError(f"chat templates need jinja2; run: {install_command('hf')}") from None
 
@@ -239,10 +252,11 @@ def _environment() -> jinja2.Environment:
         # Jinja's own filter escapes HTML.
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json
+    environment.bound_filters()
     environment.globals.update(raise_exception=refuse, strftime_now=TODAY.strftime)
     return environment
 

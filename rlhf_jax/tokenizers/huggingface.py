@@ -231,6 +231,22 @@ class HuggingFaceTokenizer:
             rows.append(row)
         return rows
 
+    def lost(self, text: str) -> str:
+        """The characters of a text that its ids do not hold, since the vocabulary has no token for them, in order.
+
+        A byte-level vocabulary that lacks a byte drops it without a word; others have a token for all unknown ones.
+        """
+        for character in set(text) - self._holds.keys():
+            # White space alone may be added or stripped, and a lone surrogate is refused by `encode`.
+            if character.isspace() or 0xD800 <= ord(character) < 0xE000:
+                self._holds[character] = True
+                continue
+            ids = self._encoder.encode(character, "text")
+            held = b"".join(self._bytes.get(id, b"") for id in ids if id != self._unknown)
+            whole = held.decode("utf-8", errors="replace").strip()
+            self._holds[character] = bool(whole) and ("\ufffd" not in whole or character == "\ufffd")
+        return "".join(sorted(character for character in set(text) if not self._holds[character]))
+
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
@@ -346,6 +362,9 @@ class HuggingFaceTokenizer:
         model = self.content["model"]
         unknown = model.get("unk_id") if model.get("unk_token") is None else names.get(model["unk_token"])
         self._never = frozenset(special) - ({unknown} - taken)
+        self._unknown: int | None = unknown
+        # Character -> True if the vocabulary can write it, for those that were asked for.
+        self._holds: dict[str, bool] = {}
 
     def _role(self, role: str, config: Mapping[str, Any], named: int | None) -> int | None:
         """The id named in tokenizer_config.json, else that of the model's config."""
