@@ -93,9 +93,9 @@ def test_the_win_rate_at_equal_length_is_that_of_the_closed_form() -> None:
             found, _ = length_controlled(outcome, difference)
             assert found.value == pytest.approx(rate, abs=1e-6)
             assert 0 <= found.low <= found.value <= found.high <= 1
-    for same in (0.0, 0.5, 1.0):
-        found, _ = length_controlled(np.full(20, same), np.arange(20.0))
-        assert (found.low, found.high) == wilson(same, 20)
+    for share in (0.0, 0.5, 1.0):
+        found, _ = length_controlled(np.full(20, share), np.arange(20.0))
+        assert (found.low, found.high) == wilson(share, 20)
     # The prior keeps the effect of length finite: at the maximum φ = 100 x (20 + 20) (1 - p), x = tanh(1), p = σ(φ x).
     _, effect = length_controlled(np.array([1.0, 0.0] * 20), np.array([3.0, -3.0] * 20))
     x = math.tanh(1)
