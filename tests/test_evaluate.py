@@ -214,6 +214,20 @@ def test_the_same_seed_writes_the_same_files(root: Path, found: dict[str, Any], 
     assert texts == [[answer["answer"] for answer in row["answers"]["ppo"]] for row in answered(root / "out")]
 
 
+def test_another_tokenizer_than_the_references_has_no_kl(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(reference: Any, other: Any) -> None:
+        raise UserError(f"{Path(other.where).name}: its tokenizer is not that of {Path(reference.where).name}")
+
+    monkeypatch.setattr("rlhf_jax.evaluation.compare_models.same_tokenizer", refuse)
+    models = {"models": root / "sft", "prompts": root / "prompts.jsonl", "reference": root / "ppo"}
+    found = evaluate(**models, samples=5, out=tmp_path / "out", **SMALL)
+    assert found["notes"][0] == "no KL to the reference: sft: its tokenizer is not that of ppo"
+    (sft,) = found["models"]
+    assert sft["kl"] is None and sft["entropy"]["value"] > 0 and found["policies"] is None
+
+
 def made_files(folder: Path) -> tuple[str, str]:
     """Files of answers to four prompts; those of the second are longer, and have more x's on three of them."""
     ours = [("p", "x xx"), ("q", "x"), ("r", ""), ("s", "a b a b")]
@@ -335,6 +349,7 @@ def test_the_command_prints_tables_and_writes_a_report(
     pairs = [{"prompt": "p", "chosen": " <script>x</script>", "rejected": " no"}] * 9
     write_rows(tmp_path / "pairs.jsonl", [*pairs, {"prompt": "p", "chosen": " y", "rejected": " y"}])
     rows = [{"prompt": "p<b>", "answer": "<script>x</script>"}, {"prompt": HI, "answer": ""}]
+    rows.append({"prompt": "long", "answer": "x" * 64})
     write_rows(tmp_path / "third.jsonl", rows)
     flags = ["--reward-function", "quality.py:score", "--reward", root / "judge", "--comparisons", "pairs.jsonl"]
     code, out, err = call(capsys, *files, *flags, "--out", "both")
@@ -354,8 +369,10 @@ def test_the_command_prints_tables_and_writes_a_report(
     assert json.loads(Path("both/evaluation.json").read_text())["reward_models"][0]["pairs"] == 9
     code, _, err = call(capsys, *files, *flags, "--out", "both")
     assert code == 2 and "out: expected a folder without an evaluation, got both/evaluation.json" in err
-    code, out, err = call(capsys, "third.jsonl", "--reward-function", "quality.py:score", "--out", "one")
+    code, out, err = call(capsys, "third.jsonl", *flags[:4], "--out", "one")
     assert code == 0 and "Evaluation of third.jsonl" in out
+    assert "note: 1 answers have no score by a reward model: longer than 64 tokens" in err
+    assert "note: judge: 1 prompts are left out, as an answer has no score" in err
     source = Path("one/report.html").read_text(encoding="utf-8")
     shown = Page(source).text
     assert "<script" not in source and "<script>x</script>" in shown and "user: hi" in shown and "nothing" in shown
