@@ -24,6 +24,7 @@ from rlhf_jax.evaluation.compare_models import short_names
 from rlhf_jax.evaluation.evaluation_tables import fit_lines
 from rlhf_jax.evaluation.frontier import best_of_curve, policies_curve, steps_to
 from rlhf_jax.evaluation.intervals import wilson
+from rlhf_jax.evaluation.overoptimisation import fit_gold
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
@@ -182,7 +183,10 @@ def test_an_answer_depends_on_its_prompt_and_the_seed_alone() -> None:
     assert len({text for texts in first.values() for text in texts}) == 9
     assert sampled([2, 0]) == {at: first[at] for at in (0, 2)}
     more = sampled([0, 1, 2], samples=5)  # two rounds of three, of which the last answer is a repetition
-    assert {at: texts[:3] for at, texts in more.items()} == first and all(len(set(t)) == 5 for t in more.values())
+    assert {at: texts[:3] for at, texts in more.items()} == first
+    assert all(len(texts) == len(set(texts)) == 5 for texts in more.values())
+    prompts[1] = prompts[0]  # another place, other numbers
+    assert sampled([0, 1, 2])[0] != sampled([0, 1, 2])[1]
     assert sampled([0, 1, 2], seed=1) != first
 
 
@@ -208,6 +212,20 @@ def test_the_same_seed_writes_the_same_files(root: Path, found: dict[str, Any], 
     evaluate(tmp_path / "published", root / "prompts.jsonl", samples=5, out=folder, **SMALL)
     texts = [[answer["answer"] for answer in row["answers"]["published"][:2]] for row in answered(folder)]
     assert texts == [[answer["answer"] for answer in row["answers"]["ppo"]] for row in answered(root / "out")]
+
+
+def test_another_tokenizer_than_the_references_has_no_kl(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(reference: Any, other: Any) -> None:
+        raise UserError(f"{Path(other.where).name}: its tokenizer is not that of {Path(reference.where).name}")
+
+    monkeypatch.setattr("rlhf_jax.evaluation.compare_models.same_tokenizer", refuse)
+    models = {"models": root / "sft", "prompts": root / "prompts.jsonl", "reference": root / "ppo"}
+    found = evaluate(**models, samples=5, out=tmp_path / "out", **SMALL)
+    assert found["notes"][0] == "no KL to the reference: sft: its tokenizer is not that of ppo"
+    (sft,) = found["models"]
+    assert sft["kl"] is None and sft["entropy"]["value"] > 0 and found["policies"] is None
 
 
 def made_files(folder: Path) -> tuple[str, str]:
@@ -253,6 +271,8 @@ def test_best_of_n_from_a_file_of_several_answers(tmp_path: Path) -> None:
     assert curve["n"] == [1, 2, 3, 4] and curve["prompts"] == 2
     # Of xxx x - xx: the mean 6/4; of the six pairs the better has 3 3 3 1 2 2; of the four triples 3 3 3 2; 3.
     assert curve["scores"]["x_count"] == pytest.approx([1.5, 14 / 6, 11 / 4, 3.0])
+    gain, d = np.array(curve["scores"]["x_count"]) - 1.5, np.sqrt(curve["kl"])
+    assert curve["fits"]["x_count"]["alpha"]["value"] == pytest.approx(fit_gold("best-of-n", d, gain).alpha.value)
     assert curve["kl"][3] == pytest.approx(math.log(4) - 3 / 4)
 
 
@@ -280,7 +300,7 @@ def test_gold_scores_turn_with_the_distance_from_the_start() -> None:
     arms[1].scores["gold"][0] = math.nan
     assert policies_curve([start, *arms], start, seed=0)["fits"]["gold"]["units"] == 7  # type: ignore[index]
     assert [steps_to(n) for n in (2, 5, 64)] == [[1, 2], [1, 2, 3, 4, 5], [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]]
-    pool = arm("sft", 0.0, proxy=[[1.0, 2.0, 3.0], [math.nan, 1.0, 2.0]], gold=[[5.0, 9.0, 1.0], [1.0, 1.0, 1.0]])
+    pool = arm("sft", 0.0, proxy=[[1.0, 2.0, 3.0], [math.nan, 1.0, 2.0]], gold=[[5.0, 9.0, 1.0], [7.0, 1.0, 1.0]])
     curve: Any = best_of_curve(pool, "proxy", seed=0)
     assert curve["prompts"] == 1 and curve["scores"]["gold"] == pytest.approx([5.0, (9 + 1 + 1) / 3, 1.0])
     assert best_arm(pool, "proxy").scores["gold"].tolist() == [[1.0], [1.0]]
@@ -329,6 +349,7 @@ def test_the_command_prints_tables_and_writes_a_report(
     pairs = [{"prompt": "p", "chosen": " <script>x</script>", "rejected": " no"}] * 9
     write_rows(tmp_path / "pairs.jsonl", [*pairs, {"prompt": "p", "chosen": " y", "rejected": " y"}])
     rows = [{"prompt": "p<b>", "answer": "<script>x</script>"}, {"prompt": HI, "answer": ""}]
+    rows.append({"prompt": "long", "answer": "x" * 64})
     write_rows(tmp_path / "third.jsonl", rows)
     flags = ["--reward-function", "quality.py:score", "--reward", root / "judge", "--comparisons", "pairs.jsonl"]
     code, out, err = call(capsys, *files, *flags, "--out", "both")
@@ -348,8 +369,10 @@ def test_the_command_prints_tables_and_writes_a_report(
     assert json.loads(Path("both/evaluation.json").read_text())["reward_models"][0]["pairs"] == 9
     code, _, err = call(capsys, *files, *flags, "--out", "both")
     assert code == 2 and "out: expected a folder without an evaluation, got both/evaluation.json" in err
-    code, out, err = call(capsys, "third.jsonl", "--reward-function", "quality.py:score", "--out", "one")
+    code, out, err = call(capsys, "third.jsonl", *flags[:4], "--out", "one")
     assert code == 0 and "Evaluation of third.jsonl" in out
+    assert "note: 1 answers have no score by a reward model: longer than 64 tokens" in err
+    assert "note: judge: 1 prompts are left out, as an answer has no score" in err
     source = Path("one/report.html").read_text(encoding="utf-8")
     shown = Page(source).text
     assert "<script" not in source and "<script>x</script>" in shown and "user: hi" in shown and "nothing" in shown
@@ -363,8 +386,8 @@ def test_people_compare_the_answers_blind(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ours, theirs = made_files(tmp_path)
-    # The baseline comes last in the alphabet: its rates are turned round.
-    flags = [theirs, ours, "--people", "labels", "--out", "both"]
+    # The baseline comes first in the alphabet, and so in the rates of the labelling page, which are turned round.
+    flags = [ours, theirs, "--people", "labels", "--out", "both"]
     code, out, err = call(capsys, *flags, "--no-serve")
     assert code == 0 and "labels: 4 prompts to compare, 4 of them new" in err and "nobody has judged yet" in err
     assert json.loads(Path("both/evaluation.json").read_text())["people"] is None
@@ -372,11 +395,11 @@ def test_people_compare_the_answers_blind(
     def serve(config: Any, store: Any) -> None:
         assert (config.folder, config.port) == ("labels", 9000)
         items = {item.prompt: item for item in store.items()}
-        assert all(item.sources == ("theirs.jsonl", "ours.jsonl") for item in items.values())
-        assert items["s"].ended == (False, True) and items["r"].responses == ("x and more", "")
+        assert all(item.sources == ("ours.jsonl", "theirs.jsonl") for item in items.values())
+        assert items["s"].ended == (True, False) and items["r"].responses == ("", "x and more")
         bad, none = frozenset({"hallucination"}), frozenset[str]()
         for labeller, prompt, ranks, marks in (
-            *(("ann", "p", (2, 1), (bad, none)), ("ann", "q", (1, 1), (none, none)), ("bob", "p", (2, 1), ())),
+            *(("ann", "p", (2, 1), (bad, none)), ("ann", "q", (2, 1), (none, none)), ("bob", "p", (2, 1), ())),
             *(("ann", "r", (1, 2), (none, none)), ("ai:judge", "s", (1, 2), ())),
         ):
             store.record([Judgement(items[prompt].id, labeller, ranks, flags=marks)])
@@ -387,13 +410,18 @@ def test_people_compare_the_answers_blind(
     people = json.loads(Path("both/evaluation.json").read_text())["people"]
     assert (people["items"], people["of"], people["judgements"], people["labellers"]) == (3, 4, 4, 2)
     (pair,) = people["win_rates"]
-    assert (pair["first"], pair["second"], pair["ties"]) == ("ours.jsonl", "theirs.jsonl", 0.25)
-    low, high = wilson(0.5, 3)  # wins p, ties q, loses r
-    assert pair["win_rate"] == {"value": 0.5, "low": pytest.approx(low), "high": pytest.approx(high), "items": 3}
+    assert (pair["first"], pair["second"], pair["ties"]) == ("theirs.jsonl", "ours.jsonl", 0.0)
+    low, high = wilson(2 / 3, 3)  # wins p and q, loses r
+    assert pair["win_rate"] == {
+        "value": pytest.approx(2 / 3),
+        "low": pytest.approx(low),
+        "high": pytest.approx(high),
+        "items": 3,
+    }
     flagged = pair["flags"]["hallucination"]
     assert (flagged["first"]["value"], flagged["second"]["value"]) == (0.0, pytest.approx(1 / 3))
     assert flagged["win_rate"]["value"] == 1.0 and pair["flags"]["harmful"]["win_rate"] is None
-    assert "ours.jsonl and theirs.jsonl cannot be told apart: 50.0% of 3 prompts by people" in out
+    assert "theirs.jsonl and ours.jsonl cannot be told apart: 66.7% of 3 prompts by people" in out
     shown = Page(Path("both/report.html").read_text(encoding="utf-8")).text
     assert "By people, blind" in shown and "4 judgements of 3 of 4 prompts by 2 people" in shown
     code, out, err = call(capsys, *flags, "--no-serve")  # again: nothing is asked or lost
