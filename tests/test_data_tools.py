@@ -106,7 +106,8 @@ def test_calls_are_targets_and_results_are_not(tmp_path: Path) -> None:
 def test_a_template_for_tools_alone(tmp_path: Path) -> None:
     templates = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS_CHATML}]
     both, plain, tools = (load("qwen2", QWEN | {"chat_template": t}) for t in (templates, CHATML, TOOLS_CHATML))
-    path, row = tmp_path / "data.jsonl", {"messages": [ASK, SAYS]}
+    path = tmp_path / "data.jsonl"
+    row: dict[str, Any] = {"messages": [ASK, SAYS]}
     assert sft(path, row, both) == sft(path, row, plain) != sft(path, row, tools)
     row |= {"messages": TALK, "tools": [WEATHER]}
     assert sft(path, row, both) == sft(path, row, tools)

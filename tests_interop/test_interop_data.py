@@ -134,7 +134,7 @@ def test_turns_that_are_not_learned(tmp_path: Path) -> None:
     assert list(mask) == [False] * first + marks[first:] and any(marks[:first])
 
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
