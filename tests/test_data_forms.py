@@ -341,6 +341,8 @@ def test_what_looks_like_it_and_is_not_is_read(tmp_path: Path) -> None:
         ("demonstrations", {"prompt": "[INST] q", "completion": "c", "truncated": False, "documents": ["q"]}),
         ("comparisons", {"prompt": "q", **PAIR, "label": 1, "status": "unchanged", "winner": "model_a", "tie": False}),
         ("text", {"text": json.dumps(m("Uq|Ax")), "label": 0, "reasoning": "hm"}),
+        ("comparisons", {"prompt": "q", **PAIR, "reasoning": "The first is true.", "thinking": "hm"}),
+        ("demonstrations", {"prompt": "q", "completion": "c", "reasoning": "", "thinking": None}),
     ):
         with case(row):
             path.write_text(json.dumps(row) + "\n")

@@ -1,5 +1,6 @@
 """Tools, calls and results of calls: read from the forms that datasets have them in, rendered by the chat template."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from rlhf_jax.cli.scoring import _answers
 from rlhf_jax.data import (
     Ledger,
+    Message,
     Prompt,
     chat_ids,
     encode_demonstrations,
@@ -18,8 +20,10 @@ from rlhf_jax.data import (
     prompt_ids,
     read_records,
 )
+from rlhf_jax.data.dialogues import prompt_row
 from rlhf_jax.data.split import prompt_key
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.admin import disagreements
 from rlhf_jax.feedback.export import export
 from rlhf_jax.feedback.features import rows_of
 from rlhf_jax.feedback.judged import item_row, read_items
@@ -249,6 +253,24 @@ def ids_by_label(path: Path, row: dict[str, Any], tokenizer: Any, folder: Path) 
     return found
 
 
+def test_a_message_with_calls_keeps_them(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    row = {"prompt": TALK[:3], "responses": ["a", "b"], "tools": [WEATHER]}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (item,) = read_tasks([path])
+    _, ask, said, result = item.turns
+    assert copy.deepcopy(item) == item and len(set(item.turns) | set(copy.copy(item.turns))) == 4
+    assert said != Message(*said) and Message(*said) != said and result != Message(*result)
+    assert prompt_row(item.turns) == {"prompt": [ask._asdict(), said.as_row(), RESULT], "tools": [WEATHER]}
+    assert said.as_row() == calls(call({"city": "Ulm"}, id="c1"))
+    # The labelling pages show the calls.
+    shown = [{"role": turn.role, "content": turn.text} for turn in item.turns]
+    assert shown[0]["content"] == json.dumps([WEATHER]) and '"city": "Ulm"' in shown[2]["content"]
+    judgements = [Judgement(item.id, "ann", (1, 2)), Judgement(item.id, "bob", (2, 1))]
+    (disputed,) = disagreements([item], judgements)
+    assert disputed["turns"] == shown and json.loads(json.dumps(disputed))["prompt"] == item.prompt
+
+
 def test_answers_that_differ_in_their_calls_are_not_equal(tmp_path: Path) -> None:
     path, qwen = tmp_path / "data.jsonl", load("qwen2", QWEN)
     other = calls(call('{"city":"Bonn"}', id="c1"))
@@ -257,6 +279,11 @@ def test_answers_that_differ_in_their_calls_are_not_equal(tmp_path: Path) -> Non
     ((ids, ranks),) = encode_rankings(records, qwen, max_tokens=2000, ledger=ledger).rows
     assert [shown(qwen, row)[-50:].count(city) for row, city in zip(ids, ("Ulm", "Bonn"), strict=True)] == [1, 1]
     assert list(ranks) == [1, 2]
+    # They part at the first call that differs, also where all that follows is the same.
+    longer = {"chosen": TALK, "rejected": [ASK, other, RESULT, SAYS], "tools": [WEATHER]}
+    (parted,) = read(path, longer, "comparisons")
+    assert [message.role for message in parted.turns] == ["tools", "user"] and len(parted.rests[0]) == 3
+    assert len(encode_rankings([parted], qwen, max_tokens=2000, ledger=Ledger())) == 1
     # An id is no part of what is said.
     renamed = calls(call({"city": "Ulm"}, id="c2"))
     records = read(path, {"prompt": [ASK], "chosen": [CALLS], "rejected": [renamed], "tools": [WEATHER]}, "comparisons")

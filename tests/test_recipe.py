@@ -1,12 +1,19 @@
-"""The recipe's command line; its figures are those of `rlhf-jax recipe` itself."""
+"""The recipe's command line and what its stages read; its figures are those of `rlhf-jax recipe` itself."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rlhf_jax.cli.app import main
-from rlhf_jax.data import Prompt, PromptRows, Text
+from rlhf_jax.config import ModelConfig
+from rlhf_jax.data import Demonstration, Prompt, PromptRows, RankingRows, Text
 from rlhf_jax.demo.python_docs import Corpus, HeldOut
+from rlhf_jax.recipe import run as recipe
 from rlhf_jax.recipe.labels import Judge, some
+from rlhf_jax.recipe.settings import RecipeConfig
 from rlhf_jax.recipe.sizes import SIZES
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.cases import case
@@ -74,3 +81,60 @@ def test_the_judge_counts_what_answers_have() -> None:
         "sensible_share": 3 / 6,
         "sensible_fluent_share": 2 / 6,
     }
+
+
+class Sealed:
+    """A part of the corpus that nothing may read."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the test part was read: {name}")
+
+
+def test_no_stage_reads_the_test_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.bytes()
+    seen: dict[str, Any] = {}
+    text, shown = Text("return the path", "x:1"), Demonstration(" a ->", " Return the path.", "x:1")
+    part = HeldOut([Text("held", "x:2")], [Demonstration(" b ->", " Held.", "x:2")], [Prompt(" b ->", "x:2")], {})
+    sealed: Any = Sealed()
+    corpus = Corpus([text], [shown], [Prompt(" a ->", "x:1")], [], part, sealed)
+    finished = SimpleNamespace(run=SimpleNamespace(path=tmp_path, tokenizer=tokenizer), summary={})
+
+    def stage(name: str) -> Any:
+        def run(config: Any, **given: Any) -> Any:
+            seen[name] = given
+            if "evaluate" in given:
+                seen["gold"] = given["evaluate"](SimpleNamespace(params={"policy": {}}))
+            return finished
+
+        return run
+
+    def sampler(model: Any, tokenizer: Any, response_tokens: int) -> Any:
+        def sample(params: Any, prompts: PromptRows, *rest: Any) -> list[list[list[int]]]:
+            assert {prompt.prompt for prompt in prompts.sources} == {" b ->"}
+            return [[tokenizer.encode(" No.")] for _ in prompts.sources]
+
+        return sample
+
+    rankings = RankingRows([([[1], [2]], (1, 2))], 44, tokenizer.pad_id)
+    changes: dict[str, Any] = {
+        "load_corpus": lambda: corpus,
+        "model_of": lambda run: ModelConfig(vocab_size=300, context=64, width=8, layers=1, heads=1),
+        "released_params": lambda run: {},
+        "Sampler": sampler,
+        "label": lambda sampler, judge, params, prompts, **more: seen.update(label=prompts) or (rankings, 1.0),
+        "gold_rankings": lambda sampler, judge, params, prompts, seed: seen.update(gold_rankings=prompts) or rankings,
+        "measure": lambda runs, corpus, *rest, **more: {"read": corpus.test is sealed},
+        "tell": lambda config, console, clock, summary: seen.update(summary=summary),
+    }
+    for name, change in changes.items():
+        monkeypatch.setattr(recipe, name, change)
+    for name in ("pretrain", "sft", "reward", "ppo"):
+        monkeypatch.setattr(getattr(recipe, name), "run", stage(name))
+    recipe.run_seed(RecipeConfig(size="tiny", out=str(tmp_path / "out")))
+    assert seen["pretrain"] == {"texts": [text], "heldout": part.texts}
+    assert seen["sft"] == {"records": [shown], "heldout": part.demonstrations}
+    assert [prompt.prompt for prompt in seen["label"].sources] == [" a ->"]
+    assert [prompt.prompt for prompt in seen["gold_rankings"].sources] == [" b ->"]
+    assert seen["reward"] == {"rankings": rankings, "heldout": rankings, "demonstrations": [shown]}
+    assert [prompt.prompt for prompt in seen["ppo"]["prompts"]] == [" a ->"] and seen["ppo"]["texts"] == [text]
+    assert set(seen["gold"]) == {"gold"} and seen["summary"]["read"]

@@ -61,6 +61,9 @@ class FullMessage(Message):
         message.more = more
         return message
 
+    def __getnewargs__(self) -> tuple[str, ...]:
+        return self.stored()
+
     @classmethod
     def of(cls, texts: Sequence[str]) -> Message:
         """The message of its `stored` texts."""
@@ -79,6 +82,10 @@ class FullMessage(Message):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FullMessage) and self.stored() == other.stored()
+
+    def __ne__(self, other: object) -> bool:
+        # A tuple has its own, which does not ask __eq__.
+        return not self == other
 
     def __hash__(self) -> int:
         return hash(self.stored())

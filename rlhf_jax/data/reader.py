@@ -199,6 +199,7 @@ def _demonstration(row: Row) -> Demonstration | Dialogue:
         raise Useless(f"empty {names[0]}")
     row.refuse_ends("a completion")
     refuse_cut(row)
+    row.refuse_thoughts()
     if len(rest) > 1:
         return _dialogue_of(row, names[0], found.turns, rest)
     return Demonstration(found.prompt, completion, row.where, found.turns, row.ended("ended"), rest)

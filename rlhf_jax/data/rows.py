@@ -22,10 +22,10 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 # They change what a row says or how much it counts. All other fields of a row that no form names are bookkeeping.
 MEANINGFUL = (
     *("functions", "tool_calls", "function_call", "reasoning_content", "history", "chat_template"),
-    *("reasoning", "thinking"),
     *("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio"),
 )
 WEIGHTS = ("loss_mask", "sample_weight")
+THOUGHTS = ("reasoning", "thinking")  # beside a completion they belong to it; beside others they may be a judge's
 _NOTHING = ("", "[]", "{}", "null")  # a list or an object that some files keep as text
 
 
@@ -151,6 +151,10 @@ class Row:
         self.refuse_weights()
         if "responses" in self:
             self.refuse_ends("responses, with one value for each")
+
+    def refuse_thoughts(self) -> None:
+        """Raises UserError for thoughts beside a completion, which would be learned without them."""
+        self._refuse(THOUGHTS)
 
     def refuse_weights(self) -> None:
         """Raises UserError for a field that says that the row, or a part of it, counts less than others."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import statistics
@@ -111,7 +110,7 @@ def disagreements(items: Iterable[Item], judgements: Iterable[Judgement], shown:
     return [
         {
             "disagreement": share,
-            **{name: value for name, value in dataclasses.asdict(known[id]).items() if name != "turns"},
+            **{name: value for name, value in vars(known[id]).items() if name != "turns"},
             "turns": [{"role": turn.role, "content": turn.text} for turn in known[id].turns],
             "judgements": [
                 {
