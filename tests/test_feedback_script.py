@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,27 @@ def tiny(spec: str, *, stages: tuple[str, ...]) -> source.Source:
     params = initialized(Transformer(config, scalar=scalar), jax.random.key(int(spec)))
     about: dict[str, Any] = {"where": spec, "spec": spec, "stage": "sft", "origin": None, "identify": lambda: ""}
     return source.Source(model=config, tokenizer=tokenizer, scalar=scalar, own=lambda: params, **about)
+
+
+WITHOUT = """
+import sys
+for name in ("starlette", "uvicorn", "markdown_it"):
+    sys.modules[name] = None
+from rlhf_jax.cli.app import main
+for flags in (["--no-serve"], []):
+    try:
+        main(["label", "labels", "--data", "items.jsonl", *flags])
+    except SystemExit as end:
+        print(end.code)
+"""
+
+
+def test_the_page_says_what_is_missing_to_serve_it(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    command = [sys.executable, "-c", WITHOUT]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout == "0\n2\n" and ended.stderr.count("labels: 1 items") == 2  # adding items needs none of them
+    assert re.search(r"^error: uvicorn is not installed; run: pip install '?markdown-it-py.*\n\Z", ended.stderr, re.M)
 
 
 def test_agreement_and_export(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

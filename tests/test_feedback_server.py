@@ -26,8 +26,9 @@ from rlhf_jax.data.dialogues import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.feedback import admin, guard
+from rlhf_jax.feedback.address import Address, is_loopback
 from rlhf_jax.feedback.database import connect
-from rlhf_jax.feedback.guard import MOST_BYTES, Address, Guard, is_loopback
+from rlhf_jax.feedback.guard import MOST_BYTES, Guard
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 from rlhf_jax.feedback.server import Service, make_app

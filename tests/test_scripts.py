@@ -280,6 +280,7 @@ def test_runs_are_put_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
         (("runs/base", "runs/base"), "runs: expected each run once, got runs/base twice"),
         ((), "runs: expected the folders of one or more runs, got nothing; use runs/NAME"),
         (("runs/base", "--out", "x.jsonl"), "out: expected a file that ends in .html, got 'x.jsonl'"),
+        (("runs/base", "--out", "gone/x.html"), "out: expected a file in a folder that exists, got 'gone/x.html'"),
         (("runs/base", "--reward", "runs/base"), "reward: expected a reward model, got the language model runs/base"),
         (("runs/base", "--columns", "prompt=x"), "columns: expected --data with it, got no files"),
     ):

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 def run(config: Config) -> None:
     """Writes the report."""
+    if not Path(config.out).parent.is_dir():
+        raise UserError(f"out: expected a file in a folder that exists, got {config.out!r}")
     paths = [path for given in config.runs for path in runs_below(Path(given))]
     twice = next((path for place, path in enumerate(paths) if path in paths[:place]), None)
     if twice is not None:
@@ -111,8 +113,20 @@ def answers_of(config: Config, folders: Mapping[str, RunFolder]) -> Answers | No
         return None
     quarter = min(source.model.context for source in models.values()) // 4
     limit = config.max_new_tokens or max(min(LONGEST, quarter), 1)
-    samplers, rows = {}, {}
-    for name, source in models.items():
+    rows = {name: [prompt_ids(prompt, source.tokenizer) for prompt in prompts] for name, source in models.items()}
+    room = min(source.model.context for source in models.values()) - limit
+    fits = [at for at in range(len(prompts)) if all(0 < len(ids[at]) <= room for ids in rows.values())]
+    if not fits:
+        raise UserError(
+            f"data: expected prompts of at most {max(room, 0)} tokens, got none in these; use shorter ones, or a lower "
+            "--max-new-tokens"
+        )
+    if len(fits) < len(prompts):
+        say(f"{len(prompts) - len(fits):,} of {len(prompts):,} prompts are left out: too long for one of the models")
+    fits = fits[: config.examples]
+    chosen = [prompts[at] for at in fits]
+    texts = {}
+    for name, source in models.items():  # one after the other, so that one model is in memory at a time
         tokenizer = source.tokenizer
         sampling = SamplingConfig(
             max_new_tokens=limit,
@@ -120,23 +134,7 @@ def answers_of(config: Config, folders: Mapping[str, RunFolder]) -> Answers | No
             pad_id=tokenizer.pad_id,
             temperature=config.temperature,
         )
-        samplers[name] = Sampler(source, sampling, seed=0)
-        rows[name] = [prompt_ids(prompt, tokenizer) for prompt in prompts]
-    fits = [
-        place
-        for place in range(len(prompts))
-        if all(0 < len(rows[name][place]) <= sampler.room for name, sampler in samplers.items())
-    ]
-    if not fits:
-        raise UserError(
-            f"data: expected prompts of at most {min(sampler.room for sampler in samplers.values())} tokens, got none "
-            "in these; use shorter ones, or a lower --max-new-tokens"
-        )
-    if len(fits) < len(prompts):
-        say(f"{len(prompts) - len(fits):,} of {len(prompts):,} prompts are left out: too long for one of the models")
-    fits = fits[: config.examples]
-    chosen = [prompts[place] for place in fits]
-    texts = {name: sampler.answers([rows[name][place] for place in fits]) for name, sampler in samplers.items()}
+        texts[name] = Sampler(source, sampling, seed=0).answers([rows[name][at] for at in fits])
     scores, judged = _scores(config, folders, chosen, texts)
     own = "" if config.data else ", those that the runs’ own reports show (--data gives others)"
     return Answers(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.data import Ledger, read_records
 from rlhf_jax.errors import UserError, install_command
+from rlhf_jax.feedback.address import Address, is_loopback
 from rlhf_jax.feedback.database import folder_lock
-from rlhf_jax.feedback.guard import Address, is_loopback
 from rlhf_jax.feedback.page import read_page
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.records import Item

@@ -20,8 +20,9 @@ from starlette.routing import Route
 
 from rlhf_jax.data.dialogues import is_hh, split_hh
 from rlhf_jax.errors import UserError
+from rlhf_jax.feedback.address import Address
 from rlhf_jax.feedback.admin_server import admin_routes
-from rlhf_jax.feedback.guard import Address, Guard, Refused, WrongTokens, read_body, text_field
+from rlhf_jax.feedback.guard import Guard, Refused, WrongTokens, read_body, text_field
 from rlhf_jax.feedback.markdown import markdown_tree
 from rlhf_jax.feedback.page import Page
 from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Paused, Queue
