@@ -31,12 +31,13 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# What a process compiles that a test starts, the next ones find on the disk. Set after the import: this process, which
-# seldom compiles a program twice, would only write.
+# What a process compiles that a test starts, the next ones find on the disk. This one, which seldom compiles a program
+# twice, would mostly write: set after the import, and xdist's workers, which inherit it, write what took long alone.
 COMPILED = tempfile.mkdtemp(prefix="compiled_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", COMPILED)
 os.environ["XDG_CACHE_HOME"] = COMPILED
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 # The files that take longest, which start first: with two workers, each taking whole files, none ends long before the

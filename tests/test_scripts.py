@@ -111,7 +111,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # Every start of a stage compiles its update anew; the cache of the scripts makes the second one quick.
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for name in COMPILER:
+        monkeypatch.delenv(name.upper(), raising=False)
     before = {name: jax.config.values[name] for name in COMPILER}
     process.use_compilation_cache()
     compilation_cache.reset_cache()
