@@ -83,8 +83,14 @@ class JsonLines:
         if not self.path.exists():
             return
         # A killed run leaves rows after its last checkpoint, the last one possibly truncated; those steps run again.
-        kept = [line for line, row in _lines(self.path) if row["step"] <= step]
-        write_file(self.path, "".join(kept))
+        kept = "".join(line for line, row in _lines(self.path) if row["step"] <= step).encode("utf-8")
+        if self.path.read_bytes().startswith(kept):
+            # Cut in place, which needs no room on a full disk.
+            with self._named(), self.path.open("r+b") as file:
+                file.truncate(len(kept))
+                os.fsync(file.fileno())
+        else:
+            write_file(self.path, kept)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self._write({"step": step, "time": round(time.time(), 3)} | {name: _number(v) for name, v in values.items()})
