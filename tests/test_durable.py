@@ -140,6 +140,7 @@ def test_every_file_is_whole_or_as_it_was_and_leftovers_block_no_start(
             assert end.value.filename == str(path.resolve()) and not left.exists()
             assert name == "metrics.jsonl" or path.read_bytes() == before
             lines.close()
+    write_file(tmp_path / "file.txt", "ünï\r\n")
     assert (tmp_path / "file.txt").read_bytes() == "ünï\r\n".encode()
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
