@@ -15,8 +15,8 @@ LEFTOVERS = (UNFINISHED, ".partial")
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file under another name, syncs it, renames it and syncs the folder.
 
-    The other name is `path` and UNFINISHED; one that a killed process has left is overwritten. A link is followed, and
-    a device or pipe is written to directly.
+    The other name is `path` and UNFINISHED; one that a killed process has left is overwritten. If the file has
+    this content, nothing is written. A link is followed, and a device or pipe is written to directly.
 
     Args:
       path: the file.
@@ -33,6 +33,10 @@ def write_file(path: Path, content: str | bytes) -> None:
         return
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
+        # What is there already needs no room on a full disk.
+        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+            unfinished.unlink(missing_ok=True)
+            return
         with unfinished.open("wb") as file:
             file.write(data)
             file.flush()

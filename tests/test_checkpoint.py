@@ -6,6 +6,8 @@ import logging
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +219,66 @@ def test_a_full_disk_leaves_the_step_before(tmp_path: Path) -> None:
 def test_a_full_disk_at_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with no_room_to_sync(monkeypatch), pytest.raises(UserError, match=r"left on device; there is no earlier one$"):
         Checkpoints(tmp_path).save(1, make_state(1), {})
+
+
+DISK = """
+import sys
+from pathlib import Path
+from rlhf_jax.errors import UserError
+from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.metrics import JsonLines
+from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.test_checkpoint import make_state, same
+import os
+
+disk = Path(sys.argv[1])
+
+
+def start():
+    # What a command does that starts or resumes.
+    run = RunFolder.create(disk / "run", stage="sft", config={}, model={}, tokenizer=Tokenizer.bytes(), inputs={})
+    with run.lock():
+        checkpoints, lines = Checkpoints(run.checkpoints), JsonLines(run.metrics)
+        step = int(checkpoints.restore(make_state()).step) if checkpoints.steps() else 0
+        lines.start(step, 9)
+        lines.row(step + 1, {"loss": 1.0})
+        lines.close()
+        checkpoints.save(step + 1, make_state(step + 1), {})
+    return run
+
+
+print(start().path)
+saved = refused = 0
+for room in (0, 4, 8, 12, 24, 40, 64, 76, 88, 100, 112, 300):
+    stat = os.statvfs(disk)
+    (disk / "filler").write_bytes(b"x" * max(stat.f_bavail * stat.f_bsize - room * 1024, 0))
+    try:
+        start()
+        saved += 1
+    except UserError as error:
+        refused += 1
+        assert "\\n" not in str(error), error
+    except OSError as error:
+        refused += 1
+        assert error.filename and error.strerror == "No space left on device", error
+    (disk / "filler").unlink()
+    steps = Checkpoints(disk / "run" / "checkpoints").steps()
+    assert same(Checkpoints(disk / "run" / "checkpoints").restore(make_state()), make_state(steps[-1])), room
+    assert not [path for path in disk.rglob("*") if path.name.endswith((".unfinished", ".partial"))], room
+assert saved > 0 and refused > 6, (saved, refused)
+"""
+
+
+def test_any_size_of_a_full_disk_is_one_line_and_can_be_resumed(tmp_path: Path) -> None:
+    # A disk of its own, in a namespace of its own.
+    command = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1000k disk "$1" && exec "$2" -c "$3" "$1"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("this system has no mount namespaces for users")
+    done = subprocess.run(
+        [*command, str(tmp_path), sys.executable, DISK], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path}/run\n", ""), done.stderr[-3000:]
 
 
 def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

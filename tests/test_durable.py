@@ -99,6 +99,7 @@ def test_every_file_is_whole_or_as_it_was_and_leftovers_block_no_start(
     lines = JsonLines(tmp_path / "metrics.jsonl")
 
     def rows(path: Path) -> None:
+        path.write_text("torn\n")  # what is not at the end cannot be cut off in place
         lines.row(1, {"loss": 1.0})
         lines.close()
         lines.start(1, 2)
@@ -130,7 +131,7 @@ def test_every_file_is_whole_or_as_it_was_and_leftovers_block_no_start(
                 write(path)
             # The file, and the folder after its rename.
             assert any(map(stat.S_ISREG, synced)) and stat.S_ISDIR(synced[-1]) and not left.exists()
-            before = path.read_bytes()
+            path.write_bytes(before := b"before")
 
             with monkeypatch.context() as patched:
                 patched.setattr(os, "fsync", full)
@@ -139,6 +140,7 @@ def test_every_file_is_whole_or_as_it_was_and_leftovers_block_no_start(
             assert end.value.filename == str(path.resolve()) and not left.exists()
             assert name == "metrics.jsonl" or path.read_bytes() == before
             lines.close()
+    write_file(tmp_path / "file.txt", "ünï\r\n")
     assert (tmp_path / "file.txt").read_bytes() == "ünï\r\n".encode()
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

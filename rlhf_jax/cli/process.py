@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 import resource
@@ -31,6 +32,8 @@ from rlhf_jax.runs.loop import Stopped
 
 C = TypeVar("C")
 S = TypeVar("S", bound=RunConfig)
+# Errors of a disk: full, over its quota, read-only, broken.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 INTERRUPTED = "interrupted; the same command starts again, from its last checkpoint if it keeps any"
 
 
@@ -52,10 +55,11 @@ def run(work: Callable[[C], object], config: C, cluster: Cluster | None = None, 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.filename is None:
-            raise
         # A file that the user named, or a full disk: the system's message is clear.
-        _exit(2, f"error: {error.filename}: {error.strerror}")
+        if error.filename is None and error.errno not in FULL:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        _exit(2, f"error: {where}{error.strerror}")
     except KeyboardInterrupt:
         _exit(130, INTERRUPTED)
     except Stopped as stop:

@@ -9,13 +9,18 @@ own devices, and the first process does the rest.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -106,7 +111,10 @@ class Checkpoints:
             unfinished.rename(final)
             sync_folder(self.folder)
 
+        refused = ""
+        quiet = contextlib.ExitStack()
         try:
+            quiet.enter_context(_quiet())
             processes.by_first(make_room)
             for part in _PARTS:
                 with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -124,12 +132,21 @@ class Checkpoints:
             reason = _refusal(error)
             if reason is None:
                 raise
-            latest = self.latest()
-            last = "there is no earlier one" if latest is None else f"the last checkpoint is that of step {latest}"
-            raise UserError(f"{self.folder}: step {step} could not be saved: {reason}; {last}") from error
+            refused = reason
         finally:
+            # Orbax's own reports of the error, some of them made when its futures are collected, are not for the user.
+            if refused:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)
+                    gc.collect()
+                time.sleep(0.2)
+            quiet.close()
             if processes.is_first():
                 self._sweep()
+        if refused:
+            latest = self.latest()
+            last = "there is no earlier one" if latest is None else f"the last checkpoint is that of step {latest}"
+            raise UserError(f"{self.folder}: step {step} could not be saved: {refused}; {last}")
         processes.by_first(self._prune)
 
     def restore(self, template: TrainState, step: int | None = None) -> TrainState:
@@ -365,6 +382,22 @@ def _check_version(path: Path, manifest: Mapping[str, Any]) -> None:
             f"{path}: format_version: expected {FORMAT_VERSION}, got {manifest.get('format_version')}; use the "
             f"release of rlhf_jax that wrote it"
         )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Orbax's threads print of an error that is raised as well."""
+    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
+    before, hooks = [logger.disabled for logger in loggers], (sys.unraisablehook, sys.excepthook)
+    sys.unraisablehook, sys.excepthook = lambda _: None, lambda *_: None  # TensorStore's threads call the second
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        sys.unraisablehook, sys.excepthook = hooks
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _refusal(error: OSError | ValueError) -> str | None:

@@ -75,9 +75,10 @@ OWN = (LOCK, "config.json", "tokenizer.json", "seconds.json", "summary.json")
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     with _take(folder) as file:
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        # On a full disk the lock holds without the id, which is only for the message.
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 

@@ -84,8 +84,15 @@ class JsonLines:
             return
         # A killed run leaves rows after its last checkpoint, the last one possibly truncated; those steps run again.
         # A run that starts again writes its row of step 0 again.
-        kept = [line for line, row in _lines(self.path) if row["step"] <= step] if step else []
-        write_file(self.path, "".join(kept))
+        lines = [line for line, row in _lines(self.path) if row["step"] <= step] if step else []
+        kept = "".join(lines).encode("utf-8")
+        if self.path.read_bytes().startswith(kept):
+            # Cut in place, which needs no room on a full disk.
+            with self._named(), self.path.open("r+b") as file:
+                file.truncate(len(kept))
+                os.fsync(file.fileno())
+        else:
+            write_file(self.path, kept)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         self._write({"step": step, "time": round(time.time(), 3)} | {name: _number(v) for name, v in values.items()})
