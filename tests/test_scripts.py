@@ -27,12 +27,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from rlhf_jax import inference
-from rlhf_jax.cli import completion, process
+from rlhf_jax.cli import comparing, completion, process
 from rlhf_jax.cli.app import main
 from rlhf_jax.cli.before_after import lines_of
 from rlhf_jax.cli.flags import parse
 from rlhf_jax.config import ModelConfig, to_plain
-from rlhf_jax.data import Ledger, encode_demonstrations, read_records
+from rlhf_jax.data import Ledger, Prompt, encode_demonstrations, read_records
+from rlhf_jax.data.dialogues import Message
 from rlhf_jax.evaluation import commands
 from rlhf_jax.evaluation.commands import generate_command
 from rlhf_jax.evaluation.heldout import row_scores
@@ -246,7 +247,8 @@ def test_ppo_after_a_continued_reward_model_starts_from_the_language_model(capsy
 
 @pytest.mark.usefixtures("user")
 def test_runs_are_put_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    write(Path("few.jsonl"), [{"prompt": "red blue ->"}, {"prompt": ""}, {"prompt": LONG}, {"prompt": "cat"}])
+    chat = {"messages": [{"role": "user", "content": "Hi"}]}
+    write(Path("few.jsonl"), [{"prompt": "red blue ->"}, {"prompt": ""}, {"prompt": LONG}, chat])
     asked = ("--data", "few.jsonl", "--max-new-tokens", "4", "--temperature", "0")
     assert call("report", "runs/answers", "runs/aligned", "runs/judge", *asked) == 0
     said = capsys.readouterr()
@@ -288,6 +290,20 @@ def test_runs_are_put_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
         with case(arguments):
             assert call("report", *arguments) == 2
             assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_prompts_to_compare_are_those_that_runs_and_recipes_show(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}]
+    shown = [{"prompt": " a ->", "before": "x", "after": "y"}, {"prompt": "…Hi…", "messages": turns, "after": "z"}]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.json").write_text(json.dumps({"samples": [*shown, shown[0]]}))
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "samples.json").write_text(json.dumps([{"prompt": " b ->", "sft": "x"}]))
+    runs = (str(tmp_path / "run"), str(tmp_path / "recipe"), str(tmp_path))
+    prompts = comparing.prompts_of(importlib.import_module("rlhf_jax.cli.report").Config(runs=runs), [])
+    assert prompts == [Prompt(" a ->"), Prompt("…Hi…", turns=(Message("user", "Hi"),)), Prompt(" b ->")]
+    assert comparing.names_of([Path("runs/a"), Path("runs/b/sft")]) == ["a", "b/sft"]
+    assert comparing.names_of([Path("runs/a")]) == ["a"] and comparing.names_of([]) == []
 
 
 def test_commands_survive_a_paste(tmp_path: Path) -> None:
