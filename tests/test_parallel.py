@@ -92,7 +92,8 @@ def make_preference(microbatches: int = 1, axis_name: str | None = None) -> Call
     """KTO: its objective has all parts, and its baseline is a mean over the global batch."""
     config = preference.Config(method="kto", batch=ROWS, microbatches=microbatches, sft_coef=0.1)
     update = preference.make_update(MODEL, RECORDER, config, axis_name=axis_name)
-    frozen = preference.Frozen(jax.tree.map(jnp.asarray, random_params(MODEL, 3, 2.0)))
+    # A reference so sure of itself that the policy finds most tokens more likely: the baseline is not 0.
+    frozen = preference.Frozen(jax.tree.map(jnp.asarray, random_params(MODEL, 3, 5.0)))
     return lambda state, batch: update(state, batch, frozen)
 
 
@@ -147,6 +148,7 @@ def test_gradients_do_not_depend_on_the_devices(name: str) -> None:
 
     one_device = jit_update(make(), make_mesh(1))
     alone, facts = gradient(one_device)
+    assert facts.get("kl_baseline", 1.0) > 0.5
     size = max(np.abs(x).max() for x in jax.tree.leaves(alone))
     assert size > 0.01
     for way, make_step in (WAYS | (MORE_MESHES if name == "ppo" else {})).items():

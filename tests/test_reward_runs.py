@@ -170,30 +170,44 @@ def renamed(function: Any) -> Any:
     return function
 
 
+def letters(text: str) -> float:
+    return sum(map(ord, text)) % 97 / 97
+
+
+class Various(Heard):
+    """A reward that differs between the responses to a prompt; keeps its calls."""
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any]) -> list[float]:
+        super().__call__(prompts, completions, answer)
+        return [letters(text) for _, text, _ in self.calls[-1]]
+
+
 def test_groups_of_responses_need_no_value_network(folder: Path) -> None:
     settings: dict[str, Any] = {
         "estimator": "grpo",
         "samples_per_prompt": 2,
         "policy_loss": "gspo",
         "kl_in": "loss",
-        "kl_coef": 0.1,
+        "kl_coef": 1.0,
         "minibatches": 2,
     }
-    heard = Heard()
+    heard = Various()
     one = ppo.run(config(folder, "grpo", **settings), reward_funcs=heard)
     rows = read_rows(one.run.metrics)
     for row, call in zip(rows, heard.calls, strict=True):
         asked = [number(prompt) for prompt, _, _ in call]
         assert len(asked) == 8 and asked[::2] == asked[1::2] and len(set(asked)) == 4
-        assert row["score"] == pytest.approx(np.mean([n + 100.0 * len(text) for n, (_, text, _) in zip(asked, call)]))
-        assert row["reward"] == row["score"] and row["first_ratio_error"] < 1e-5 and row["policy_skipped"] == 0
+        assert row["score"] == pytest.approx(np.mean([letters(text) for _, text, _ in call]))
+        assert row["reward"] == row["score"] and (row["kl_coef"], row["policy_skipped"]) == (1.0, 0)
+        assert row["first_ratio_error"] < 1e-5
         assert not {"value", "value_loss", "critic_grad_norm"} & set(row)
+    assert abs(rows[1]["kl"]) > 1e-4  # which the reward would show
     assert set(one.run.load_params()) == {"policy"}
     source = open_source(str(one.run.path), stages=("ppo",))
     jax.tree.map(np.testing.assert_array_equal, source.params(), one.run.load_params()["policy"])
     with pytest.raises(UserError, match=r"expected a ppo run with a value network .*, got one without"):
         critic_params(source)
-    on_mesh = Heard()
+    on_mesh = Various()
     mesh = ppo.run(config(folder, "grpo_mesh", **settings, mesh="data=2,fsdp=2"), reward_funcs=on_mesh)
     assert on_mesh.calls == heard.calls
     for row, other in zip(rows, read_rows(mesh.run.metrics), strict=True):

@@ -30,7 +30,7 @@ TOKENIZER = Tokenizer.bytes()
 MODEL = ModelConfig(vocab_size=TOKENIZER.vocab_size, context=16, width=8, layers=1, heads=2)
 
 
-def create(path: Path, stage: str = "sft", **changes: Any) -> RunFolder:
+def create(path: Path, stage: str = "sft", defaults: dict[str, Any] | None = None, **changes: Any) -> RunFolder:
     config = {"steps": 10, "log_every": 5, "optim": {"learning_rate": 1e-3, "betas": (0.9, 0.95)}}
     return RunFolder.create(
         path,
@@ -39,6 +39,7 @@ def create(path: Path, stage: str = "sft", **changes: Any) -> RunFolder:
         model={"width": 8},
         tokenizer=TOKENIZER,
         inputs={"data/a.jsonl": "1f3c"},
+        defaults=defaults,
     )
 
 
@@ -73,6 +74,13 @@ def test_the_same_run_goes_on_with_another_log(tmp_path: Path) -> None:
     # A start killed before config.json was there begins again.
     (tmp_path / "config.json").unlink()
     create(tmp_path)
+    # Settings that a later version added, and that are what they were without them.
+    defaults = {"estimator": "gae", "samples": 1}
+    create(tmp_path, estimator="gae", samples=1, defaults=defaults)
+    (tmp_path / "config.json").unlink()
+    create(tmp_path)
+    with pytest.raises(UserError, match=r"estimator: expected nothing .* got rloo"):
+        create(tmp_path, estimator="rloo", samples=1, defaults=defaults)
 
 
 def test_another_run_is_refused_by_the_field(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ class RunFolder:
         origin: Mapping[str, Any] | None = None,
         base: Mapping[str, Any] | None = None,
         may_change: Collection[str] = MAY_CHANGE,
+        defaults: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """Creates the folder of a new run, or opens that of the same run to resume it.
 
@@ -62,6 +63,7 @@ class RunFolder:
             same form.
           base: location of the base parameters of the run's adapter (pretrained/source.py); None for a full network.
           may_change: config fields that may differ when a run resumes.
+          defaults: the stage's config as it is by default: what a setting that a later version added was before.
 
         Raises:
           UserError: if the folder is in use, or belongs to another stage or to a run with other settings or inputs; the
@@ -94,7 +96,7 @@ class RunFolder:
             if (path / "config.json").exists():
                 saved = _read(path)
                 _refuse_other_stage(path, saved, (stage,))
-                for field, earlier, now in _differences(saved, about, may_change):
+                for field, earlier, now in _differences(saved, about, may_change, defaults or {}):
                     raise UserError(
                         f"{path}: {field}: expected {earlier} as in the earlier run, got {now}; give the same settings "
                         f"to resume it, or another --name to start a new run"
@@ -255,7 +257,9 @@ def _refuse_other_stage(path: Path, about: Mapping[str, Any], stages: tuple[str,
         raise UserError(f"{path}: expected the folder of a {' or '.join(stages)} run, got one of {about['stage']}")
 
 
-def _differences(saved: Any, given: Any, may_change: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
+def _differences(
+    saved: Any, given: Any, may_change: Collection[str], defaults: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
     """Yields (dotted field, saved value, given value) for every field that differs and must not.
 
     The place of an adapter's base may change too, as its fingerprint is compared.
@@ -266,8 +270,9 @@ def _differences(saved: Any, given: Any, may_change: Collection[str]) -> Iterato
         if isinstance(a, dict) and isinstance(b, dict):
             for key in sorted({*a, *b}):
                 inner = f"{field}.{key}" if field else key
-                # A setting that a later version added is off in an earlier run.
-                added = field == "config" and key not in a and b[key] in ("", False, None, [])
+                # A setting that a later version added is off, or its default, in an earlier run.
+                off = ("", False, None, [], *([defaults[key]] if key in defaults else []))
+                added = field == "config" and key not in a and b[key] in off
                 if not added and inner not in places:
                     yield from walk(a.get(key, _ABSENT), b.get(key, _ABSENT), inner)
         elif a != b or isinstance(a, bool) != isinstance(b, bool):

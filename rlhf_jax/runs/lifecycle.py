@@ -101,6 +101,7 @@ def create_run(
                 origin=origin,
                 base=base,
                 may_change=config.may_change,
+                defaults={field.name: field.default for field in dataclasses.fields(config)},
             )
         )
 
