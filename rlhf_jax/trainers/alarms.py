@@ -147,7 +147,7 @@ def train(run: RunFolder, config: PPOConfig, *arguments: Any, **options: Any) ->
         step, reason = int(end.state.step), str(end)
         release(run, end.state.extras["ema"] if config.ema_decay else end.state.params["policy"], step)
     raise UserError(
-        f"{run.path}: an alarm ended the run: {reason}; {RELEASED}/ has the policy of step {step}, before that"
+        f"{run.path}: an alarm ended the run: {reason}; {RELEASED}/ has the policy of step {step}, from before it"
     )
 
 

@@ -228,7 +228,7 @@ def run(
         "kl_coef": float(state.extras["kl_coef"]),
         "score_mean": mean,
         "score_scale": scale,
-        "warnings": warnings,
+        **({"warnings": warnings} if warnings else {}),
     }
     finished = complete(folder, summary, ledger, pretraining_data=text_ledger)
     return dataclasses.replace(finished, examples=list(rows.sources)[:EXAMPLES])
