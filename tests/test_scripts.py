@@ -33,7 +33,7 @@ from rlhf_jax.cli.before_after import lines_of
 from rlhf_jax.cli.flags import parse
 from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.data import Ledger, Prompt, encode_demonstrations, read_records
-from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.dialogues import FullMessage
 from rlhf_jax.evaluation import commands
 from rlhf_jax.evaluation.commands import generate_command
 from rlhf_jax.evaluation.heldout import row_scores
@@ -293,15 +293,17 @@ def test_runs_are_put_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_prompts_to_compare_are_those_that_runs_and_recipes_show(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "Hi"}]
+    turns = [["user", "Hi"], ["assistant", "", '{"content": null, "tool_calls": []}']]
     shown = [{"prompt": " a ->", "before": "x", "after": "y"}, {"prompt": "…Hi…", "messages": turns, "after": "z"}]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "samples.json").write_text(json.dumps({"samples": [*shown, shown[0]]}))
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "samples.json").write_text(json.dumps([{"prompt": " b ->", "sft": "x"}]))
     runs = (str(tmp_path / "run"), str(tmp_path / "recipe"), str(tmp_path))
+    called = tuple(FullMessage.of(turn) for turn in turns)
+    assert called[1].as_row() == {"role": "assistant", "content": None, "tool_calls": []}
     prompts = comparing.prompts_of(importlib.import_module("rlhf_jax.cli.report").Config(runs=runs), [])
-    assert prompts == [Prompt(" a ->"), Prompt("…Hi…", turns=(Message("user", "Hi"),)), Prompt(" b ->")]
+    assert prompts == [Prompt(" a ->"), Prompt("…Hi…", turns=called), Prompt(" b ->")]
     assert comparing.names_of([Path("runs/a"), Path("runs/b/sft")]) == ["a", "b/sft"]
     assert comparing.names_of([Path("runs/a")]) == ["a"] and comparing.names_of([]) == []
 

@@ -66,7 +66,7 @@ def answered(run: RunFolder, config: RunConfig, prompts: Sequence[Prompt]) -> li
             answers[name] = speaker.answers([ids for _, ids in fitting])
     return [
         {"prompt": prompt.prompt}
-        | ({"messages": [turn._asdict() for turn in prompt.turns]} if prompt.turns else {})
+        | ({"messages": [list(turn.stored()) for turn in prompt.turns]} if prompt.turns else {})
         | {name: texts[place] for name, texts in answers.items()}
         for place, (prompt, _) in enumerate(fitting)
     ]

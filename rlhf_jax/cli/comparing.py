@@ -11,7 +11,7 @@ from rlhf_jax.cli.before_after import FILE, LONGEST
 from rlhf_jax.cli.scoring import left_out
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data import Demonstration, Ledger, Prompt, prompt_ids, read_records
-from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.dialogues import FullMessage
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.report.compare import Answers, Compared, write_comparison
 from rlhf_jax.evaluation.report.html import STAGES
@@ -161,7 +161,7 @@ def prompts_of(config: Config, folders: Sequence[RunFolder]) -> list[Prompt]:
     places += [folder.path for folder in folders if folder.stage in LANGUAGE]
     return list(
         dict.fromkeys(
-            Prompt(sample["prompt"], "", tuple(Message(**turn) for turn in sample.get("messages", ())))
+            Prompt(sample["prompt"], "", tuple(FullMessage.of(turn) for turn in sample.get("messages", ())))
             for path in dict.fromkeys(places)
             for sample in samples_in(path)
             if "preferred" not in sample

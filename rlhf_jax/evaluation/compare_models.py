@@ -281,7 +281,7 @@ class _Comparison:
     def rows(self, most: int | None = None) -> Any:
         """Rows of answers.jsonl: each prompt with the answers of every model and their scores."""
         for at, prompt in enumerate(self.prompts[:most]):
-            asked: Any = [message._asdict() for message in prompt.turns] if prompt.turns else prompt.prompt
+            asked: Any = [message.as_row() for message in prompt.turns] if prompt.turns else prompt.prompt
             answers = {
                 arm.name: [
                     {"answer": answer.text, "ended": answer.ended}

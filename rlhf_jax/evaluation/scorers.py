@@ -81,7 +81,7 @@ def function_scorer(function: RewardFunction, name: str, *, timeout: float) -> S
             [function],
             [name],
             prompts=[
-                [message._asdict() for message in prompt.turns] if prompt.turns else prompt.prompt for prompt in prompts
+                [message.as_row() for message in prompt.turns] if prompt.turns else prompt.prompt for prompt in prompts
             ],
             columns=[prompt.columns for prompt in prompts],
             places=[prompt.where for prompt in prompts],

@@ -4,12 +4,12 @@ One iteration, `make_update`, has four steps:
 
   1 sample      prompts [B, P] → responses [B, R]
   2 score       of each response token: log π, log π_ref and V, [B, R]; of each response: r, [B]
-  3 advantages  reward = r at the last token - β (log π - log π_ref), then GAE and whitening, [B, R]; other estimators
-                compare the K responses to a prompt and need no V
+  3 advantages  reward = r at the last token - β (log π - log π_ref), then GAE and whitening, [B, R]
   4 optimize    epochs × minibatches: clipped surrogate + value loss + γ pretraining loss, one Adam step each
 
-r is the reward model's normalized score, or a sum of it and of reward functions (rewards.py). Functions need the text:
-the host has `make_sampling` do step 1, decodes the responses, and gives them to the update with the functions' values.
+Other estimators than GAE compare the K responses to a prompt and need no V. r is the reward model's normalized score,
+or a sum of it and of reward functions (rewards.py). Functions need the text: the host has `make_sampling` do step 1,
+decodes the responses, and gives them to the update with the functions' values.
 
 The layout of rows (padded or packed) and of the sampler's KV cache is handled in packing.py and generate.py; results do
 not depend on it.
