@@ -511,7 +511,7 @@ def advantages(
 def score_rows(
     networks: Networks, params: dict[str, Params], frozen: Frozen, rows: EpisodeRows, *, temperature: float
 ) -> RolloutScores:
-    """Run the four forward passes over rows of episodes; without a reward model there are three, and scores are 0."""
+    """Run the forward passes over rows of episodes; scores are 0 without a reward model, values without a critic."""
     loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
     ref_loss_BR, _ = response_losses(networks.policy, frozen.reference, rows, temperature=temperature)
     value_BR = jnp.zeros_like(loss_BR)
