@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf_jax.config.evaluation import EvaluationConfig, is_file
 from rlhf_jax.data import Ledger, Prompt, Text, encode_text, pack_text, prompt_ids, read_records
+from rlhf_jax.data.dialogues import prompt_row
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.answers import (
     Answer,
@@ -281,7 +282,7 @@ class _Comparison:
     def rows(self, most: int | None = None) -> Any:
         """Rows of answers.jsonl: each prompt with the answers of every model and their scores."""
         for at, prompt in enumerate(self.prompts[:most]):
-            asked: Any = [message.as_row() for message in prompt.turns] if prompt.turns else prompt.prompt
+            asked: Any = prompt_row(prompt.turns)["prompt"] if prompt.turns else prompt.prompt
             answers = {
                 arm.name: [
                     {"answer": answer.text, "ended": answer.ended}

@@ -8,6 +8,7 @@ import numpy as np
 
 from rlhf_jax.arrays import Params
 from rlhf_jax.data import Demonstration, Ledger, Prompt, encode_demonstrations
+from rlhf_jax.data.dialogues import prompt_row
 from rlhf_jax.evaluation.answers import Answer
 from rlhf_jax.evaluation.heldout import row_scores
 from rlhf_jax.evaluation.intervals import Floats
@@ -80,9 +81,7 @@ def function_scorer(function: RewardFunction, name: str, *, timeout: float) -> S
         call = RewardFunctions(
             [function],
             [name],
-            prompts=[
-                [message.as_row() for message in prompt.turns] if prompt.turns else prompt.prompt for prompt in prompts
-            ],
+            prompts=[prompt_row(prompt.turns)["prompt"] if prompt.turns else prompt.prompt for prompt in prompts],
             columns=[prompt.columns for prompt in prompts],
             places=[prompt.where for prompt in prompts],
             required=False,
