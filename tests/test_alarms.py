@@ -25,8 +25,6 @@ from tests.conftest import WAYS
 from tests.made_params import random_params
 from tests.made_runs import write_run
 
-pytestmark = pytest.mark.core
-
 LIMITS = Limits(rows=3, response_length=20, kl_target=None, normalized=True)
 # The first iteration of the default recipe, rounded.
 START = {
@@ -82,6 +80,7 @@ HEALTHY = [
 ]
 
 
+@pytest.mark.core
 def test_each_collapse_ends_the_run_within_ten_iterations_with_its_cause() -> None:
     for row in COLLAPSED:
         with case(row) as (changed, cause):
@@ -97,6 +96,7 @@ def test_each_collapse_ends_the_run_within_ten_iterations_with_its_cause() -> No
             assert doubts[7:9] == [6, 6] and doubts[:7] == [None] * 7 and doubts[-1] is None
 
 
+@pytest.mark.core
 def test_healthy_figures_raise_no_alarm() -> None:
     for changed in HEALTHY:
         with case(changed):
@@ -118,6 +118,7 @@ def test_healthy_figures_raise_no_alarm() -> None:
     assert (few.rows, Limits.of(ppo.Config(batch=64, name="x")).rows) == (8, 3)
 
 
+@pytest.mark.core
 def test_a_score_that_rises_while_a_judge_falls_is_an_alarm() -> None:
     def evaluated(*figures: tuple[float, float]) -> list[dict[str, Any]]:
         return [
@@ -139,6 +140,7 @@ def test_a_score_that_rises_while_a_judge_falls_is_an_alarm() -> None:
     assert watched(evaluated((0.1, 0.3), (0.2, 0.6), (0.3, 0.35), (0.4, 0.7), *[(0.5, 0.4)] * 4)) is None
 
 
+@pytest.mark.core
 def test_one_answer_and_repetition_by_hand() -> None:
     tokens = np.array([[5, 6, 5, 6, 5, 6], [1, 2, 3, 0, 0, 0], [1, 2, 3, 9, 9, 9], [7, 7, 7, 7, 7, 2]], np.int32)
     mask = np.array([[1] * 6, [1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1] * 6], bool)
@@ -172,6 +174,7 @@ def config(folder: Path, **settings: Any) -> ppo.Config:
     )
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_destroys_the_policy_ends_the_run_and_the_good_policy_is_released(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
