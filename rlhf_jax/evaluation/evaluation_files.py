@@ -12,6 +12,7 @@ from rlhf_jax.config.evaluation import EvaluationConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.frontier import plain
 from rlhf_jax.evaluation.report.evaluation import write_evaluation_report
+from rlhf_jax.files import write_file
 from rlhf_jax.runs.atomic_files import read_json, write_json
 
 FILE, ANSWERS, REPORT, LEDGER = "evaluation.json", "answers.jsonl", "report.html", "ledger.json"
@@ -33,8 +34,7 @@ def refuse_other(folder: Path) -> None:
 
 def write_answered(folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write answers.jsonl."""
-    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_file(folder / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_evaluation(config: EvaluationConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.errors import UserError, install_command
+from rlhf_jax.files import write_file
 
 ID = "wandb_id"
 
@@ -56,7 +57,7 @@ class WeightsAndBiases:
             path = self.folder / ID
             if not path.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+                write_file(path, secrets.token_hex(4) + "\n")
             self._run = self._init(
                 project=self.project,
                 name=self.folder.resolve().name,

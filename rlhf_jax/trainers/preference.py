@@ -36,6 +36,7 @@ from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
     create_run,
+    exclusive,
     fingerprint_of,
     longest_row,
     refuse_empty,
@@ -54,6 +55,7 @@ EPOCHS = 1.0
 Records = Sequence[Comparison | Ranking]
 
 
+@exclusive
 def run(config: Config, *, records: Records | None = None, heldout: Records | None = None) -> Finished:
     """Train the model of config.init on preferences; resumes from the latest checkpoint of the same run.
 
