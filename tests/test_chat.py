@@ -65,6 +65,11 @@ def test_the_names_that_templates_use() -> None:
     assert render("{% for n in range(9) %}{% if n == 2 %}{% break %}{% endif %}{{ n }}{% endfor %}") == "01"
     # The same rows on every day.
     assert render("{{ strftime_now('%d %b %Y, %H:%M') }}") == "26 Jul 2024, 00:00"
+    assert render("{{ 'Current date: ' ~ strftime_now('%Y-%m-%d') }}") == "Current date: 2024-07-26"  # gpt-oss
+    dated = "{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now"
+    dated += "('%d %B %Y') %}{% else %}{% set date_string = '26 July 2024' %}{% endif %}{% endif %}{{ date_string }}"
+    assert render(dated) == "26 July 2024"  # Llama 3.2
+    assert render("{{ now is defined }}{{ datetime is defined }}{{ date_string is defined }}") == "FalseFalseFalse"
     assert render("{{ tools is none }}{{ documents is none }}{{ bos_token }}{{ x is defined }}") == "TrueTrueFalse"
     assert render("  {% if true %}\n a\n  {% endif %}\n") == " a\n"
     assert render("{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}") == "2"

@@ -111,9 +111,28 @@ def test_training_that_could_not_do_what_its_settings_say() -> None:
         (RewardConfig, {"steps": 24, "optimizer": long}, "optimizer.warmup_steps: expected at most the 24 .*, got 25"),
         (PPOConfig, {"steps": 6, "policy": long}, "policy.warmup_steps: expected at most the 24 .*, got 25"),
         (PPOConfig, {"steps": 6, "critic": long}, "critic.warmup_steps: expected at most the 24 .*, got 25"),
-        (PPOConfig, adaptive | {"kl_coef": 0.0}, "kl_coef: expected more than 0 with kl_target 6.0"),
+        *(
+            (PPOConfig, adaptive | {"kl_coef": 0.0, **more}, f"kl_coef: expected more than 0 with kl_target {target}")
+            for target, more in (
+                (6.0, {}),
+                (0.01, {"kl_target": 0.01}),
+                (6.0, {"estimator": "rloo", "samples_per_prompt": 2}),
+            )
+        ),
         (PPOConfig, adaptive | {"kl_horizon": 12.8}, "kl_horizon: expected more than a fifth of the 64 .*, got 12.8"),
-        (PPOConfig, {"ema_decay": 0.9, "lora": lora}, "ema_decay: expected 0 with adapters, got 0.9"),
+        *(
+            (
+                PPOConfig,
+                {"ema_decay": decay, "lora": adapter, **more},
+                rf"^ema_decay: expected 0 with adapters, got {decay}; the product of the averages of A and B is not .*; use "
+                r"--ema-decay 0, or train the whole network with --lora\.rank 0$",
+            )
+            for decay, adapter, more in (
+                (0.9, lora, {}),
+                (0.999, LoraConfig(rank=1, targets=("query",)), {}),
+                (0.5, lora, {"estimator": "rloo", "samples_per_prompt": 2, "batch": 64}),
+            )
+        ),
     ]
     for row in rows:
         with case(row) as (kind, fields, message), pytest.raises(UserError, match=message):

@@ -290,7 +290,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     *((kind, row | mark, f"field '{next(iter(mark))}': expected ")
       for kind, row in (("text", {"text": "t"}), ("prompts", {"prompt": "q"}), ("dialogues", {"messages": m("Uq|Ax")}))
       for mark in ({"weight": 0}, {"train": False}, {"train": 0}, {"train": 0.0}, {"loss_mask": [0]},
-                   {"sample_weight": 0.5})),
+                   {"sample_weight": 0.5}, {"weights": [0, 1]}, {"loss_weight": 0}, {"mask": [False]},
+                   {"completion_mask": [0, 1]}, {"assistant_masks": [1]})),
     ("dialogues", {"messages": m("Uq|Ax"), "functions": [{"name": "f"}]}, "field 'functions': expected a row without"),
     ("comparisons", {"prompt": "q", **PAIR, "weight": 0.5}, "field 'weight': expected 1, as every row counts once"),
     ("demonstrations", {"instruction": "q", "output": "x", "history": [["a", "b"]]}, "field 'history': expected a row"),

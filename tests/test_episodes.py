@@ -137,6 +137,21 @@ def test_a_missing_end_is_penalised_as_named(networks_params: tuple) -> None:
     np.testing.assert_allclose(replaced.score_B, np.where(ended, kept.score_B, -1.5), atol=1e-6)
     subtracted, _ = rolled(networks_params, "subtract")
     np.testing.assert_allclose(subtracted.score_B, kept.score_B - 1.5 * ~ended, atol=1e-6)
+    # In the unit of normalized scores, whatever a published reward model's own are: -1.5 is no gift beside -20.
+    params, frozen = networks_params
+    raw = kept.score_B * 0.5 + 0.25
+    for factor, shift in ((3.0, -20.0), (100.0, 1000.0), (0.01, 0.5)):
+        head = {name: factor * leaf for name, leaf in frozen.reward["score"].items()}
+        reward = frozen.reward | {"score": head | {"bias": head["bias"] + shift}}
+        own = factor * raw + shift
+        published = dataclasses.replace(
+            frozen, reward=reward, score_mean=jnp.float32(own.mean()), score_scale=jnp.float32(own.std())
+        )
+        wanted = (own - own.mean()) / own.std()
+        for way, without_end in (("keep", wanted), ("replace", -1.5), ("subtract", wanted - 1.5)):
+            with case((factor, shift, way)):
+                found, _ = rolled((params, published), way)
+                np.testing.assert_allclose(found.score_B, np.where(ended, wanted, without_end), atol=2e-3)
 
 
 def test_a_composed_score_is_that_of_its_row(networks_params: tuple) -> None:

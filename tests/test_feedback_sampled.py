@@ -1,6 +1,7 @@
 """Items sampled on the spot: each model's answers to the same prompts, compared blind, from the command line on."""
 
 import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import pytest
 from rlhf_jax.cli.app import main
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.dialogues import Message
+from rlhf_jax.data.encode import prompt_ids
+from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import sampled
@@ -20,10 +23,13 @@ from rlhf_jax.feedback.features import rows_of
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.sampled import sample_items
 from rlhf_jax.feedback.store import Store
+from rlhf_jax.feedback.tasks import read_tasks
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.source import Source
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from tests.cases import case
 from tests.random_params import initialized
+from tests.tiny_tokenizers import CHATML, load
 
 pytestmark = pytest.mark.feedback
 
@@ -66,18 +72,41 @@ def test_each_model_answers_each_prompt() -> None:
 
 
 def test_a_response_without_an_end_is_marked_as_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, calls = Tokenizer.bytes(), iter(([104, 105, Tokenizer.bytes().eos_id], [104, 105, 33]))
+    tokenizer, eos = Tokenizer.bytes(), Tokenizer.bytes().eos_id
+    # At the limit with its end, cut, ended at once, a blank that was cut, an end in the middle of the room.
+    sampled_ids = ([104, 105, eos], [104, 105, 33], [eos], [32], [104, eos])
+    calls = iter(sampled_ids)
 
     def generate(*_: object, **__: object) -> Any:
         tokens = np.tile(next(calls), (sampled.ROWS, 1))
         return SimpleNamespace(tokens=tokens, mask=np.ones_like(tokens, bool))
 
     monkeypatch.setattr(sampled, "generate", generate)
-    (item,) = sample_items([source("runs/a"), source("runs/other")], PROMPTS[:1], max_new_tokens=3)
-    assert item.responses == ("hi", "hi!") and item.ended == (True, False)
-    whole, cut = rows_of(item, tokenizer, ended=True)
-    assert whole[-1] == tokenizer.eos_id and cut[-1] == 33
-    assert rows_of(item, tokenizer, ended=False)[0] == whole[:-1]
+    (item,) = sample_items([source(f"runs/{n}") for n in range(5)], PROMPTS[:1], max_new_tokens=3)
+    assert item.responses == ("hi", "hi!", "", " ", "h") and item.ended == (True, False, True, False, True)
+    asked, rows = prompt_ids(PROMPTS[0], tokenizer), rows_of(item, tokenizer, ended=True)
+    # What is trained on is what stood there, with an end where there was one.
+    assert rows == [[*asked, *ids] for ids in sampled_ids]
+    assert rows_of(item, tokenizer, ended=False)[0] == rows[0][:-1]
+    # A chat model's turn ends by its own token, and a dialogue's answer is without the space around it.
+    chat = load("gpt2", {"eos_token": "<|endoftext|>", "chat_template": CHATML})
+    turn, text = chat.special_tokens["<|im_end|>"], chat.encode("hi")
+    calls = iter(([*text, turn], [*text, *text], [*text, chat.eos_id]))
+    models = [dataclasses.replace(source(f"runs/{n}"), tokenizer=chat) for n in range(3)]
+    (item,) = sample_items(models, PROMPTS[1:2], max_new_tokens=len(text) * 2)
+    assert item.responses == ("hi", "hihi", "hi") and item.ended == (True, False, True)
+
+
+ASK, ANSWER, BLANK = ({"role": role, "content": said} for role, said in zip(("user", *["assistant"] * 2), "qa "))
+HH = "\n\nHuman: q\n\nAssistant:"
+USELESS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "q", "chosen": [ANSWER], "rejected": [ANSWER]}, "chosen equals rejected"),
+    ({"chosen": [ASK, ANSWER], "rejected": [ASK, ANSWER]}, "chosen equals rejected"),
+    ({"chosen": f"{HH} a", "rejected": f"{HH} a"}, "chosen equals rejected"),
+    ({"prompt": "q", "chosen": "", "rejected": ""}, "chosen equals rejected"),
+    ({"chosen": [ASK, BLANK], "rejected": [ASK, ANSWER]}, "empty chosen response"),
+    ({"chosen": f"{HH} a", "rejected": HH}, "empty rejected response"),
+]
 
 
 def test_rows_that_are_no_item_are_counted(
@@ -96,11 +125,21 @@ def test_rows_that_are_no_item_are_counted(
         "  dropped 1: empty rejected response (first at pairs.jsonl:3)",
         "  dropped 1: the same prompt and responses as in an earlier row (first at pairs.jsonl:4)",
         "  remarked 1: the same as an earlier row (first at pairs.jsonl:4)",
+        "  remarked 1: the opposite of pairs.jsonl:1: the same two responses the other way round (first at "
+        "pairs.jsonl:5)",
         "every one of them is in labels/ledger.json",
         "labels: 2 items, 2 of them new",
     ]
     decided = json.loads(Path("labels/ledger.json").read_text())["rows"]
-    assert {row["where"] for row in decided} == {f"pairs.jsonl:{line}" for line in (2, 3, 4, 6)}
+    assert {row["where"] for row in decided} == {f"pairs.jsonl:{line}" for line in (2, 3, 4, 5, 6)}
+    # In every form: messages, dialogues, transcripts.
+    for row, reason in USELESS:
+        with case(row):
+            good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+            Path("one.jsonl").write_text("\n".join(map(json.dumps, (row, good))))
+            ledger = Ledger()
+            assert [item.responses for item in read_tasks(["one.jsonl"], ledger=ledger)] == [("a", "b")]
+            assert [(d.where, d.what, d.reason) for d in ledger.decisions] == [("one.jsonl:1", "dropped", reason)]
     Path("none.jsonl").write_text(json.dumps(rows[1]))
     with pytest.raises(SystemExit) as end:
         main(["label", "labels", "--data", "none.jsonl", "--no-serve"])

@@ -364,7 +364,7 @@ class PPOConfig(RunConfig):
         if self.ema_decay and self.lora.rank:
             raise UserError(
                 f"ema_decay: expected 0 with adapters, got {self.ema_decay}; the product of the averages of A and B is "
-                "not the average of A B"
+                "not the average of A B; use --ema-decay 0, or train the whole network with --lora.rank 0"
             )
         if self.kl_target is None:
             return

@@ -24,7 +24,10 @@ MEANINGFUL = (
     *("functions", "tool_calls", "function_call", "reasoning_content", "history", "chat_template"),
     *("chat_template_kwargs", "images", "image", "videos", "video", "audios", "audio"),
 )
-WEIGHTS = ("loss_mask", "sample_weight")
+WEIGHTS = (
+    *("loss_mask", "loss_masks", "train_mask", "completion_mask", "assistant_mask", "assistant_masks", "mask"),
+    *("sample_weight", "sample_weights", "loss_weight", "loss_weights", "weights"),
+)
 THOUGHTS = ("reasoning", "thinking")  # beside a completion they belong to it; beside others they may be a judge's
 _NOTHING = ("", "[]", "{}", "null")  # a list or an object that some files keep as text
 

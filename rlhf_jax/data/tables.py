@@ -16,12 +16,13 @@ from typing import Any
 
 from rlhf_jax.data import jsonl
 from rlhf_jax.data.jsonl import MAX_LINE_BYTES, describe
+from rlhf_jax.data.rows import WEIGHTS
 from rlhf_jax.errors import UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Fields that are JSON in a cell, and fields with a verdict, which may also be text.
 JSON_CELLS = ("messages", "conversations", "responses", "ranks")
-VERDICTS = ("label", "ended", "ended_chosen", "ended_rejected", "weight", "train", "loss_mask", "sample_weight")
+VERDICTS = ("label", "ended", "ended_chosen", "ended_rejected", "weight", "train", *WEIGHTS)
 # Characters after which a text file goes on in another row, so that a part of one file can be held out.
 PIECE = 20_000
 
