@@ -20,7 +20,7 @@ from rlhf_jax.feedback.export import export
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.trainers import ppo, ppo_start, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, ppo_start, preference, pretrain, reward, sft
 from tests.cases import case
 from tests.made_runs import random_source
 
@@ -190,6 +190,10 @@ def test_trainers_say_what_is_held_out(
     one = write(tmp_path / "one.jsonl", [{"prompt": "p", "completion": str(n)} for n in range(5)])
     texts = write(tmp_path / "texts.jsonl", [{"text": "abc"}, {"text": "defghijk"}, {"text": " "}])
     long = write(tmp_path / "long.jsonl", [{"prompt": "long" * 9, "chosen": "a", "rejected": "b"}] * 2)
+    said = write(
+        tmp_path / "said.jsonl",
+        [{"prompt": p, "completion": c} for p, c in (("new", "x"), ("long" * 9, "x"), ("p", " "))],
+    )
     shared = write(tmp_path / "shared.jsonl", [rows[4], {"prompt": "new", "chosen": "a", "rejected": "b"}])
     short: dict[str, Any] = {
         "prompt_length": 9,
@@ -211,6 +215,13 @@ def test_trainers_say_what_is_held_out(
         (pretrain, {"data": (texts,), "heldout": (texts,), "tokenizer": "bytes", "steps": 1, "init": ""}, 1, [
             "heldout: 3 rows: 2 kept, 0 cut, 1 dropped\n", "  remarked 2: also trained on"]),
         (sft, {"data": (one,), "steps": 1}, 1, ["warning: nothing is held out, as all rows have the same prompt"]),
+        (sft, {"data": (one,), "heldout": (said,), "steps": 1}, 1, ["heldout: 3 rows: 1 kept, 0 cut, 2 dropped\n",
+            "  dropped 1: longer than 24 tokens (first at ", "  dropped 1: empty completion (first at "]),
+        (preference, {"data": (pairs,), "heldout": (pairs,), "steps": 1}, 1, [
+            "heldout: 64 rows: 63 kept, 0 cut, 1 dropped\n", "  remarked 64: also trained on: its prompt"]),
+        # The rows that scores are centred on.
+        (reward, {"data": (pairs,), "demonstrations": (said,), "steps": 1}, 1, [
+            "demonstrations: 3 rows: 1 kept, 0 cut, 2 dropped\n"]),
     ]  # fmt: skip
     for number, (trainer, settings, steps, wanted) in enumerate(cases):
         with case((settings, wanted)):
@@ -219,11 +230,26 @@ def test_trainers_say_what_is_held_out(
             assert started(monkeypatch, trainer, config).steps == steps
             said = capsys.readouterr().err
             assert all(text in said for text in wanted), said
-    config = reward.Config(init="tiny", out=str(tmp_path / "none"), data=(pairs,), heldout=(long,))
-    with pytest.raises(
-        UserError, match=r"heldout: none of 2 held-out rows is left to evaluate on; 2 dropped, the first at "
+    long_answers = write(tmp_path / "answers.jsonl", [{"prompt": "p", "completion": "long" * 9}] * 2)
+    for trainer, paths, heldout in (
+        (reward, {"data": (pairs,)}, long),
+        (preference, {"data": (pairs,)}, long),
+        (sft, {"data": (one,)}, long_answers),
     ):
-        reward.run(config)
+        config = trainer.Config(init="tiny", out=str(tmp_path / "none"), heldout=(heldout,), **paths)
+        with (
+            case(trainer.__name__),
+            pytest.raises(
+                UserError, match=r"heldout: none of 2 held-out rows is left to evaluate on; 2 dropped, the first at "
+            ),
+        ):
+            trainer.run(config)
+        assert not (tmp_path / "none").exists()
+    centring = reward.Config(
+        init="tiny", out=str(tmp_path / "none"), data=(pairs,), heldout=(shared,), demonstrations=(long_answers,)
+    )
+    with pytest.raises(UserError, match=r"demonstrations: expected some of at most 24 tokens to center the scores on"):
+        reward.run(centring)
     assert not (tmp_path / "none").exists()
     blank = write(tmp_path / "blank.jsonl", [{"text": " "}])
     mix["pretraining_data"] = (blank,)

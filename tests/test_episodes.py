@@ -430,6 +430,9 @@ def test_an_iteration_with_a_number_that_is_not_finite_changes_nothing(
     cases: tuple[tuple[str, Frozen, dict], ...] = (
         ("score", dataclasses.replace(frozen, reward=damaged(frozen.reward, np.nan)), {}),
         ("score", dataclasses.replace(frozen, score_scale=jnp.float32(0.0)), {}),
+        ("score", dataclasses.replace(frozen, reward=damaged(frozen.reward, np.inf)), {}),
+        ("score", dataclasses.replace(frozen, score_mean=jnp.float32(-np.inf)), {}),
+        ("kl", dataclasses.replace(frozen, reference=damaged(frozen.reference, np.nan)), {}),
         ("kl", dataclasses.replace(frozen, reference=damaged(frozen.reference, np.inf)), {}),
         ("value", frozen, {"critic": jax.tree.map(jnp.asarray, critic)}),
     )

@@ -315,12 +315,13 @@ def test_numbers_that_leave_a_sane_range_end_the_run(tmp_path: Path) -> None:
 
 def test_skipped_steps_are_told_and_end_the_run() -> None:
     # Two minibatches a step of two networks; the loss is finite throughout.
-    def skipping(at: dict[int, float]) -> Any:
+    def skipping(at: dict[int, float], names: tuple[str, ...] = ("policy_skipped", "critic_skipped")) -> Any:
         def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
             state, metrics = update(state, batch)
             share = at.get(int(state.step), 0.0)
             norm = jnp.float32(jnp.inf if share else 1.0)
-            skipped = {"policy_skipped": jnp.float32(share), "critic_skipped": jnp.float32(share)}
+            skipped = {"policy_skipped": jnp.float32(0), "critic_skipped": jnp.float32(0)}
+            skipped |= dict.fromkeys(names, jnp.float32(share))
             return state, metrics | skipped | {"policy_grad_norm": jnp.float32(1), "critic_param_norm": norm}
 
         return step
@@ -330,6 +331,10 @@ def test_skipped_steps_are_told_and_end_the_run() -> None:
     half = "critic_param_norm is inf; 50% of its optimizer steps were skipped"
     whole = "critic_param_norm is inf; the step was skipped"
     assert recorder.events == [(2, half), (3, whole), (4, whole), (5, half)]
+    # Of any network and stage, also where the others learn: a step's share is that of the network that learns least.
+    for names in (("critic_skipped",), ("policy_skipped",), ("skipped",)):
+        with case(names), pytest.raises(UserError, match=r"no optimizer step was made, .* steps, last at step 5;"):
+            fit(initial(), skipping(dict.fromkeys((3, 4, 5), 1.0), names), batch_at, steps=9, writers=Recorder())
     for at, steps, last in (((4, 5, 6), 9, 6), ((1, 2), 2, 2), ((1,), 1, 1)):
         message = f"as critic_param_norm is inf, for {len(at)} consecutive steps, last at step {last};"
         with case(at), pytest.raises(UserError, match=message):

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_jax.config import ModelConfig, OptimConfig
 from rlhf_jax.masked import masked_mean
-from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
+from rlhf_jax.model import Transformer, init_params, stack_blocks, unstack_blocks
 from rlhf_jax.optim import (
     apply_gradient,
     decayed,
@@ -215,6 +215,30 @@ def test_each_share_has_a_key_of_its_own() -> None:
     split, folded = map(np.asarray, expected(jax.random.key(0)))
     assert draws(lambda f: f, 2, None) == both(*split)
     assert draws(lambda f: jax.vmap(f, (None, 0, None), axis_name="data"), 1, "data") == both(*folded)
+
+
+def test_the_same_parameters_decay_whether_stacked_or_not() -> None:
+    """In each kind of block, by shapes alone."""
+    small: dict[str, Any] = {"vocab_size": 5, "context": 4, "width": 8, "layers": 2, "heads": 2}
+    kinds: tuple[dict[str, Any], ...] = (
+        {"qk_norm": True, "kv_heads": 1},
+        {"post_norms": True, "norm_offset": True, "activation": "geglu"},
+        {"norm": "layer", "bias": True, "positions": "learned", "activation": "gelu", "tied": False},
+        {"norm": "layer", "residual": "parallel_shared", "qkv_bias": True},
+    )
+    for kind in kinds:
+        for scalar in (False, True):
+            with case((kind, scalar)):
+                config = ModelConfig(**small, **kind)
+                shapes = jax.eval_shape(lambda: init_params(Transformer(config, scalar), jax.random.key(0)))  # noqa: B023
+                params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+                separate, stacked = decayed(params), decayed(stack_blocks(params, config))
+                assert stacked["blocks"] == separate["block_0"] == separate["block_1"]
+                named = {
+                    jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(separate)
+                }
+                assert all(leaf != ("scale" in name or "bias" in name) for name, leaf in named.items())
+                assert {True, False} == set(named.values())
 
 
 def test_what_is_drawn_before_the_first_step_has_keys_of_its_own() -> None:

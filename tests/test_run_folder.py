@@ -1,5 +1,6 @@
 """A folder says what it is; another stage, other settings or a second writer are refused in one line."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.config import ModelConfig, to_plain
+from rlhf_jax.config import ModelConfig, PPOConfig, to_plain
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
@@ -104,6 +105,7 @@ def test_inputs_may_be_moved(tmp_path: Path) -> None:
     # Their content is compared, in `inputs` and as the fingerprint of an adapter's base.
     def start(**changes: Any) -> RunFolder:
         settings = {"data": ["a.jsonl"], "heldout": [], "init": "runs/sft", "pmap": False, "devices": 1}
+        settings |= {"reward_function": ["a/f.py:few(most=3)", "package.module:g"]}
         base = {"init": changes.pop("base", "/old/base"), "fingerprint": changes.pop("fingerprint", "1f3c")}
         return RunFolder.create(
             tmp_path, stage="ppo", config=settings | changes, model={}, tokenizer=TOKENIZER, inputs={}, base=base
@@ -114,9 +116,54 @@ def test_inputs_may_be_moved(tmp_path: Path) -> None:
     assert (moved.config["data"], (moved.base or {})["init"]) == (["/elsewhere/b.jsonl"], "/elsewhere/base")
     about = json.loads((tmp_path / "config.json").read_text())
     assert (about["config"]["init"], about["base"]["init"]) == ("/elsewhere/sft", "/elsewhere/base")
+    # In each setting that names a file or a folder, of every stage.
+    for field, (one, other) in {
+        **dict.fromkeys(
+            ("data", "heldout", "demonstrations", "pretraining_data"), (["a.jsonl"], ["/b/a.csv", "c.txt"])
+        ),
+        **dict.fromkeys(("init", "reward", "reference", "base"), ("runs/a", "hf:/b/a")),
+        "chat_template": ("chat.jinja", "/b/chat.jinja"),
+        "reward_function": (["f.py:few(most=3)"], ["/b/c/f.py:few(most=3)"]),
+    }.items():
+        with case(field):
+            make = {"stage": "ppo", "model": {}, "tokenizer": TOKENIZER, "inputs": {"x": "1f3c"}}
+            for value in (one, other):
+                run = RunFolder.create(tmp_path / field, config={field: value}, **make)  # type: ignore[arg-type]
+            assert run.config[field] == other
+            with pytest.raises(UserError, match="inputs.x: expected 1f3c"):
+                RunFolder.create(tmp_path / field, config={field: one}, **make | {"inputs": {"x": "0"}})  # type: ignore
+    # Under pmap each device samples with a key of its own, so that other devices would sample other responses.
+    settings: dict[str, Any] = {"name": "x", "init": "runs/a", "reward": "runs/b"}
+    on, off = PPOConfig(pmap=True, devices=2, **settings), PPOConfig(devices=2, **settings)
+    for earlier, given, refused in (
+        (on, off, "pmap: expected True as in the earlier run, got False"),
+        (off, on, "pmap: expected False as in the earlier run, got True"),
+        (on, PPOConfig(pmap=True, devices=4, **settings), "devices: expected 2 as in the earlier run, got 4"),
+        (on, PPOConfig(pmap=True, mesh="data=4", **settings), "devices: expected 2 as in the earlier run, got 1"),
+        (off, PPOConfig(devices=4, **settings), ""),
+    ):
+        with case(refused):
+            place = tmp_path / f"pmap{len(list(tmp_path.iterdir()))}"
+            RunFolder.create(place, config=to_plain(earlier), **make)  # type: ignore[arg-type]
+            with pytest.raises(UserError, match=refused) if refused else contextlib.nullcontext():
+                RunFolder.create(place, config=to_plain(given), may_change=given.may_change, **make)  # type: ignore
     for change, message in (
+        *(
+            (
+                {"reward_function": functions},
+                r"reward_function: expected \['a/f.py:few\(most=3\)', .* as in the earlier run",
+            )
+            for functions in (
+                ["a/f.py:few(most=4)", "package.module:g"],
+                ["a/g.py:few(most=3)", "package.module:g"],
+                ["a/f.py:few(most=3)", "module:g"],
+                ["b/f.py:few(most=3)"],
+                [],
+            )
+        ),
         ({"fingerprint": "0000"}, "base.fingerprint: expected 1f3c as in the earlier run, got 0000"),
         ({"pmap": True}, "pmap: expected False as in the earlier run, got True"),
+        ({"seed": 1}, "seed: expected nothing as in the earlier run, got 1"),
     ):
         with pytest.raises(UserError, match=message):
             start(**change)

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -262,7 +263,8 @@ def _differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yields (dotted field, saved value, given value) for every field that differs and must not.
 
-    The place of an adapter's base may change too, as its fingerprint is compared.
+    The place of an adapter's base may change too, as its fingerprint is compared, and so may the folder of a reward
+    function's file, as its code is.
     """
     places = {f"config.{name}" for name in may_change} | {"base.init"}
 
@@ -275,7 +277,15 @@ def _differences(
                 added = field == "config" and key not in a and b[key] in off
                 if not added and inner not in places:
                     yield from walk(a.get(key, _ABSENT), b.get(key, _ABSENT), inner)
+        elif field == "config.reward_function" and isinstance(a, list) and isinstance(b, list):
+            if list(map(_without_folder, a)) != list(map(_without_folder, b)):
+                yield "reward_function", a, b
         elif a != b or isinstance(a, bool) != isinstance(b, bool):
             yield field.removeprefix("config."), a, b
 
     yield from walk(saved, given, "")
+
+
+def _without_folder(spec: str) -> str:
+    """FILE.py:NAME of a reward function, with its options, without the folder of the file."""
+    return re.sub(r"^[^(]*/(?=[^/(]*\.py:)", "", spec)
