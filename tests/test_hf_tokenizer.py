@@ -394,7 +394,7 @@ def test_a_folder_comes_back_byte_for_byte(tmp_path: Path) -> None:
     assert {f.name.replace(".", "__"): f.read_bytes().decode() for f in (tmp_path / "out").iterdir()} == files
 
 
-NONE = [None, -1, [], [-1], [None], "", "none", "null", "None"]
+NONE = [None, -1, -1.0, [], [-1], [None], [None, -1], "", [""], "none", "null", "None", "NULL"]
 
 
 def test_no_token_in_every_spelling(tmp_path: Path) -> None:
@@ -411,6 +411,12 @@ def test_no_token_in_every_spelling(tmp_path: Path) -> None:
             tokenizer = HuggingFaceTokenizer.from_folder(write(tmp_path / f"{number}", **files), rows=ROWS)
             assert (tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) == ((2,), None, ROWS)
             assert tokenizer.chat_template is None
+    # Of a token's text too, which names no token of the vocabulary and adds none.
+    for none in (None, "", "None", "null", {"content": "none"}, {"content": None}, -1, []):
+        with case(none):
+            tokenizer = roles({"eos_token": "</s>", **dict.fromkeys(("bos_token", "pad_token", "unk_token"), none)})
+            assert (tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) == ((2,), None, ROWS)
+            assert tokenizer.special_tokens == FIRST and tokenizer.vocab_size == SIZE
     # Where generation_config.json has none, config.json has it.
     last = {"config__json": '{"eos_token_id": 2, "pad_token_id": 1}', "generation_config__json": '{"pad_token_id": -1}'}
     folder = write(tmp_path / "last", tokenizer__json=json.dumps(content_of("gpt2")), **last)

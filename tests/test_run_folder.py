@@ -130,7 +130,7 @@ def test_inputs_may_be_moved(tmp_path: Path) -> None:
             for value in (one, other):
                 run = RunFolder.create(tmp_path / field, config={field: value}, **make)  # type: ignore[arg-type]
             assert run.config[field] == other
-            with pytest.raises(UserError, match="inputs.x: expected 1f3c"):
+            with pytest.raises(UserError, match=r"inputs\.x: expected 1f3c"):
                 RunFolder.create(tmp_path / field, config={field: one}, **make | {"inputs": {"x": "0"}})  # type: ignore
     # Under pmap each device samples with a key of its own, so that other devices would sample other responses.
     settings: dict[str, Any] = {"name": "x", "init": "runs/a", "reward": "runs/b"}

@@ -18,6 +18,8 @@ Content = Mapping[str, Any]
 SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 EXTRAS = ("extra_special_tokens", "additional_special_tokens")
 
+_NO_TOKEN = ("none", "null")
+
 
 class Added(NamedTuple):
     """An entry of "added_tokens": text that is matched before any merge."""
@@ -53,7 +55,7 @@ def collect(
     found = {added.content: added for added in map(Added.of, tokenizer.get("added_tokens") or [])}
     ids = {**vocab, **{text: added.id for text, added in found.items()}}
     texts = {id: text for text, id in ids.items()}
-    named = dict.fromkeys(text for role in SPECIAL_ROLES if (text := text_of(config.get(f"{role}_token"))))
+    named = dict.fromkeys(text for role in SPECIAL_ROLES if (text := role_of(config.get(f"{role}_token"))))
     extras = dict.fromkeys(_extras(config, where["tokenizer_config.json"]))
 
     def following() -> int:
@@ -95,6 +97,12 @@ def text_of(value: object) -> str | None:
     if isinstance(value, Mapping):
         value = value.get("content")
     return value if isinstance(value, str) and value else None
+
+
+def role_of(value: object) -> str | None:
+    """Text of the token with a role; None if there is none, which some files write as the text "None" or "null"."""
+    text = text_of(value)
+    return None if text is not None and text.lower() in _NO_TOKEN else text
 
 
 def _decoder(config: Content, where: str) -> Iterator[Added]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_file
-from rlhf_jax.tokenizers.added_tokens import Added, collect, text_of
+from rlhf_jax.tokenizers.added_tokens import Added, collect, role_of
 from rlhf_jax.tokenizers.bpe import pieces
 from rlhf_jax.tokenizers.chat_template import ChatTemplate
 from rlhf_jax.tokenizers.encoders import PackageEncoder, Place, RankEncoder, bytes_of, steps
@@ -324,7 +324,7 @@ class HuggingFaceTokenizer:
         """Sets the special ids and the chat template."""
         names = {**self.vocabulary, **{added.content: added.id for added in self.added}}
         texts = {id: text for text, id in names.items()}
-        variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := text_of(value))}
+        variables = {key: text for key, value in config.items() if key.endswith("_token") and (text := role_of(value))}
         eos, bos, pad = (self._role(role, config, names.get(variables.get(f"{role}_token", ""))) for role in ROLES)
         if eos is None or eos not in texts:
             raise UserError(
