@@ -1,5 +1,7 @@
 """The reward model's own figures, beside its losses (test_losses.py) and shared prompts (test_shared_prompts.py)."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -36,6 +38,17 @@ def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(
     monkeypatch.setattr(reward, "REFERENCE_PROMPTS", 3)
     some = np.concatenate([scores[0, :2], scores[2], scores[4, :2]])
     assert reward.score_mean_and_scale(model, params, rows, 2) == pytest.approx((some.mean(), some.std()), abs=1e-6)
+    # Also where a model is packed, where one prompt is there and where its scores are far from 0.
+    monkeypatch.setattr(reward, "REFERENCE_PROMPTS", 99)
+    shifted = params | {"score": params["score"] | {"bias": params["score"]["bias"] - 20}}
+    for given, wanted, pack in ((params, every, 2), (shifted, every - 20, 0), (shifted, every - 20, 1)):
+        found = reward.score_mean_and_scale(model, given, rows, 2, pack)
+        assert found == pytest.approx((wanted.mean(), wanted.std()), abs=1e-5)
+    monkeypatch.setattr(reward, "FEWEST_RESPONSES", 3)
+    one = dataclasses.replace(rows, rows=rows.rows[2:3])
+    assert reward.score_mean_and_scale(model, params, one, 2) == pytest.approx(
+        (scores[2].mean(), scores[2].std()), abs=1e-6
+    )
     # Too few to tell, or none.
     monkeypatch.setattr(reward, "FEWEST_RESPONSES", 12)
     assert reward.score_mean_and_scale(model, params, rows, 2) == (None, None)

@@ -148,7 +148,8 @@ def test_scores_are_normalized_by_those_of_the_starting_policy_once(runs: Path, 
 
     scores = first(0.0)
     assert scores.shape == (ppo_start.REFERENCE_RESPONSES,) and scores.std() > 0
-    np.testing.assert_allclose(first(-20.0), scores - 20, atol=1e-5)
+    for bias in (-20.0, 3.0, 500.0):  # of published models
+        np.testing.assert_allclose(first(bias), scores + bias, atol=1e-4)
     recorded = json.loads((runs / "ppo" / "scores.json").read_text())
     mean, scale = recorded["score_mean"], recorded["score_scale"]
     assert (recorded["measured_on_responses"], mean, scale) == (
@@ -217,6 +218,28 @@ def test_ppo_goes_on_from_ppo_with_another_reference(runs: Path, tmp_path: Path)
     # On another base, or with an adapter of another kind, the reference is whole beside the policy's adapter.
     whole = ppo_start.reference_params(reference, policy, LoraConfig(rank=1))
     jax.tree.map(np.testing.assert_array_equal, attach(policy.base, whole, LORA.scale), tuned.params())
+    # In each form that a model has: a whole run, the policy itself, a published model, an adapter, given its base.
+    export(str(runs / "sft"), tmp_path / "published")
+    export(str(runs / "sft"), tmp_path / "adapter", adapter=True)
+    for spec in (str(runs / "base"), str(runs / "ppo"), f"hf:{tmp_path / 'published'}",
+                 f"peft:{tmp_path / 'adapter'}#{runs / 'base'}"):  # fmt: skip
+        with case(spec):
+            other = ppo_start.open_reference(dataclasses.replace(config, reference=spec), source)
+            found = ppo_start.reference_params(other, policy, LORA)
+            if set(found) == {"block_0"}:  # an adapter to the policy's backbone
+                jax.tree.map(np.testing.assert_array_equal, found, other.own())
+            else:
+                jax.tree.map(np.testing.assert_array_equal, attach(policy.base, found, LORA.scale), other.params())
+            assert (set(found) == {"block_0"}) == (spec == str(runs / "ppo") or spec.startswith("peft:"))
+    with pytest.raises(UserError, match=r"judge: expected the folder of a sft or .* run, got one of reward"):
+        ppo_start.open_reference(dataclasses.replace(config, reference=str(runs / "judge")), source)
+    # Defaults may be written out, and how a network is computed is the policy's.
+    same: dict[str, Any] = {"kv_heads": 2, "head_width": 8, "ffn_width": 48, "windows": (0,), "query_scale": 8**-0.5}
+    same |= {"qkv_bias": False, "embedding_rows": MODEL.vocab_size, "remat": "full", "dropout": 0.1}
+    for number, settings_ in enumerate((same, {"dtype": "bfloat16", "attention": "plain", "head_chunk": 4})):
+        write_run(tmp_path / f"same{number}", "sft", random_params(MODEL), dataclasses.replace(MODEL, **settings_),
+                  Tokenizer.bytes())  # fmt: skip
+        ppo_start.open_reference(dataclasses.replace(config, reference=str(tmp_path / f"same{number}")), source)
     wider = dataclasses.replace(MODEL, width=32)
     write_run(tmp_path / "wider", "sft", random_params(wider), wider, Tokenizer.bytes())
     with pytest.raises(UserError, match=r"wider: width: expected 16 as in the initial policy .*, got 32"):

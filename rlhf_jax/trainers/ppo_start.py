@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Params
-from rlhf_jax.config import LoraConfig, PreferenceConfig, to_plain
+from rlhf_jax.config import LoraConfig, ModelConfig, PreferenceConfig, to_plain
 from rlhf_jax.data import PromptRows, RaggedRows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import row_scores
@@ -80,7 +80,7 @@ def open_reference(config: Config | PreferenceConfig, source: Source) -> Source:
     """
     reference = open_for(config, config.reference, stages=POLICIES)
     same_tokenizer(source, reference)
-    ours, own = (to_plain(dataclasses.replace(each.model, dropout=0.0)) for each in (source, reference))
+    ours, own = (_architecture(each.model) for each in (source, reference))
     for field, expected in ours.items():
         if own[field] != expected:
             raise UserError(
@@ -88,6 +88,23 @@ def open_reference(config: Config | PreferenceConfig, source: Source) -> Source:
                 f"{own[field]}; the reference must have the policy's architecture"
             )
     return reference
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """The settings that decide what a network computes, with defaults written out, as published models have them."""
+    written = dataclasses.replace(
+        model,
+        kv_heads=model.key_heads,
+        head_width=model.head_size,
+        ffn_width=model.hidden_width,
+        windows=tuple(map(model.window, range(model.layers))),
+        qkv_bias=model.bias if model.qkv_bias is None else model.qkv_bias,
+        ffn_bias=model.bias if model.ffn_bias is None else model.ffn_bias,
+        query_scale=model.head_size**-0.5 if model.query_scale is None else model.query_scale,
+        embedding_rows=model.vocab_rows,
+    )
+    how = ("dropout", "dtype", "remat", "attention", "head_chunk", "vocab_multiple")
+    return {name: value for name, value in to_plain(written).items() if name not in how}
 
 
 def reference_params(reference: Source, policy: Start, lora: LoraConfig) -> Params:
