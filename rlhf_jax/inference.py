@@ -90,6 +90,20 @@ class Model:
         Raises:
           UserError: for a reward model, and for a prompt that is empty or too long.
         """
+        settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        return [text for text, _ in self._sampled(prompts, max_new_tokens=max_new_tokens, **settings)]
+
+    def _sampled(
+        self,
+        prompts: Asked | Sequence[Asked],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[tuple[str, bool]]:
+        """The responses of `generate`, each with False if it was cut at the length limit."""
         if self.source.scalar:
             raise UserError(f"{self.source.where}: expected a language model to generate with, got a reward model")
         tokenizer = self.source.tokenizer
@@ -109,8 +123,11 @@ class Model:
             rows.append(prompt_ids(Prompt(found.prompt, where, found.turns), tokenizer))
             own_space.append(bool(found.turns) and tokenizer.chat_template is None)
             sampler.refuse(rows[-1], where)
-        answers = sampler.answers(rows) if rows else []
-        return [text.removeprefix(" ") if own else text for own, text in zip(own_space, answers, strict=True)]
+        answers = sampler.responses(rows) if rows else []
+        return [
+            (text.removeprefix(" ") if own else text, ended)
+            for own, (text, ended) in zip(own_space, answers, strict=True)
+        ]
 
     def best_of_n(
         self,
@@ -124,7 +141,8 @@ class Model:
 
         Args:
           prompts: as for `generate`.
-          reward: a reward model, or a function of prompts and responses, one prompt for each response.
+          reward: a reward model, to which a response that was cut has no end, or a function of prompts and responses,
+            one prompt for each response.
           n: responses per prompt.
           **settings: of `generate`; temperature 1 unless given.
 
@@ -134,8 +152,12 @@ class Model:
         if n < 1:
             raise UserError(f"n: expected 1 or more responses to choose from, got {n}")
         asked = [prompt for prompt in _several(prompts) for _ in range(n)]
-        answers = self.generate(asked, **({"temperature": 1.0} | settings))
-        given = reward.score(asked, answers) if isinstance(reward, Model) else reward(asked, answers)
+        sampled = self._sampled(asked, **settings)
+        answers = [text for text, _ in sampled]
+        if isinstance(reward, Model):
+            given: Sequence[float] = reward._scores(asked, answers, [ended for _, ended in sampled])
+        else:
+            given = reward(asked, answers)
         scores = np.asarray(given, np.float64)
         if scores.shape != (len(answers),) or np.isnan(scores).any():
             raise UserError(
@@ -162,11 +184,15 @@ class Model:
         asked = _several(prompts) * (len(answers) if _is_one(prompts) else 1)
         if len(asked) != len(answers):
             raise UserError(f"answers: expected {len(asked)}, one for each prompt, got {len(answers)}")
+        return self._scores(asked, answers, [True] * len(answers))
+
+    def _scores(self, prompts: Sequence[Asked], answers: Sequence[str], ended: Sequence[bool]) -> list[float]:
+        """The scores of `score`; without an end token for an answer that has not ended."""
         records = []
-        for number, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+        for number, (prompt, answer, whole) in enumerate(zip(prompts, answers, ended, strict=True)):
             where = f"answers[{number}]"
             found = _exchange(where, prompt, [("answer", answer)])
-            records.append(Demonstration(found.prompt, found.texts[0], where, found.turns))
+            records.append(Demonstration(found.prompt, found.texts[0], where, found.turns, ended=whole))
         ledger = Ledger()
         scores = self.record_scores(records, ledger)
         for decision in ledger.decisions:
@@ -232,19 +258,23 @@ class Sampler:
 
     def answers(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Text of one response to each prompt."""
+        return [text for text, _ in self.responses(prompts)]
+
+    def responses(self, prompts: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
+        """One response to each prompt: its text, and False if it was cut at the length limit."""
         numbers = []
         for _ in range(0, len(prompts), ROWS):
             self.key, key = jax.random.split(self.key)
             numbers.append(np.asarray(uniform_numbers(key, ROWS, self.sampling.max_new_tokens)))
         # Each prompt has its own row of random numbers, so its response does not depend on the others in its batch.
         uniform_NR = np.concatenate(numbers)
-        texts = [""] * len(prompts)
+        found = [("", True)] * len(prompts)
         for part in by_length(list(map(len, prompts)), ROWS):
-            for place, text in zip(part, self.side_by_side([prompts[place] for place in part], uniform_NR[part])):
-                texts[place] = text
-        return texts
+            for place, each in zip(part, self.side_by_side([prompts[place] for place in part], uniform_NR[part])):
+                found[place] = each
+        return found
 
-    def side_by_side(self, prompts: Sequence[Sequence[int]], uniform_BR: np.ndarray) -> list[str]:
+    def side_by_side(self, prompts: Sequence[Sequence[int]], uniform_BR: np.ndarray) -> list[tuple[str, bool]]:
         """Responses of one batch, each sampled with its own row of uniform numbers."""
         # Widths and row counts are bucketed, so that few shapes are compiled.
         width = bucket_length(max(map(len, prompts)), default_buckets(self.room))
@@ -260,7 +290,10 @@ class Sampler:
             uniform_BR=jnp.asarray(uniform_BR[rows]),
         )
         kept = zip(prompts, np.asarray(out.tokens), np.asarray(out.mask))  # not the repeated rows at the end
-        return [response_text(ids, row[mask].tolist(), self.tokenizer) for ids, row, mask in kept]
+        return [
+            (response_text(ids, row[mask].tolist(), self.tokenizer), int(row[mask][-1]) in self.tokenizer.stop_ids)
+            for ids, row, mask in kept
+        ]
 
     def spoken(self, ids: Sequence[int]) -> Iterator[str]:
         """Text of the response to one prompt, streamed as it is sampled."""

@@ -46,7 +46,8 @@ def history(*parts: tuple[int, dict[str, float]]) -> list[dict[str, Any]]:
 
 def watched(rows: list[dict[str, Any]], limits: Limits = LIMITS, stop: bool = True, known: int = 0) -> Any:
     """What ends a run with these rows, the first `known` of which another process has made; None if nothing does."""
-    alarms, doubts = Alarms(limits, rows[: known + 2], stop), []
+    # The row of step 0 has an evaluation alone.
+    alarms, doubts = Alarms(limits, [{"step": 0, "eval/gold": 5.0}, *rows[: known + 2]], stop), []
     events: list[str] = []
     for row in rows[known:]:
         try:

@@ -125,7 +125,7 @@ def answers_of(config: Config, folders: Mapping[str, RunFolder]) -> Answers | No
         say(f"{len(prompts) - len(fits):,} of {len(prompts):,} prompts are left out: too long for one of the models")
     fits = fits[: config.examples]
     chosen = [prompts[at] for at in fits]
-    texts = {}
+    found = {}
     for name, source in models.items():  # one after the other, so that one model is in memory at a time
         tokenizer = source.tokenizer
         sampling = SamplingConfig(
@@ -134,8 +134,9 @@ def answers_of(config: Config, folders: Mapping[str, RunFolder]) -> Answers | No
             pad_id=tokenizer.pad_id,
             temperature=config.temperature,
         )
-        texts[name] = Sampler(source, sampling, seed=0).answers([rows[name][at] for at in fits])
-    scores, judged = _scores(config, folders, chosen, texts)
+        found[name] = Sampler(source, sampling, seed=0).responses([rows[name][at] for at in fits])
+    texts = {name: [text for text, _ in each] for name, each in found.items()}
+    scores, judged = _scores(config, folders, chosen, found)
     own = "" if config.data else ", those that the runs’ own reports show (--data gives others)"
     return Answers(
         prompts=[prompt.prompt for prompt in chosen],
@@ -170,7 +171,10 @@ def prompts_of(config: Config, folders: Sequence[RunFolder]) -> list[Prompt]:
 
 
 def _scores(
-    config: Config, folders: Mapping[str, RunFolder], prompts: Sequence[Prompt], texts: Mapping[str, Sequence[str]]
+    config: Config,
+    folders: Mapping[str, RunFolder],
+    prompts: Sequence[Prompt],
+    found: Mapping[str, Sequence[tuple[str, bool]]],
 ) -> tuple[dict[str, list[float | None]], str]:
     """Scores of the answers by the judge, none without one; and a sentence about the judge."""
     named = {str(folder.config.get("reward") or "") for folder in folders.values() if folder.stage == "ppo"}
@@ -184,12 +188,12 @@ def _scores(
     scores = {
         name: model.record_scores(
             [
-                Demonstration(prompt.prompt, answer, f"{name}:{place}", prompt.turns)
-                for place, (prompt, answer) in enumerate(zip(prompts, each), start=1)
+                Demonstration(prompt.prompt, answer, f"{name}:{place}", prompt.turns, ended=ended)
+                for place, (prompt, (answer, ended)) in enumerate(zip(prompts, each), start=1)
             ],
             Ledger(),
         )
-        for name, each in texts.items()
+        for name, each in found.items()
     }
     told = f"Scored by {judge}, in deviations from its mean."
     if model.source.warnings and judge not in named:

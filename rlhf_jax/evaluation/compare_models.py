@@ -282,7 +282,7 @@ class _Comparison:
     def rows(self, most: int | None = None) -> Any:
         """Rows of answers.jsonl: each prompt with the answers of every model and their scores."""
         for at, prompt in enumerate(self.prompts[:most]):
-            asked: Any = prompt_row(prompt.turns)["prompt"] if prompt.turns else prompt.prompt
+            asked = prompt_row(prompt.turns) if prompt.turns else {"prompt": prompt.prompt}
             answers = {
                 arm.name: [
                     {"answer": answer.text, "ended": answer.ended}
@@ -291,7 +291,7 @@ class _Comparison:
                 ]
                 for arm in self.arms
             }
-            yield {"where": prompt.where, "prompt": asked, "answers": answers}
+            yield {"where": prompt.where, **asked, "answers": answers}
 
 
 def text_figures(language: Language, texts: Sequence[Text], *, batch: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from rlhf_jax.files import write_file
 from rlhf_jax.runs.atomic_files import read_json, write_json
 
 FILE, ANSWERS, REPORT, LEDGER = "evaluation.json", "answers.jsonl", "report.html", "ledger.json"
+OTHERS = ("config.json", "summary.json", "metrics.jsonl", "run.lock")  # of a run or a recipe
 SHOWN = 12  # prompts in the report
 MAY_CHANGE = ("out", "batch", "reward_timeout")
 
@@ -24,10 +25,12 @@ def refuse_other(folder: Path) -> None:
     """Checks that nothing would be overwritten.
 
     Raises:
-      UserError: if the folder is a file, or has an evaluation.
+      UserError: if the folder is a file, or has an evaluation or a run.
     """
     if (folder / FILE).exists():
         raise UserError(f"out: expected a folder without an evaluation, got {folder / FILE}; give another --out")
+    if own := [name for name in OTHERS if (folder / name).exists()]:
+        raise UserError(f"out: expected a folder of its own, got one with {own[0]}, a run's; give another --out")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: expected a folder, got the file {folder}; give another --out")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.data.dialogues import Message, render_prompt
+from rlhf_jax.data.dialogues import render_prompt
+from rlhf_jax.data.forms import prompt_alone
+from rlhf_jax.data.rows import Row
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
 from rlhf_jax.feedback.store import AI, Store
@@ -31,7 +33,8 @@ def items_of_answers(rows: Iterable[Mapping[str, Any]], models: Sequence[str]) -
         )
     items = []
     for row in rows:
-        turns = () if isinstance(row["prompt"], str) else tuple(Message(**message) for message in row["prompt"])
+        fields = {name: row[name] for name in ("prompt", "tools") if name in row}
+        turns = () if isinstance(row["prompt"], str) else prompt_alone(Row(row["where"], fields)).turns
         answers = [row["answers"][name][0] for name in models]
         items.append(
             make_item(

@@ -349,7 +349,8 @@ def release(run: RunFolder, params: Params, step: int) -> None:
     released = Checkpoints(run.path / RELEASED, keep_last=1)
     if processes.from_first(lambda: step not in released.steps()):
         released.save(step, state, {})
-        processes.by_first(lambda: seal_run(run.path, parts=(RELEASED,)))
+    # Also for one that a start saved that was killed before it sealed it.
+    processes.by_first(lambda: seal_run(run.path, parts=(RELEASED,)))
 
 
 def released_params(run: RunFolder) -> Params:

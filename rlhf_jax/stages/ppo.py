@@ -466,6 +466,11 @@ def score(
     finite_BR = jnp.isfinite(advantage_BR) & jnp.isfinite(target_BR)
     finite_B = jnp.isfinite(raw_B) & jnp.all(finite_BR | ~mask_BR, axis=1)
     kl_BR = jnp.where(mask_BR, kl_estimate(found.logp_BR, found.ref_logp_BR), 0.0)
+    # One sampled response to each prompt: those to one prompt may well be the same, and few prompts tell nothing.
+    one = slice(int(estimator == "remax"), None, samples)
+    same, devices = {}, 1 if axis_name is None else jax.lax.psum(1, axis_name)
+    if len(ended_B) // samples * devices >= FEWEST_PROMPTS:
+        same = {"same_answer": same_answer(sampled.tokens[one], mask_BR[one], axis_name)}
     metrics = {
         "score": over_episodes(score_B),
         **({"value": masked_mean(found.value_BR, mask_BR, axis_name)} if "critic" in params else {}),
@@ -474,7 +479,7 @@ def score(
         "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
         "missing_end": over_episodes(~ended_B),
         "entropy": masked_mean(found.entropy_BR, mask_BR, axis_name),
-        "same_answer": same_answer(sampled.tokens, mask_BR, axis_name),
+        **same,
         "repeated_pairs": repeated_pairs(sampled.tokens, mask_BR, axis_name),
         "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - found.logp_BR), mask_BR, axis_name),
         "nonfinite": over_episodes(~finite_B),
@@ -483,6 +488,8 @@ def score(
     return episodes, metrics
 
 
+# Fewest prompts of an iteration whose answers are compared with each other.
+FEWEST_PROMPTS = 4
 # Estimators of token advantages, which are whitened over the batch.
 WHITENED = ("gae", "reinforce_pp")
 

@@ -110,7 +110,8 @@ class Alarms:
         """
         found: list[Sign] = []
         # A run that was killed has rows of steps after its last checkpoint, which are made again.
-        before, self._history = [row for row in self._history if row["step"] < rows[0]["step"]], []
+        # The row of step 0 has an evaluation alone.
+        before, self._history = [row for row in self._history if 0 < row["step"] < rows[0]["step"]], []
         for row in before:
             self._take(row)
         for row in rows:
@@ -118,6 +119,7 @@ class Alarms:
             found = signs(self._first[0], self._recent, self._evaluated, self.limits)
             for sign in found:
                 if sign.lasts and self.stop:
+                    event(f"alarm: {sign.cause}; {sign.remedy}")
                     raise Ended(f"{sign.cause}; {sign.remedy}", sign.good)
                 if sign.lasts and sign.name not in self._named:
                     self._named.add(sign.name)
@@ -198,7 +200,7 @@ def _entropy(first: Row, row: Row, limits: Limits) -> str | None:
         return None
     # A task with one right answer to each prompt makes a policy certain; its answers then differ between prompts.
     share = _figure(row, "same_answer")
-    if share is not None and share < 0.5:
+    if share is None or share < 0.5:
         return None
     return f"entropy is {entropy:.2g} nats a token, after {start:.3g} at the start: the policy no longer explores"
 

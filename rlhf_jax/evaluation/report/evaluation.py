@@ -247,7 +247,7 @@ def _answers(content: Content, samples: Sequence[Content]) -> str:
     for sample in samples:
         prompt = sample["prompt"]
         if not isinstance(prompt, str):
-            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+            prompt = "\n".join(f"{each['role']}: {each['content'] or json.dumps(each)}" for each in prompt)
         cells = []
         for name in names:
             answer = sample["answers"][name][0]

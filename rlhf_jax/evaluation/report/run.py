@@ -20,6 +20,7 @@ CURVES = {
     "pretrain": ("loss", "Loss", "nats per token"),
     "sft": ("loss", "Loss", "nats per response token"),
     "reward": ("accuracy", "Accuracy", "share of pairs"),
+    "preference": ("accuracy", "Accuracy", "share of pairs"),
 }
 
 
@@ -89,7 +90,7 @@ def curves(stage: str, rows: Rows) -> str:
         return section("curves", "Training", ppo(rows))
     metric, title, unit = CURVES[stage]
     lines = [
-        Line("training", stage, points(rows, metric)),
+        Line("training", "sft" if stage == "preference" else stage, points(rows, metric)),
         Line("held out", "ink", points(rows, f"eval/{metric}"), dots=True),
     ]
     # One drawing is not readable at both widths; the style sheet shows the one that fits.
