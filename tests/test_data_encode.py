@@ -297,6 +297,29 @@ def test_answers_that_a_template_rewrites_are_remarked() -> None:
     ]
 
 
+def test_answers_that_no_token_ends_are_remarked() -> None:
+    reason = (
+        "by the chat template no token ends the answer, so the model does not learn to stop; use a tokenizer with the "
+        "template's tokens, or --chat-template FILE"
+    )
+    answer = Message("assistant", "a")
+    for end, stops in (("<|im_end|>", True), ("</s>", True), ("[END]", False), ("", False), ("<|other_end|>", False)):
+        tokenizer = load("gpt2", {"eos_token": "</s>", "chat_template": CHATML.replace("<|im_end|>", end)})
+        for record in (
+            Demonstration("any", " a", "f:1", turns=ASK),
+            Dialogue((*ASK, answer), "f:1"),
+            Dialogue((*ASK, answer, *ASK, answer, *ASK), "f:1"),
+        ):
+            with case((end, record)):
+                ledger = Ledger()
+                assert len(encode_demonstrations([record], tokenizer, max_tokens=99, ledger=ledger)) == 1
+                assert [d.reason for d in ledger.decisions] == ([] if stops else [reason])
+        ledger = Ledger()
+        for plain in (Demonstration("q", " a", "f:1"), Demonstration("any", " a", "f:1", turns=ASK, ended=False)):
+            encode_demonstrations([plain], tokenizer, max_tokens=99, ledger=ledger)
+        assert not ledger.decisions
+
+
 def test_messages_that_a_template_refuses_are_named() -> None:
     tokenizer = load("gpt2", {"eos_token": "<end_of_turn>", "chat_template": GEMMA})
     with pytest.raises(UserError, match=r"^f:3: chat template: System role not supported"):

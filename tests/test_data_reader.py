@@ -244,17 +244,33 @@ OTHER_FORMATS = [
     (gzip.compress(b'{"text": "a"}'), "a gzip file; give it a name that ends in .gz"),
     (b"PAR1\x15\x04", "a Parquet file; write it as JSON Lines, with pandas: read_parquet(FILE)"),
     (b"ARROW1\0\0", "an Arrow file"),
-    (b"PK\x03\x04", "a zip archive; unpack it"),
+    (b"PK\x03\x04", "a zip archive or a spreadsheet; unpack it: unzip FILE, or save the sheet as CSV"),
+    (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:1f3c\nsize 12\n",
+        "a Git LFS pointer, not the file itself",
+    ),
+    (b"<!DOCTYPE html>\n<html>", "an HTML page; download the file itself"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
+    (b"ORC\x08\x03", "an ORC file; write it as JSON Lines, with pandas: read_orc(FILE)"),
+    (b"(\xb5/\xfd\x04", "a zstd file; unpack it"),
 ]
 
 
-def test_a_file_in_another_format_says_what_to_do(read: Any) -> None:
+def test_a_file_in_another_format_says_what_to_do(read: Any, tmp_path: Path) -> None:
     for row in OTHER_FORMATS:
         with case(row) as (content, message):
             with pytest.raises(UserError) as error:
                 read("text", content)
             expected = f"data.jsonl: expected one JSON object on each line, got {message}"
             assert expected in str(error.value) and "\n" not in str(error.value)
+    # A pointer or an archive is no document and no table either.
+    for name in ("a.txt", "a.csv"):
+        for content, message in OTHER_FORMATS:
+            if content.startswith((b"version", b"PAR1", b"PK", b"\x1f\x8b")):
+                (tmp_path / name).write_bytes(content)
+                with case((name, message)), pytest.raises(UserError) as error:
+                    read_records(tmp_path / name, "text", Ledger())
+                assert f"{name}: expected one JSON object on each line, got {message}" in str(error.value)
 
 
 def test_tables_are_read_by_their_header(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ PAGES = [path for path in sorted(DOCS.rglob("*.md")) if path.name != "lab-notebo
 # Programs of others, which the pages name too.
 OTHERS = {"source", "rsync", "vllm", "llama-cli", "python convert_hf_to_gguf.py"}
 OTHERS_FLAGS = {
+    "--allow-root",
     "--peer-python",
     "--outfile",
     "--model",

@@ -412,9 +412,10 @@ def test_no_token_in_every_spelling(tmp_path: Path) -> None:
             assert (tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) == ((2,), None, ROWS)
             assert tokenizer.chat_template is None
     # Of a token's text too, which names no token of the vocabulary and adds none.
-    for none in (None, "", "None", "null", {"content": "none"}, {"content": None}, -1, []):
-        with case(none):
-            tokenizer = roles({"eos_token": "</s>", **dict.fromkeys(("bos_token", "pad_token", "unk_token"), none)})
+    texts: list[Any] = [None, "", "None", "null", {"content": "none"}, {"content": None}, -1, []]
+    for text in texts:
+        with case(text):
+            tokenizer = roles({"eos_token": "</s>", **dict.fromkeys(("bos_token", "pad_token", "unk_token"), text)})
             assert (tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) == ((2,), None, ROWS)
             assert tokenizer.special_tokens == FIRST and tokenizer.vocab_size == SIZE
     # Where generation_config.json has none, config.json has it.

@@ -49,6 +49,10 @@ def flagged(kind: str, text: str, **flags: bool) -> list[dict[str, Any]]:
     return [token | flags if token["content"] == text else token for token in content_of(kind)["added_tokens"]]
 
 
+def sequence(steps: str, *parts: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", steps: list(parts)}
+
+
 COMMENTED = "{# as published #}" + CHATML.replace("{% if add", "{#- the prompt -#}{% if add")
 QUOTED = CHATML.replace("'assistant'", '"assistant"').replace("message.content", "message['content']")
 OWN, TRAINED = Tokenizer.bytes(), Tokenizer.train(CORPUS * 3, 400)
@@ -61,6 +65,18 @@ SAME: list[tuple[TextTokenizer, TextTokenizer]] = [
     (made(CONFIG), made(CONFIG, model={"dropout": 0.1, "continuing_subword_prefix": ""})),
     (made(CONFIG), made(CONFIG, truncation={"max_length": 5, "strategy": "LongestFirst", "stride": 0})),
     (made(CONFIG), made(CONFIG | {"model_max_length": 9, "eos_token": {"content": "</s>"}}, rows=1000)),
+    # Sequences of no step, of one, and of sequences.
+    (made(CONFIG), made(CONFIG, normalizer={"type": "Sequence", "normalizers": []})),
+    (made(CONFIG, kind="llama2"), made(CONFIG, kind="llama2", pre_tokenizer=sequence("pretokenizers"))),
+    (made(CONFIG), made(CONFIG, pre_tokenizer=sequence("pretokenizers", content_of("llama3")["pre_tokenizer"]))),
+    (
+        made(CONFIG, kind="llama2"),
+        made(
+            CONFIG,
+            kind="llama2",
+            normalizer=sequence("normalizers", sequence("normalizers"), content_of("llama2")["normalizer"]),
+        ),
+    ),
     (made(CHAT), made(CHAT | {"chat_template": COMMENTED})),
     (made(CHAT), made(CHAT | {"chat_template": unmarked(CHATML)})),
     (made(CHAT), made(CHAT | {"chat_template": QUOTED})),
@@ -95,6 +111,11 @@ OTHER: list[tuple[TextTokenizer, TextTokenizer, str]] = [
         "added tokens: '<think>': exp",
     ),
     (made(CONFIG), made(CONFIG, normalizer={"type": "NFC"}), "normalizer: expected nothing, got {'type': 'NFC'}"),
+    (
+        made(CONFIG),
+        made(CONFIG, normalizer=sequence("normalizers", {"type": "NFC"}, {"type": "Lowercase"})),
+        "normalizer: expected nothing, got [{'type': 'NFC'}, {'type': 'Lowercase'}]",
+    ),
     (made(CONFIG), made(CONFIG, pre_tokenizer=content_of("gpt2")["pre_tokenizer"]), "pre-tokenizer: "),
     (made(CONFIG), made(CONFIG, model={"ignore_merges": True}), "model: 'ignore_merges': expected False, got True"),
     (made(CONFIG), made(CONFIG, model={"merges": spelled_merges("llama3")[:-1]}), "merges: expected "),

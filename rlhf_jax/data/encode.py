@@ -149,6 +149,8 @@ def encode_demonstrations(
         if unlearned > 0:
             reason = f"answers without loss: {unlearned}, which the chat template rewrites once others follow"
             ledger.remark(record.where, reason)
+        if tokenizer.chat_template is not None:
+            _remark_endless(record, row, tokenizer, ledger)
         if isinstance(record, Dialogue):
             _remark_special([message.content for message in record.messages], record.where, tokenizer, ledger)
         else:
@@ -157,6 +159,16 @@ def encode_demonstrations(
         rows.append(row)
         kept.append(record)
     return RaggedRows(rows, max_tokens, tokenizer.pad_id, buckets, kept)
+
+
+def _remark_endless(record: Demonstration | Dialogue, row: Row, tokenizer: TextTokenizer, ledger: Ledger) -> None:
+    """Remarks on messages whose last answer has no end, as where the template's end of a turn is no special token."""
+    if isinstance(record, Demonstration) and not (record.turns and record.ended):
+        return
+    targets = [id for id, target in zip(*row, strict=True) if target]
+    if targets and targets[-1] not in tokenizer.stop_ids:
+        reason = "by the chat template no token ends the answer, so the model does not learn to stop"
+        ledger.remark(record.where, f"{reason}; use a tokenizer with the template's tokens, or --chat-template FILE")
 
 
 def encode_rankings(

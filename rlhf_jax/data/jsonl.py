@@ -37,7 +37,11 @@ _OTHERS = (
     (b"(\xb5/\xfd", "a zstd file", "unpack it: zstd -d FILE"),
     (b"\xfd7zXZ", "an xz file", "unpack it: xz -d FILE"),
     (b"BZh", "a bzip2 file", "unpack it: bzip2 -d FILE"),
-    (b"PK\x03\x04", "a zip archive", "unpack it: unzip FILE"),
+    (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it: unzip FILE, or save the sheet as CSV"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "fetch it: git lfs pull"),
+    (b"\x89HDF", "an HDF5 file", "write it as JSON Lines"),
+    (b"ORC\x08", "an ORC file", _PANDAS.format("orc")),
+    (b"Obj\x01", "an Avro file", "write it as JSON Lines"),
     (b"SQLite format 3", "an SQLite database", "write it as JSON Lines"),
 )
 _KEY, _COMMA = re.compile(rb'"\s*:'), re.compile(rb",")
@@ -59,6 +63,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not begun and line.strip():
             begun = True
             refuse_other_format(line, path)
+            if line.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+                raise UserError(
+                    f"{path}: expected one JSON object on each line, got an HTML page; download the file itself"
+                )
         where = f"{path}:{number}"
         refuse_long(line, where)
         if line.strip():
@@ -83,6 +91,8 @@ def lines_of(path: str | Path) -> Iterator[tuple[int, bytes]]:
     except (OSError, EOFError, zlib.error) as error:
         place = f"{path}:{number + 1}" if number else str(path)
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        if isinstance(error, gzip.BadGzipFile) and not number:
+            reason = "Not a gzipped file, though its name ends in .gz; rename it"
         raise UserError(f"{place}: cannot be read: {reason}") from None
 
 

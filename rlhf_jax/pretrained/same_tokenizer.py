@@ -85,12 +85,13 @@ def _content(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
 
 
 def _without_defaults(part: Any) -> Any:
-    """A part of tokenizer.json without fields that say nothing, and without sequences of one step."""
+    """A part of tokenizer.json without fields that say nothing; a sequence is the list of its steps."""
     if isinstance(part, Mapping):
         fields = {name: _without_defaults(value) for name, value in part.items() if name not in _NO_IDS}
         inner = fields.get("normalizers", fields.get("pretokenizers"))
-        if part.get("type") == "Sequence" and isinstance(inner, list) and len(inner) == 1:
-            return inner[0]
+        if part.get("type") == "Sequence" and isinstance(inner, list):
+            steps = [step for item in inner if item for step in (item if isinstance(item, list) else [item])]
+            return steps if len(steps) > 1 else steps[0] if steps else None
         return {name: value for name, value in fields.items() if value not in (None, "", [])}
     return [_without_defaults(item) for item in part] if isinstance(part, list) else part
 
