@@ -272,6 +272,10 @@ def test_estimators_compare_the_responses_to_a_prompt(networks_params: tuple) ->
         assert "value" not in metrics and metrics["nonfinite"] == 0
         counted = ~first if name == "remax" else np.ones(ROWS, bool)
         assert metrics["score"] == pytest.approx(rollout.score_B[counted].mean(), rel=1e-5)
+        # One response to each prompt, which is not the greedy one of remax.
+        one = slice(int(name == "remax"), None, 4)
+        texts = [tuple(row) for row in np.where(mask, rollout.tokens_BT[:, 5:], -1)[one].tolist()]
+        assert metrics["same_answer"] == max(map(texts.count, texts)) / 4, name
         if name == "reinforce_pp":
             wanted = (to_go - flat.mean()) / flat.std()
         else:

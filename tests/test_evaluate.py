@@ -16,6 +16,7 @@ import pytest
 from rlhf_jax.cli.app import main
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data import Comparison, Ledger, Message, Prompt, Ranking, chat_ids
+from rlhf_jax.data.dialogues import prompt_row
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation import evaluate, reward_accuracy
 from rlhf_jax.evaluation.answers import Answer, Language, _logp_and_entropy, read_answers, sample_answers
@@ -25,6 +26,7 @@ from rlhf_jax.evaluation.evaluation_tables import fit_lines
 from rlhf_jax.evaluation.frontier import best_of_curve, policies_curve, steps_to
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.evaluation.overoptimisation import fit_gold
+from rlhf_jax.feedback.evaluated import items_of_answers
 from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
@@ -32,6 +34,7 @@ from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.cases import case
 from tests.made_params import random_params
 from tests.made_runs import random_source, write_run
+from tests.test_data_tools import ASK, CALLS, RESULT, WEATHER
 from tests.test_report import Page
 
 pytestmark = pytest.mark.slow
@@ -369,6 +372,10 @@ def test_the_command_prints_tables_and_writes_a_report(
     assert json.loads(Path("both/evaluation.json").read_text())["reward_models"][0]["pairs"] == 9
     code, _, err = call(capsys, *files, *flags, "--out", "both")
     assert code == 2 and "out: expected a folder without an evaluation, got both/evaluation.json" in err
+    Path("run").mkdir()
+    Path("run/config.json").write_text("{}")
+    code, _, err = call(capsys, *files, *flags, "--out", "run")
+    assert code == 2 and "out: expected a folder of its own, got one with config.json, a run's" in err
     code, out, err = call(capsys, "third.jsonl", *flags[:4], "--out", "one")
     assert code == 0 and "Evaluation of third.jsonl" in out
     assert "note: 1 answers have no score by a reward model: longer than 64 tokens" in err
@@ -379,6 +386,16 @@ def test_the_command_prints_tables_and_writes_a_report(
     code, out, err = call(capsys, "--reward", root / "judge", "--comparisons", "pairs.jsonl", "--out", "judge")
     assert code == 0 and "longer wins" in out and not Path("judge/answers.jsonl").exists()
     assert "By margin" in Page(Path("judge/report.html").read_text(encoding="utf-8")).text
+
+
+def test_people_compare_answers_to_dialogues_with_tools() -> None:
+    asked = {"prompt": [ASK, CALLS, RESULT], "tools": [WEATHER]}
+    answers = {name: [{"answer": name, "ended": True}] for name in ("a", "b")}
+    (item,) = items_of_answers([{"where": "f:1", **asked, "answers": answers}], ["a", "b"])
+    assert item.responses == ("a", "b") and [turn.role for turn in item.turns] == ["tools", "user", "assistant", "tool"]
+    found = prompt_row(item.turns)
+    assert found["tools"] == [WEATHER] and [found["prompt"][0], found["prompt"][2]] == [ASK, RESULT]
+    assert found["prompt"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Ulm"}
 
 
 def test_people_compare_the_answers_blind(

@@ -14,7 +14,15 @@ from safetensors.numpy import load_file, save_file
 import rlhf_jax
 from rlhf_jax.cli.app import main
 from rlhf_jax.config import ModelConfig
-from rlhf_jax.data import Ledger, Message, chat_ids, encode_demonstrations, encode_rankings, read_records
+from rlhf_jax.data import (
+    Demonstration,
+    Ledger,
+    Message,
+    chat_ids,
+    encode_demonstrations,
+    encode_rankings,
+    read_records,
+)
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
@@ -128,7 +136,11 @@ def test_the_best_of_n_responses_is_kept(runs: Path) -> None:
     assert model.best_of_n(prompts, reward, n=3, **settings) == [drawn[1], drawn[3]]
     assert given == [(["say a"] * 3 + [TALK] * 3, drawn)]
     judge = rlhf_jax.load(runs / "judge")
-    scores = judge.score("say a", drawn[:3])
+    # An answer of five tokens without an end is scored without one.
+    cut = [len(model.source.tokenizer.encode(answer)) >= 5 for answer in drawn[:3]]
+    records = [Demonstration("say a", answer, ended=not is_cut) for answer, is_cut in zip(drawn, cut)]
+    scores = judge.record_scores(records, Ledger())
+    assert any(cut) and scores != judge.score("say a", drawn[:3])
     assert model.best_of_n("say a", judge, n=3, **settings) == [drawn[int(np.argmax(scores))]]
     for n, function, message in (
         (0, reward, "n: expected 1 or more responses to choose from, got 0"),

@@ -20,9 +20,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:rlhf-jax|python .* -- -m rlhf_jax) (.*)$", README, re.MULTILINE)
 
 
-def block(language: str, word: str = "") -> str:
+def block(language: str, word: str = "", page: str = README) -> str:
     """The first block of code in a language that has a word."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
     return next(code for code in blocks if word in code)
 
 
@@ -50,10 +50,11 @@ def test_the_files_and_links_are_there() -> None:
 @pytest.mark.core
 def test_the_example_in_python_runs() -> None:
     namespace: dict[str, Any] = {}
-    code = block("python", "init_params")
+    # README sends there.
+    code = block("python", "init_params", (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8"))
     small = code.replace("vocab_size=1024, context=128", "vocab_size=32, context=8, width=8, layers=1, heads=1")
     assert small != code
-    exec(compile(small, "README.md", "exec"), namespace)  # noqa: S102
+    exec(compile(small, "api.md", "exec"), namespace)  # noqa: S102
     assert callable(namespace["update"])
 
 

@@ -23,7 +23,7 @@ import jinja2.sandbox
 
 from rlhf_jax.errors import UserError
 
-# Seconds and characters (or items) of one rendering; templates of published models need some 1e-4 s
+# Seconds of processor time and characters (or items) of one rendering; templates of published models need some 1e-4 s
 # and a few times the length of the dialogue.
 SECONDS, CHARACTERS = 10.0, 64 * 2**20
 # Largest number that a template may hand to a function, and bits of an integer.
@@ -51,7 +51,7 @@ class _Budget:
         """Starts a rendering of messages with so many characters."""
         self.steps = 0
         self.left = CHARACTERS + 200 * characters
-        self.end = time.monotonic() + SECONDS
+        self.end = time.process_time() + SECONDS
 
     def step(self) -> None:
         """Counts an operation."""
@@ -61,7 +61,7 @@ class _Budget:
 
     def look(self) -> None:
         """Looks at the clock."""
-        if time.monotonic() > self.end:
+        if time.process_time() > self.end:
             raise Exceeded(f"takes more than {SECONDS:g} s")
 
     def take(self, size: int) -> None:
