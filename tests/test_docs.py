@@ -225,7 +225,7 @@ def written_by_the_stages() -> set[str]:
         kto, model, PreferenceBatch(ranking, mask, text), preference.Frozen(init_params(model, jax.random.key(0)))
     )
     config = ppo.Config(
-        batch=2,
+        batch=4,
         minibatches=2,
         pretraining_coef=1.0,
         pretraining_batch=2,
@@ -240,7 +240,8 @@ def written_by_the_stages() -> set[str]:
         update = ppo.make_update(ppo.Networks(model, scorer), config, eos_id=8, pad_id=10)
         return update(ppo.initial_state(config, language, score), batch, frozen)[1]
 
-    return names | set(jax.eval_shape(metrics, ppo.Batch(PromptBatch(ids[0], mask[0]), text)))
+    prompts = PromptBatch(ids.reshape(4, 4), mask.reshape(4, 4))
+    return names | set(jax.eval_shape(metrics, ppo.Batch(prompts, text)))
 
 
 def keys_in(function: str, tree: ast.AST) -> set[str]:
