@@ -155,7 +155,9 @@ def test_gradients_do_not_depend_on_the_devices(name: str) -> None:
         other, other_facts = gradient(make_step(make))
         for right, found in zip(jax.tree.leaves(alone), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(found, right, atol=1e-5, err_msg=way)
-        assert other_facts == pytest.approx(facts, rel=1e-5, abs=1e-6), way
+        # The norm is that of the gradient which stands above: held against it, not against a norm of other rounding.
+        assert other_facts["grad_norm"] == pytest.approx(float(optax.tree.norm(other)), rel=1e-6), way
+        assert other_facts == pytest.approx(facts | {"grad_norm": other_facts["grad_norm"]}, rel=1e-5, abs=1e-6), way
     # The masks are uneven enough that the usual mistake, a mean of the devices' means, would show. The mean of a device
     # is that of its two rows said eight times, which the same program computes.
     parts = [
