@@ -57,18 +57,34 @@ def merge(base: Params | None, adapter: Params, scale: float) -> Params:
     """Merge an adapter into its base: kernels W + s A B, summed in float32."""
     if base is None:
         return adapter
+    merged: Params = _overlaid(base, merged_kernels(base, adapter, scale))
+    return merged
 
-    def walk(node: Any) -> Any:
+
+def merged_kernels(base: Params, adapter: Params, scale: float) -> Params:
+    """The parameters that an adapter changes, merged: its tree with a kernel W + s A B in place of each A and B.
+
+    They replace their base's in `attach` and `merge`, as any parameter in an adapter does. Averages are taken of these:
+    the product of the averages of A and of B is not the average of A B.
+    """
+
+    def walk(node: Any, below: Any) -> Any:
         if not isinstance(node, Mapping):
             return node
         if "lora_a" not in node:
-            return {name: walk(value) for name, value in node.items()}
+            return {name: walk(value, below.get(name, {})) for name, value in node.items()}
         product = node["lora_a"].astype(jnp.float32) @ node["lora_b"].astype(jnp.float32)
-        kernel = (node["kernel"].astype(jnp.float32) + product).astype(node["kernel"].dtype)
-        return {name: value for name, value in node.items() if not name.startswith("lora_")} | {"kernel": kernel}
+        rest = {name: value for name, value in node.items() if not name.startswith("lora_")}
+        kernel = below["kernel"]
+        return rest | {"kernel": (kernel.astype(jnp.float32) + product).astype(kernel.dtype)}
 
-    merged: Params = walk(attach(base, adapter, scale))
-    return merged
+    kernels: Params = walk(_scaled(adapter, scale), base)
+    return kernels
+
+
+def is_adapter(tree: Params) -> bool:
+    """True if the tree has factors A and B; an average of adapters has kernels in their place."""
+    return any(path[-1].key == "lora_a" for path, _ in jax.tree_util.tree_leaves_with_path(tree))
 
 
 def _sites(params: Params, targets: tuple[str, ...]) -> list[tuple[tuple[str, ...], Array]]:

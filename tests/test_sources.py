@@ -13,10 +13,11 @@ import pytest
 from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig, OptimConfig
 from rlhf_jax.data import Comparison, Demonstration, Ledger, Prompt, Text, encode_prompts
 from rlhf_jax.errors import UserError
-from rlhf_jax.lora import attach
+from rlhf_jax.lora import attach, is_adapter
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
-from rlhf_jax.pretrained.source import open_source
+from rlhf_jax.pretrained.source import open_source, start_from
+from rlhf_jax.runs.checkpoint import load_params
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.stages.ppo import Networks
 from rlhf_jax.tokenizers.bpe import Tokenizer
@@ -251,6 +252,44 @@ def test_ppo_goes_on_from_ppo_with_another_reference(runs: Path, tmp_path: Path)
     assert ppo.run(dataclasses.replace(config, reference=str(tmp_path / "copy")), prompts=PROMPTS).summary == summary
     with pytest.raises(UserError, match=r"again: inputs.reference: expected .*, got "):
         ppo.run(dataclasses.replace(config, reference=str(runs / "ppo")), prompts=PROMPTS)
+
+
+def test_the_moving_average_of_adapters_is_that_of_their_products(runs: Path, tmp_path: Path) -> None:
+    config = ppo.Config(
+        init=str(runs / "sft"),
+        reward=str(runs / "judge"),
+        prompt_length=16,
+        episode=EpisodeConfig(response_length=6),
+        policy=OptimConfig(learning_rate=3e-2),
+        ema_decay=0.75,
+        **settings(tmp_path / "average", minibatches=2, save_every=1),
+    )
+    run = ppo.run(config, prompts=PROMPTS).run
+    tuned, average = open_source(str(runs / "sft"), stages=("sft",)), open_source(str(run.path), stages=("ppo",))
+    shutil.copytree(run.checkpoints, tmp_path / "first", ignore=lambda _, names: [n for n in names if n.endswith("2")])
+    adapters = [tuned.own(), *(load_params(folder)["policy"] for folder in (tmp_path / "first", run.checkpoints))]
+    base = open_source(str(runs / "base"), stages=("pretrain",)).params()
+    found = average.own()
+    assert set(found) == {"block_0"} and set(found["block_0"]["attention"]["query"]) == {"kernel"}
+    for place in ("query", "value"):
+        parts = [adapter["block_0"]["attention"][place] for adapter in adapters]
+        kernel = np.asarray(base["block_0"]["attention"][place]["kernel"])
+        start, first, second = (kernel + 2.0 * part["lora_a"] @ part["lora_b"] for part in parts)
+        expected = 0.75 * (0.75 * start + 0.25 * first) + 0.25 * second
+        np.testing.assert_allclose(found["block_0"]["attention"][place]["kernel"], expected, atol=1e-6)
+        halves = [0.75 * (0.75 * parts[0][x] + 0.25 * parts[1][x]) + 0.25 * parts[2][x] for x in ("lora_a", "lora_b")]
+        assert np.abs(kernel + 2.0 * halves[0] @ halves[1] - expected).max() > 1e-4
+    np.testing.assert_allclose(average.params()["block_0"]["attention"]["query"]["kernel"],
+                               found["block_0"]["attention"]["query"]["kernel"])  # fmt: skip
+    # It is no adapter: what goes on from it trains a new one on it, and it is exported whole.
+    start = start_from(average, LORA, lambda: jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, start.base, average.params())
+    assert is_adapter(start.params)
+    with pytest.raises(UserError, match=r"average: expected the factors A and B of an adapter, got the moving average"):
+        export(str(run.path), tmp_path / "adapter", adapter=True)
+    export(str(run.path), tmp_path / "whole")
+    whole = open_source(f"hf:{tmp_path / 'whole'}", stages=("sft",)).params()
+    jax.tree.map(np.testing.assert_array_equal, whole, average.params())
 
 
 def test_what_the_stages_have_written_can_be_exported(runs: Path, tmp_path: Path) -> None:

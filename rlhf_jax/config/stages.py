@@ -250,7 +250,8 @@ class PPOConfig(RunConfig):
     pretraining_batch: int = 0
     """Rows of pretraining text per iteration; a multiple of minibatches."""
     ema_decay: float = 0.0
-    """Decay rate of the policy's exponential moving average over iterations; 0.992 in InstructGPT, 0 disables it."""
+    """Decay rate of the policy's exponential moving average over iterations; 0.992 in InstructGPT, 0 disables it. With
+    adapters it is the average of the merged kernels, of which it keeps a copy."""
     policy: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(learning_rate=1e-4, schedule="linear", epsilon=1e-5)
     )
@@ -361,11 +362,6 @@ class PPOConfig(RunConfig):
     def _check_learning(self) -> None:
         self.policy.check_steps("policy", self.optimizer_steps)
         self.critic.check_steps("critic", self.optimizer_steps)
-        if self.ema_decay and self.lora.rank:
-            raise UserError(
-                f"ema_decay: expected 0 with adapters, got {self.ema_decay}; the product of the averages of A and B is "
-                "not the average of A B; use --ema-decay 0, or train the whole network with --lora.rank 0"
-            )
         if self.kl_target is None:
             return
         if not self.kl_coef:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rlhf_jax.arrays import Params, TrainState
 from rlhf_jax.config import to_plain
 from rlhf_jax.errors import UserError
-from rlhf_jax.lora import merge
+from rlhf_jax.lora import is_adapter, merge
 from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.pretrained.huggingface import SHARD_BYTES, as_published, write_folder
 from rlhf_jax.pretrained.peft import write_adapter
@@ -138,6 +138,11 @@ def _export_adapter(source: Source, folder: Path, dtype: str) -> str:
         origin = as_published(*unstacked(jax.device_get(source.base.params()), source.model))[2]
     base = source.base.spec.removeprefix("hf:")
     adapter, model = unstacked(jax.device_get(source.own()), source.model)
+    if not is_adapter(adapter):
+        raise UserError(
+            f"{source.where}: expected the factors A and B of an adapter, got the moving average of their product "
+            "(--ema-decay), whose rank is full; use hf:FOLDER for the merged model"
+        )
     files = _tokenizer_files(source)
     write_adapter(folder, adapter, source.lora, model, origin["model_type"], base=base, dtype=dtype, extra_files=files)
     return f"{folder}: adapter of rank {source.lora.rank} for {base}"

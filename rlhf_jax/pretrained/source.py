@@ -13,7 +13,7 @@ import jax
 from rlhf_jax.arrays import Array, Params
 from rlhf_jax.config import LoraConfig, ModelConfig, RunConfig, from_plain, to_plain
 from rlhf_jax.errors import UserError
-from rlhf_jax.lora import init_adapter, merge
+from rlhf_jax.lora import init_adapter, is_adapter, merge
 from rlhf_jax.model import Transformer, stack_blocks, unstack_blocks
 from rlhf_jax.pretrained.huggingface import OURS, as_published, download_hint, pretrained, read_folder
 from rlhf_jax.pretrained.peft import CONFIG, base_of, read_adapter
@@ -114,13 +114,14 @@ def start_from(source: Source, lora: LoraConfig, key: Callable[[], Array]) -> St
 
     Args:
       source: the network.
-      lora: settings of the adapter. The source's adapter is reused if its settings are equal.
+      lora: settings of the adapter. The source's adapter is reused if its settings are equal; an average of adapters,
+        which has no A and B, is merged under a new one.
       key: makes the random key for a new adapter. It is called only then, because making a key compiles a program.
     """
     if not lora.rank:
         return Start(source.params(), None, None)
-    if source.lora == lora and source.base is not None:
-        return Start(source.own(), source.base.params(), _record(source.base, lora))
+    if source.lora == lora and source.base is not None and is_adapter(own := source.own()):
+        return Start(own, source.base.params(), _record(source.base, lora))
     base = source.params()
     adapter = init_adapter(base, lora, key())
     if source.scalar:

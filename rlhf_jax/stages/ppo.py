@@ -34,7 +34,7 @@ from rlhf_jax.config import EpisodeConfig, PPOConfig
 from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import adapt_kl_coef, kl_estimate
 from rlhf_jax.logprobs import response_losses, response_scores, state_values, target_losses
-from rlhf_jax.lora import attach
+from rlhf_jax.lora import attach, merged_kernels
 from rlhf_jax.losses import asymmetric_surrogate, cispo_loss, clipped_value_loss, sequence_log_ratio
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
@@ -237,7 +237,8 @@ def make_update(
                 episodes=config.batch,
             )
         if config.ema_decay:
-            extras["ema"] = optax.incremental_update(params["policy"], extras["ema"], 1.0 - config.ema_decay)
+            newest = averaged(frozen.backbone, params["policy"], config.lora.scale)
+            extras["ema"] = optax.incremental_update(newest, extras["ema"], 1.0 - config.ema_decay)
         stepped = jnp.any(history["policy_skipped"] == 0)
         extras = jax.tree.map(lambda new, old: jnp.where(stepped, new, old), extras, state.extras)
         return TrainState(state.step + 1, params, opt_state, state.key, extras), metrics
@@ -719,17 +720,23 @@ def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
     return {name: make_optimizer(each, config.optimizer_steps) for name, each in settings.items()}
 
 
-def initial_state(config: Config, policy: Params, critic: Params | None) -> TrainState:
+def averaged(backbone: Params | None, policy: Params, scale: float) -> Params:
+    """What the moving average is taken of: the policy's parameters, or the kernels that its adapter makes."""
+    return policy if backbone is None else merged_kernels(backbone, policy, scale)
+
+
+def initial_state(config: Config, policy: Params, critic: Params | None, backbone: Params | None = None) -> TrainState:
     """Initial state: the policy starts from the SFT model, the critic from the reward model, or else the policy.
 
-    Without a value network, critic is None.
+    Without a value network, critic is None; backbone holds the base parameters of a policy that is an adapter.
     """
     params = {"policy": policy} | ({} if critic is None else {"critic": critic})
     optimizers = make_optimizers(config)
     opt_state = {name: jax.jit(optimizers[name].init)(params[name]) for name in optimizers}
     extras: dict[str, Any] = {"kl_coef": jnp.asarray(config.kl_coef, jnp.float32)}
     if config.ema_decay:
-        extras["ema"] = jax.tree.map(jnp.copy, policy)
+        start = jax.jit(averaged, static_argnums=2)(backbone, policy, config.lora.scale)
+        extras["ema"] = jax.tree.map(jnp.copy, start)
     return new_state(params, opt_state, config.seed, **extras)
 
 

@@ -187,7 +187,7 @@ def run(
         folder,
         config,
         lambda: initial_state(
-            config, policy.params, rescaled(scorer.params, mean, scale) if config.value_network else None
+            config, policy.params, rescaled(scorer.params, mean, scale) if config.value_network else None, policy.base
         ),
         lambda axis: make_update(networks, config, **ids, axis_name=axis, terms=terms),
         batch,
