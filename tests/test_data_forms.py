@@ -15,7 +15,6 @@ from rlhf_jax.data import (
     Message,
     Prompt,
     Ranking,
-    chat_ids,
     encode_demonstrations,
     encode_prompts,
     encode_rankings,
@@ -29,6 +28,7 @@ from rlhf_jax.feedback.records import Judgement
 from rlhf_jax.feedback.tasks import read_demonstration_tasks, read_tasks
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
+from tests.asked import asked_by_chat, asked_by_evaluate
 from tests.cases import case
 from tests.tiny_tokenizers import CHATML, THINKS, load, unmarked
 
@@ -181,16 +181,18 @@ def rows_by_label(path: Path, folder: Path, tokenizer: TextTokenizer) -> dict[st
     return found
 
 
-def test_each_form_has_one_prompt_in_every_stage_and_command(tmp_path: Path) -> None:
+def test_each_form_has_one_prompt_in_every_stage_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data.jsonl"
     for tokenizer in (BYTES, load("gpt2", {"eos_token": "<|im_end|>", "chat_template": unmarked(CHATML)})):
+        evaluated = asked_by_evaluate([row for row, _, _ in FORMS], tmp_path, monkeypatch, tokenizer)
+        assert evaluated == {tuple(wanted_ids(prompt, tokenizer)) for _, prompt, _ in FORMS}
         for one in FORMS:
             with case((tokenizer.name, one)) as (_, (row, prompt, kinds)):
                 path.write_text(json.dumps(row) + "\n")
                 ids = wanted_ids(prompt, tokenizer)
-                if not prompt.startswith("="):
-                    assert chat_ids(turns(prompt), tokenizer) == ids  # as in `generate --chat`
                 found = rows_by_stage(path, kinds, tokenizer)
+                if not prompt.startswith("="):
+                    found["generate --chat, prompts"] = asked_by_chat(path, monkeypatch, tokenizer)
                 if "label" not in kinds and not isinstance(row.get("answer"), int):
                     (item,) = read_demonstration_tasks([path])
                     asked = prompt_ids(Prompt(item.prompt, turns=item.turns), tokenizer)

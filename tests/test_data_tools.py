@@ -1,12 +1,16 @@
 """Tools, calls and results of calls: read from the forms that datasets have them in, rendered by the chat template."""
 
 import copy
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_jax.cli import completion
+from rlhf_jax.cli.generate import Config
 from rlhf_jax.cli.scoring import _answers
 from rlhf_jax.data import (
     Ledger,
@@ -32,6 +36,7 @@ from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import read_demonstration_tasks, read_tasks
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
+from tests.asked import Heard, asked_by_chat, asked_by_evaluate
 from tests.cases import case
 from tests.tiny_tokenizers import CHATML, LLAMA3, TOOLS_CHATML, TOOLS_LLAMA, load, unmarked
 
@@ -194,19 +199,54 @@ KINDS: list[tuple[dict[str, Any], str, list[Any]]] = [
 ]  # fmt: skip
 
 
-def test_all_kinds_and_commands_have_the_same_prompt(tmp_path: Path) -> None:
+def test_all_kinds_and_commands_have_the_same_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "data.jsonl"
     for tokenizer in (load("qwen2", QWEN), load("llama3", LLAMA)):
+        evaluated = asked_by_evaluate([row for row, _, _ in KINDS], tmp_path, monkeypatch, tokenizer)
+        assert len(evaluated) == 2  # the question, and all up to the tool's result
         for one in KINDS:
             with case((tokenizer.name, one)) as (_, (row, kinds, prompt)):
                 asked = read(path, {"messages": [*prompt, SAYS], "tools": [WEATHER]}, "prompts")
                 wanted = chat_ids(asked[0].turns, tokenizer)
+                assert tuple(wanted) in evaluated
                 found = ids_by_kind(path, row, kinds, tokenizer)
+                path.write_text(json.dumps(row), encoding="utf-8")
+                found["generate --chat, prompts"] = asked_by_chat(path, monkeypatch, tokenizer)
                 if "label" in kinds:
                     found |= ids_by_label(path, row, tokenizer, tmp_path)
                 for kind, several in found.items():
                     assert all(ids[: len(wanted)] == wanted for ids in several), kind
                     assert all((len(ids) == len(wanted)) == (kind.endswith("prompts")) for ids in several), kind
+
+
+def test_a_chat_has_its_tools_and_the_results_of_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, qwen = tmp_path / "start.jsonl", load("qwen2", QWEN)
+    path.write_text(json.dumps({"messages": [{"role": "system", "content": "Help."}, ASK], "tools": [WEATHER]}))
+    tools, question, opened = listed(WEATHER), turn("user", "Warm?"), "<|im_start|>assistant\n"
+    result = turn("assistant", ULM) + turn("user", "<tool_response>\n20\n</tool_response>")
+    last = turn("assistant", "Yes.") + turn("user", "And now?")
+    whole = [tools + question, tools + question + result, tools + question + result + last]
+    room = 2000
+    # Where the last no longer fits, all up to its question is dropped; the tools and the system message stay.
+    for asked in (whole, [*whole[:2], tools + turn("user", "And now?")]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/tool 20\nAnd now?\n")))
+        speaker = Heard(path, qwen, ULM, "Yes.", room=room)
+        completion.chat(speaker)  # type: ignore[arg-type]
+        assert [shown(qwen, ids) for ids in speaker.ids] == [text + opened for text in asked]
+        room = len(speaker.ids[-1]) - 1
+
+
+def test_a_start_that_is_no_dialogue_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "start.jsonl"
+    for text, message in (
+        ('{"prompt": "The sky"}', r"start.jsonl:1: field 'prompt': expected messages, got text, .*; use --prompt"),
+        ('{"question": "q"}\n{"question": "r"}', "start.jsonl: expected one row, the start of the chat, got 2"),
+    ):
+        path.write_text(text)
+        with case(text), pytest.raises(UserError, match=message):
+            completion.started(str(path))
+    with pytest.raises(UserError, match=r"start: expected a chat that 'x.jsonl' is the start of, got none; use --chat"):
+        Config(run="runs/model", start="x.jsonl")
 
 
 def ids_by_kind(path: Path, row: dict[str, Any], kinds: str, tokenizer: Any) -> dict[str, list[list[int]]]:

@@ -19,6 +19,7 @@ from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import open_source, start_from
 from rlhf_jax.runs.checkpoint import load_params
 from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.lifecycle import released_params
 from rlhf_jax.stages.ppo import Networks
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.trainers import ppo, ppo_start, pretrain, reward, sft
@@ -266,7 +267,7 @@ def test_the_moving_average_of_adapters_is_that_of_their_products(runs: Path, tm
     )
     run = ppo.run(config, prompts=PROMPTS).run
     tuned, average = open_source(str(runs / "sft"), stages=("sft",)), open_source(str(run.path), stages=("ppo",))
-    shutil.copytree(run.checkpoints, tmp_path / "first", ignore=lambda _, names: [n for n in names if n.endswith("2")])
+    shutil.copytree(run.checkpoints / "00000001", tmp_path / "first" / "00000001")
     adapters = [tuned.own(), *(load_params(folder)["policy"] for folder in (tmp_path / "first", run.checkpoints))]
     base = open_source(str(runs / "base"), stages=("pretrain",)).params()
     found = average.own()
@@ -281,6 +282,23 @@ def test_the_moving_average_of_adapters_is_that_of_their_products(runs: Path, tm
         assert np.abs(kernel + 2.0 * halves[0] @ halves[1] - expected).max() > 1e-4
     np.testing.assert_allclose(average.params()["block_0"]["attention"]["query"]["kernel"],
                                found["block_0"]["attention"]["query"]["kernel"])  # fmt: skip
+    # Also of stacked layers on a mesh, without a value network, and of some of the kernels.
+    deep, lora = dataclasses.replace(MODEL, layers=2, scan_layers=True), LoraConfig(rank=1, targets=("query",))
+    write_run(tmp_path / "deep", "sft", random_params(deep), deep, Tokenizer.bytes())
+    more: dict[str, Any] = {"init": str(tmp_path / "deep"), "out": str(tmp_path / "on mesh"), "mesh": "fsdp=2"}
+    more |= {"lora": lora, "estimator": "rloo", "samples_per_prompt": 2}
+    on_mesh = ppo.run(dataclasses.replace(config, **more), prompts=PROMPTS).run
+    kernel = random_params(deep)["blocks"]["attention"]["query"]["kernel"]
+    shutil.copytree(on_mesh.checkpoints / "00000001", tmp_path / "again" / "00000001")
+    first, second = (
+        kernel + lora.scale * part["lora_a"] @ part["lora_b"]
+        for folder in (tmp_path / "again", on_mesh.checkpoints)
+        for part in [load_params(folder)["policy"]["blocks"]["attention"]["query"]]
+    )
+    found = released_params(on_mesh)["blocks"]["attention"]["query"]
+    expected = 0.75 * (0.75 * kernel + 0.25 * first) + 0.25 * second
+    np.testing.assert_allclose(found["kernel"], expected, atol=1e-6)
+    assert set(found) == {"kernel"} and np.abs(expected - kernel).max() > 1e-4
     # It is no adapter: what goes on from it trains a new one on it, and it is exported whole.
     start = start_from(average, LORA, lambda: jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, start.base, average.params())

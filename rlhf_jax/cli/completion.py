@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_jax.config import SamplingConfig
-from rlhf_jax.data import chat_ids
-from rlhf_jax.data.dialogues import HEADERS, Message
+from rlhf_jax.data import Ledger, chat_ids, read_records
+from rlhf_jax.data.dialogues import HEADERS, TOOL, Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.inference import Sampler
 from rlhf_jax.pretrained.source import LANGUAGE, on_base, open_source, with_template
 from rlhf_jax.runs.lifecycle import say
+from rlhf_jax.tokenizers.chat_template import TOOLS
 
 # Rows that are read at once, to batch rows of similar length.
 AHEAD = 256
@@ -84,29 +86,62 @@ def complete(speaker: Speaker, prompts: Sequence[tuple[str, str]]) -> None:
 def chat(speaker: Speaker) -> None:
     """Chats line by line; the oldest exchanges are dropped once the dialogue no longer fits the context."""
     messages: list[Message] = []
+    if speaker.config.start:
+        messages += started(speaker.config.start)
+        answer(speaker, messages, speaker.config.start)
     for where, text in lines("you> "):
         if text.strip() == "/quit":
             break
         if not text.strip():
             continue
-        messages.append(Message("user", checked(text, where)))
-        while len(messages) > 2 and len(chat_ids(messages, speaker.tokenizer)) > speaker.room:
-            del messages[:2]
-            say("(dropped the oldest message and its answer: the dialogue no longer fits the context)")
-        ids = chat_ids(messages, speaker.tokenizer)
-        speaker.refuse(ids, where)
-        if speaker.tokenizer.chat_template is None:
-            # A model that was not trained to end its turn continues with the user's.
-            answer = speaker.answers([ids])[0].split(HEADERS["user"])[0].strip()
-            print(answer, flush=True)
+        if text.startswith("/tool "):
+            messages.append(Message(TOOL, checked(text.removeprefix("/tool "), where)))
         else:
-            answer, spoken = "", ""
-            for piece in speaker.spoken(ids):
-                spoken += piece
-                print(spoken.strip()[len(answer) :], end="", flush=True)
-                answer = spoken.strip()
-            print(flush=True)
-        messages.append(Message("assistant", answer))
+            messages.append(Message("user", checked(text, where)))
+        answer(speaker, messages, where)
+
+
+def started(path: str) -> tuple[Message, ...]:
+    """The dialogue that a chat starts from.
+
+    Raises:
+      UserError: for a file of no row or several, and for a prompt that is text.
+    """
+    prompts = read_records(Path(path), "prompts", Ledger())
+    if len(prompts) != 1:
+        raise UserError(f"{path}: expected one row, the start of the chat, got {len(prompts)}")
+    if not prompts[0].turns:
+        raise UserError(
+            f"{prompts[0].where}: field 'prompt': expected messages, got text, which a response continues; use "
+            "--prompt for text"
+        )
+    return prompts[0].turns
+
+
+def answer(speaker: Speaker, messages: list[Message], where: str) -> None:
+    """Prints the model's answer to the messages, and adds it to them."""
+    told = sum(message.role in (TOOLS, "system") for message in messages[:2])
+    while len(chat_ids(messages, speaker.tokenizer)) > speaker.room:
+        # Up to the next question: an answer or a call has no meaning without what it answers.
+        later = [place for place, message in enumerate(messages) if message.role == "user" and place > told]
+        if not later:
+            break
+        del messages[told : later[0]]
+        say("(dropped the oldest message and its answer: the dialogue no longer fits the context)")
+    ids = chat_ids(messages, speaker.tokenizer)
+    speaker.refuse(ids, where)
+    if speaker.tokenizer.chat_template is None:
+        # A model that was not trained to end its turn continues with the user's.
+        said = speaker.answers([ids])[0].split(HEADERS["user"])[0].strip()
+        print(said, flush=True)
+    else:
+        said, spoken = "", ""
+        for piece in speaker.spoken(ids):
+            spoken += piece
+            print(spoken.strip()[len(said) :], end="", flush=True)
+            said = spoken.strip()
+        print(flush=True)
+    messages.append(Message("assistant", said))
 
 
 def lines(invitation: str) -> Iterator[tuple[str, str]]:

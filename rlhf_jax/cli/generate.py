@@ -32,7 +32,10 @@ class Config:
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Prompt to complete; may be repeated. By default each line of standard input is a prompt."""
     chat: bool = False
-    """Chat: each line is a message; /quit or end of input ends the chat."""
+    """Chat: each line is a message, /tool RESULT the result of a call; /quit or end of input ends the chat."""
+    start: str = ""
+    """Start of a chat: JSONL file with one dialogue in any of the forms of prompts, with its system message and tools;
+    the model answers its last turn first."""
     max_new_tokens: int = 64
     """Maximum number of tokens in a response."""
     temperature: float = 0.7
@@ -62,6 +65,8 @@ class Config:
             raise UserError(f"base: expected an adapter, peft:FOLDER, as the model, got {self.run!r}")
         if self.chat and (self.prompt or self.samples > 1):
             raise UserError("chat: expected messages from standard input alone, got --prompt or --samples as well")
+        if self.start and not self.chat:
+            raise UserError(f"start: expected a chat that {self.start!r} is the start of, got none; use --chat")
 
 
 def run(config: Config) -> None:
