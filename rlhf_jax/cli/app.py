@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import os
 import shlex
 import signal
 import sys
@@ -30,6 +31,7 @@ COMMANDS = {
     "report": "Put runs side by side in one HTML report.",
     "evaluate": "Compare models: win rates, KL, perplexity, diversity, best-of-n, reward-model accuracy.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
+    "task": "Write the data of a task whose answers are verified: sums, or one of reasoning-gym.",
     "label": "Serve the web page on which people rate and rank responses.",
     "feedback": "Measure agreement, export, add AI labels, or choose the next items to label.",
     "plan": "Estimate memory, time and cost of a stage on a TPU pod, without a TPU.",
@@ -55,6 +57,10 @@ def console(name: str | None = None) -> NoReturn:
     except KeyboardInterrupt:  # while JAX is being imported; `process.run` catches all later ones
         print("interrupted before the start", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough. Python would complain once more when it flushes at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def main(arguments: Sequence[str], *, own_process: bool = False) -> NoReturn:
