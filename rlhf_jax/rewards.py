@@ -42,7 +42,11 @@ class Terms(NamedTuple):
 
 
 def compose(
-    terms: Terms, model_B: Array | None, value_BN: Array, axis_name: str | None = None
+    terms: Terms,
+    model_B: Array | None,
+    value_BN: Array,
+    axis_name: str | None = None,
+    counted_B: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The reward of each response, Σ_n w_n r_n over the terms that apply to it, and the mean of each term.
 
@@ -51,6 +55,7 @@ def compose(
       model_B: normalized score of the reward model, or None without one.
       value_BN: value of each function; NaN where the function does not apply.
       axis_name: mapped axis over which the rows are split; the means are then shares, to be summed over it.
+      counted_B: True for the responses that the means are over; by default all.
 
     Returns:
       (reward [B], {"reward/NAME": mean of the term over the responses that it applies to, 0 if to none}).
@@ -61,7 +66,8 @@ def compose(
     metrics = {}
     for name, weight, (term_B, applies_B) in zip(terms.names, terms.weights, columns, strict=True):
         reward_B += weight * jnp.where(applies_B, term_B, 0.0)
-        metrics[f"reward/{name}"] = masked_mean(term_B, applies_B, axis_name)
+        counted = applies_B if counted_B is None else applies_B & counted_B
+        metrics[f"reward/{name}"] = masked_mean(term_B, counted, axis_name)
     return reward_B, metrics
 
 

@@ -92,9 +92,11 @@ def test_each_collapse_ends_the_run_within_ten_iterations_with_its_cause() -> No
             # Two rows are a fluctuation, and a run that goes on from the middle of a streak still counts it.
             assert watched(history((6, {}), (2, changed), (1, {}), (2, changed), (3, {}))) is None
             assert watched(history((6, {}), (10, changed)), known=9)[0] == 10
-            told, events, doubts = watched(history((6, {}), (5, changed), (1, {})), stop=False)
+            # A run that goes on keeps the policy from before the sign, however long it lasts, also after a resume.
+            told, events, doubts = watched(history((6, {}), (9, changed), (1, {})), stop=False)
             assert len(told) == len(events) >= 1 and told[0] in events[0]
-            assert doubts[7:9] == [6, 6] and doubts[:7] == [None] * 7 and doubts[-1] is None
+            assert doubts == [None] * 7 + [6] * 9 + [None]
+            assert watched(history((6, {}), (12, changed)), stop=False, known=14)[2] == [6] * 5
 
 
 @pytest.mark.core

@@ -243,7 +243,9 @@ def test_estimators_compare_the_responses_to_a_prompt(networks_params: tuple) ->
             **{"eos_id": EOS, "pad_id": PAD, "samples": 4, "greedy_first": True},
         )
         arguments = (NETWORKS, params, frozen, prompts, sampled, jnp.float32(0.5), config)
-        every = {name: score(*arguments, eos_id=EOS, estimator=name, samples=4) for name in names}
+        # A term of weight 0, whose value is the number of its row.
+        settings = {"terms": Terms(("model", "row"), (1.0, 0.0)), "value_BN": jnp.arange(1.0 * ROWS)[:, None]}
+        every = {name: score(*arguments, eos_id=EOS, estimator=name, samples=4, **settings) for name in names}
         tokens_BT, mask_BT = every["rloo"][0].tokens_BT, every["rloo"][0].mask_BT
         return every, NETWORKS.policy.apply({"params": params["policy"]}, tokens_BT, mask_BT)
 
@@ -272,6 +274,8 @@ def test_estimators_compare_the_responses_to_a_prompt(networks_params: tuple) ->
         assert "value" not in metrics and metrics["nonfinite"] == 0
         counted = ~first if name == "remax" else np.ones(ROWS, bool)
         assert metrics["score"] == pytest.approx(rollout.score_B[counted].mean(), rel=1e-5)
+        assert metrics["reward/model"] == pytest.approx(metrics["score"], rel=1e-5)
+        assert metrics["reward/row"] == pytest.approx(np.arange(ROWS)[counted].mean())
         # One response to each prompt, which is not the greedy one of remax.
         one = slice(int(name == "remax"), None, 4)
         texts = [tuple(row) for row in np.where(mask, rollout.tokens_BT[:, 5:], -1)[one].tolist()]

@@ -427,10 +427,12 @@ def score(
     last_B1 = jnp.maximum(jnp.sum(mask_BR, axis=1, keepdims=True) - 1, 0)
     raw_B = jnp.take_along_axis(found.score_BR, last_B1, axis=1)[:, 0]
     score_B = (raw_B - frozen.score_mean) / frozen.score_scale
+    # The greedy responses of remax are a baseline, not samples of the policy.
+    counted_B = (jnp.arange(len(mask_BR)) % samples > 0) | (estimator != "remax")
     term_metrics: dict[str, Array] = {}
     if terms is not None and value_BN is not None:
         model_B = None if frozen.reward is None else score_B
-        score_B, term_metrics = compose(terms, model_B, value_BN, axis_name)
+        score_B, term_metrics = compose(terms, model_B, value_BN, axis_name, counted_B)
     ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in _ends(eos_id)])
     ended_B = jnp.any(ends_BR & mask_BR, axis=1)
     if config.missing_end == "replace":
@@ -443,11 +445,7 @@ def score(
     if config.whiten_rewards:
         reward_BR = masked_whiten(reward_BR, mask_BR, axis_name, keep_mean=True)
     advantage_BR, target_BR = advantages(reward_BR, found.value_BR, mask_BR, config, estimator, samples)
-    counted_B = jnp.ones_like(ended_B)
-    if estimator == "remax":
-        # The greedy responses are a baseline, not samples of the policy.
-        counted_B = jnp.arange(len(ended_B)) % samples > 0
-        mask_BR = mask_BR & counted_B[:, None]
+    mask_BR = mask_BR & counted_B[:, None]
     grouped = estimator not in WHITENED
     episodes = Rollout(
         tokens_BT=tokens_BT,

@@ -90,6 +90,8 @@ class Alarms:
         self.stop = stop
         self.told: list[str] = []
         self._named: set[str] = set()
+        # By sign, the last step from before it. A sign that stays is judged on the newest rows, whose first then moves.
+        self._good: dict[str, int] = {}
         self._history = list(history)
         self._first: list[Row] = []
         self._recent: list[Row] = []
@@ -108,29 +110,30 @@ class Alarms:
         Raises:
           Ended: at an alarm.
         """
-        found: list[Sign] = []
         # A run that was killed has rows of steps after its last checkpoint, which are made again.
         # The row of step 0 has an evaluation alone.
         before, self._history = [row for row in self._history if 0 < row["step"] < rows[0]["step"]], []
         for row in before:
             self._take(row)
         for row in rows:
-            self._take(row)
-            found = signs(self._first[0], self._recent, self._evaluated, self.limits)
-            for sign in found:
+            for sign in self._take(row):
                 if sign.lasts and self.stop:
                     event(f"alarm: {sign.cause}; {sign.remedy}")
-                    raise Ended(f"{sign.cause}; {sign.remedy}", sign.good)
+                    raise Ended(f"{sign.cause}; {sign.remedy}", self._good[sign.name])
                 if sign.lasts and sign.name not in self._named:
                     self._named.add(sign.name)
                     self.told.append(f"{sign.cause}; {sign.remedy}")
                     event(f"alarm: {self.told[-1]}")
-        return min((sign.good for sign in found), default=None)
+        return min(self._good.values(), default=None)
 
-    def _take(self, row: Row) -> None:
+    def _take(self, row: Row) -> list[Sign]:
+        """The signs after one more row."""
         self._first = self._first or [row]
         self._recent = [*self._recent, row][-self.limits.rows :]
         self._evaluated += [row] if any(name in row for name in JUDGES) else []
+        found = signs(self._first[0], self._recent, self._evaluated, self.limits)
+        self._good = {sign.name: self._good.get(sign.name, sign.good) for sign in found}
+        return found
 
 
 def train(run: RunFolder, config: PPOConfig, *arguments: Any, **options: Any) -> tuple[TrainState, list[str]]:
