@@ -55,6 +55,12 @@ def collect(
     found = {added.content: added for added in map(Added.of, tokenizer.get("added_tokens") or [])}
     ids = {**vocab, **{text: added.id for text, added in found.items()}}
     texts = {id: text for text, id in ids.items()}
+    for role in SPECIAL_ROLES:
+        value = config.get(f"{role}_token")
+        none = not value or value == -1 or (isinstance(value, Mapping) and not value.get("content"))
+        if not none and text_of(value) is None:
+            place = f"{where['tokenizer_config.json']}: field '{role}_token'"
+            raise _wrong(place, "a token's text, an object with it as 'content', or null", value)
     named = dict.fromkeys(text for role in SPECIAL_ROLES if (text := role_of(config.get(f"{role}_token"))))
     extras = dict.fromkeys(_extras(config, where["tokenizer_config.json"]))
 
