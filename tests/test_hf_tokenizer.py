@@ -260,7 +260,10 @@ def test_what_is_wrong_is_named() -> None:
     with pytest.raises(UserError, match=r"m: tokenizer_config\.json: expected 'eos_token' .* got no end-of-text token"):
         roles({"bos_token": "<s>"})
     for role, wrong in (("eos", 3), ("bos", True), ("pad", ["</s>"]), ("unk", {"content": 3}), ("sep", 0.5)):
-        with case((role, wrong)), pytest.raises(UserError, match=rf"m: tok.*: field '{role}_token': expected a token's te"):
+        with (
+            case((role, wrong)),
+            pytest.raises(UserError, match=rf"m: tok.*: field '{role}_token': expected a token's te"),
+        ):
             roles({"eos_token": "</s>", f"{role}_token": wrong})
     with pytest.raises(UserError, match=r"expected an id below 400, the rows .* got 400 of"):
         roles({"eos_token": "</s>"}, rows=400)

@@ -31,6 +31,7 @@ COMMANDS = {
     "report": "Put runs side by side in one HTML report.",
     "evaluate": "Compare models: win rates, KL, perplexity, diversity, best-of-n, reward-model accuracy.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
+    "sample": "Sample answers and keep the best, pairs or all of them as training data.",
     "task": "Write the data of a task whose answers are verified: sums, or one of reasoning-gym.",
     "label": "Serve the web page on which people rate and rank responses.",
     "feedback": "Measure agreement, export, add AI labels, or choose the next items to label.",

@@ -80,6 +80,14 @@ def room_of(source: Source, max_new_tokens: int) -> int:
     return room
 
 
+def unfit(prompt: Prompt, source: Source, room: int) -> str:
+    """Why a model cannot answer a prompt, "" if it can."""
+    length = len(prompt_ids(prompt, source.tokenizer))
+    if not length:
+        return f"no tokens for {source.where}"
+    return f"longer than {room} tokens, the context of {source.where} less max_new_tokens" if length > room else ""
+
+
 def sample_answers(
     language: Language,
     prompts: Sequence[Prompt],

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_jax.config.evaluation import EvaluationConfig, is_file
-from rlhf_jax.data import Ledger, Prompt, Text, encode_text, pack_text, prompt_ids, read_records
+from rlhf_jax.data import Ledger, Prompt, Text, encode_text, pack_text, read_records
 from rlhf_jax.data.dialogues import prompt_row
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.answers import (
@@ -23,6 +23,7 @@ from rlhf_jax.evaluation.answers import (
     read_answers,
     room_of,
     sample_answers,
+    unfit,
 )
 from rlhf_jax.evaluation.arms import Arm, best_arm, figures, scored_prompts, win_rates
 from rlhf_jax.evaluation.evaluation_files import LEDGER, SHOWN, refuse_other, write_answered, write_evaluation
@@ -135,7 +136,7 @@ class _Comparison:
         kept: list[Prompt] = []
         places: list[int] = []
         for place, prompt in enumerate(read):
-            reason = next(filter(None, (_unfit(prompt, one, room) for one, room in rooms)), "")
+            reason = next(filter(None, (unfit(prompt, one, room) for one, room in rooms)), "")
             again = key_of(prompt) in seen
             if self.config.prompts:
                 if again or reason:
@@ -321,14 +322,6 @@ def short_names(specs: Sequence[str]) -> list[str]:
     """The last part of each spec's path, or all of the spec where that is not unique."""
     last = [pathlib.PurePath(spec.rpartition(":")[2]).name or spec for spec in specs]
     return [name if last.count(name) == 1 else spec for name, spec in zip(last, specs, strict=True)]
-
-
-def _unfit(prompt: Prompt, source: Source, room: int) -> str:
-    """Why a model cannot answer a prompt, "" if it can."""
-    length = len(prompt_ids(prompt, source.tokenizer))
-    if not length:
-        return f"no tokens for {source.where}"
-    return f"longer than {room} tokens, the context of {source.where} less max_new_tokens" if length > room else ""
 
 
 def _several(value: Any) -> Any:
