@@ -21,7 +21,7 @@ Config = PretrainConfig
 def objective(
     model: Transformer, params: Params, batch: TokenBatch, count: Array, dropout_key: Array | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """Mean of -log p(token | preceding tokens of its document), as this batch's share.
+    """Mean of -log p(token | preceding tokens of its document) over the loss mask, as this batch's share.
 
     Args:
       model: the language model.

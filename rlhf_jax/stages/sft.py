@@ -1,4 +1,8 @@
-"""Stage 2, supervised fine-tuning: minimize -log p(next token) over the response tokens of demonstrations."""
+"""Stage 2, supervised fine-tuning: minimize -log p(next token) over the response tokens of demonstrations.
+
+The objective is pretraining's. What differs is the batch: its `loss_mask_BT` is True for response tokens alone, EOS
+included.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +12,13 @@ import optax
 
 from rlhf_jax.arrays import Array, Params, TokenBatch, TrainState
 from rlhf_jax.config import SFTConfig
-from rlhf_jax.logprobs import target_losses
-from rlhf_jax.lora import attach
-from rlhf_jax.masked import masked_mean
 from rlhf_jax.model import Transformer
-from rlhf_jax.optim import global_count, gradient_step
+from rlhf_jax.optim import global_count
+from rlhf_jax.stages import pretrain
 
 STAGE = "sft"
 Config = SFTConfig
-
-
-def objective(
-    model: Transformer, params: Params, batch: TokenBatch, count: Array, dropout_key: Array | None = None
-) -> tuple[Array, dict[str, Array]]:
-    """Mean of -log p(response token | prompt, preceding response tokens), EOS included, as this batch's share.
-
-    Args:
-      model: the language model.
-      params: its full parameters.
-      batch: the global batch or a part of it.
-      count: number of response tokens in the global batch.
-      dropout_key: key that enables dropout.
-
-    Returns:
-      (share of the loss, no metrics).
-    """
-    loss_BT, mask_BT = target_losses(model, params, batch, dropout_key)
-    return masked_mean(loss_BT, mask_BT, count=count), {}
+objective = pretrain.objective
 
 
 def make_update(
@@ -47,21 +31,12 @@ def make_update(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Make the update as a pure function: update(state, batch, base=None) -> (state, metrics).
 
-    With a base, the state's parameters are an adapter to it, and the product A B is scaled by `lora_scale`.
+    It is `pretrain.make_update`'s; the metric "tokens" counts prompts as well.
     """
+    step = pretrain.make_update(model, optimizer, microbatches=microbatches, axis_name=axis_name, lora_scale=lora_scale)
 
     def update(state: TrainState, batch: TokenBatch, base: Params | None = None) -> tuple[TrainState, dict[str, Array]]:
-        count = global_count(batch.shifted()[3], axis_name)
-        state, metrics = gradient_step(
-            state,
-            lambda params, part, key: objective(
-                model, attach(base, params, lora_scale), part, count, key if model.config.dropout else None
-            ),
-            batch,
-            optimizer,
-            microbatches=microbatches,
-            axis_name=axis_name,
-        )
+        state, metrics = step(state, batch, base)
         return state, metrics | {"tokens": global_count(batch.segment_ids_BT > 0, axis_name)}
 
     return update
