@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from rlhf_jax.doctor.patient import LeftOut, Patient
+from rlhf_jax.errors import UserError
 
 __all__ = ["Check", "LeftOut", "Measured", "Result", "examine"]
 
@@ -85,7 +86,7 @@ def _result(patient: Patient, check: Check) -> Result:
         measured = check.measure(patient)
         status, found = ("healthy" if measured.healthy else "finding"), measured.found
         remedy = "" if measured.healthy else measured.remedy or check.remedy
-    except LeftOut as reason:
+    except (LeftOut, UserError) as reason:
         status, found, remedy = "left out", str(reason), ""
     seconds = time.perf_counter() - start
     return Result(check.name, status, check.metric, check.healthy, found, remedy, round(seconds, 3))

@@ -11,13 +11,11 @@ import numpy as np
 
 from rlhf_jax.config import METHODS, OptimConfig, from_plain
 from rlhf_jax.doctor.checks import STAGES, Check, LeftOut, Measured
-from rlhf_jax.doctor.patient import Patient
+from rlhf_jax.doctor.patient import FEWEST, Patient
 from rlhf_jax.doctor.policy import FIRST
 from rlhf_jax.evaluation.warnings import ANSWERS_CUT, LOST_AGAIN, MARGIN, lost_again
 from rlhf_jax.trainers.alarms import HEALTHY, JUDGES, REWARD, STEP, Alarms, Limits, lost_entropy
 
-# Rows of metrics of which the first and the last quarter are compared.
-FEWEST = 20
 # Ranges of docs/how-to/reward-does-not-rise.md: of a policy that moves, in nats a response; of one that moves far
 # enough for its score to follow; of the first score, in deviations; of the share of clipped tokens.
 STAYS, MOVES, STRANGE, CLIPPED = 0.01, 1.0, 2.0, 0.3
@@ -85,7 +83,7 @@ def over_fit(patient: Patient) -> Measured:
 
 def loss_falls(patient: Patient) -> Measured:
     """Training loss at the start and at the end."""
-    first, last = quarters(patient, "loss")
+    first, last = quarters(patient, "loss", fewest=8)
     return Measured(last <= first * (1 + MARGIN) if first > 0 else last <= first, f"loss {first:.3f}, then {last:.3f}")
 
 
@@ -182,7 +180,7 @@ def gold_flat(patient: Patient) -> Measured:
     judged = [(name, values) for name, values in judged if len(values) >= 3]
     if not judged:
         raise LeftOut("fewer than three evaluations by a held-out judge (eval/gold, eval/judge, eval/win_rate)")
-    first, last = quarters(patient, "score", fewest=4)
+    first, last = quarters(patient, "score")
     scores = [value for _, value in column(patient, "score")]
     # Of the difference of two means, by the noise from row to row.
     noise = float(np.std(np.diff(scores))) / math.sqrt(2) * math.sqrt(2 / max(len(scores) // 4, 1))

@@ -21,6 +21,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.huggingface import read_folder
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, with_prefix
+from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.tokenizers.protocol import TextTokenizer
@@ -29,6 +30,8 @@ Row = tuple[Sequence[int], Sequence[bool]]
 """Token ids of a row, and its loss mask."""
 # Rows on which the network is checked, and their most tokens: enough for a mistake to show, few enough for a minute.
 ROWS, LONGEST = 8, 64
+# Rows of metrics of which the first and the last quarter are compared, and iterations in which PPO learns.
+FEWEST = 20
 # Records of which such rows are chosen.
 AMONG = 256
 
@@ -110,6 +113,14 @@ class Patient:
     def summary(self) -> dict[str, Any]:
         """summary.json; {} for a run that is not finished and for a published model."""
         return {} if self.run is None or not self.run.finished else self.run.summary
+
+    @property
+    def normalization(self) -> tuple[float, float]:
+        """Mean and scale by which a PPO run normalizes scores; 0 and 1 for other models."""
+        path = None if self.run is None else self.run.path / "scores.json"
+        found = read_json(path) if path is not None and path.exists() else self.summary
+        mean, scale = found.get("score_mean"), found.get("score_scale")
+        return 0.0 if mean is None else float(mean), 1.0 if scale is None else float(scale)
 
     @functools.cached_property
     def width(self) -> int:

@@ -14,12 +14,12 @@ from rlhf_jax.arrays import Params, PromptBatch, Rollout
 from rlhf_jax.config import EpisodeConfig, PPOConfig
 from rlhf_jax.data import Demonstration, Ledger, PromptRows, encode_demonstrations, encode_prompts
 from rlhf_jax.doctor.checks import Check, LeftOut, Measured
-from rlhf_jax.doctor.patient import AMONG, Patient, exact
+from rlhf_jax.doctor.patient import AMONG, FEWEST, Patient, exact
 from rlhf_jax.doctor.records import place
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.warnings import ANSWERS_CUT
 from rlhf_jax.model import Transformer, count_parameters
-from rlhf_jax.pretrained.convert import critic_params
+from rlhf_jax.pretrained import convert
 from rlhf_jax.pretrained.source import LANGUAGE, PUBLISHED, Source, open_source
 from rlhf_jax.stages import ppo
 from rlhf_jax.trainers.alarms import REPEATED, SAME
@@ -62,12 +62,12 @@ def rolled(patient: Patient) -> Rolled:
     scorer = Transformer(patient.network.config, scalar=True) if reward is None else exact(reward)
     networks = ppo.Networks(patient.network, scorer)
     params = {"policy": patient.params} | ({} if critic is None else {"critic": critic})
-    mean, scale = (patient.summary.get(name) for name in ("score_mean", "score_scale"))
+    mean, scale = patient.normalization
     frozen = ppo.Frozen(
         reference=patient.params,
         reward=None if reward is None else reward.params(),
-        score_mean=jnp.float32(0.0 if mean is None else mean),
-        score_scale=jnp.float32(1.0 if scale is None else scale),
+        score_mean=jnp.float32(mean),
+        score_scale=jnp.float32(scale),
     )
     rollout = ppo.make_rollout(
         networks,
@@ -138,6 +138,8 @@ def companions(patient: Patient) -> tuple[Source | None, Params | None, Params |
         return None, None, None, f"the estimator {config.estimator} has no value network"
     if config.reward_function:
         return None, None, None, "its reward has functions, which are not called here"
+    if config.lora.rank:
+        return None, None, None, "its value network is an adapter"
     found = []
     try:
         for spec, stages in ((config.reward, ("reward",)), (config.reference or config.init, LANGUAGE)):
@@ -146,7 +148,7 @@ def companions(patient: Patient) -> tuple[Source | None, Params | None, Params |
                 return None, None, None, f"{spec or 'its reward model'} is not there"
             found.append(open_source(at, stages=stages))
         reward, reference = found
-        return reward, reference.params(), jax.tree.map(jnp.asarray, critic_params(patient.opened)), ""
+        return reward, reference.params(), jax.tree.map(jnp.asarray, convert.critic_params(patient.opened)), ""
     except UserError as error:
         return None, None, None, str(error)
 
@@ -203,6 +205,9 @@ def answers_differ(patient: Patient) -> Measured:
 
 def values(patient: Patient) -> Measured:
     """Share of the variance of fresh returns that the value network explains."""
+    done = patient.metrics[-1]["step"] if patient.metrics else 0
+    if done < FEWEST:
+        raise LeftOut(f"{done} iterations; a value network learns in {FEWEST} or more")
     rollout = rolled(patient)
     if rollout.reference is None:
         raise LeftOut(rollout.no_values)
