@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 
 from rlhf_jax import logprobs, model
 from rlhf_jax.cli.app import main
-from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig, to_plain
+from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig, PreferenceConfig, to_plain
 from rlhf_jax.data import encode, packing
 from rlhf_jax.doctor import CHECKS, Patient, Result, diagnosis, examine, open_patient
 from rlhf_jax.doctor.answers import shown_rows
@@ -196,7 +195,16 @@ def test_each_bug_in_the_curves_of_the_other_stages_is_found(root: Path) -> None
     by_heart = [
         row | {"accuracy": 0.99} | ({"eval/accuracy": 0.6} if "eval/accuracy" in row else {}) for row in judge.metrics
     ]
+    # Preference optimization, whose first row is of equal models.
+    about = {"stage": "preference", "config": to_plain(PreferenceConfig(name="x", steps=24))}
+    chosen = dataclasses.replace(answers, stage="preference", run=RunFolder(root, about))
+    pairs: list[dict[str, Any]] = [{"step": at, "loss": 0.7 - at / 99, "margin": at / 9 - 1 / 9} for at in range(1, 25)]
+    pairs = [row | {"chosen_logp": -20.0 - row["step"] / 9, "skipped": 0.0} for row in pairs]
+    assert findings(examine(with_metrics(chosen, pairs), CURVES)) == {}
+    fallen = [row | {"chosen_logp": -20.0 * row["step"]} for row in pairs]
     for patient, rows, name, said in (
+        (chosen, [row | {"margin": 0.5} for row in pairs], "first-iteration", "margin 0.5"),
+        (chosen, fallen, "chosen-falls", "chosen_logp -70.0, then -430.0 nats"),
         (answers, done, "warm-up", "2 optimizer steps, 2 of them or more are warm-up"),
         (judge, judge.metrics[:2], "warm-up", "2 optimizer steps, 2 of them"),
         (answers, worse, "over-fit", "nothing was gained"),
@@ -358,7 +366,9 @@ def test_a_finding_is_the_exit_status_and_what_cannot_be_checked_is_said(
     )
     losses = [{"step": step, "loss": 2.0 - step / 9, "eval/loss": loss} for step, loss in enumerate((3, 2, 3.2), 1)]
     rows_of(run.metrics, losses)
-    export(str(root / "sft"), tmp_path / "published")
+    published = dataclasses.replace(MODEL, positions="rotary")
+    write_run(tmp_path / "rotary", "sft", random_params(Transformer(published)), published, BYTES)
+    export(str(tmp_path / "rotary"), tmp_path / "published")
     for spec, status, said in (
         (str(run.path), 1, "✗ over-fit: held-out loss 2.000 at best, 3.200 at the end: 120% of the gain is lost again"),
         (str(run.path), 1, "– left-padding: the run is not finished: "),
@@ -377,6 +387,8 @@ def test_a_finding_is_the_exit_status_and_what_cannot_be_checked_is_said(
                 assert found["healthy"] == (status == 0) and found["runs"][0]["run"]
 
 
-def test_the_page_has_every_check() -> None:
+@pytest.mark.core
+def test_the_page_has_every_check_and_its_range() -> None:
     page = (Path(__file__).parents[1] / "docs" / "how-to" / "doctor.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE) == [check.name for check in CHECKS]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [[f"`{check.name}`", check.metric, check.healthy, check.remedy] for check in CHECKS]

@@ -70,6 +70,5 @@ def show(diagnosis: Mapping[str, Any], rows: list[Text], console: Console) -> No
     counts = {status: sum(check["status"] == status for check in diagnosis["checks"]) for status in MARKS}
     seconds = sum(check["seconds"] for check in diagnosis["checks"])
     console.print(
-        f"{counts['finding']} findings; {counts['healthy']} checks are healthy, {counts['left out']} were left out; "
-        f"{seconds:.0f} s"
+        f"findings: {counts['finding']}; healthy: {counts['healthy']}; left out: {counts['left out']}; {seconds:.0f} s"
     )

@@ -192,8 +192,8 @@ ANSWERS = (
     Check(
         "loss-mask",
         "rows whose targets are the answer alone",
-        "all (rows are shown below)",
-        "the model learns prompts, or not its whole answers: look at the rows below, and at a chat template's "
+        "all",
+        "the model learns prompts, or not its whole answers: look at the rows that are shown, and at a chat template's "
         "{% generation %}",
         ("sft", "published"),
         loss_mask,

@@ -220,11 +220,12 @@ def _signs() -> list[Check]:
         "score": ("score-scale", "train the reward model on answers to such prompts"),
         "judge": ("over-optimisation", "stop earlier (--steps), or raise --kl-coef"),
     }
+    healthy = HEALTHY | {"missing_end": f"at most {ANSWERS_CUT:g} at the end; {HEALTHY['missing_end']}"}
     return [
         Check(
             check,
             "eval/gold, eval/judge or eval/win_rate" if name == "judge" else name,
-            HEALTHY[name],
+            healthy[name],
             remedy,
             PPO,
             sign(name),

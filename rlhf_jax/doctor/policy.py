@@ -103,7 +103,11 @@ def episode_of(patient: Patient) -> EpisodeConfig:
     if patient.stage == "ppo":
         own = patient.ppo.episode
         return dataclasses.replace(
-            own, response_length=min(own.response_length, LONGEST), segments=1, decode_parts=0, gae_lambda=1.0
+            own,
+            response_length=min(own.response_length, LONGEST, context // 2),
+            segments=1,
+            decode_parts=0,
+            gae_lambda=1.0,
         )
     demonstrations = [one for one in patient.records.demonstrations[:AMONG] if isinstance(one, Demonstration)]
     rows = encode_demonstrations(demonstrations, patient.tokenizer, max_tokens=context, ledger=Ledger()).rows
@@ -114,7 +118,7 @@ def episode_of(patient: Patient) -> EpisodeConfig:
 def prompts_of(patient: Patient, response_length: int) -> tuple[PromptRows, bool]:
     """Prompts for the rollout, a power of two of them; (prompts, True if they are the data's own)."""
     room = patient.network.config.context - response_length
-    width = patient.ppo.prompt_length if patient.stage == "ppo" else room
+    width = min(patient.ppo.prompt_length, room) if patient.stage == "ppo" else room
     some = patient.records.prompts[: 4 * AMONG]
     ids = [ids for ids in encode_prompts(some, patient.tokenizer, max_tokens=width, ledger=Ledger()).rows if ids]
     own = bool(ids)

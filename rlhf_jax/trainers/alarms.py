@@ -282,7 +282,7 @@ HEALTHY = {
     "same_answer": f"below {SAME:g}",
     "missing_end": "a tenth or more of the responses that ended at the start still end",
     "response_tokens": "neither nine tenths of the limit nor the end alone, while score rises",
-    "entropy": "at least 0.1 nats a token, or 5% of its start",
+    "entropy": "at least 5% of its start, or 0.1 nats a token",
     "judge": "no three evaluations in a row a tenth below the best, at a higher score",
 }
 
