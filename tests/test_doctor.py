@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -292,7 +293,9 @@ def special(self: Tokenizer, text: str) -> list[int]:
 ROWS = ("eos-learned", "loss-mask", "special-from-text")
 
 
-def test_each_bug_in_the_rows_is_found_by_its_check(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_bug_in_the_rows_is_found_by_its_check(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for owner, name, broken, expected, said in (
         (encode, "response_row", all_targets, "loss-mask", "0 of 60 rows have the answers as targets"),
         (
@@ -313,10 +316,31 @@ def test_each_bug_in_the_rows_is_found_by_its_check(root: Path, monkeypatch: pyt
                 patch.setattr(owner, name, broken)
             found = checked(patient, *ROWS)
             assert list(found) == [expected] and said in found[expected], found
+    # What the run wrote of its rows.
+    shutil.copytree(root / "sft", tmp_path / "sft")
+    patient = open_patient(str(tmp_path / "sft"), data=(str(root / "answers.jsonl"),))
+    assert checked(patient, "rows-used") == {}
+    for reasons, said in (
+        (
+            {"dropped": {"longer than 64 tokens": 40, "empty": 2}},
+            "70% of the rows in ledger.json are dropped, most",
+        ),
+        (
+            {"remarked": {"has the text of a special token, </s>, which": 9}},
+            "15% of the rows in ledger.json are rem",
+        ),
+        ({"dropped": {"empty": 30}, "remarked": {"answers without loss: 2, which the": 60}}, ""),
+    ):
+        with case(reasons):
+            (Path(patient.where) / "ledger.json").write_text(json.dumps({"total": 60, "reasons": reasons}))
+            found = checked(patient, "rows-used")
+            assert found == {} if not said else said in found["rows-used"], found
     # An answer that is marked as cut has no end to learn, and no other is wrong.
     cut = [{"prompt": "a:", "completion": " b", "ended": False}, {"prompt": "a:", "completion": " b"}]
-    patient = open_patient(str(root / "sft"), data=rows_of(root / "cut.jsonl", cut))
+    patient = open_patient(str(root / "sft"), data=rows_of(tmp_path / "cut.jsonl", cut))
     assert checked(patient, *ROWS) == {}
+    none = open_patient(str(root / "sft"), data=rows_of(tmp_path / "cut.jsonl", cut[:1]))
+    assert checked(none, *ROWS)["eos-learned"].startswith("all answers are marked as cut")
     line = shown_rows(patient)[0]
     assert line.plain == "<bos>a:⟦ b⟧" and [str(span.style) for span in line.spans][-2] == "bold green"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,12 +12,15 @@ from rlhf_jax.data import Demonstration, Dialogue, Ledger, encode_demonstrations
 from rlhf_jax.data.records import texts_of
 from rlhf_jax.doctor.checks import STAGES, Check, LeftOut, Measured
 from rlhf_jax.doctor.patient import AMONG, Patient, Row
+from rlhf_jax.runs.atomic_files import read_json
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 
 # Fewest characters of a text that does not stand in an answer by chance.
 TELLING = 12
 # Rows that are shown, and their most tokens.
 SHOWN, MOST_SHOWN = 3, 80
+# Shares of rows that a run may drop, and that may have the same remark.
+MOST_DROPPED, MOST_REMARKED = 0.5, 0.1
 SPECIAL_TEXTS = ("<|endoftext|>", "</s>", "<s>", "<|im_end|>", "<|eot_id|>", "<pad>", "<eos>", "<bos>", "[EOS]")
 
 
@@ -51,6 +55,8 @@ def shares(found: Iterable[tuple[bool, str]]) -> tuple[int, int, str]:
 def eos_learned(patient: Patient) -> Measured:
     """Demonstrations whose last target is an end token."""
     stops = patient.tokenizer.stop_ids
+    if not any(isinstance(record, Dialogue) or record.ended for record, _ in encoded(patient)):
+        return Measured(False, "all answers are marked as cut, so that none has an end")
     total, wrong, first = shares(
         (
             (targets := [id for id, target in zip(*row, strict=True) if target])[-1:] != [] and targets[-1] in stops,
@@ -132,6 +138,28 @@ def _own(ids: Sequence[int], tokenizer: TextTokenizer) -> Sequence[int]:
     return ids[len(start) :] if start and tuple(ids[: len(start)]) == tuple(start) else ids
 
 
+def rows_used(patient: Patient) -> Measured:
+    """Rows that a run did not use, or used with a remark, by its ledgers."""
+    paths = [] if patient.run is None else sorted(patient.run.path.glob("ledger*.json"))
+    if not paths:
+        raise LeftOut("no ledger, which a run writes at its end")
+    worst = (0.0, "no row is dropped or remarked on")
+    for path in paths:
+        ledger = read_json(path)
+        rows = max(int(ledger["total"]), 1)
+        for what, most in (("dropped", MOST_DROPPED), ("remarked", MOST_REMARKED)):
+            counts = collections.Counter[str]()
+            for reason, count in ledger["reasons"].get(what, {}).items():
+                # A dialogue whose earlier answers a template rewrites is learned as it should be.
+                if not reason.startswith("answers without loss"):
+                    counts[reason if what == "dropped" else reason[:40]] += count
+            share = (sum(counts.values()) if what == "dropped" else max(counts.values(), default=0)) / rows
+            if share / most > worst[0]:
+                reason = counts.most_common(1)[0][0]
+                worst = (share / most, f"{share:.0%} of the rows in {path.name} are {what}, most: {reason}")
+    return Measured(worst[0] <= 1, worst[1])
+
+
 def _of(what: str, total: int, wrong: int, first: str) -> str:
     where = f", not so {first}" if first else ""
     return f"{total - wrong:,} of {total:,} {what}{where}"
@@ -197,6 +225,15 @@ ANSWERS = (
         "{% generation %}",
         ("sft", "published"),
         loss_mask,
+    ),
+    Check(
+        "rows-used",
+        "rows in ledger.json that are dropped, or that have the same remark",
+        f"at most {MOST_DROPPED:.0%}, and at most {MOST_REMARKED:.0%}",
+        "look at these rows: --max-tokens or --prompt-length for long ones, messages in place of rendered text, other "
+        "held-out rows than those of training",
+        STAGES,
+        rows_used,
     ),
     Check(
         "special-from-text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from rlhf_jax.arrays import Params, PromptBatch, Rollout
 from rlhf_jax.config import EpisodeConfig, PPOConfig
-from rlhf_jax.data import Demonstration, Ledger, PromptRows, encode_demonstrations, encode_prompts
+from rlhf_jax.data import Ledger, PromptRows, encode_demonstrations, encode_prompts
 from rlhf_jax.doctor.checks import Check, LeftOut, Measured
 from rlhf_jax.doctor.patient import AMONG, FEWEST, Patient, exact
 from rlhf_jax.doctor.records import place
@@ -28,8 +29,9 @@ from rlhf_jax.trainers.alarms import REPEATED, SAME
 FIRST = 1e-4
 # Nats: mean difference of the sampler's log-probabilities; with a cache in fewer bits.
 SAMPLER, ROUNDED = 1e-3, 0.05
-# Floating point operations of a rollout, which take some ten seconds on two cores; answers, and their most tokens.
-WORK, MOST, LONGEST = 1e12, 64, 128
+# Floating point operations of a rollout, which take some ten seconds on two cores; answers, their most tokens, and
+# those of their prompts.
+WORK, MOST, LONGEST, SHORT = 1e12, 64, 128, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Rolled:
       no_values: why the value network cannot be checked; "" if it can.
       own_prompts: True if the prompts are from the data, False if they are the beginnings of other rows.
       room: most tokens of a response.
+      capped: True if answers may be longer.
     """
 
     run: Any
@@ -49,13 +52,14 @@ class Rolled:
     no_values: str
     own_prompts: bool
     room: int
+    capped: bool
 
 
 @functools.lru_cache(maxsize=1)
 def rolled(patient: Patient) -> Rolled:
     """The rollout of a patient, as its PPO run is set, or as PPO is by default."""
     reward, reference, critic, why = companions(patient)
-    episode = episode_of(patient)
+    episode, capped = episode_of(patient)
     prompts, own = prompts_of(patient, episode.response_length)
     rows = len(prompts.rows)
     episode = dataclasses.replace(episode, pack=episode.pack if episode.pack and rows % episode.pack == 0 else 0)
@@ -94,25 +98,28 @@ def rolled(patient: Patient) -> Rolled:
         episodes, metrics = compiled(params, beside, batch, jax.random.key(0), jnp.float32(kl_coef))
         return episodes, {name: float(value) for name, value in metrics.items()}
 
-    return Rolled(run, reference, why, own, episode.response_length)
+    return Rolled(run, reference, why, own, episode.response_length, capped)
 
 
-def episode_of(patient: Patient) -> EpisodeConfig:
-    """Settings of the rollout: of a PPO run with λ 1, so that the targets of the values are the returns."""
+def episode_of(patient: Patient) -> tuple[EpisodeConfig, bool]:
+    """Settings of the rollout, of a PPO run with λ 1, so that the targets of the values are the returns.
+
+    Returns:
+      (settings, True if the answers of the data are longer than those of the rollout).
+    """
     context = patient.network.config.context
+    most = min(LONGEST, context // 2)
     if patient.stage == "ppo":
         own = patient.ppo.episode
-        return dataclasses.replace(
-            own,
-            response_length=min(own.response_length, LONGEST, context // 2),
-            segments=1,
-            decode_parts=0,
-            gae_lambda=1.0,
-        )
-    demonstrations = [one for one in patient.records.demonstrations[:AMONG] if isinstance(one, Demonstration)]
-    rows = encode_demonstrations(demonstrations, patient.tokenizer, max_tokens=context, ledger=Ledger()).rows
-    longest = max((sum(mask) for _, mask in rows), default=32)
-    return EpisodeConfig(response_length=max(min(longest, LONGEST, context // 2), 1), missing_end="keep")
+        length = min(own.response_length, most)
+        own = dataclasses.replace(own, segments=1, decode_parts=0, gae_lambda=1.0)
+        return dataclasses.replace(own, response_length=length), length < own.response_length
+    some = patient.records.demonstrations[:AMONG]
+    rows = encode_demonstrations(some, patient.tokenizer, max_tokens=context, ledger=Ledger()).rows
+    # A dialogue has several answers.
+    answers = [len(list(run)) for _, mask in rows for learned, run in itertools.groupby(mask) if learned]
+    longest = max(answers, default=32)
+    return EpisodeConfig(response_length=max(min(longest, most), 1), missing_end="keep"), longest > most
 
 
 def prompts_of(patient: Patient, response_length: int) -> tuple[PromptRows, bool]:
@@ -124,6 +131,9 @@ def prompts_of(patient: Patient, response_length: int) -> tuple[PromptRows, bool
     own = bool(ids)
     if not own:
         ids = [row[: max(len(row) // 2, 1)] for row, _ in patient.rows]
+    # Long prompts would take longer than a minute, and long and short ones are padded alike.
+    bound = max(SHORT, sorted(map(len, ids))[min(len(ids), 4) - 1])
+    ids = [each for each in ids if len(each) <= bound]
     width = max(map(len, ids))
     work = 12 * count_parameters(patient.params) * (width + response_length)
     rows = MOST
@@ -190,7 +200,7 @@ def answers_end(patient: Patient) -> Measured:
     """Fresh answers that are cut at the limit."""
     missing, room = sampled(patient)["missing_end"], rolled(patient).room
     known = patient.stage == "ppo" or bool(patient.records.demonstrations)
-    if not known or (room == LONGEST and missing > ANSWERS_CUT):
+    if not known or (rolled(patient).capped and missing > ANSWERS_CUT):
         raise LeftOut(f"{missing:.0%} have no end within {room} tokens, but answers may be longer")
     return Measured(missing <= ANSWERS_CUT, f"{missing:.0%} of the answers have no end within {room} tokens")
 
@@ -224,6 +234,16 @@ def values(patient: Patient) -> Measured:
         raise LeftOut("all returns are the same")
     explained = 1 - float(np.square(returns - value).mean()) / variance
     return Measured(explained > 0, f"values explain {explained:.2f} of the variance of {len(mask)} fresh returns")
+
+
+def reward_trusted(patient: Patient) -> Measured:
+    """Reasons not to trust the reward model, as its run has found them."""
+    spec = patient.ppo.reward
+    at = spec if spec.startswith(PUBLISHED) or patient.run is None else place(patient.run, spec)
+    if not spec or at is None:
+        raise LeftOut(f"{spec} is not there" if spec else "the reward is of functions alone")
+    warnings = open_source(at, stages=("reward",)).warnings
+    return Measured(not warnings, "; ".join(warnings) or f"{spec} has no warnings")
 
 
 ANSWERING = ("sft", "ppo", "preference", "published")
@@ -261,6 +281,14 @@ POLICY = (
         "how-to “It says the same to every prompt”: stop earlier, raise --kl-coef, or fine-tune on more varied answers",
         ANSWERING,
         answers_differ,
+    ),
+    Check(
+        "reward-trusted",
+        "warnings of the reward model's own run",
+        "none",
+        "train the reward model again before PPO: how-to “My reward model is stuck at 60%”",
+        ("ppo",),
+        reward_trusted,
     ),
     Check(
         "value-network",
