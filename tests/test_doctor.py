@@ -116,21 +116,20 @@ def checked(patient: Patient, *names: str) -> dict[str, str]:
 
 
 def test_healthy_runs_have_no_finding(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # A folder of runs stands for its runs.
+    stages = ["sft", "reward", "ppo"]
     with pytest.raises(SystemExit) as end:
-        main(["doctor", str(root), "--out", str(tmp_path / "found.json")])
+        main(["doctor", *(str(root / stage) for stage in stages), "--out", str(tmp_path / "found.json")])
     found, said = json.loads((tmp_path / "found.json").read_text(encoding="utf-8")), capsys.readouterr().out
     assert end.value.code == 0 and found["healthy"] and "\x1b[" not in said
     by_stage = {one["stage"]: one for one in found["runs"]}
-    assert list(by_stage) == ["pretrain", "sft", "reward", "ppo"]
+    assert list(by_stage) == stages
     for stage, one in by_stage.items():
         with case(stage):
             assert [check for check in one["checks"] if check["status"] == "finding"] == [] and one["healthy"]
-            if stage != "pretrain":  # nobody trained it
-                left_out = {check["check"] for check in one["checks"] if check["status"] == "left out"}
-                # No other judge watches the toy.
-                assert left_out == ({"gold-flat", "over-optimisation"} if stage == "ppo" else set())
-                assert one["data"].endswith(".jsonl")
+            left_out = {check["check"] for check in one["checks"] if check["status"] == "left out"}
+            # No other judge watches the toy.
+            assert left_out == ({"gold-flat", "over-optimisation"} if stage == "ppo" else set())
+            assert one["data"].endswith(".jsonl")
             assert all(check["metric"] and check["healthy"] and check["found"] for check in one["checks"])
     assert "✓ gradients: gradients on 1 device and on 2 devices with 2 microbatches differ by" in said
     assert by_stage["sft"]["rows"][0] == "<bos>0 red:⟦ red?<eos>⟧" and "  <bos>0 red:⟦ red?<eos>⟧" in said
@@ -400,6 +399,8 @@ def test_a_finding_is_the_exit_status_and_what_cannot_be_checked_is_said(
         (str(tmp_path / "published"), 0, "✓ left-padding: log-probabilities differ by"),
         (f"hf:{tmp_path / 'published'}", 0, "– eos-learned: no demonstrations; give some with --data"),
         (str(root / "nothing"), 2, "expected the folder of a"),
+        # A folder of runs stands for its runs.
+        (str(root), 0, f"{root / 'reward'}: reward, on the held-out rows of {root / 'pairs.jsonl'}"),
     ):
         with case((spec, said)):
             with pytest.raises(SystemExit) as end:
