@@ -62,14 +62,15 @@ def longer(patient: Patient) -> Measured:
 
 def sees_prompt(patient: Patient) -> Measured:
     """Scores of answers under other prompts."""
-    pairs = [one for one in patient.records.comparisons if not one.rests and not one.turns][:32]
+    pairs = [one for one in patient.records.comparisons if not one.rests][:32]
     if len({one.prompt for one in pairs}) < 8:
-        raise LeftOut("fewer than 8 prompts of text with answers; give some with --data")
+        raise LeftOut("fewer than 8 prompts with answers of one message; give some with --data")
     best = [one.chosen if isinstance(one, Comparison) else one.responses[int(np.argmin(one.ranks))] for one in pairs]
-    prompts = [one.prompt for one in pairs]
     under = [
-        _scores(patient, [Demonstration(prompt, answer) for prompt, answer in zip(asked, best, strict=True)])
-        for asked in (prompts, [*prompts[1:], prompts[0]])
+        _scores(
+            patient, [Demonstration(one.prompt, text, "", one.turns) for one, text in zip(asked, best, strict=True)]
+        )
+        for asked in (pairs, [*pairs[1:], pairs[0]])
     ]
     moved, spread = float(np.nanmean(np.abs(under[0] - under[1]))), float(np.nanstd(under[0]))
     share = moved / spread if spread > 0 else 0.0

@@ -18,7 +18,7 @@ from rlhf_jax.tokenizers.protocol import TextTokenizer
 # Fewest characters of a text that does not stand in an answer by chance.
 TELLING = 12
 # Rows that are shown, and their most tokens.
-SHOWN, MOST_SHOWN = 3, 80
+SHOWN, MOST_SHOWN = 3, 96
 # Shares of rows that a run may drop, and that may have the same remark.
 MOST_DROPPED, MOST_REMARKED = 0.5, 0.1
 SPECIAL_TEXTS = ("<|endoftext|>", "</s>", "<s>", "<|im_end|>", "<|eot_id|>", "<pad>", "<eos>", "<bos>", "[EOS]")
@@ -177,24 +177,27 @@ def shown_rows(patient: Patient) -> list[rich.text.Text]:
         return []
     lines = []
     for ids, mask in rows:
-        line, inside = rich.text.Text(), False
-        for id, target in list(zip(ids, mask, strict=True))[:MOST_SHOWN]:
+        # Of a long row, what is around the beginning of its first answer.
+        learned = list(mask).index(True) if any(mask) else 0
+        start = max(min(learned - MOST_SHOWN // 2, len(ids) - MOST_SHOWN), 0)
+        line, inside = rich.text.Text("…" if start else ""), False
+        for id, target in list(zip(ids, mask, strict=True))[start : start + MOST_SHOWN]:
             if target != inside:
                 line.append("⟦" if target else "⟧", style="green")
                 inside = target
             line.append(_token(id, patient.tokenizer), style="bold green" if target else "dim")
-        line.append("⟧" if inside and len(ids) <= MOST_SHOWN else "…" if len(ids) > MOST_SHOWN else "", style="green")
+        more = len(ids) > start + MOST_SHOWN
+        line.append("…" if more else "⟧" if inside else "", style="green")
         lines.append(line)
     return lines
 
 
 def _token(id: int, tokenizer: TextTokenizer) -> str:
     """A token as people read it: its text without control characters, or the name of a special token."""
-    for name, special in (("eos", tokenizer.eos_id), ("bos", tokenizer.bos_id), ("pad", tokenizer.pad_id)):
-        if id == special:
-            return f"<{name}>"
     if id in tokenizer.special_ids:
-        return next((text for text, other in tokenizer.special_tokens.items() if other == id), f"<{id}>")
+        named = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>", tokenizer.pad_id: "<pad>"}
+        own = {other: text for text, other in tokenizer.special_tokens.items()}
+        return own.get(id) or named.get(id, f"<{id}>")
     text = tokenizer.token_bytes(id).decode("utf-8", errors="replace")
     return "".join(c if c.isprintable() else "⏎" if c == "\n" else "·" for c in text)
 

@@ -200,7 +200,7 @@ def answers_end(patient: Patient) -> Measured:
     """Fresh answers that are cut at the limit."""
     missing, room = sampled(patient)["missing_end"], rolled(patient).room
     known = patient.stage == "ppo" or bool(patient.records.demonstrations)
-    if not known or (rolled(patient).capped and missing > ANSWERS_CUT):
+    if missing > ANSWERS_CUT and (rolled(patient).capped or not known):
         raise LeftOut(f"{missing:.0%} have no end within {room} tokens, but answers may be longer")
     return Measured(missing <= ANSWERS_CUT, f"{missing:.0%} of the answers have no end within {room} tokens")
 
