@@ -73,6 +73,8 @@ def sees_prompt(patient: Patient) -> Measured:
         for asked in (pairs, [*pairs[1:], pairs[0]])
     ]
     moved, spread = float(np.nanmean(np.abs(under[0] - under[1]))), float(np.nanstd(under[0]))
+    if np.isnan(moved):
+        raise LeftOut("no answer fits the model's context")
     share = moved / spread if spread > 0 else 0.0
     return Measured(share > LEAST_MOVED, f"the score of an answer moves by {share:.2f} of their deviation")
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from rlhf_jax.config import METHODS, OptimConfig, from_plain
 from rlhf_jax.doctor.checks import STAGES, Check, LeftOut, Measured
-from rlhf_jax.doctor.patient import FEWEST, Patient
+from rlhf_jax.doctor.columns import column, quarters
+from rlhf_jax.doctor.patient import Patient
 from rlhf_jax.doctor.policy import FIRST
 from rlhf_jax.evaluation.warnings import ANSWERS_CUT, LOST_AGAIN, MARGIN, lost_again
 from rlhf_jax.trainers.alarms import HEALTHY, JUDGES, REWARD, STEP, Alarms, Limits, lost_entropy
@@ -24,25 +25,6 @@ CHANCE, LEARNED_BY_HEART, GAP = 0.69, 0.9, 0.2
 # Nats by which the log-probability of chosen responses may fall.
 FALLEN = 20.0
 PPO = ("ppo",)
-
-
-def column(patient: Patient, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric, without rows that do not have it, nulls among them, and the row of step 0."""
-    rows = [(row["step"], row[name]) for row in patient.metrics if row["step"] > 0 and row.get(name) is not None]
-    return [(step, float(value)) for step, value in rows if math.isfinite(value)]
-
-
-def quarters(patient: Patient, name: str, fewest: int = FEWEST) -> tuple[float, float]:
-    """Mean of a metric over the first and over the last quarter of the rows.
-
-    Raises:
-      LeftOut: if there are too few rows.
-    """
-    values = [value for _, value in column(patient, name)]
-    if len(values) < fewest:
-        raise LeftOut(f"{len(values)} rows with {name} in metrics.jsonl, at least {fewest} are needed")
-    size = max(len(values) // 4, 1)
-    return statistics.fmean(values[:size]), statistics.fmean(values[-size:])
 
 
 def skipped(patient: Patient) -> Measured:

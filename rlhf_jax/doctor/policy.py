@@ -15,7 +15,8 @@ from rlhf_jax.arrays import Params, PromptBatch, Rollout
 from rlhf_jax.config import EpisodeConfig, PPOConfig
 from rlhf_jax.data import Ledger, PromptRows, encode_demonstrations, encode_prompts
 from rlhf_jax.doctor.checks import Check, LeftOut, Measured
-from rlhf_jax.doctor.patient import AMONG, FEWEST, Patient, exact
+from rlhf_jax.doctor.columns import column, quarters
+from rlhf_jax.doctor.patient import AMONG, Patient, exact
 from rlhf_jax.doctor.records import place
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.warnings import ANSWERS_CUT
@@ -23,12 +24,14 @@ from rlhf_jax.model import Transformer, count_parameters
 from rlhf_jax.pretrained import convert
 from rlhf_jax.pretrained.source import LANGUAGE, PUBLISHED, Source, open_source
 from rlhf_jax.stages import ppo
-from rlhf_jax.trainers.alarms import REPEATED, SAME
+from rlhf_jax.trainers.alarms import REPEATED, SAME, Limits
 
 # Nats, and relative error of a ratio, of two passes over the same tokens.
 FIRST = 1e-4
 # Nats: mean difference of the sampler's log-probabilities; with a cache in fewer bits.
 SAMPLER, ROUNDED = 1e-3, 0.05
+# Share of the variance of returns from which on the loss of a value network need not fall.
+LEARNED = 0.5
 # Floating point operations of a rollout, which take some ten seconds on two cores; answers, their most tokens, and
 # those of their prompts.
 WORK, MOST, LONGEST, SHORT = 1e12, 64, 128, 256
@@ -218,13 +221,20 @@ def answers_differ(patient: Patient) -> Measured:
 
 
 def values(patient: Patient) -> Measured:
-    """Share of the variance of fresh returns that the value network explains."""
-    done = patient.metrics[-1]["step"] if patient.metrics else 0
-    if done < FEWEST:
-        raise LeftOut(f"{done} iterations; a value network learns in {FEWEST} or more")
+    """Share of the variance of fresh returns that the value network explains, and whether it has learned at all."""
+    norms = [value for _, value in column(patient, "critic_param_norm")]
+    if len(norms) > 1 and max(norms) == min(norms):
+        return Measured(False, f"its parameters never change (critic_param_norm {norms[0]:.6g} in all rows)")
+    if not patient.ppo.value_network:
+        raise LeftOut(f"the estimator {patient.ppo.estimator} has no value network")
+    first, last = quarters(patient, "value_loss")
+    course = f"value_loss {first:.3g}, then {last:.3g}"
     rollout = rolled(patient)
     if rollout.reference is None:
-        raise LeftOut(rollout.no_values)
+        # The deviation of other rewards than a reward model's may grow, and the loss with it.
+        if not Limits.of(patient.ppo).normalized:
+            raise LeftOut(rollout.no_values)
+        return Measured(last < first, f"{course}; fresh returns are unknown, as {rollout.no_values}")
     kl_coef = float(patient.summary.get("kl_coef", patient.ppo.kl_coef)) if patient.ppo.kl_in == "reward" else 0.0
     episodes, _ = rollout.run(rollout.reference, kl_coef)
     mask = np.asarray(episodes.response_mask_BR)
@@ -233,7 +243,10 @@ def values(patient: Patient) -> Measured:
     if variance == 0:
         raise LeftOut("all returns are the same")
     explained = 1 - float(np.square(returns - value).mean()) / variance
-    return Measured(explained > 0, f"values explain {explained:.2f} of the variance of {len(mask)} fresh returns")
+    return Measured(
+        explained > 0 and (last < first or explained >= LEARNED),
+        f"values explain {explained:.2f} of the variance of {len(mask)} fresh returns; {course}",
+    )
 
 
 def reward_trusted(patient: Patient) -> Measured:
@@ -293,7 +306,7 @@ POLICY = (
     Check(
         "value-network",
         "share of the variance of fresh returns that the values explain, 1 − mean (return − value)² / variance",
-        "above 0, which the mean return alone would reach",
+        f"above 0, which the mean return would reach, and value_loss falls or it is above {LEARNED:g}",
         "--critic.learning-rate × 3, or more --steps: the value network has not learned, and its advantages are noise",
         ("ppo",),
         values,
