@@ -18,6 +18,8 @@ BANDS = (
 """Accuracies on people's comparisons to expect: (what, accuracy, source)."""
 USUAL = (0.6, 0.7)
 """Usual accuracy of a reward model on people's comparisons."""
+LEAST = 0.55
+"""Accuracy that "the longer answer" reaches on people's comparisons: a reward model below it is nothing to climb."""
 
 
 @dataclasses.dataclass(frozen=True)

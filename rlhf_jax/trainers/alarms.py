@@ -28,6 +28,8 @@ Row = Mapping[str, Any]
 JUDGES = ("eval/gold", "eval/judge", "eval/win_rate")
 # Evaluations in a row below the best one.
 EVALUATIONS = 3
+# Shares of equal answers, and of repeated pairs of tokens, that are a collapse.
+SAME, REPEATED = 0.8, 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +84,14 @@ class Alarms:
     Args:
       limits: facts of the run.
       history: rows of the run so far.
-      stop: True to end the run at an alarm, False to report it only, in `told`.
+      stop: True to end the run at an alarm, False to report it only, in `told` and `lasted`.
     """
 
     def __init__(self, limits: Limits, history: Sequence[Row], stop: bool) -> None:
         self.limits = limits
         self.stop = stop
         self.told: list[str] = []
+        self.lasted: list[Sign] = []
         self._named: set[str] = set()
         # By sign, the last step from before it. A sign that stays is judged on the newest rows, whose first then moves.
         self._good: dict[str, int] = {}
@@ -122,6 +125,7 @@ class Alarms:
                     raise Ended(f"{sign.cause}; {sign.remedy}", self._good[sign.name])
                 if sign.lasts and sign.name not in self._named:
                     self._named.add(sign.name)
+                    self.lasted.append(sign)
                     self.told.append(f"{sign.cause}; {sign.remedy}")
                     event(f"alarm: {self.told[-1]}")
         return min(self._good.values(), default=None)
@@ -198,26 +202,29 @@ def _kl(first: Row, row: Row, limits: Limits) -> str | None:
 
 
 def _entropy(first: Row, row: Row, limits: Limits) -> str | None:
-    entropy, start = _figure(row, "entropy"), _figure(first, "entropy")
-    if entropy is None or start is None or entropy >= min(0.05 * start, 0.1):
-        return None
     # A task with one right answer to each prompt makes a policy certain; its answers then differ between prompts.
     share = _figure(row, "same_answer")
-    if share is None or share < 0.5:
+    return None if share is None or share < 0.5 else lost_entropy(first, row)
+
+
+def lost_entropy(first: Row, row: Row) -> str | None:
+    """What is wrong with the entropy of a row, whether or not its answers are all the same; None if nothing is."""
+    entropy, start = _figure(row, "entropy"), _figure(first, "entropy")
+    if entropy is None or start is None or entropy >= min(0.05 * start, 0.1):
         return None
     return f"entropy is {entropy:.2g} nats a token, after {start:.3g} at the start: the policy no longer explores"
 
 
 def _same_answer(first: Row, row: Row, limits: Limits) -> str | None:
     share, start = _figure(row, "same_answer"), _figure(first, "same_answer")
-    if share is None or start is None or share < 0.8 or start > 0.4:
+    if share is None or start is None or share < SAME or start > 0.4:
         return None
     return f"same_answer is {share:.2g}, after {start:.2g} at the start: one answer to nearly every prompt"
 
 
 def _repetition(first: Row, row: Row, limits: Limits) -> str | None:
     share, start = _figure(row, "repeated_pairs"), _figure(first, "repeated_pairs")
-    if share is None or start is None or share < max(0.6, start + 0.3):
+    if share is None or start is None or share < max(REPEATED, start + 0.3):
         return None
     return f"repeated_pairs is {share:.2g}, after {start:.2g} at the start: answers repeat the same words"
 
@@ -270,6 +277,17 @@ CHECKS: tuple[tuple[str, Callable[[Row, Row, Limits], str | None], str], ...] = 
     ("response_tokens", _length, REWARD),
     ("entropy", _entropy, STEP),
 )
+# The ranges that the checks above leave alone, for `rlhf-jax doctor`.
+HEALTHY = {
+    "score": "within ±30 deviations",
+    "kl": "at most 20 nats + ½ nat a token, twice its start or twice --kl-target, whichever is most",
+    "repeated_pairs": f"below {REPEATED:g}, or within 0.3 of its start",
+    "same_answer": f"below {SAME:g}",
+    "missing_end": "a tenth or more of the responses that ended at the start still end",
+    "response_tokens": "neither nine tenths of the limit nor the end alone, while score rises",
+    "entropy": "at least 5% of its start, or 0.1 nats a token",
+    "judge": "no three evaluations in a row a tenth below the best, at a higher score",
+}
 
 
 def _judge(name: str, evaluated: Sequence[Row]) -> Sign | None:
