@@ -20,6 +20,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import LANGUAGE, open_source
 from rlhf_jax.recipe.film import parts, ratings
+from rlhf_jax.recipe.film import run as film
 from rlhf_jax.recipe.film.backbone import write_lower_layers
 from rlhf_jax.recipe.film.judge import accuracy, fit_judge
 from rlhf_jax.recipe.film.parts import from_ratings, from_records, opened, preferred, ranked, ranks_of
@@ -384,8 +385,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "configs").mkdir()
     for name, text in TINY.items():
         (folder / "configs" / f"{name}.yaml").write_text(text)
-    for _ in range(2):
-        with pytest.raises(SystemExit) as end:
+    for again in (False, True):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+            if again:  # nothing is sampled again
+                patch.setattr(film, "measure", None)
             main(
                 [
                     *("recipe", "--task", "film", "--data", str(folder / "v.tar.gz"), "--init", str(folder / "model")),

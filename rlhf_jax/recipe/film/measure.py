@@ -229,7 +229,6 @@ def measure(
             "reward_models": [checked] if checked else [],
             "bands": bands(pairs, judge, rankings, human),
             "notes": [],
-            "settings": {"temperature": 1.0, "seed": measurement.seed, "best_of": config.best_of},
         }
     )
     return content

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from rlhf_jax.arrays import TrainState
 from rlhf_jax.data import Ledger, Prompt, encode_prompts, read_records
 from rlhf_jax.evaluation.answers import Language
 from rlhf_jax.evaluation.commands import generate_command
+from rlhf_jax.evaluation.evaluation_files import FILE
 from rlhf_jax.evaluation.report.evaluation import write_evaluation_report
 from rlhf_jax.files import write_file
 from rlhf_jax.lora import attach
@@ -35,7 +38,7 @@ from rlhf_jax.recipe.film.summary import SHOWN, figures_table, summary_of
 from rlhf_jax.recipe.measure import nested
 from rlhf_jax.recipe.run import Clock, run_seeds, stage_settings
 from rlhf_jax.recipe.settings import RecipeConfig
-from rlhf_jax.runs.atomic_files import write_json
+from rlhf_jax.runs.atomic_files import read_json, write_json
 from rlhf_jax.runs.lifecycle import Finished
 from rlhf_jax.runs.locks import hold
 from rlhf_jax.trainers import ppo, reward, sft
@@ -105,16 +108,24 @@ def run_seed(config: RecipeConfig) -> None:
         seed=config.seed,
     )
     stages = {"sft": tuned, "reward": judged, "ppo": optimised}
-    content = measure(
-        measurement,
-        judge,
-        runs={name: finished.run.path for name, finished in stages.items()},
-        init=init,
-        heldout=files["heldout"],
-        rankings=records.rankings,
-        human=records.human,
-        folder=config.folder,
-    )
+    about = dataclasses.asdict(settings.measure) | {
+        "temperature": 1.0,
+        "seed": config.seed,
+        "heldout": hashlib.sha256(files["heldout"].read_bytes()).hexdigest(),
+        **{f"{name} run": finished.run.fingerprint for name, finished in stages.items()},
+    }
+    content = measured(config.folder, about)
+    if content is None:
+        content = measure(
+            measurement,
+            judge,
+            runs={name: finished.run.path for name, finished in stages.items()},
+            init=init,
+            heldout=files["heldout"],
+            rankings=records.rankings,
+            human=records.human,
+            folder=config.folder,
+        ) | {"settings": about}
     clock.lap("measure")
     processes.by_first(lambda: tell(config, console, clock, content, stages, measurement.prompts))
     command = generate_command(optimised.run.path, [prompt.prompt for prompt in measurement.prompts[:1]])
@@ -181,6 +192,17 @@ def watch(
     return evaluate
 
 
+def measured(folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The measurement of an earlier start, if it was of the same models with the same settings."""
+    path = folder / FILE
+
+    def found() -> dict[str, Any] | None:
+        content: dict[str, Any] | None = read_json(path) if path.exists() else None
+        return content if content is not None and content["settings"] == about else None
+
+    return processes.from_first(found)
+
+
 def tell(
     config: RecipeConfig,
     console: rich.console.Console,
@@ -194,7 +216,7 @@ def tell(
     summary = summary_of(content, {name: finished.summary for name, finished in stages.items()})
     summary |= {"seed": config.seed, "wall_seconds": clock.total, "stage_seconds": clock.seconds}
     rows = shown_rows(content, prompts, folder / "samples.jsonl")
-    write_json(folder / "evaluation.json", content)
+    write_json(folder / FILE, content)
     write_json(folder / "summary.json", summary | nested(summary))
     write_evaluation_report(folder / "report.html", content, rows[:SHOWN])
     names = [model["name"] for model in content["models"]]
