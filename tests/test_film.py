@@ -7,6 +7,7 @@ import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -285,6 +286,25 @@ def test_own_comparisons_are_divided_by_sentence_or_by_prompt(tmp_path: Path) ->
     ):
         with case(message), pytest.raises(UserError, match=message):
             found(rows)
+
+
+def test_data_is_an_archive_or_a_file_of_comparisons(tmp_path: Path) -> None:
+    init: Any = SimpleNamespace(tokenizer=Tokenizer.bytes())
+    config = DataConfig(train=0.5, judge=0.25, ranking_size=4, opening_words=1)
+    (tmp_path / "v.tgz").write_bytes(package(*lines(made_sentences())))
+    rated, ledger = film.records_of(str(tmp_path / "v.tgz"), config, init, 0)
+    assert rated.human is not None and ledger.accepted == ledger.total == 400
+    path = tmp_path / "own.jsonl.gz"
+    rows = [{"prompt": f"Q{i}", "chosen": " a b", "rejected": " c d"} for i in range(30)]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "Q"}]).encode()))
+    with pytest.raises(UserError, match=r"own\.jsonl\.gz:31: "):
+        film.records_of(str(path), config, init, 0)
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    own, ledger = film.records_of(str(path), config, init, 0)
+    assert own.human is None and not own.openings and ledger.accepted == ledger.total == 30
+    files = film.write_records(tmp_path / "data", own, ledger)
+    assert json.loads(files["heldout"].read_text().split("\n")[0])["responses"] == [" a b", " c d"]
+    assert json.loads((tmp_path / "data" / "ledger.json").read_text())["total"] == 30
 
 
 def test_the_judge_learns_words() -> None:
