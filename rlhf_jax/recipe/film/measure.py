@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def measure(
     measurement: Measurement,
     judge: WordJudge,
     *,
-    runs: dict[str, Path],
+    runs: Mapping[str, Path],
     init: Source,
     heldout: Path,
     rankings: Rows,
@@ -177,31 +177,8 @@ def measure(
       human: share of held-out comparisons on which another person agrees, if known.
       folder: of samples.jsonl.
     """
-    config = measurement.config
-    sft = Language.of(open_source(str(runs["sft"]), stages=LANGUAGE))
-    own, pool = measurement.sampled(sft, seed=4), measurement.sampled(sft, config.best_of, seed=5)
-    ppo = Language.of(open_source(str(runs["ppo"]), stages=LANGUAGE))
-    optimised = measurement.sampled(ppo, seed=6)
-    answers = {
-        "sft": measurement.answers(own),
-        "ppo": measurement.answers(optimised, measurement.kl(ppo, sft, optimised)),
-        "pool": measurement.answers(pool),
-    }
-    del sft, ppo
     source = open_source(str(runs["reward"]), stages=("reward",))
-    scorer, unscored = model_scorer(source, measurement.ledger, batch=config.batch), measurement.ledger
-    arms = {
-        name: Arm(
-            name,
-            str(runs["ppo" if name == "ppo" else "sft"]),
-            "model",
-            several,
-            {REWARD: scorer(measurement.prompts, several), JUDGE: measurement.judged(judge, several)},
-        )
-        for name, several in answers.items()
-    }
-    best = dataclasses.replace(best_arm(arms["pool"], REWARD), name=f"best_of_{config.best_of}")
-    compared = [arms["sft"], best, arms["ppo"]]
+    compared, pool = sampled_arms(measurement, judge, source, runs)
     write_samples(folder / "samples.jsonl", measurement.prompts, compared)
     masks = scored_prompts(compared)
     untouched = Language.of(init)
@@ -215,8 +192,9 @@ def measure(
     ]
     del untouched
     pairs = read_records([str(heldout)], "rankings", Ledger())
-    checked = reward_accuracy(source, pairs, unscored, batch=config.batch)
-    curve = best_of_curve(dataclasses.replace(arms["pool"], name="sft"), REWARD, seed=measurement.seed)
+    checked = reward_accuracy(source, pairs, measurement.ledger, batch=measurement.config.batch)
+    curve = best_of_curve(pool, REWARD, seed=measurement.seed)
+    dropped = measurement.ledger.reasons().get("dropped", {})
     content: dict[str, Any] = plain(
         {
             "prompts": len(measurement.prompts),
@@ -228,10 +206,33 @@ def measure(
             "policies": training_curve(runs["ppo"], seed=measurement.seed),
             "reward_models": [checked] if checked else [],
             "bands": bands(pairs, judge, rankings, human),
-            "notes": [],
+            "notes": [f"{count:,} rows are left out: {reason}" for reason, count in dropped.items()],
         }
     )
     return content
+
+
+def sampled_arms(
+    measurement: Measurement, judge: WordJudge, reward: Source, runs: Mapping[str, Path]
+) -> tuple[list[Arm], Arm]:
+    """(the arms sft, best-of-n and ppo with an answer to each prompt, SFT's further answers), scored."""
+    count = measurement.config.best_of
+    sft = Language.of(open_source(str(runs["sft"]), stages=LANGUAGE))
+    own, pool = measurement.sampled(sft, seed=4), measurement.sampled(sft, count, seed=5)
+    ppo = Language.of(open_source(str(runs["ppo"]), stages=LANGUAGE))
+    optimised = measurement.sampled(ppo, seed=6)
+    kl = measurement.kl(ppo, sft, optimised)
+    del sft, ppo
+    scorer = model_scorer(reward, measurement.ledger, batch=measurement.config.batch)
+
+    def arm(name: str, sampled: Sequence[Sequence[Sequence[int]]], kl: np.ndarray | None = None) -> Arm:
+        answers = measurement.answers(sampled, kl)
+        scores = {REWARD: scorer(measurement.prompts, answers), JUDGE: measurement.judged(judge, answers)}
+        return Arm(name, str(runs[name]), "model", answers, scores)
+
+    further = arm("sft", pool)
+    best = dataclasses.replace(best_arm(further, REWARD), name=f"best_of_{count}")
+    return [arm("sft", own), best, arm("ppo", optimised, kl)], further
 
 
 def bands(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,39 +65,11 @@ def run_seed(config: RecipeConfig) -> None:
     records, ledger = records_of(config.data, settings.data, init, config.seed)
     files = write_records(config.folder / "data", records, ledger)
     console.print(ledger.counts(), markup=False, highlight=False)
-    clock.lap("data")
-
-    announce("2  SFT: sentences as people wrote them, liked or not")
-    tuned = sft.run(settings.sft(**stage_settings(config, "sft"), init=init.spec, data=[str(files["demonstrations"])]))
-    clock.lap("sft")
-
-    announce("3.1  reward model: people's rankings")
-    backbone = init.spec
-    if settings.layers:
-        backbone = str(write_lower_layers(init, settings.layers, config.folder / "backbone").path)
-    judged = reward.run(
-        settings.reward(**stage_settings(config, "reward"), init=backbone, data=[str(files["rankings"])])
-    )
-    clock.lap("reward")
-
-    announce("the judge: another part of the sentences, by their words")
     judge = fit_judge(records.judge)
-    clock.lap("judge")
-
-    announce("3.2  PPO: maximise the reward, stay near the SFT model")
-    optimised = ppo.run(
-        ppo_config := settings.ppo(
-            **stage_settings(config, "ppo"),
-            init=str(tuned.run.path),
-            reward=str(judged.run.path),
-            data=[str(files["prompts"])],
-            pretraining_data=[str(files["text"])],
-        ),
-        evaluate=watch(tuned, judge, records.openings, settings, files["prompts"], config.seed),
-    )
-    clock.lap("ppo")
-
+    clock.lap("data")
+    stages = train(config, settings, init, files, announce, clock, judge, records.openings)
     announce("results")
+    ppo_config = settings.ppo()
     measurement = Measurement(
         settings.measure,
         read_records([str(files["heldout_prompts"])], "prompts", Ledger()),
@@ -107,7 +79,6 @@ def run_seed(config: RecipeConfig) -> None:
         openings=records.openings,
         seed=config.seed,
     )
-    stages = {"sft": tuned, "reward": judged, "ppo": optimised}
     about = dataclasses.asdict(settings.measure) | {
         "temperature": 1.0,
         "seed": config.seed,
@@ -128,8 +99,56 @@ def run_seed(config: RecipeConfig) -> None:
         ) | {"settings": about}
     clock.lap("measure")
     processes.by_first(lambda: tell(config, console, clock, content, stages, measurement.prompts))
-    command = generate_command(optimised.run.path, [prompt.prompt for prompt in measurement.prompts[:1]])
+    command = generate_command(stages["ppo"].run.path, [prompt.prompt for prompt in measurement.prompts[:1]])
     console.print(f"try it: {command}", soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def train(
+    config: RecipeConfig,
+    settings: Settings,
+    init: Source,
+    files: Mapping[str, Path],
+    announce: Callable[[str], None],
+    clock: Clock,
+    judge: WordJudge,
+    openings: bool,
+) -> dict[str, Finished]:
+    """The runs sft, reward and ppo; those that are finished are taken as they are.
+
+    Args:
+      config: settings of the recipe.
+      settings: of the stages.
+      init: the model to start from.
+      files: rows that the stages read.
+      announce: prints the title of a stage.
+      clock: takes the time of each.
+      judge: for the curve of PPO; it has no part in the training.
+      openings: as of `Records`.
+    """
+    announce("2  SFT: sentences as people wrote them, liked or not")
+    tuned = sft.run(settings.sft(**stage_settings(config, "sft"), init=init.spec, data=[str(files["demonstrations"])]))
+    clock.lap("sft")
+    announce("3.1  reward model: people's rankings")
+    backbone = init.spec
+    if settings.layers:
+        backbone = str(write_lower_layers(init, settings.layers, config.folder / "backbone").path)
+    judged = reward.run(
+        settings.reward(**stage_settings(config, "reward"), init=backbone, data=[str(files["rankings"])])
+    )
+    clock.lap("reward")
+    announce("3.2  PPO: maximise the reward, stay near the SFT model")
+    optimised = ppo.run(
+        settings.ppo(
+            **stage_settings(config, "ppo"),
+            init=str(tuned.run.path),
+            reward=str(judged.run.path),
+            data=[str(files["prompts"])],
+            pretraining_data=[str(files["text"])],
+        ),
+        evaluate=watch(tuned, judge, openings, settings, files["prompts"], config.seed),
+    )
+    clock.lap("ppo")
+    return {"sft": tuned, "reward": judged, "ppo": optimised}
 
 
 def records_of(data: str, config: DataConfig, init: Source, seed: int) -> tuple[Records, Ledger]:
