@@ -28,6 +28,15 @@ Whole = Callable[[str, str], bool]
 PARTS = ("train", "judge", "heldout")
 
 
+class Continued(NamedTuple):
+    """The fields of these names of `Records`."""
+
+    demonstrations: Rows
+    prompts: Rows
+    text: Rows
+    heldout_prompts: Rows
+
+
 @dataclasses.dataclass
 class Records:
     """Rows of the JSONL files that the stages read, as a user would write them.
@@ -102,7 +111,9 @@ def from_ratings(sentences: Sequence[RatedSentence], config: DataConfig, whole: 
         judge=list(ranked(parts["judge"], config.ranking_size, config.judge_passes, random)),
         heldout=heldout,
         human=human,
-        **_continuations([one.text for one in parts["train"]], [one.text for one in parts["heldout"]], config, whole),
+        **_continuations(
+            [one.text for one in parts["train"]], [one.text for one in parts["heldout"]], config, whole
+        )._asdict(),
     )
 
 
@@ -217,12 +228,11 @@ def from_records(records: Sequence[Judged], config: DataConfig, whole: Whole, le
         heldout=[_row(record) for record in parts["heldout"]],
         openings=bool(bare),
     )
-    made = (
-        _continuations(*(_distinct(parts[name]) for name in ("train", "heldout")), config, whole)
-        if bare
-        else (_exchanges(parts["train"], parts["heldout"]))
-    )
-    return dataclasses.replace(found, **made)
+    if bare:
+        made = _continuations(_distinct(parts["train"]), _distinct(parts["heldout"]), config, whole)
+    else:
+        made = _exchanges(parts["train"], parts["heldout"])
+    return dataclasses.replace(found, **made._asdict())
 
 
 def _refused(record: Judged, ledger: Ledger) -> bool:
@@ -256,7 +266,7 @@ def _row(record: Judged) -> dict[str, Any]:
     return {**_asked(record), "responses": _answers(record), "ranks": ranks, **ended}
 
 
-def _exchanges(train: Sequence[Judged], heldout: Sequence[Judged]) -> dict[str, Rows]:
+def _exchanges(train: Sequence[Judged], heldout: Sequence[Judged]) -> Continued:
     """Demonstrations, prompts and text of comparisons with prompts: all answers, the better and the worse."""
     demonstrations: dict[str, dict[str, Any]] = {}
     text: Rows = []
@@ -264,18 +274,15 @@ def _exchanges(train: Sequence[Judged], heldout: Sequence[Judged]) -> dict[str, 
         for place, answer in enumerate(_answers(record)):
             cut = bool(record.ended) and not record.ended[place]
             row = {**_asked(record), "completion": answer, **({"ended": False} if cut else {})}
-            if demonstrations.setdefault(f"{prompt_key(record)} {answer}", row) is row and not record.turns:
-                text.append({"text": record.prompt + answer})
-            elif record.turns and demonstrations[f"{prompt_key(record)} {answer}"] is row:
+            if demonstrations.setdefault(f"{prompt_key(record)} {answer}", row) is not row:
+                continue
+            if record.turns:
                 messages = [*prompt_row(record.turns)["prompt"], {"role": "assistant", "content": answer}]
                 text.append({"messages": messages})
+            else:
+                text.append({"text": record.prompt + answer})
     prompts, held = ({prompt_key(record): _asked(record) for record in part} for part in (train, heldout))
-    return {
-        "demonstrations": list(demonstrations.values()),
-        "prompts": list(prompts.values()),
-        "text": text,
-        "heldout_prompts": list(held.values()),
-    }
+    return Continued(list(demonstrations.values()), list(prompts.values()), text, list(held.values()))
 
 
 # Openings
@@ -296,18 +303,17 @@ def opened(text: str, words: int, whole: Whole) -> Opened | None:
     return Opened(match[0], text[match.end() :])
 
 
-def _continuations(train: Sequence[str], heldout: Sequence[str], config: DataConfig, whole: Whole) -> dict[str, Rows]:
+def _continuations(train: Sequence[str], heldout: Sequence[str], config: DataConfig, whole: Whole) -> Continued:
     """Demonstrations, prompts and text of sentences without prompts, by openings."""
     cut, held = (
         [one for text in part if (one := opened(text.strip(), config.opening_words, whole))]
         for part in (train, heldout)
     )
     seen = {one.opening for one in cut}
-    return {
-        "demonstrations": [{"prompt": one.opening, "completion": one.rest} for one in cut],
-        "prompts": [{"prompt": one.opening} for one in cut],
-        "text": [{"text": text.strip()} for text in train],
-        "heldout_prompts": [
-            {"prompt": opening} for opening in dict.fromkeys(one.opening for one in held) if opening not in seen
-        ],
-    }
+    new = dict.fromkeys(one.opening for one in held if one.opening not in seen)
+    return Continued(
+        demonstrations=[{"prompt": one.opening, "completion": one.rest} for one in cut],
+        prompts=[{"prompt": one.opening} for one in cut],
+        text=[{"text": text.strip()} for text in train],
+        heldout_prompts=[{"prompt": opening} for opening in new],
+    )
