@@ -316,6 +316,10 @@ def test_the_judge_learns_words() -> None:
     judge = fit_judge(rows, penalty=0.01)
     good, film, bad, unknown = judge.scores(["good", "film", "BAD", "zzz"])
     assert good > film > bad and unknown == 0.0
+    # Long words share their first five letters; "dully" is one of five, and "dullards" has "dulla-" alone.
+    pairs = [["funnily so", "dully so"], ["funnier", "dullards"]]
+    stems = fit_judge([{"responses": pair, "ranks": [1, 2]} for pair in pairs])
+    assert set(stems.columns) == {"so", "funni-"} and stems.scores(["funniest"])[0] > 0
     # A large penalty, so that w = mean over the four pairs of σ(0) (x_better − x_worse) / λ but for 0.25%. The tie has
     # no part in it, but makes words of two texts of both; a word of one text alone says nothing.
     tie = {"responses": ["good good once", "bad bad"], "ranks": [1, 1]}

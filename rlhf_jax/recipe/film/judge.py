@@ -1,6 +1,6 @@
 """The held-out judge: Bradley-Terry strengths of sentences from their words, of another kind than the reward model.
 
-A sentence's score is w·x with x its TF-IDF vector of words and pairs of words, of length 1; the weights minimise
+A sentence's score is w·x with x its TF-IDF vector of words and stems, of length 1; the weights minimise
 
     −mean over pairs of log σ(w·x_better − w·x_worse) + λ/2 |w|².
 
@@ -10,7 +10,6 @@ It shares neither a network nor a sentence with the reward model, so that what o
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,8 @@ from rlhf_jax.evaluation.diversity import words
 from rlhf_jax.evaluation.intervals import Floats
 
 MOST_FEATURES = 50_000
-PENALTY = 1e-4  # λ, by cross-validation within the judge's part (docs/lab-notebook.md)
+STEM = 5  # letters; this and λ by cross-validation within the judge's part (docs/lab-notebook.md)
+PENALTY = 3e-4  # λ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class WordJudge:
     """Scores of texts by their words.
 
     Attributes:
-      columns: column of each word and of each pair of words.
+      columns: column of each word and of each stem.
       inverse: inverse document frequencies, [features].
       weights: w, [features].
     """
 
-    columns: Mapping[tuple[str, ...], int]
+    columns: Mapping[str, int]
     inverse: Floats
     weights: Floats
 
@@ -92,13 +92,13 @@ def accuracy(scores_better: Floats, scores_worse: Floats) -> float:
     return float(np.where(scores_better == scores_worse, 0.5, scores_better > scores_worse).mean())
 
 
-def _features(text: str) -> list[tuple[str, ...]]:
-    """Words and pairs of neighbouring words."""
+def _features(text: str) -> list[str]:
+    """Words, and the beginnings of longer ones with a hyphen, which words of one stem have in common."""
     found = words(text)
-    return [*((word,) for word in found), *itertools.pairwise(found)]
+    return [*found, *(f"{word[:STEM]}-" for word in found if len(word) > STEM)]
 
 
-def _vectors(texts: Sequence[str], columns: Mapping[tuple[str, ...], int], inverse: Floats) -> Any:
+def _vectors(texts: Sequence[str], columns: Mapping[str, int], inverse: Floats) -> Any:
     """TF-IDF vectors of length 1, [texts, features], sparse; 0 for a text without a known word."""
     indices: list[int] = []
     values: list[float] = []
