@@ -36,7 +36,7 @@ DOCS = ROOT / "docs"
 # Entries of the lab notebook are as of their day.
 PAGES = [path for path in sorted(DOCS.rglob("*.md")) if path.name != "lab-notebook.md"]
 # Programs of others, which the pages name too.
-OTHERS = {"source", "rsync", "vllm", "llama-cli", "python convert_hf_to_gguf.py"}
+OTHERS = {"source", "rsync", "head", "pip download", "vllm", "llama-cli", "python convert_hf_to_gguf.py"}
 OTHERS_FLAGS = {
     "--allow-root",
     "--peer-python",

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import rich.console
+import rich.table
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import EpisodeConfig, OptimConfig
@@ -32,14 +34,13 @@ from rlhf_jax.runs.locks import hold
 from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 
-def stage_settings(config: RecipeConfig, name: str, *, save_every: int) -> dict[str, Any]:
+def stage_settings(config: RecipeConfig, name: str) -> dict[str, Any]:
     """Settings that every stage's config takes from the recipe's."""
     return {
         "out": str(config.folder / name),
         "seed": config.seed,
         "devices": config.devices,
         "pmap": config.pmap,
-        "save_every": save_every,
     }
 
 
@@ -51,11 +52,22 @@ def adamw(rate: float, **changes: Any) -> OptimConfig:
 def run(config: RecipeConfig) -> None:
     """Runs the recipe with one seed, or with several and reports the medians."""
     with hold(config.folder) if processes.is_first() else contextlib.nullcontext():
-        _run(config)
+        use_cpu_devices(config.devices)
+        run_seeds(config, run_seed, figures_table)
 
 
-def _run(config: RecipeConfig) -> None:
-    use_cpu_devices(config.devices)
+def run_seeds(
+    config: RecipeConfig,
+    run_seed: Callable[[RecipeConfig], None],
+    figures_table: Callable[[dict[str, Any], str], rich.table.Table],
+) -> None:
+    """Runs a recipe with each of its seeds, and reports the medians of several.
+
+    Args:
+      config: settings.
+      run_seed: the recipe with one seed, which writes summary.json.
+      figures_table: the table of a summary, under a title.
+    """
     if config.seeds == 1:
         run_seed(config)
         return
@@ -91,7 +103,8 @@ def run_seed(config: RecipeConfig) -> None:
     announce("1  pretrain: every token of raw text")
     pretrained = pretrain.run(
         pretrain.Config(
-            **stage_settings(config, "pretrain", save_every=400),
+            **stage_settings(config, "pretrain"),
+            save_every=400,
             batch=size.pretrain_batch,
             steps=size.pretrain_steps,
             row_length=size.row_length,
@@ -107,7 +120,8 @@ def run_seed(config: RecipeConfig) -> None:
     limit = size.prompt_tokens + size.response_tokens
     tuned = sft.run(
         sft.Config(
-            **stage_settings(config, "sft", save_every=400),
+            **stage_settings(config, "sft"),
+            save_every=400,
             init=str(pretrained.run.path),
             batch=size.sft_batch,
             steps=size.sft_steps,
@@ -156,7 +170,8 @@ def run_seed(config: RecipeConfig) -> None:
 
     optimised = ppo.run(
         ppo.Config(
-            **stage_settings(config, "ppo", save_every=20),
+            **stage_settings(config, "ppo"),
+            save_every=20,
             init=str(tuned.run.path),
             reward=str(judged.run.path),
             batch=size.episodes,
@@ -243,7 +258,8 @@ def train_reward(
     steps = max(len(rankings) // size.reward_batch, 1)
     return reward.run(
         reward.Config(
-            **stage_settings(config, name, save_every=0),
+            **stage_settings(config, name),
+            save_every=0,
             init=str(tuned.run.path),
             backbone=backbone,
             batch=size.reward_batch,

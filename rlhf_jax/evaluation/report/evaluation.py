@@ -229,7 +229,9 @@ def _rewards(content: Content) -> str:
             + table("By length, better minus worse", ("Characters", "Accuracy", "Longer wins", "Pairs"), by_length)
             + "</div>"
         )
-    bands = table("Accuracies to expect", ("Comparisons", "Accuracy", "Source"), [tuple(map(text, b)) for b in BANDS])
+    own = [(what, cell(accuracy), source) for what, accuracy, source in content.get("bands", ())]
+    expected = [tuple(map(text, band)) for band in (*own, *BANDS)]
+    bands = table("Accuracies to expect", ("Comparisons", "Accuracy", "Source"), expected)
     return section(
         "rewards",
         "Reward models",
