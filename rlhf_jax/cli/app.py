@@ -29,6 +29,7 @@ COMMANDS = {
     "score": "Score answers, or check comparisons, with a reward model.",
     "report": "Put runs side by side in one HTML report.",
     "evaluate": "Compare models: win rates, KL, perplexity, diversity, best-of-n, reward-model accuracy.",
+    "experiment": "Run an experiment on a claim about RLHF in a small world: made-up answers, or the KL penalty.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
     "label": "Serve the web page on which people rate and rank responses.",
     "feedback": "Measure agreement, export, add AI labels, or choose the next items to label.",
