@@ -31,6 +31,7 @@ COMMANDS = {
     "report": "Put runs side by side in one HTML report.",
     "evaluate": "Compare models: win rates, KL, perplexity, diversity, best-of-n, reward-model accuracy.",
     "doctor": "Diagnose a run on its own data: what is wrong, by which metric, and what to try.",
+    "experiment": "Run an experiment on a claim about RLHF in a small world: made-up answers, or the KL penalty.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
     "sample": "Sample answers and keep the best, pairs or all of them as training data.",
     "task": "Write the data of a task whose answers are verified: sums, or one of reasoning-gym.",
