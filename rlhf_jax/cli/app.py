@@ -30,6 +30,7 @@ COMMANDS = {
     "score": "Score answers, or check comparisons, with a reward model.",
     "report": "Put runs side by side in one HTML report.",
     "evaluate": "Compare models: win rates, KL, perplexity, diversity, best-of-n, reward-model accuracy.",
+    "compare-methods": "Train PPO, RLOO, GRPO, DPO and more from one recipe, and compare them at the same KL.",
     "doctor": "Diagnose a run on its own data: what is wrong, by which metric, and what to try.",
     "experiment": "Run an experiment on a claim about RLHF in a small world: made-up answers, or the KL penalty.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
@@ -187,7 +188,7 @@ def _find(arguments: list[str]) -> tuple[str, Any, list[str]]:
         print(f"rlhf-jax {__version__}")
         sys.exit(0)
     _refuse_unknown("rlhf-jax", found, COMMANDS)
-    command: Any = importlib.import_module(f"rlhf_jax.cli.{found}")
+    command: Any = importlib.import_module(f"rlhf_jax.cli.{found.replace('-', '_')}")
     if not hasattr(command, "COMMANDS"):
         return found, command, arguments[1:]
     inner = arguments[1] if len(arguments) > 1 else ""

@@ -162,7 +162,9 @@ class Subject:
         asked = [*known, *unknown]
         return asked, self.world.words.prompts([self.world.ask(question) for question in asked], ASKED), draw
 
-    def by_comparisons(self, start: Params, optimise: Optimise, *, abstentions: bool) -> tuple[Params, dict[str, float]]:
+    def by_comparisons(
+        self, start: Params, optimise: Optimise, *, abstentions: bool
+    ) -> tuple[Params, dict[str, float]]:
         """RLHF with a reward model from comparisons of four sampled answers: right before wrong, equal ones tied.
 
         With `abstentions`, one is between the two; else it is in no comparison.
@@ -198,7 +200,9 @@ class Subject:
         raw = scores([i // 4 for i in range(len(texts))], texts)
         mean, scale = float(raw.mean()), float(raw.std())
         told = {
-            name: float(np.mean((raw - mean)[chosen]) / scale) if (chosen := verdicts.ravel() == value).any() else np.nan
+            name: float(np.mean((raw - mean)[chosen]) / scale)
+            if (chosen := verdicts.ravel() == value).any()
+            else np.nan
             for name, value in (("right", 1), ("abstained", 0), ("wrong", -1))
         }
         return self._rewarded(start, optimise, lambda *given: ((scores(*given) - mean) / scale).tolist()), told

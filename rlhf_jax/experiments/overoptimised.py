@@ -189,7 +189,9 @@ def one_seed(lab: Lab, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
             watch=watch,
         )
         last = points[-1]
-        say(f"  β {beta:g}: KL {last['kl']:.1f}, proxy {last['proxy']:.2f}, gold {last['gold']:.2f}: {last['answers'][0]}")
+        say(
+            f"  β {beta:g}: KL {last['kl']:.1f}, proxy {last['proxy']:.2f}, gold {last['gold']:.2f}: {last['answers'][0]}"
+        )
         runs[beta] = points
     return {
         "accuracy": accuracy,

@@ -243,10 +243,11 @@ def best_step(folder: Path) -> int | None:
     return max(values)[1] if values else None
 
 
-def load_params(folder: Path, which: Literal["last", "best"] = "last") -> dict[str, Any]:
-    """Loads the parameters of the last or best step, as nested dicts of numpy arrays.
+def load_params(folder: Path, which: Literal["last", "best"] | int = "last") -> dict[str, Any]:
+    """Loads the parameters of the last, the best or a given step, as nested dicts of numpy arrays.
 
-    A damaged step is reported in a warning, and the newest intact one is used. Without a best step the last is used.
+    A damaged step is reported in a warning, and the newest intact one is used, but not in place of a given step.
+    Without a best step the last is used.
 
     Raises:
       UserError: if there is no intact step.
@@ -254,7 +255,8 @@ def load_params(folder: Path, which: Literal["last", "best"] = "last") -> dict[s
     folder = folder.absolute()
     steps = saved_steps(folder)
     best = best_step(folder) if which == "best" else None
-    for step in [*([] if best is None else [best]), *(step for step in reversed(steps) if step != best)]:
+    wanted = [*([] if best is None else [best]), *(step for step in reversed(steps) if step != best)]
+    for step in [which] if isinstance(which, int) else wanted:
         path = folder / _name(step)
         try:
             verify(path, "params")
