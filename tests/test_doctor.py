@@ -349,6 +349,11 @@ def test_each_sick_model_is_found_by_its_check(root: Path, tmp_path: Path, monke
     judge = open_source(str(root / "reward"), stages=("reward",)).params()
     constant = {**judge, "score": jax.tree.map(jnp.zeros_like, judge["score"])}
     write_run(tmp_path / "constant", "reward", constant, MODEL, BYTES)
+    base = jax.tree.map(np.asarray, open_source(str(root / "sft"), stages=("sft",)).params())
+    base["embedding"] = np.where(np.arange(32) == 3, np.nan, base["embedding"])
+    write_run(tmp_path / "nan", "sft", base, MODEL, BYTES)
+    found = checked(open_patient(str(tmp_path / "nan")), "parameters")
+    assert "parameter 'embedding': expected finite numbers" in found["parameters"]
     asked = [f"{number} {word}:" for number in range(12) for word in WORDS]
     longer = [{"prompt": prompt, "chosen": " a long one!", "rejected": " no?"} for prompt in asked]
     exchanged = [{"prompt": prompt, "chosen": " red?", "rejected": " red!"} for prompt in asked]

@@ -73,6 +73,19 @@ def most(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
     return max(gaps) if all(map(np.isfinite, gaps)) else float("inf")
 
 
+def parameters(patient: Patient) -> Measured:
+    """Whether the parameters can be read, and are finite."""
+    if patient.source is None:
+        if patient.run is None or not patient.run.finished:
+            raise LeftOut(patient.unread)
+        return Measured(False, patient.unread)
+    leaves = jax.tree.leaves(patient.params)
+    finite = all(bool(jax.numpy.isfinite(leaf).all()) for leaf in leaves)
+    return Measured(
+        finite, f"{sum(leaf.size for leaf in leaves):,} numbers, {'all finite' if finite else 'not all finite'}"
+    )
+
+
 def left_padding(patient: Patient) -> Measured:
     """Log-probabilities, or scores, with padding of random tokens before the rows."""
     if patient.scalar:
@@ -220,6 +233,14 @@ def _length(row: tuple[Sequence[int], Sequence[bool]]) -> int:
 
 BUG = "a fault of the program or of the model's files, not of a setting: report it with this line"
 NETWORK = (
+    Check(
+        "parameters",
+        "the parameters that later stages take",
+        "can be read, and are finite",
+        "train the model again, or copy the whole folder again",
+        ("language", "scalar"),
+        parameters,
+    ),
     Check(
         "left-padding",
         "largest change by random tokens in the padding before a row",
