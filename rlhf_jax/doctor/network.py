@@ -27,8 +27,8 @@ from rlhf_jax.stages import reward, sft
 ROUNDING = 1e-3
 # Relative difference of two gradients of the same batch.
 GRADIENT = 1e-3
-# Larger models take longer than a minute for two gradients on a CPU, and more memory than many machines have.
-MOST_PARAMETERS = 2**28
+# Larger models take most of a minute for two gradients on a CPU, and four times their memory.
+MOST_PARAMETERS = 2**26
 
 
 def laid_out(patient: Patient, *, left: bool, garbage: bool) -> tuple[np.ndarray, np.ndarray]:
