@@ -147,6 +147,7 @@ CURVE_BUGS: list[tuple[str, int, dict[str, Any], str]] = [
     ("score-scale", 4, {"score": 50.0}, "score is 50 deviations"),
     ("over-optimisation", 24, {"eval/gold": 3.0, "score": 2.0}, "eval/gold fell from 5.54 to 3 while score rose"),
     ("gold-flat", 35, {"eval/gold": 4.0}, "score 0.338, then 1.26; eval/gold 4, then 4"),
+    ("gold-flat", 40, {"eval/gold": 5.0}, "eval/gold 5, then 5"),
     ("skipped-steps", 1, {"policy_skipped": 0.5}, "policy_skipped 0.5, first at step 40"),
     ("skipped-steps", 1, {"nonfinite": 0.1}, "nonfinite 0.1, first at step 40"),
     ("first-iteration", 40, {"first_ratio_error": 0.02}, "first_ratio_error 0.02, kl 0"),
@@ -348,6 +349,11 @@ def test_each_sick_model_is_found_by_its_check(root: Path, tmp_path: Path, monke
     judge = open_source(str(root / "reward"), stages=("reward",)).params()
     constant = {**judge, "score": jax.tree.map(jnp.zeros_like, judge["score"])}
     write_run(tmp_path / "constant", "reward", constant, MODEL, BYTES)
+    base = jax.tree.map(np.asarray, open_source(str(root / "sft"), stages=("sft",)).params())
+    base["embedding"] = np.where(np.arange(32) == 3, np.nan, base["embedding"])
+    write_run(tmp_path / "nan", "sft", base, MODEL, BYTES)
+    found = checked(open_patient(str(tmp_path / "nan")), "parameters")
+    assert "parameter 'embedding': expected finite numbers" in found["parameters"]
     asked = [f"{number} {word}:" for number in range(12) for word in WORDS]
     longer = [{"prompt": prompt, "chosen": " a long one!", "rejected": " no?"} for prompt in asked]
     exchanged = [{"prompt": prompt, "chosen": " red?", "rejected": " red!"} for prompt in asked]

@@ -45,6 +45,11 @@ def encoded(patient: Patient) -> list[Encoded]:
     return [Encoded(record, row) for record, row in zip(rows.sources, rows.rows, strict=True)]
 
 
+def targets_of(row: Row) -> list[int]:
+    """The tokens of a row that are learned."""
+    return [id for id, target in zip(*row, strict=True) if target]
+
+
 def shares(found: Iterable[tuple[bool, str]]) -> tuple[int, int, str]:
     """(number of rows, number that are wrong, where the first of these is)."""
     listed = list(found)
@@ -58,10 +63,7 @@ def eos_learned(patient: Patient) -> Measured:
     if not any(isinstance(record, Dialogue) or record.ended for record, _ in encoded(patient)):
         return Measured(False, "all answers are marked as cut, so that none has an end")
     total, wrong, first = shares(
-        (
-            (targets := [id for id, target in zip(*row, strict=True) if target])[-1:] != [] and targets[-1] in stops,
-            record.where,
-        )
+        (any(id in stops for id in targets_of(row)[-1:]), record.where)
         for record, row in encoded(patient)
         if isinstance(record, Dialogue) or record.ended
     )
@@ -93,7 +95,7 @@ def loss_mask(patient: Patient) -> Measured:
 
 
 def _only_answers(record: Demonstration | Dialogue, row: Row, tokenizer: TextTokenizer) -> bool:
-    targets = [id for id, target in zip(*row, strict=True) if target]
+    targets = targets_of(row)
     if not targets:
         return isinstance(record, Dialogue) and len(record.unlearned) > 0
     learned = tokenizer.decode([id for id in targets if id not in tokenizer.special_ids])

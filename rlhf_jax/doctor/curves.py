@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -53,14 +52,18 @@ def warm_up(patient: Patient) -> Measured:
 
 def over_fit(patient: Patient) -> Measured:
     """Share of what training gained on held-out rows that it lost again."""
-    found = lost_again(patient.metrics, patient.summary.get("heldout_response_nll_before"))
+    before = patient.summary.get("heldout_response_nll_before")
+    found = lost_again(patient.metrics, before)
     if found is None:
         raise LeftOut("fewer than two evaluations on held-out rows")
     best, last, share = found
     gained = "nothing was gained" if math.isinf(share) else f"{share:.0%} of the gain is lost again"
     released = patient.summary.get("released_step")
     taken = "" if released is None else f"; later stages take step {released:,}"
-    return Measured(share <= LOST_AGAIN, f"held-out loss {best:.3f} at best, {last:.3f} at the end: {gained}{taken}")
+    start = "" if before is None else f"{before:.3f} before, "
+    return Measured(
+        share <= LOST_AGAIN, f"held-out loss {start}{best:.3f} at best, {last:.3f} at the end: {gained}{taken}"
+    )
 
 
 def loss_falls(patient: Patient) -> Measured:
@@ -96,10 +99,13 @@ def first_iteration(patient: Patient) -> Measured:
     names = ["first_ratio_error"] if patient.ppo.reference else ["first_ratio_error", "kl"]
     if patient.stage == "preference":
         config = {} if patient.run is None else patient.run.config
-        if not METHODS[config["method"]].reference or config.get("reference"):
+        method = METHODS.get(config.get("method", ""))
+        if method is None or not method.reference or config.get("reference"):
             raise LeftOut("the method has no reference model, or another than the initial policy")
         names = ["margin"]
     found = {name: rows[0][name] for name in names if rows[0].get(name) is not None}
+    if not found:
+        raise LeftOut(f"the row of step 1 has no {' and no '.join(names)}")
     return Measured(
         all(abs(value) <= FIRST for value in found.values()),
         ", ".join(f"{name} {value:.2g}" for name, value in found.items()),
@@ -170,7 +176,9 @@ def gold_flat(patient: Patient) -> Measured:
     for name, values in judged:
         later = values[1:]
         gain = statistics.fmean(later[-max(len(later) // 3, 1) :]) - values[0]
-        wobble = statistics.median([abs(b - a) for a, b in itertools.pairwise(later)])
+        # Deviation of the noise alone: second differences leave out a trend, and are √6 times as wide.
+        bends = np.abs(np.diff(later, 2))
+        wobble = float(np.median(bends)) / 0.67 / math.sqrt(6) if len(bends) else 0.0
         flat = gain <= max(2 * wobble, MARGIN * abs(values[0]))
         healthy &= not flat or last - first <= 3 * noise
         found.append(f"{name} {values[0]:.3g}, then {values[0] + gain:.3g}")

@@ -27,8 +27,8 @@ from rlhf_jax.stages import reward, sft
 ROUNDING = 1e-3
 # Relative difference of two gradients of the same batch.
 GRADIENT = 1e-3
-# Larger models take longer than a minute for two gradients on a CPU, and more memory than many machines have.
-MOST_PARAMETERS = 2**28
+# Larger models take most of a minute for two gradients on a CPU, and four times their memory.
+MOST_PARAMETERS = 2**26
 
 
 def laid_out(patient: Patient, *, left: bool, garbage: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -71,6 +71,19 @@ def most(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
     """Largest difference; infinite if a number is not finite."""
     gaps = [float(np.abs(a - b).max(initial=0.0)) for a, b in zip(first, second, strict=True)]
     return max(gaps) if all(map(np.isfinite, gaps)) else float("inf")
+
+
+def parameters(patient: Patient) -> Measured:
+    """Whether the parameters can be read, and are finite."""
+    if patient.source is None:
+        if patient.run is None or not patient.run.finished:
+            raise LeftOut(patient.unread)
+        return Measured(False, patient.unread)
+    leaves = jax.tree.leaves(patient.params)
+    finite = all(bool(jax.numpy.isfinite(leaf).all()) for leaf in leaves)
+    return Measured(
+        finite, f"{sum(leaf.size for leaf in leaves):,} numbers, {'all finite' if finite else 'not all finite'}"
+    )
 
 
 def left_padding(patient: Patient) -> Measured:
@@ -220,6 +233,14 @@ def _length(row: tuple[Sequence[int], Sequence[bool]]) -> int:
 
 BUG = "a fault of the program or of the model's files, not of a setting: report it with this line"
 NETWORK = (
+    Check(
+        "parameters",
+        "the parameters that later stages take",
+        "can be read, and are finite",
+        "train the model again, or copy the whole folder again",
+        ("language", "scalar"),
+        parameters,
+    ),
     Check(
         "left-padding",
         "largest change by random tokens in the padding before a row",

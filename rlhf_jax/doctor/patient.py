@@ -202,8 +202,6 @@ def open_patient(spec: str, *, data: Sequence[str] = (), columns: Sequence[str] 
         # Read here, so that a run without a checkpoint is one without a model and not an error in each check.
         source.own()
     except UserError as error:
-        if run.finished:
-            raise
-        source, unread = None, f"the run is not finished: {error}"
+        source, unread = None, str(error) if run.finished else f"the run is not finished: {error}"
     records = records_of(run, run.tokenizer, data, columns, scalar=scalar)
     return Patient(spec, run.stage, run.tokenizer, scalar, run, source, unread, read_rows(run.metrics), records)

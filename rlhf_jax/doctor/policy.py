@@ -202,7 +202,8 @@ def sampled(patient: Patient) -> dict[str, float]:
 def answers_end(patient: Patient) -> Measured:
     """Fresh answers that are cut at the limit."""
     missing, room = sampled(patient)["missing_end"], rolled(patient).room
-    known = patient.stage == "ppo" or bool(patient.records.demonstrations)
+    # A published model was not trained on these rows: its answers may be longer.
+    known = patient.stage == "ppo" or (patient.stage != "published" and bool(patient.records.demonstrations))
     if missing > ANSWERS_CUT and (rolled(patient).capped or not known):
         raise LeftOut(f"{missing:.0%} have no end within {room} tokens, but answers may be longer")
     return Measured(missing <= ANSWERS_CUT, f"{missing:.0%} of the answers have no end within {room} tokens")
