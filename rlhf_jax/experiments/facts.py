@@ -93,7 +93,14 @@ class World:
         templates = " ".join(text for pair in _STATEMENTS for text in pair) + " " + " ".join(_QUESTIONS)
         plain = templates.format_map({"name": "", "value": ""}).split()
         self.words = Words(
-            [*plain, *ABSTENTION.split(), *CAREFUL.split(), *(value for row in _VALUES for value in row), *sorted(self._names), "met"]
+            [
+                *plain,
+                *ABSTENTION.split(),
+                *CAREFUL.split(),
+                *(value for row in _VALUES for value in row),
+                *sorted(self._names),
+                "met",
+            ]
         )
         self.value_ids = np.array([[self.words.encode(value)[0] for value in row] for row in _VALUES])
 
