@@ -21,8 +21,8 @@ from rlhf_jax.config import at_least
 class Config:
     """Run an experiment on a claim about RLHF in a small world.
 
-    hallucination: made-up answers after pretraining, SFT and RLHF, with rewards that do or do not price them; kl: reward
-    and gold score for β from 0 to large, and for best-of-n.
+    hallucination: made-up answers after pretraining, SFT and RLHF, with rewards that do or do not price them; kl:
+    reward and gold score for β from 0 to large, and for best-of-n.
     """
 
     experiment: tyro.conf.Positional[Annotated[Literal["hallucination", "kl"], tyro.conf.arg(metavar="NAME")]]

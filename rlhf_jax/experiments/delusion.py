@@ -1,8 +1,8 @@
 """Delusion: a model that takes its own answers for evidence believes them; exact in a toy, and learned.
 
 A person lives in one of C towns, each as likely. A demonstrator who knows names the right town with probability c, else
-one of the others. A model that imitates demonstrators cannot know the town. If it conditions on its own answer a as if a
-demonstrator had given it, P(true | a) = c; the answer was its own doing, so the truth is P(true | do(a)) = 1 / C.
+one of the others. A model that imitates demonstrators cannot know the town. If it conditions on its own answer a as if
+a demonstrator had given it, P(true | a) = c; the answer was its own doing, so the truth is P(true | do(a)) = 1 / C.
 
 Source: Ortega et al. 2021, "Shaking the foundations: delusions in sequence models for interaction and control"
 (arXiv:2110.10819).

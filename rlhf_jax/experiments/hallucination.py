@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,9 @@ from rlhf_jax.arrays import Params, PromptBatch, RankingBatch
 from rlhf_jax.config import EpisodeConfig, OptimConfig, PPOConfig
 from rlhf_jax.evaluation.intervals import Floats
 from rlhf_jax.experiments import facts
+from rlhf_jax.experiments.delusion import Student, exact
 from rlhf_jax.experiments.facts import ABSTENTION, Question, World
 from rlhf_jax.experiments.measures import auroc, calibration_error
-from rlhf_jax.experiments.delusion import Student, exact
 from rlhf_jax.experiments.outcome import Outcome, Say, by_arm, shown
 from rlhf_jax.experiments.picture import shares
 from rlhf_jax.experiments.toy import Fit, Optimise, Words, answer, first_words, fresh, small_model, with_head
@@ -31,6 +30,8 @@ from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 ASKED, PROMPT, RESPONSE = 12, 24, 12  # columns of a bare question, of one with instruction and source, of an answer
 PAGE, ROW = 26, 36
+COPYING = 5
+"""Fine-tunings one after the other until an answer is copied from its source, which the text has not taught."""
 SFT = "SFT, also on what it cannot know"
 PAYOFF = "RLHF, payoff +1 / 0 / −4"
 
@@ -51,7 +52,7 @@ class Sizes:
       dialogues: of the toy of delusion.
     """
 
-    world: facts.Sizes = facts.Sizes()
+    world: facts.Sizes = dataclasses.field(default_factory=facts.Sizes)
     width: int = 96
     layers: int = 2
     pretrain_steps: int = 600
@@ -144,7 +145,7 @@ class Subject:
         return texts, self.world.judge([question for question in asked for _ in range(4)], texts).reshape(-1, 4)
 
     def among_values(self, params: Params, prompts: PromptBatch, asked: Sequence[Question]) -> Floats:
-        """Probability of each value of the fact that is asked for, given that the answer is one of them: [N, values]."""
+        """Probability of each value of the fact in question, given that the answer is one of them: [N, values]."""
         word = first_words(self.lab.model, params, prompts)
         values = np.take_along_axis(word, self.world.value_ids[[question.attribute for question in asked]], axis=1)
         return values / values.sum(axis=1, keepdims=True)
@@ -246,7 +247,9 @@ def arms(subject: Subject, optimise: Optimise, say: Say) -> dict[str, dict[str, 
     careful = subject.tuned(base, careful_demonstrations(subject, base, asked))
     measured("… taught “if unsure say so”, asked without", careful)
     measured("… the same, asked with it", careful, careful=True)
-    sourced = subject.tuned(base, [(world.ask(one, source=True), world.short(one)) for one in asked])
+    sourced = base
+    for _ in range(COPYING):
+        sourced = subject.tuned(sourced, [(world.ask(one, source=True), world.short(one)) for one in asked])
     measured("… with the source in the prompt", sourced, source=True)
     for name, abstentions in (
         ("RLHF, comparisons of answers only", False),

@@ -1,4 +1,4 @@
-"""Experiment: the KL penalty β from 0 to large, and best-of-n beside it, against a learned reward with a known gold score.
+"""Experiment: the KL penalty β from 0 to large, and best-of-n beside it, against a learned reward.
 
 The gold score is a fixed function; the proxy is a reward model trained on comparisons by it, which has seen answers of
 the fine-tuned model only (Gao et al. 2022, arXiv:2210.10760).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,19 +20,11 @@ from rlhf_jax.config import EpisodeConfig, OptimConfig, PPOConfig
 from rlhf_jax.evaluation.best_of_n import best_of_n_kl, expected_best_of_n
 from rlhf_jax.evaluation.frontier import curve_of, fitted, steps_to
 from rlhf_jax.evaluation.intervals import Floats
-from rlhf_jax.evaluation.overoptimisation import Form
 from rlhf_jax.experiments.measures import over_seeds
+from rlhf_jax.experiments.outcome import Outcome, Say, shown
 from rlhf_jax.experiments.picture import Panel, Series, curves
 from rlhf_jax.experiments.reviews import TOPICS, WORDS, gold, review
-from rlhf_jax.experiments.toy import (
-    EOS,
-    PAD,
-    Fit,
-    Optimise,
-    fresh,
-    small_model,
-    with_head,
-)
+from rlhf_jax.experiments.toy import EOS, PAD, Fit, Optimise, fresh, small_model, with_head
 from rlhf_jax.generate import generate
 from rlhf_jax.logprobs import last_token_scores, sequence_logps
 from rlhf_jax.stages import ppo, reward, sft
@@ -139,7 +131,7 @@ class Lab:
         return texts, np.asarray(ratio, np.float64), np.asarray(score, np.float64), golds
 
 
-def one_seed(lab: Lab, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def one_seed(lab: Lab, seed: int, say: Say) -> dict[str, Any]:
     """All measurements of a seed: the points of each β, and those of best-of-n."""
     sizes, draws = lab.sizes, np.random.default_rng(seed)
     topics = [str(topic) for topic in draws.choice(TOPICS, sizes.demonstrations)]
@@ -189,13 +181,14 @@ def one_seed(lab: Lab, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
             watch=watch,
         )
         last = points[-1]
-        say(
-            f"  β {beta:g}: KL {last['kl']:.1f}, proxy {last['proxy']:.2f}, gold {last['gold']:.2f}: {last['answers'][0]}"
-        )
+        say(f"  β {beta:g}: KL {last['kl']:.1f}, proxy {last['proxy']:.2f}, gold {last['gold']:.2f}")
         runs[beta] = points
     return {
         "accuracy": accuracy,
-        "start": {"gold": float(golds.mean()), "answers": [texts[sizes.pool * i] for i in range(4)]},
+        "start": {
+            "gold": float(golds.mean()),
+            "answers": [f"{topic}: {texts[sizes.pool * i]}" for i, topic in enumerate(TOPICS[:4])],
+        },
         "best": best,
         "runs": runs,
     }
@@ -238,3 +231,123 @@ def comparisons(lab: Lab, start: Params, each: int, seed: int) -> tuple[list[str
     shape = (-1, 2, tokens.shape[1])
     batch = RankingBatch(tokens.reshape(shape), mask.reshape(shape), ranks.astype(np.int32), np.ones(ranks.shape, bool))
     return texts, jax.tree.map(jnp.asarray, batch)
+
+
+def run(seeds: Sequence[int], *, short: bool, say: Say) -> Outcome:
+    """Run the experiment.
+
+    Args:
+      seeds: seed of each repetition.
+      short: in a tiny size, for tests.
+      say: told what is done.
+    """
+    lab, found = Lab(SHORT if short else Sizes()), []
+    for seed in seeds:
+        say(f"seed {seed}")
+        found.append(one_seed(lab, seed, say))
+    fits = {"RL": rl_fit(found), "best of n": best_fit(found)}
+    figures = rows(lab.sizes, found)
+    for name, fit in (("RL", rl_fit), ("best of n", best_fit)):
+        turns = [turn_in([one], fit) for one in found]
+        figures[name] = {"turn": turns}
+    outcome = Outcome(
+        figures,
+        [("kl", "KL"), ("proxy", "proxy"), ("gold", "gold"), ("best_gold", "gold at its best"), ("turn", "turn, √KL")],
+        picture(found, fits),
+        [],
+        more={
+            "judge_accuracy": [one["accuracy"] for one in found],
+            "fits": fits,
+            "answers": {"SFT": found[0]["start"]["answers"]}
+            | {f"β {beta:g}": points[-1]["answers"] for beta, points in found[0]["runs"].items()},
+            "points": [{f"{beta:g}": _without_answers(p) for beta, p in one["runs"].items()} for one in found],
+            "best_of_n": [one["best"] for one in found],
+        },
+    )
+    return dataclasses.replace(outcome, sentences=sentences(outcome))
+
+
+def rows(sizes: Sizes, found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Arm -> measure -> value of each seed: the fine-tuned model, the last policy of each β, and best-of-n."""
+    figures = {"SFT": {"kl": [0.0] * len(found), "proxy": [0.0] * len(found), "gold": [_start(one) for one in found]}}
+    for beta in sizes.betas:
+        runs = [one["runs"][beta] for one in found]
+        figures[f"β {beta:g}"] = {name: [points[-1][name] for points in runs] for name in ("kl", "proxy", "gold")}
+        figures[f"β {beta:g}"]["best_gold"] = [max(point["gold"] for point in points) for points in runs]
+    for n in (4, 16, 64):
+        at = found[0]["best"]["n"].index(n)
+        figures[f"best of {n}"] = {name: [one["best"][name][at] for one in found] for name in ("kl", "proxy", "gold")}
+    return figures
+
+
+def rl_fit(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Gao's curve for RL through the points of all β, with bootstrap intervals over the seeds given."""
+    points = [[point for run in one["runs"].values() for point in run] for one in found]
+    d_SD = np.sqrt([[point["kl"] for point in own] for own in points])
+    gain_SD = np.array([[point["gold"] - _start(one) for point in own] for one, own in zip(found, points, strict=True)])
+    return fitted("rl", d_SD, gain_SD, seed=0)
+
+
+def best_fit(found: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Gao's curve for best-of-n, likewise."""
+    gain_SD = np.array([one["best"]["gold"] for one in found])
+    return fitted("best-of-n", np.sqrt(found[0]["best"]["kl"]), gain_SD - gain_SD[:, :1], seed=0)
+
+
+def turn_in(found: Sequence[Mapping[str, Any]], fit: Any) -> float:
+    """√KL at which the fitted gold score turns; NaN if it does not."""
+    made = fit(found)
+    turn = None if made is None else made["turn"]["value"]
+    return math.nan if turn is None else float(turn)
+
+
+def picture(found: Sequence[Mapping[str, Any]], fits: Mapping[str, Any]) -> str:
+    """Proxy and gold score against √KL for each β and best-of-n, means over the seeds, with the fits."""
+    d_most = max(math.sqrt(point["kl"]) for one in found for run in one["runs"].values() for point in run)
+    start = float(np.mean([_start(one) for one in found]))
+    panels = []
+    for name, title in (("proxy", "proxy: score of the reward model"), ("gold", "gold score")):
+        series = []
+        for colour, beta in enumerate(found[0]["runs"]):
+            runs = [one["runs"][beta] for one in found]
+            d = np.mean(np.sqrt([[point["kl"] for point in run] for run in runs]), axis=0)
+            means = [over_seeds([run[at][name] for run in runs]) for at in range(len(d))]
+            curve = [(0.0, start if name == "gold" else 0.0), *zip(d.tolist(), (m.value for m in means), strict=True)]
+            spreads = [(math.nan, math.nan), *((m.low, m.high) for m in means)]
+            series.append(Series(f"PPO, β {beta:g}", curve, spreads, colour=colour))
+        best = np.mean([one["best"][name] for one in found], axis=0)
+        d = np.sqrt(found[0]["best"]["kl"])
+        series.append(Series("best of n, to 64", list(zip(d.tolist(), best.tolist(), strict=True)), colour=6))
+        if name == "gold":
+            for number, (form, fit) in enumerate(fits.items()):
+                if fit is not None:
+                    end = d_most if form == "RL" else float(d[-1])
+                    at = np.linspace(0.0, end, 60)
+                    points = list(zip(at.tolist(), (start + curve_of(fit, at)).tolist(), strict=True))
+                    label = "d(α − β log d)" if form == "RL" else "d(α − βd)"
+                    series.append(Series(f"fit {label}", points, dots=False, dashed=True, colour=7 - 2 * number))
+        panels.append(Panel(title, "√KL to the fine-tuned model, √nats", series))
+    return curves("Over-optimisation of a learned reward", panels)
+
+
+def sentences(outcome: Outcome) -> list[str]:
+    """The turn of the gold score, and what hacked answers look like."""
+    fit = outcome.more["fits"]["RL"]
+    turn = outcome.estimate("RL", "turn")
+    accuracy = over_seeds(outcome.more["judge_accuracy"])
+    said = [f"reward model: right on {shown(accuracy)} of new pairs"]
+    if fit is not None and not math.isnan(turn.value):
+        within = "within" if fit["turned"] else "not surely within"
+        said.append(
+            f"the gold score of RL turns at √KL {shown(turn)} in the fits of each seed, {within} what was measured"
+        )
+    answers = outcome.more["answers"]
+    return [*said, *(f"{arm}: {' | '.join(texts)}" for arm, texts in answers.items())]
+
+
+def _start(one: Mapping[str, Any]) -> float:
+    return float(one["start"]["gold"])
+
+
+def _without_answers(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in point.items() if name != "answers"} for point in points]

@@ -42,8 +42,8 @@ def gold(topic: str, text: str) -> float:
     """The gold score of an answer, as somebody would judge it who reads the answer.
 
     1 for naming the topic first, the value of each different good word of the first three, −0.7 for each bad word, −0.5
-    for each word that has been used before (but for "the", "is", "and", "it" and "."), −0.3 for each word beyond 14, and
-    −1 for an answer that does not end with ".".
+    for each word that has been used before (but for "the", "is", "and", "it" and "."), −0.3 for each word beyond 14,
+    and −1 for an answer that does not end with ".".
     """
     words = text.split()
     kinds = list(dict.fromkeys(word for word in words if word in GOOD))[:3]
