@@ -311,6 +311,15 @@ def test_help_and_a_wrong_flag_of_every_command_answer_without_jax() -> None:
     subprocess.run([sys.executable, "-c", NO_JAX], check=True, cwd=Path(__file__).parents[1])
 
 
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    # As of `rlhf-jax sft --help | head`.
+    command = [sys.executable, "-m", "rlhf_jax", "sft", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141
+
+
 def test_commands_are_found_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, status, text in (
         (["--version"], 0, "rlhf-jax "),
