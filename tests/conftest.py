@@ -43,9 +43,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 # The files that take longest, which start first: with two workers, each taking whole files, none ends long before the
 # other.
 LONGEST = (
-    "test_distributed test_notebooks test_scripts test_reward_runs test_generate test_cache test_sources test_parallel "
-    "test_compilations test_model test_feedback_browser test_packing test_episodes test_docs test_attention test_plan "
-    "test_embedded test_shared_prompts test_feedback_reliability test_sharding test_convert test_readme"
+    "test_distributed test_notebooks test_scripts test_doctor test_reward_runs test_generate test_cache test_sources "
+    "test_parallel test_compilations test_model test_feedback_browser test_packing test_episodes test_docs "
+    "test_attention test_plan test_embedded test_shared_prompts test_feedback_reliability test_sharding test_convert "
+    "test_readme"
 ).split()
 
 
