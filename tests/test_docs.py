@@ -18,7 +18,7 @@ import pytest
 
 import rlhf_jax
 from rlhf_jax.arrays import PreferenceBatch, PromptBatch, RankingBatch, TokenBatch
-from rlhf_jax.cli.app import COMMANDS
+from rlhf_jax.cli.app import COMMANDS, module_of
 from rlhf_jax.cli.flags import _flags, parse
 from rlhf_jax.config import EpisodeConfig, ModelConfig, OptimConfig
 from rlhf_jax.data import Ledger, read_records
@@ -66,7 +66,7 @@ def prose(page: Path) -> str:
 def programs() -> Iterator[tuple[str, Any]]:
     """(command, its settings) of every command."""
     for name in COMMANDS:
-        module: Any = importlib.import_module(f"rlhf_jax.cli.{name}")
+        module = module_of(name)
         if hasattr(module, "COMMANDS"):
             yield from ((f"{name} {inner}", one.Config) for inner, one in module.COMMANDS.items())
         else:

@@ -1,7 +1,6 @@
 """What README.md names is there, and what it tells to type is understood."""
 
 import contextlib
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_jax.cli.app import module_of
 from rlhf_jax.cli.flags import parse
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.tokenizers.bpe import Tokenizer
@@ -31,7 +31,7 @@ def test_the_commands_have_the_flags_of_their_program() -> None:
     assert len(COMMANDS) >= 6
     for line in COMMANDS:
         command, *arguments = shlex.split(line)
-        program: Any = importlib.import_module(f"rlhf_jax.cli.{command}")
+        program = module_of(command)
         if hasattr(program, "COMMANDS"):
             program = program.COMMANDS[arguments.pop(0)]
         assert parse(program.Config, arguments), line

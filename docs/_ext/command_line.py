@@ -16,7 +16,7 @@ from docutils import nodes
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.docutils import SphinxDirective
 
-from rlhf_jax.cli.app import COMMANDS
+from rlhf_jax.cli.app import COMMANDS, module_of
 from rlhf_jax.cli.flags import Cluster
 
 NESTED = ("ModelConfig", "RopeScaling", "OptimConfig", "EpisodeConfig", "LoraConfig")
@@ -49,7 +49,7 @@ def config_of(name: str) -> Any:
     command, _, inner = name.partition(" ")
     if command not in COMMANDS:
         raise ValueError(f"expected one of {', '.join(COMMANDS)}, got {command!r}")
-    module: Any = importlib.import_module(f"rlhf_jax.cli.{command}")
+    module = module_of(command)
     return module.COMMANDS[inner].Config if inner else module.Config
 
 

@@ -177,6 +177,11 @@ def _check_environment() -> None:
     sys.exit(2)
 
 
+def module_of(name: str) -> Any:
+    """The module of a command, with its Config and run."""
+    return importlib.import_module(f"rlhf_jax.cli.{name.replace('-', '_')}")
+
+
 def _find(arguments: list[str]) -> tuple[str, Any, list[str]]:
     """Returns (command name, object with Config and run, remaining arguments). Exits after --help and --version."""
     found = arguments[0] if arguments else ""
@@ -188,7 +193,7 @@ def _find(arguments: list[str]) -> tuple[str, Any, list[str]]:
         print(f"rlhf-jax {__version__}")
         sys.exit(0)
     _refuse_unknown("rlhf-jax", found, COMMANDS)
-    command: Any = importlib.import_module(f"rlhf_jax.cli.{found.replace('-', '_')}")
+    command = module_of(found)
     if not hasattr(command, "COMMANDS"):
         return found, command, arguments[1:]
     inner = arguments[1] if len(arguments) > 1 else ""
