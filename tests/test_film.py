@@ -392,8 +392,8 @@ TINY = {
     "data": "ranking_size: 4\ntrain: 0.5\nopening_words: 1",
     "sft": "max_tokens: 60\nbatch: 8\nsteps: 4\nsave_every: 2\nlora: {rank: 2}",
     "reward": "layers: 1\nmax_tokens: 60\nheldout_fraction: 0.4\nbatch: 4\npack: 2\nsteps: 6\nlora: {rank: 2}",
-    "ppo": "prompt_length: 8\nbatch: 8\nestimator: rloo\nsamples_per_prompt: 2\nsteps: 3\nminibatches: 2\neval_every: 1\nalarms: warn\npretraining_coef: 0.1\n"
-    "pretraining_batch: 2\npretraining_row_length: 16\nlora: {rank: 2}\n"
+    "ppo": "prompt_length: 8\nbatch: 8\nestimator: rloo\nsamples_per_prompt: 2\nsteps: 3\nminibatches: 2\neval_every: 1\n"
+    "alarms: warn\npretraining_coef: 0.1\npretraining_batch: 2\npretraining_row_length: 16\nlora: {rank: 2}\n"
     "episode: {response_length: 12, missing_end: subtract}",
     "evaluate": "prompts: 20\nbest_of: 4\nbatch: 16\nwatched: 6",
 }
