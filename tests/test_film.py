@@ -16,18 +16,20 @@ import numpy as np
 import pytest
 
 from rlhf_jax.cli.app import main
-from rlhf_jax.config import ModelConfig
-from rlhf_jax.data import Ledger, read_records
+from rlhf_jax.config import EpisodeConfig, ModelConfig
+from rlhf_jax.data import Ledger, Prompt, read_records
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.answers import Answer
 from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import LANGUAGE, open_source
 from rlhf_jax.recipe.film import parts, ratings
 from rlhf_jax.recipe.film import run as film
 from rlhf_jax.recipe.film.backbone import write_lower_layers
 from rlhf_jax.recipe.film.judge import accuracy, fit_judge
+from rlhf_jax.recipe.film.measure import Measurement
 from rlhf_jax.recipe.film.parts import from_ratings, from_records, opened, preferred, ranked, ranks_of
 from rlhf_jax.recipe.film.ratings import GET_IT, INNER, RATINGS, SENTENCES, RatedSentence, read_ratings
-from rlhf_jax.recipe.film.settings import DataConfig
+from rlhf_jax.recipe.film.settings import DataConfig, MeasureConfig
 from rlhf_jax.recipe.film.stages import FOLDER, Settings
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from tests.cases import case
@@ -392,10 +394,10 @@ TINY = {
     "data": "ranking_size: 4\ntrain: 0.5\nopening_words: 1",
     "sft": "max_tokens: 60\nbatch: 8\nsteps: 4\nsave_every: 2\nlora: {rank: 2}",
     "reward": "layers: 1\nmax_tokens: 60\nheldout_fraction: 0.4\nbatch: 4\npack: 2\nsteps: 6\nlora: {rank: 2}",
-    "ppo": "prompt_length: 8\nbatch: 8\nsteps: 3\nminibatches: 2\neval_every: 1\nalarms: warn\npretraining_coef: 0.1\n"
-    "pretraining_batch: 2\npretraining_row_length: 16\nlora: {rank: 2}\n"
-    "episode: {response_length: 12, missing_end: subtract}",
-    "evaluate": "prompts: 10\nbest_of: 4\nbatch: 16\nwatched: 6",
+    "ppo": "prompt_length: 8\nbatch: 8\nestimator: rloo\nsamples_per_prompt: 2\nsteps: 3\nminibatches: 2\n"
+    "eval_every: 1\nalarms: warn\npretraining_coef: 0.1\npretraining_batch: 2\npretraining_row_length: 16\n"
+    "lora: {rank: 2}\nepisode: {response_length: 12, missing_end: keep}",
+    "evaluate": "prompts: 20\nbest_of: 4\nbatch: 16\nwatched: 6",
 }
 
 
@@ -427,16 +429,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_task_on_a_tiny_model(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().split("\n") if line]
-    assert [row["model"] for row in samples] == ["sft"] * 10 + ["best_of_4"] * 10 + ["ppo"] * 10
+    assert [row["model"] for row in samples] == ["sft"] * 20 + ["best_of_4"] * 20 + ["ppo"] * 20
     assert all(set(row) == {"prompt", "model", "text"} and row["text"].startswith(row["prompt"]) for row in samples)
-    assert [row["prompt"] for row in samples[:10]] == [row["prompt"] for row in samples[20:]]
+    assert [row["prompt"] for row in samples[:20]] == [row["prompt"] for row in samples[40:]]
     content = json.loads((finished / "evaluation.json").read_text())
     assert content["policies"]["models"] == ["step 0", "step 1", "step 2", "step 3"]
     assert [model["name"] for model in content["models"]] == ["sft", "best_of_4", "ppo"]
     # The words of the made sentences decide how they are liked, so that both judges of words are right.
     assert summary["judge.heldout_accuracy"] > 0.7 and summary["reward.words_accuracy"] > 0.7
     assert 0.5 < summary["reward.human_accuracy"] < 1 and 0 <= summary["reward.heldout_accuracy"] <= 1
-    assert summary["best_of_n.reward_win_rate_vs_sft"] > 0.5 and summary["ppo.heldout_prompts"] == 10
+    assert summary["best_of_n.reward_win_rate_vs_sft"] > 0.5 and summary["ppo.heldout_prompts"] == 20
     assert summary["ppo.perplexity_of_sft"] == pytest.approx(
         summary["ppo.untouched_perplexity"] / summary["sft.untouched_perplexity"]
     )
@@ -444,6 +446,18 @@ def test_the_whole_task_on_a_tiny_model(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     for text in ("one other person", "Answers", "policies from sft", "untouched model"):
         assert text in page
+
+
+def test_an_answer_that_does_not_end_has_the_score_that_ppo_gives_it() -> None:
+    answers = [[Answer("a", True), Answer("b", False)]]
+    for missing, expected in (("replace", [3.0, -2.0]), ("subtract", [3.0, 2.0]), ("keep", [3.0, 4.0])):
+        kind: Any = missing
+        episode = EpisodeConfig(missing_end=kind, missing_end_score=-2.0)
+        measurement = Measurement(
+            MeasureConfig(), [Prompt("x")], Tokenizer.bytes(), prompt_length=4, episode=episode, openings=True, seed=0
+        )
+        with case(missing):
+            np.testing.assert_array_equal(measurement.rewarded(np.array([[3.0, 4.0]]), answers), [expected])
 
 
 def test_the_reward_model_stands_on_the_lower_layers(finished: Path) -> None:
@@ -460,6 +474,8 @@ def test_the_reward_model_stands_on_the_lower_layers(finished: Path) -> None:
     exported = open_source(f"hf:{finished.parent / 'exported'}", stages=("reward",))
     assert exported.model.layers == 1 and exported.score_scale == judged.score_scale
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, exported.params(), judged.params())
+    own, read = judged.params(), exported.params()
+    assert set(own) - set(read) == {"unembedding"}  # of the base, which no score needs
+    jax.tree.map(close, {name: own[name] for name in read}, read)
     with pytest.raises(UserError, match=r"layers: expected 1 to 2, the layers of .*, got 3"):
         write_lower_layers(start, 3, finished.parent / "no")

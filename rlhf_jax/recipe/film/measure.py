@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlhf_jax.config import EpisodeConfig
 from rlhf_jax.data import (
     Comparison,
     Demonstration,
@@ -52,7 +53,7 @@ class Measurement:
       prompts: held-out prompts; the first that fit are used.
       tokenizer: of all models.
       prompt_length: most tokens of a prompt.
-      response_length: most tokens of an answer.
+      episode: length of answers, and the score of one that does not end, as in PPO.
       openings: True if prompt and answer together are the text that is judged.
       seed: of sampling.
     """
@@ -64,13 +65,13 @@ class Measurement:
         tokenizer: TextTokenizer,
         *,
         prompt_length: int,
-        response_length: int,
+        episode: EpisodeConfig,
         openings: bool,
         seed: int,
     ) -> None:
         self.config, self.tokenizer, self.openings, self.seed = config, tokenizer, openings, seed
         self.ledger = Ledger()
-        self.response_length = response_length
+        self.episode, self.response_length = episode, episode.response_length
         rows = encode_prompts(prompts, tokenizer, max_tokens=prompt_length, ledger=self.ledger)
         if not len(rows):
             raise UserError(f"data: expected held-out prompts of at most {prompt_length} tokens, got none")
@@ -126,6 +127,13 @@ class Measurement:
             max_new_tokens=self.response_length,
             batch_size=self.config.batch,
         )
+
+    def rewarded(self, scores_PK: np.ndarray, answers: Sequence[Sequence[Answer]]) -> np.ndarray:
+        """A reward model's scores as PPO takes them: of an answer that does not end, what its settings say, [P, K]."""
+        cut_PK = np.array([[answer.ended is False for answer in several] for several in answers])
+        if self.episode.missing_end == "replace":
+            return np.where(cut_PK, self.episode.missing_end_score, scores_PK)
+        return scores_PK + self.episode.missing_end_score * (cut_PK & (self.episode.missing_end == "subtract"))
 
     def judged(self, judge: WordJudge, answers: Sequence[Sequence[Answer]]) -> np.ndarray:
         """The judge's scores, [P, K]."""
@@ -227,7 +235,8 @@ def sampled_arms(
 
     def arm(name: str, sampled: Sequence[Sequence[Sequence[int]]], kl: np.ndarray | None = None) -> Arm:
         answers = measurement.answers(sampled, kl)
-        scores = {REWARD: scorer(measurement.prompts, answers), JUDGE: measurement.judged(judge, answers)}
+        rewards = measurement.rewarded(scorer(measurement.prompts, answers), answers)
+        scores = {REWARD: rewards, JUDGE: measurement.judged(judge, answers)}
         return Arm(name, str(runs[name]), "model", answers, scores)
 
     further = arm("sft", pool)

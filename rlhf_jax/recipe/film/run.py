@@ -75,7 +75,7 @@ def run_seed(config: RecipeConfig) -> None:
         read_records([str(files["heldout_prompts"])], "prompts", Ledger()),
         init.tokenizer,
         prompt_length=ppo_config.prompt_length,
-        response_length=ppo_config.episode.response_length,
+        episode=ppo_config.episode,
         openings=records.openings,
         seed=config.seed,
     )
@@ -197,7 +197,7 @@ def watch(
         [rows.sources[i] for i in places],
         tokenizer,
         prompt_length=config.prompt_length,
-        response_length=config.episode.response_length,
+        episode=config.episode,
         openings=openings,
         seed=seed,
     )
