@@ -85,9 +85,9 @@ def shares(title: str, panels: Sequence[str], rows: Mapping[str, Sequence[Sequen
                 continue
             edge = float(start)
             for estimate, (_, colour) in zip(found[number], kinds, strict=True):
-                size = wide * estimate.value
-                parts.append(f'<rect x="{edge:.1f}" y="{y}" width="{size:.1f}" height="22" fill="{colour}"/>')
-                edge += size
+                length = wide * estimate.value
+                parts.append(f'<rect x="{edge:.1f}" y="{y}" width="{length:.1f}" height="22" fill="{colour}"/>')
+                edge += length
             right, _, made_up = found[number]
             parts.append(_whisker(start + wide * right.low, start + wide * right.high, y + 7))
             parts.append(_whisker(start + wide * (1 - made_up.high), start + wide * (1 - made_up.low), y + 15))
