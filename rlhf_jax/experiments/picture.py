@@ -62,7 +62,7 @@ def shares(title: str, panels: Sequence[str], rows: Mapping[str, Sequence[Sequen
       panels: their titles.
       rows: name of the arm -> for each panel (right, abstained, made up); () leaves the panel empty.
     """
-    left, wide, gap, pitch, top = 250, 270, 36, 34, 74
+    left, wide, gap, pitch, top = 300, 270, 52, 34, 74
     width, height = left + len(panels) * (wide + gap), top + pitch * len(rows) + 34
     kinds = (("right", "#2b7a4b"), ("abstained", "#cfd5dc"), ("made up", "#c0392b"))
     parts = []
