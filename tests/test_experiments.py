@@ -185,7 +185,9 @@ def test_short_form_resumes_and_gives_the_same_figures_for_the_same_seed(
     assert "seed 0" in (said := "".join(capsys.readouterr())) and "seed 10" not in said
 
     result = json.loads(first)
-    assert result["experiment"] == name and result["short"] and result["seeds"] == [0, 10] and len(result["figures"]) > 4
+    assert (
+        result["experiment"] == name and result["short"] and result["seeds"] == [0, 10] and len(result["figures"]) > 4
+    )
     values = [found["per_seed"] for measures in result["figures"].values() for found in measures.values()]
     assert sum(one != other for one, other in values) > 5
     ElementTree.fromstring((tmp_path / "first" / "picture.svg").read_text(encoding="utf-8"))

@@ -321,7 +321,8 @@ def picture(found: Sequence[Mapping[str, Any]], fits: Mapping[str, Any]) -> str:
             d = np.mean(np.sqrt([[point["kl"] for point in run] for run in runs]), axis=0)
             means = [over_seeds([run[at][name] for run in runs]) for at in range(len(d))]
             curve = [(0.0, start if name == "gold" else 0.0), *zip(d.tolist(), (m.value for m in means), strict=True)]
-            spreads = [(math.nan, math.nan), *((m.low, m.high) for m in means)]
+            # Those of every point would hide the curves.
+            spreads = [(math.nan, math.nan)] * len(means) + [(means[-1].low, means[-1].high)]
             series.append(Series(f"PPO, {arm}", curve, spreads, colour=colour))
         best = np.mean([one["best"][name] for one in found], axis=0)
         d = np.sqrt(found[0]["best"]["kl"])
