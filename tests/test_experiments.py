@@ -35,7 +35,7 @@ TINY = Sizes(known=4, known_sft=4, known_rl=4, told=4, unknown_rl=4, unknown=6, 
 def test_intervals_over_seeds() -> None:
     # 1, 2, 3: standard deviation 1, and 4.303 is the point of t with 2 degrees of freedom.
     found = over_seeds([1.0, 2.0, 3.0])
-    assert (found.value, found.high - found.value) == (2.0, pytest.approx(4.303 / math.sqrt(3)))
+    assert found.value == 2 and found.high - found.value == pytest.approx(4.303 / math.sqrt(3))
     assert math.isnan(over_seeds([1.0]).low) and math.isnan(over_seeds([1.0, math.nan]).value)
     outcome = Outcome({"a": {"share": [0.9, 1.0], "gain": [0.9, 1.0]}}, (), "", (), bounded={"share"})
     assert outcome.estimate("a", "share") == Estimate(0.95, pytest.approx(0.95 - 12.706 * 0.05), 1.0)
