@@ -8,7 +8,9 @@ and Challenges"; Gekhman et al. 2024, arXiv:2405.05904, for the first half).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from rlhf_jax.arrays import Params, PromptBatch, RankingBatch
 from rlhf_jax.config import EpisodeConfig, OptimConfig, PPOConfig
 from rlhf_jax.evaluation.intervals import Floats
 from rlhf_jax.experiments import facts
-from rlhf_jax.experiments.delusion import Student, exact
+from rlhf_jax.experiments.delusion import TOWNS, Student, exact
 from rlhf_jax.experiments.facts import ABSTENTION, Question, World
 from rlhf_jax.experiments.measures import auroc, calibration_error
 from rlhf_jax.experiments.outcome import Outcome, Say, by_arm, shown
@@ -32,6 +34,16 @@ ASKED, PROMPT, RESPONSE = 12, 24, 12  # columns of a bare question, of one with 
 PAGE, ROW = 26, 36
 COPYING = 5
 """Fine-tunings one after the other until an answer is copied from its source, which the text has not taught."""
+COMPETENCE = 0.9
+"""Share of true answers of the demonstrators in the toy of delusion."""
+COLUMNS = (
+    ("known/right", "known: right"),
+    ("known/made_up", "made up"),
+    ("unknown/made_up", "unknown: made up"),
+    ("unknown/abstained", "abstained"),
+    ("auroc", "AUROC"),
+    ("calibration_error", "calibration error"),
+)
 SFT = "SFT, also on what it cannot know"
 PAYOFF = "RLHF, payoff +1 / 0 / −4"
 
@@ -71,9 +83,9 @@ class Lab:
 
     def __init__(self, sizes: Sizes, vocabulary: int) -> None:
         self.sizes = sizes
-        shape = {"context": PROMPT + RESPONSE + 2, "width": sizes.width, "layers": sizes.layers}
-        self.model = small_model(vocabulary, **shape)
-        self.scorer = small_model(vocabulary, **shape, scalar=True)
+        shape = functools.partial(small_model, context=PROMPT + RESPONSE + 2, width=sizes.width, layers=sizes.layers)
+        self.model = shape(vocabulary)
+        self.scorer = shape(vocabulary, scalar=True)
         self.pretrain = Fit(pretrain.make_update, self.model, rate=3e-3, steps=sizes.pretrain_steps, batch=64)
         self.tune = Fit(sft.make_update, self.model, rate=5e-4, steps=sizes.sft_steps, batch=64)
         self.compare = Fit(reward.make_update, self.scorer, rate=5e-4, steps=sizes.reward_steps, batch=32)
@@ -208,12 +220,12 @@ class Subject:
         }
         return self._rewarded(start, optimise, lambda *given: ((scores(*given) - mean) / scale).tolist()), told
 
-    def by_payoff(self, start: Params, optimise: Optimise, **payoffs: float) -> Params:
+    def by_payoff(self, start: Params, optimise: Optimise) -> Params:
         """RLHF with a payoff for each kind of answer, by somebody who knows the right one."""
         answers = [self.world.value(question) for question in self.rewarded_questions()[0]]
 
         def payoff(places: Sequence[int], texts: Sequence[str]) -> list[float]:
-            return [value or 0.0 for value in honest_payoff(texts, [answers[i] for i in places], **payoffs)]
+            return [value or 0.0 for value in honest_payoff(texts, [answers[i] for i in places])]
 
         return self._rewarded(start, optimise, payoff)
 
@@ -278,50 +290,47 @@ def careful_demonstrations(subject: Subject, base: Params, asked: Sequence[Quest
     return pairs
 
 
-def run(seeds: Sequence[int], *, short: bool, say: Say) -> Outcome:
-    """Run the experiment.
+class Experiment:
+    """The experiment on hallucination.
 
     Args:
-      seeds: seed of each repetition.
       short: on a tiny world, for tests.
-      say: told what is done.
     """
-    sizes = SHORT if short else Sizes()
-    lab = Lab(sizes, len(World(sizes.world, 0).words))
-    student = Student(0.9, sizes.pretrain_steps // 4 + 1, sizes.dialogues)
-    worlds = [World(sizes.world, seed) for seed in seeds]
-    optimise = lab.optimise(worlds[0].words)
-    found, beliefs = [], []
-    for world, seed in zip(worlds, seeds, strict=True):
-        say(f"seed {seed}")
-        found.append(arms(Subject(lab, world, seed), optimise, say))
-        beliefs.append({"learned": student.learned(seed)})
-    figures = by_arm(found)
-    observed, acted = (dataclasses.asdict(beliefs) for beliefs in exact(4, 0.9))
-    outcome = Outcome(
-        figures,
-        [
-            ("known/right", "known: right"),
-            ("known/made_up", "made up"),
-            ("unknown/made_up", "unknown: made up"),
-            ("unknown/abstained", "abstained"),
-            ("auroc", "AUROC"),
-            ("calibration_error", "calibration error"),
-        ],
-        "",
-        [],
-        bounded={name for measures in found[0].values() for name in measures if not name.startswith("score/")},
-        more={"delusion": {"exact": {"conditioning": observed, "intervening": acted}, **by_arm(beliefs)}},
-    )
-    rows = {
-        arm: [
-            [outcome.estimate(arm, f"{group}/{kind}") for kind in ("right", "abstained", "made_up")]
-            for group in ("known", "unknown")
-        ]
-        for arm in figures
-    }
-    picture = shares("Answers by what the model can know", ("people in the text", "people not in the text"), rows)
-    return dataclasses.replace(outcome, picture=picture, sentences=sentences(outcome))
+
+    def __init__(self, short: bool) -> None:
+        self.sizes = SHORT if short else Sizes()
+        words = World(self.sizes.world, 0).words
+        self._lab = Lab(self.sizes, len(words))
+        self._optimise = self._lab.optimise(words)
+        self._student = Student(COMPETENCE, self.sizes.pretrain_steps // 4 + 1, self.sizes.dialogues)
+
+    def one(self, seed: int, say: Say) -> dict[str, Any]:
+        """Run one repetition."""
+        subject = Subject(self._lab, World(self.sizes.world, seed), seed)
+        return {"arms": arms(subject, self._optimise, say), "delusion": self._student.learned(seed)}
+
+    def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
+        """Put the seeds together."""
+        figures = by_arm([one["arms"] for one in found])
+        observed, acted = (dataclasses.asdict(beliefs) for beliefs in exact(len(TOWNS), COMPETENCE))
+        learned = by_arm([{"learned": one["delusion"]} for one in found])
+        outcome = Outcome(
+            figures,
+            COLUMNS,
+            "",
+            [],
+            bounded={name for measures in figures.values() for name in measures if not name.startswith("score/")},
+            more={"delusion": {"exact": {"conditioning": observed, "intervening": acted}, **learned}},
+        )
+        rows = {
+            arm: [
+                [outcome.estimate(arm, f"{group}/{kind}") for kind in ("right", "abstained", "made_up")]
+                for group in ("known", "unknown")
+            ]
+            for arm in figures
+        }
+        picture = shares("Answers by what the model can know", ("people in the text", "people not in the text"), rows)
+        return dataclasses.replace(outcome, picture=picture, sentences=sentences(outcome))
 
 
 def sentences(outcome: Outcome) -> list[str]:

@@ -7,6 +7,7 @@ the fine-tuned model only (Gao et al. 2022, arXiv:2210.10760).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from rlhf_jax.generate import generate
 from rlhf_jax.logprobs import last_token_scores, sequence_logps
 from rlhf_jax.stages import ppo, reward, sft
 
+COLUMNS = (("kl", "KL"), ("proxy", "proxy"), ("gold", "gold"), ("best_gold", "gold at its best"), ("turn", "turn, √KL"))
 PROMPT, RESPONSE = 2, 24
 LENGTH = PROMPT + RESPONSE + 1
 
@@ -81,9 +83,9 @@ class Lab:
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
-        shape = {"context": LENGTH + 1, "width": sizes.width, "layers": sizes.layers}
-        self.model = small_model(len(WORDS), **shape)
-        self.scorer = small_model(len(WORDS), **shape, scalar=True)
+        shape = functools.partial(small_model, context=LENGTH + 1, width=sizes.width, layers=sizes.layers)
+        self.model = shape(len(WORDS))
+        self.scorer = shape(len(WORDS), scalar=True)
         self.tune = Fit(sft.make_update, self.model, rate=3e-3, steps=sizes.sft_steps, batch=64)
         self.compare = Fit(reward.make_update, self.scorer, rate=1e-3, steps=sizes.reward_steps, batch=32)
         config = PPOConfig(
@@ -182,7 +184,7 @@ def one_seed(lab: Lab, seed: int, say: Say) -> dict[str, Any]:
         )
         last = points[-1]
         say(f"  β {beta:g}: KL {last['kl']:.1f}, proxy {last['proxy']:.2f}, gold {last['gold']:.2f}")
-        runs[beta] = points
+        runs[f"β {beta:g}"] = points
     return {
         "accuracy": accuracy,
         "start": {
@@ -197,9 +199,9 @@ def one_seed(lab: Lab, seed: int, say: Say) -> dict[str, Any]:
 def train_judge(lab: Lab, start: Params, seed: int) -> tuple[Params, float]:
     """A reward model from comparisons of two answers of the fine-tuned model each, and its accuracy on others."""
     each = -(-2 * lab.sizes.comparisons // len(TOPICS))
-    _, rows = comparisons(lab, start, each, seed + 3)
+    rows = comparisons(lab, start, each, seed + 3)
     judge, _ = lab.compare(with_head(start, lab.scorer, seed), rows, seed=seed)
-    _, fresh_rows = comparisons(lab, start, each, seed + 4)
+    fresh_rows = comparisons(lab, start, each, seed + 4)
     tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (fresh_rows.tokens_BKT, fresh_rows.mask_BKT))
     scores = np.asarray(last_token_scores(lab.scorer, judge, tokens, mask)).reshape(-1, 2)
     ranks = np.asarray(fresh_rows.ranks_BK)
@@ -208,7 +210,7 @@ def train_judge(lab: Lab, start: Params, seed: int) -> tuple[Params, float]:
     return judge, float(right[decided].mean())
 
 
-def comparisons(lab: Lab, start: Params, each: int, seed: int) -> tuple[list[str], RankingBatch]:
+def comparisons(lab: Lab, start: Params, each: int, seed: int) -> RankingBatch:
     """Pairs of answers to a topic, the one with the higher gold score first in rank; equal ones are ties."""
     prompts = WORDS.prompts(TOPICS, PROMPT)
     found = generate(
@@ -229,51 +231,57 @@ def comparisons(lab: Lab, start: Params, each: int, seed: int) -> tuple[list[str
     tokens = np.concatenate([np.repeat(np.asarray(prompts.tokens_BP), each, axis=0), found.tokens], axis=1)
     mask = np.concatenate([np.repeat(np.asarray(prompts.mask_BP), each, axis=0), found.mask], axis=1)
     shape = (-1, 2, tokens.shape[1])
-    batch = RankingBatch(tokens.reshape(shape), mask.reshape(shape), ranks.astype(np.int32), np.ones(ranks.shape, bool))
-    return texts, jax.tree.map(jnp.asarray, batch)
+    exists = jnp.ones(ranks.shape, bool)
+    return RankingBatch(
+        jnp.asarray(tokens.reshape(shape)), jnp.asarray(mask.reshape(shape)), jnp.asarray(ranks, jnp.int32), exists
+    )
 
 
-def run(seeds: Sequence[int], *, short: bool, say: Say) -> Outcome:
-    """Run the experiment.
+class Experiment:
+    """The experiment on the KL penalty.
 
     Args:
-      seeds: seed of each repetition.
       short: in a tiny size, for tests.
-      say: told what is done.
     """
-    lab, found = Lab(SHORT if short else Sizes()), []
-    for seed in seeds:
-        say(f"seed {seed}")
-        found.append(one_seed(lab, seed, say))
-    fits = {"RL": rl_fit(found), "best of n": best_fit(found)}
-    figures = rows(lab.sizes, found)
-    for name, fit in (("RL", rl_fit), ("best of n", best_fit)):
-        turns = [turn_in([one], fit) for one in found]
-        figures[name] = {"turn": turns}
-    outcome = Outcome(
-        figures,
-        [("kl", "KL"), ("proxy", "proxy"), ("gold", "gold"), ("best_gold", "gold at its best"), ("turn", "turn, √KL")],
-        picture(found, fits),
-        [],
-        more={
-            "judge_accuracy": [one["accuracy"] for one in found],
-            "fits": fits,
-            "answers": {"SFT": found[0]["start"]["answers"]}
-            | {f"β {beta:g}": points[-1]["answers"] for beta, points in found[0]["runs"].items()},
-            "points": [{f"{beta:g}": _without_answers(p) for beta, p in one["runs"].items()} for one in found],
-            "best_of_n": [one["best"] for one in found],
-        },
-    )
-    return dataclasses.replace(outcome, sentences=sentences(outcome))
+
+    def __init__(self, short: bool) -> None:
+        self.sizes = SHORT if short else Sizes()
+        self._lab = Lab(self.sizes)
+
+    def one(self, seed: int, say: Say) -> dict[str, Any]:
+        """Run one repetition."""
+        return one_seed(self._lab, seed, say)
+
+    def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
+        """Put the seeds together."""
+        fits = {"RL": rl_fit(found), "best of n": best_fit(found)}
+        figures = rows(found)
+        for name, fit in (("RL", rl_fit), ("best of n", best_fit)):
+            figures[name] = {"turn": [turn_in([one], fit) for one in found]}
+        answers = {"SFT": found[0]["start"]["answers"]}
+        outcome = Outcome(
+            figures,
+            COLUMNS,
+            picture(found, fits),
+            [],
+            more={
+                "judge_accuracy": [one["accuracy"] for one in found],
+                "fits": fits,
+                "answers": answers | {arm: points[-1]["answers"] for arm, points in found[0]["runs"].items()},
+                "points": [{arm: _without_answers(p) for arm, p in one["runs"].items()} for one in found],
+                "best_of_n": [one["best"] for one in found],
+            },
+        )
+        return dataclasses.replace(outcome, sentences=sentences(outcome))
 
 
-def rows(sizes: Sizes, found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+def rows(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Arm -> measure -> value of each seed: the fine-tuned model, the last policy of each β, and best-of-n."""
     figures = {"SFT": {"kl": [0.0] * len(found), "proxy": [0.0] * len(found), "gold": [_start(one) for one in found]}}
-    for beta in sizes.betas:
-        runs = [one["runs"][beta] for one in found]
-        figures[f"β {beta:g}"] = {name: [points[-1][name] for points in runs] for name in ("kl", "proxy", "gold")}
-        figures[f"β {beta:g}"]["best_gold"] = [max(point["gold"] for point in points) for points in runs]
+    for arm in found[0]["runs"]:
+        runs = [one["runs"][arm] for one in found]
+        figures[arm] = {name: [points[-1][name] for points in runs] for name in ("kl", "proxy", "gold")}
+        figures[arm]["best_gold"] = [max(point["gold"] for point in points) for points in runs]
     for n in (4, 16, 64):
         at = found[0]["best"]["n"].index(n)
         figures[f"best of {n}"] = {name: [one["best"][name][at] for one in found] for name in ("kl", "proxy", "gold")}
@@ -308,13 +316,14 @@ def picture(found: Sequence[Mapping[str, Any]], fits: Mapping[str, Any]) -> str:
     panels = []
     for name, title in (("proxy", "proxy: score of the reward model"), ("gold", "gold score")):
         series = []
-        for colour, beta in enumerate(found[0]["runs"]):
-            runs = [one["runs"][beta] for one in found]
+        for colour, arm in enumerate(found[0]["runs"]):
+            runs = [one["runs"][arm] for one in found]
             d = np.mean(np.sqrt([[point["kl"] for point in run] for run in runs]), axis=0)
             means = [over_seeds([run[at][name] for run in runs]) for at in range(len(d))]
             curve = [(0.0, start if name == "gold" else 0.0), *zip(d.tolist(), (m.value for m in means), strict=True)]
-            spreads = [(math.nan, math.nan), *((m.low, m.high) for m in means)]
-            series.append(Series(f"PPO, β {beta:g}", curve, spreads, colour=colour))
+            # Those of every point would hide the curves.
+            spreads = [(math.nan, math.nan)] * len(means) + [(means[-1].low, means[-1].high)]
+            series.append(Series(f"PPO, {arm}", curve, spreads, colour=colour))
         best = np.mean([one["best"][name] for one in found], axis=0)
         d = np.sqrt(found[0]["best"]["kl"])
         series.append(Series("best of n, to 64", list(zip(d.tolist(), best.tolist(), strict=True)), colour=6))

@@ -22,7 +22,6 @@ class Series:
       name: in the legend.
       points: (x, y) pairs.
       spreads: (low, high) of each point, on the y axis; () for none.
-      line: connect the points.
       dots: mark the points.
       dashed: draw a dashed line.
       colour: number in the palette.
@@ -31,7 +30,6 @@ class Series:
     name: str
     points: Sequence[tuple[float, float]]
     spreads: Sequence[tuple[float, float]] = ()
-    line: bool = True
     dots: bool = True
     dashed: bool = False
     colour: int = 0
@@ -45,13 +43,11 @@ class Panel:
       title: above it.
       x: label of the horizontal axis.
       series: the curves.
-      log: logarithmic horizontal axis.
     """
 
     title: str
     x: str
     series: Sequence[Series]
-    log: bool = False
 
 
 def shares(title: str, panels: Sequence[str], rows: Mapping[str, Sequence[Sequence[Estimate]]]) -> str:
@@ -62,7 +58,7 @@ def shares(title: str, panels: Sequence[str], rows: Mapping[str, Sequence[Sequen
       panels: their titles.
       rows: name of the arm -> for each panel (right, abstained, made up); () leaves the panel empty.
     """
-    left, wide, gap, pitch, top = 250, 270, 36, 34, 74
+    left, wide, gap, pitch, top = 300, 270, 52, 34, 74
     width, height = left + len(panels) * (wide + gap), top + pitch * len(rows) + 34
     kinds = (("right", "#2b7a4b"), ("abstained", "#cfd5dc"), ("made up", "#c0392b"))
     parts = []
@@ -74,9 +70,9 @@ def shares(title: str, panels: Sequence[str], rows: Mapping[str, Sequence[Sequen
         start = left + number * (wide + gap)
         parts.append(_text(start, top - 8, panel, weight="bold"))
         for at in (0.0, 0.25, 0.5, 0.75, 1.0):
-            x = start + wide * at
-            parts.append(f'<path d="M{x:.1f} {top}V{height - 30}" stroke="{FAINT}"/>')
-            parts.append(_text(x, height - 14, f"{at:.0%}", anchor="middle", colour=GREY))
+            mark = start + wide * at
+            parts.append(f'<path d="M{mark:.1f} {top}V{height - 30}" stroke="{FAINT}"/>')
+            parts.append(_text(mark, height - 14, f"{at:.0%}", anchor="middle", colour=GREY))
         for row, (name, found) in enumerate(rows.items()):
             y = top + pitch * row + 5
             if number == 0:
@@ -85,9 +81,9 @@ def shares(title: str, panels: Sequence[str], rows: Mapping[str, Sequence[Sequen
                 continue
             edge = float(start)
             for estimate, (_, colour) in zip(found[number], kinds, strict=True):
-                size = wide * estimate.value
-                parts.append(f'<rect x="{edge:.1f}" y="{y}" width="{size:.1f}" height="22" fill="{colour}"/>')
-                edge += size
+                length = wide * estimate.value
+                parts.append(f'<rect x="{edge:.1f}" y="{y}" width="{length:.1f}" height="22" fill="{colour}"/>')
+                edge += length
             right, _, made_up = found[number]
             parts.append(_whisker(start + wide * right.low, start + wide * right.high, y + 7))
             parts.append(_whisker(start + wide * (1 - made_up.high), start + wide * (1 - made_up.low), y + 15))
@@ -111,15 +107,14 @@ def curves(title: str, panels: Sequence[Panel], *, wide: int = 420, high: int = 
 
 
 def _panel(panel: Panel, left: float, top: float, wide: float, high: float) -> list[str]:
-    place = math.log10 if panel.log else float
-    xs = [place(x) for series in panel.series for x, _ in series.points]
+    xs = [x for series in panel.series for x, _ in series.points]
     ys = [y for series in panel.series for _, y in series.points]
     ys += [end for series in panel.series for pair in series.spreads for end in pair if math.isfinite(end)]
     low_x, high_x = _range(xs, 0.0)
     low_y, high_y = _range(ys, 0.05)
 
     def across(x: float) -> float:
-        return left + wide * (place(x) - low_x) / (high_x - low_x)
+        return left + wide * (x - low_x) / (high_x - low_x)
 
     def up(y: float) -> float:
         return top + high * (high_y - y) / (high_y - low_y)
@@ -128,15 +123,14 @@ def _panel(panel: Panel, left: float, top: float, wide: float, high: float) -> l
     for at in ticks(low_y, high_y):
         parts.append(f'<path d="M{left:.1f} {up(at):.1f}h{wide}" stroke="{FAINT}"/>')
         parts.append(_text(left - 6, up(at) + 4, short(round(at, 10)), anchor="end", colour=GREY))
-    marks = sorted({10**x for x in xs}) if panel.log else ticks(low_x, high_x)
-    for at in marks:
+    for at in ticks(low_x, high_x):
         parts.append(_text(across(at), top + high + 17, short(round(at, 10)), anchor="middle", colour=GREY))
     parts.append(_text(left + wide, top + high + 34, panel.x, anchor="end", colour=GREY))
     for row, series in enumerate(panel.series):
         colour = PALETTE[series.colour % len(PALETTE)]
         points = [(across(x), up(y)) for x, y in series.points]
         dash = ' stroke-dasharray="5 4"' if series.dashed else ""
-        if series.line and points:
+        if points:
             path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
             parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
         for (x, _), (low, upper) in zip(points, series.spreads, strict=False):

@@ -134,10 +134,9 @@ class Optimise:
 
     def __init__(self, networks: ppo.Networks, config: ppo.Config, words: Words, *, by_text: bool = False) -> None:
         self.config, self._words = config, words
-        ends = {"eos_id": EOS, "pad_id": PAD}
         terms = Terms(("text",), (1.0,)) if by_text else None
-        self._sample = jax.jit(ppo.make_sampling(networks, config, **ends))
-        self._update = jax.jit(ppo.make_update(networks, config, **ends, terms=terms))
+        self._sample = jax.jit(ppo.make_sampling(networks, config, eos_id=EOS, pad_id=PAD))
+        self._update = jax.jit(ppo.make_update(networks, config, eos_id=EOS, pad_id=PAD, terms=terms))
 
     def __call__(
         self,
