@@ -66,7 +66,7 @@ def follows_schema(completions: Sequence[Any], schema: Sequence[Any]) -> list[fl
     """1 where the completion is JSON that the row's schema allows, else 0; the package jsonschema checks it.
 
     Args:
-      completions: answers; a fenced block (```json) is taken out of its fence.
+      completions: answers; a block fenced as JSON is taken out of its fence.
       schema: column of JSON schemas, as objects or as JSON text; None for no verdict.
 
     Raises:

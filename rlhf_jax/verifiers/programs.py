@@ -41,7 +41,7 @@ def unit_tests(
     accidents, not attacks: it has the user's rights and the network. Run models that you do not trust in a container.
 
     Args:
-      completions: programs; a fenced block (```python) is taken out of its fence.
+      completions: programs; a block fenced as Python is taken out of its fence.
       tests: column of tests, each a text of Python, such as "assert add(1, 2) == 3", or a list of them, of which all
         must pass; None for no verdict.
       seconds: limit of a program's running time.
