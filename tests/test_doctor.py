@@ -26,7 +26,7 @@ from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.stages import ppo as ppo_stage
-from rlhf_jax.stages import sft as sft_stage
+from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.trainers import ppo, reward, sft
 from tests.cases import case
@@ -257,7 +257,7 @@ CODE_BUGS: list[tuple[str, tuple[Any, str, Any], tuple[str, ...], str]] = [
     ("sft", (packing, "pack_rows", one_segment), ("packed-rows", "left-padding"), "log-probabilities of 8 rows in"),
     (
         "sft",
-        (sft_stage, "masked_mean", mean_of_the_part),
+        (pretrain_stage, "masked_mean", mean_of_the_part),
         ("gradients",),
         "1 device and on 2 devices with 2 microbatches",
     ),
