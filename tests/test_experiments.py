@@ -16,11 +16,11 @@ import pytest
 from rlhf_jax.cli.app import main
 from rlhf_jax.cli.experiment import Config
 from rlhf_jax.cli.flags import parse
-from rlhf_jax.evaluation.intervals import Estimate
+from rlhf_jax.evaluation.intervals import Estimate, over_seeds
 from rlhf_jax.experiments import run
 from rlhf_jax.experiments.delusion import Beliefs, exact
 from rlhf_jax.experiments.facts import ABSTENTION, Question, Sizes, World
-from rlhf_jax.experiments.measures import auroc, calibration_error, over_seeds
+from rlhf_jax.experiments.measures import auroc, calibration_error
 from rlhf_jax.experiments.outcome import Outcome, by_arm
 from rlhf_jax.experiments.picture import Panel, Series, curves, shares
 from rlhf_jax.experiments.reviews import TOPICS, WORDS, gold, review
@@ -33,12 +33,12 @@ TINY = Sizes(known=4, known_sft=4, known_rl=4, told=4, unknown_rl=4, unknown=6, 
 
 @pytest.mark.core
 def test_intervals_over_seeds() -> None:
-    # 1, 2, 3: standard deviation 1, and 4.303 is the point of t with 2 degrees of freedom.
+    # 1, 2, 3: standard deviation 1, and 4.3026527 is the point of t with 2 degrees of freedom.
     found = over_seeds([1.0, 2.0, 3.0])
-    assert found.value == 2 and found.high - found.value == pytest.approx(4.303 / math.sqrt(3))
+    assert found.value == 2 and found.high - found.value == pytest.approx(4.3026527 / math.sqrt(3))
     assert math.isnan(over_seeds([1.0]).low) and math.isnan(over_seeds([1.0, math.nan]).value)
     outcome = Outcome({"a": {"share": [0.9, 1.0], "gain": [0.9, 1.0]}}, (), "", (), bounded={"share"})
-    assert outcome.estimate("a", "share") == Estimate(0.95, pytest.approx(0.95 - 12.706 * 0.05), 1.0)
+    assert outcome.estimate("a", "share") == Estimate(0.95, pytest.approx(0.95 - 12.7062047 * 0.05), 1.0)
     assert outcome.estimate("a", "gain").high > 1
     for seeds in (3, 5, 30):
         with case(seeds):

@@ -58,8 +58,8 @@ def seed(number: int, gold: float | None) -> dict[str, Any]:
 def test_the_table_says_how_sure_it_is(tmp_path: Path) -> None:
     both = [methods._over_seeds([seed(n, gold)["methods"]["ppo"] for n, gold in enumerate(golds)])
             for golds in ((1.0, 2.0, 3.0), (1.0, None, 2.0))]  # fmt: skip
-    # The mean of three is uncertain by t = 4.303 standard errors of 1 / √3.
-    assert both[0]["at_nats"] == 2.0 and both[0]["at_nats_spread"] == pytest.approx(4.303 / math.sqrt(3))
+    # The mean of three is uncertain by t = 4.3026527 standard errors of 1 / √3.
+    assert both[0]["at_nats"] == 2.0 and both[0]["at_nats_spread"] == pytest.approx(4.3026527 / math.sqrt(3))
     assert both[1]["at_nats"] is None and both[1]["reached"] == 2
     seeds = [seed(n, 1.0) for n in range(3)]
     content = {"nats": 5.0, "seeds": seeds, "methods": dict(zip(("ppo", "dpo"), both)), "wins": seeds[0]["wins"]}

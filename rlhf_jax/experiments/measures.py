@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_jax.evaluation.intervals import Estimate, Floats
-
-# 97.5% points of Student's t for 1, 2, … degrees of freedom; above, the next smaller one of these is on the safe side.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-)  # fmt: skip
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean over seeds with its 95% interval, mean ± t s / √n; a bootstrap of so few units would be too narrow.
-
-    One seed has no interval: its ends are NaN. So is a mean of values of which one is NaN.
-    """
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return Estimate(mean, math.nan, math.nan)
-    half = _T[min(count - 1, len(_T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Estimate(mean, mean - half, mean + half)
+from rlhf_jax.evaluation.intervals import Floats
 
 
 def calibration_error(probability: Floats, right: Floats, bins: int = 10) -> float:

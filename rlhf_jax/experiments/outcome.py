@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from rlhf_jax.evaluation.intervals import Estimate
-from rlhf_jax.experiments.measures import over_seeds
+from rlhf_jax.evaluation.intervals import Estimate, over_seeds
 
 Say = Callable[[str], None]
 Rows = Mapping[str, Mapping[str, Sequence[float]]]

@@ -20,8 +20,7 @@ from rlhf_jax.arrays import Params, RankingBatch, TokenBatch
 from rlhf_jax.config import EpisodeConfig, OptimConfig, PPOConfig
 from rlhf_jax.evaluation.best_of_n import best_of_n_kl, expected_best_of_n
 from rlhf_jax.evaluation.frontier import curve_of, fitted, steps_to
-from rlhf_jax.evaluation.intervals import Floats
-from rlhf_jax.experiments.measures import over_seeds
+from rlhf_jax.evaluation.intervals import Floats, over_seeds
 from rlhf_jax.experiments.outcome import Outcome, Say, shown
 from rlhf_jax.experiments.picture import Panel, Series, curves
 from rlhf_jax.experiments.reviews import TOPICS, WORDS, gold, review

@@ -24,7 +24,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.best_of_n import best_of_n_kl, expected_best_of_n
 from rlhf_jax.evaluation.frontier import steps_to
 from rlhf_jax.evaluation.heldout import row_scores
-from rlhf_jax.evaluation.intervals import Floats
+from rlhf_jax.evaluation.intervals import Floats, over_seeds
 from rlhf_jax.evaluation.samples import sequence_kl, win_rate
 from rlhf_jax.files import write_file
 from rlhf_jax.model import Transformer
@@ -266,15 +266,10 @@ def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [one[name] for one in found if one[name] is not None]
         figures[name] = float(np.mean(values)) if len(values) == len(found) else None
         if name in ("at_nats", "best") and len(values) == len(found) > 1:
-            figures[f"{name}_spread"] = float(
-                _T[min(len(values), len(_T)) - 1] * np.std(values, ddof=1) / len(values) ** 0.5
-            )
+            estimate = over_seeds(values)
+            figures[f"{name}_spread"] = estimate.high - estimate.value
     figures["reached"] = sum(one["at_nats"] is not None for one in found)
     return figures
-
-
-# The 97.5% quantile of Student's t with n - 1 degrees of freedom, for n values.
-_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def _mean_wins(seeds: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, float]]:
