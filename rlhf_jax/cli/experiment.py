@@ -21,12 +21,20 @@ from rlhf_jax.config import at_least
 class Config:
     """Run an experiment on a claim about RLHF in a small world.
 
-    hallucination: made-up answers after pretraining, SFT and RLHF, with rewards that do or do not price them; kl:
-    reward and gold score for β from 0 to large, and for best-of-n.
+    stages: the three stages in a row, and with each skipped; reward-start: a reward model from SFT, pretraining or
+    scratch, by the number of comparisons and the quality of their labels; rankings: as one element of a batch, or as
+    shuffled pairs; kl: reward and gold score for β from 0 to large, and for best-of-n; pretraining-mix: γ against what
+    PPO forgets; hallucination: made-up answers after pretraining, SFT and RLHF, with rewards that do or do not price
+    them; diversity: different acceptable answers after SFT and PPO, and what negative feedback adds.
     """
 
-    experiment: tyro.conf.Positional[Annotated[Literal["hallucination", "kl"], tyro.conf.arg(metavar="NAME")]]
-    """hallucination or kl."""
+    experiment: tyro.conf.Positional[
+        Annotated[
+            Literal["stages", "reward-start", "rankings", "kl", "pretraining-mix", "hallucination", "diversity"],
+            tyro.conf.arg(metavar="NAME"),
+        ]
+    ]
+    """stages, reward-start, rankings, kl, pretraining-mix, hallucination or diversity."""
     seed: int = 0
     """Random seed of the first repetition: the same seeds give the same figures."""
     seeds: int = 5

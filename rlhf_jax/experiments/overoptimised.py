@@ -7,31 +7,24 @@ the fine-tuned model only (Gao et al. 2022, arXiv:2210.10760).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Params, RankingBatch, TokenBatch
-from rlhf_jax.config import EpisodeConfig, OptimConfig, PPOConfig
+from rlhf_jax.arrays import Params
 from rlhf_jax.evaluation.best_of_n import best_of_n_kl, expected_best_of_n
 from rlhf_jax.evaluation.frontier import curve_of, fitted, steps_to
-from rlhf_jax.evaluation.intervals import Floats, over_seeds
+from rlhf_jax.evaluation.intervals import over_seeds
 from rlhf_jax.experiments.outcome import Outcome, Say, shown
 from rlhf_jax.experiments.picture import Panel, Series, curves
-from rlhf_jax.experiments.reviews import TOPICS, WORDS, gold, review
-from rlhf_jax.experiments.toy import EOS, PAD, Fit, Optimise, fresh, small_model, with_head
-from rlhf_jax.generate import generate
-from rlhf_jax.logprobs import last_token_scores, sequence_logps
-from rlhf_jax.stages import ppo, reward, sft
+from rlhf_jax.experiments.review_models import ReviewModels, demonstrations
+from rlhf_jax.experiments.reviews import TOPICS
+from rlhf_jax.experiments.toy import Fit, fresh, with_head
+from rlhf_jax.stages import reward, sft
 
 COLUMNS = (("kl", "KL"), ("proxy", "proxy"), ("gold", "gold"), ("best_gold", "gold at its best"), ("turn", "turn, √KL"))
-PROMPT, RESPONSE = 2, 24
-LENGTH = PROMPT + RESPONSE + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,68 +74,23 @@ class Lab:
     """The compiled programs, which all seeds share."""
 
     def __init__(self, sizes: Sizes) -> None:
-        self.sizes = sizes
-        shape = functools.partial(small_model, context=LENGTH + 1, width=sizes.width, layers=sizes.layers)
-        self.model = shape(len(WORDS))
-        self.scorer = shape(len(WORDS), scalar=True)
-        self.tune = Fit(sft.make_update, self.model, rate=3e-3, steps=sizes.sft_steps, batch=64)
-        self.compare = Fit(reward.make_update, self.scorer, rate=1e-3, steps=sizes.reward_steps, batch=32)
-        config = PPOConfig(
-            batch=128,
-            steps=sizes.iterations,
-            minibatches=2,
-            prompt_length=PROMPT,
-            policy=OptimConfig(learning_rate=1e-3, schedule="constant", epsilon=1e-5),
-            critic=OptimConfig(learning_rate=1e-3, schedule="constant", epsilon=1e-5),
-            episode=EpisodeConfig(response_length=RESPONSE, missing_end="subtract"),
-        )
-        self.optimise = Optimise(ppo.Networks(self.model, self.scorer), config, WORDS)
-        self._measure = jax.jit(self._measured, static_argnums=0)
-
-    def _measured(
-        self, each: int, policy: Params, start: Params, judge: Params, prompts: Any, key: Any
-    ) -> tuple[Any, Any, Any, Any]:
-        """Answers, their masks, their log-ratio to the start in nats, and their raw scores."""
-        found = generate(
-            self.model,
-            policy,
-            prompts.tokens_BP,
-            prompts.mask_BP,
-            key,
-            max_new_tokens=RESPONSE,
-            stop_ids=(EOS,),
-            pad_id=PAD,
-            samples=each,
-        )
-        tokens = jnp.concatenate([jnp.repeat(prompts.tokens_BP, each, axis=0), found.tokens], axis=1)
-        real = jnp.concatenate([jnp.repeat(prompts.mask_BP, each, axis=0), found.mask], axis=1)
-        rows = TokenBatch(tokens, real.astype(jnp.int32), real.at[:, :PROMPT].set(False))
-        ratio = sequence_logps(self.model, policy, rows)[0] - sequence_logps(self.model, start, rows)[0]
-        return found.tokens, found.mask, ratio, last_token_scores(self.scorer, judge, tokens, real)
-
-    def measure(
-        self, each: int, policy: Params, start: Params, judge: Params, *, seed: int
-    ) -> tuple[list[str], Floats, Floats, Floats]:
-        """Answers of a policy, `each` to every topic: (texts, log-ratios to the start in nats, scores, gold scores)."""
-        prompts = WORDS.prompts(TOPICS, PROMPT)
-        tokens, mask, ratio, score = self._measure(each, policy, start, judge, prompts, jax.random.key(seed))
-        texts = WORDS.texts(tokens, mask)
-        topics = [topic for topic in TOPICS for _ in range(each)]
-        golds = np.array([gold(topic, text) for topic, text in zip(topics, texts, strict=True)])
-        return texts, np.asarray(ratio, np.float64), np.asarray(score, np.float64), golds
+        self.sizes, self.models = sizes, ReviewModels(width=sizes.width, layers=sizes.layers)
+        self.tune = Fit(sft.make_update, self.models.model, rate=3e-3, steps=sizes.sft_steps, batch=64)
+        self.compare = Fit(reward.make_update, self.models.scorer, rate=1e-3, steps=sizes.reward_steps, batch=32)
+        self.optimise = self.models.optimise(sizes.iterations)
 
 
 def one_seed(lab: Lab, seed: int, say: Say) -> dict[str, Any]:
     """All measurements of a seed: the points of each β, and those of best-of-n."""
-    sizes, draws = lab.sizes, np.random.default_rng(seed)
-    topics = [str(topic) for topic in draws.choice(TOPICS, sizes.demonstrations)]
-    rows = WORDS.rows([(topic, review(topic, draws)) for topic in topics], LENGTH)
-    start, _ = lab.tune(fresh(lab.model, seed), rows, seed=seed)
-
-    judge, accuracy = train_judge(lab, start, seed)
-    texts, _, scores, golds = lab.measure(sizes.pool, start, start, judge, seed=seed + 1)
-    mean, scale = float(scores.mean()), float(scores.std())
-    pool_proxy, pool_gold = ((x.reshape(len(TOPICS), -1)) for x in ((scores - mean) / scale, golds))
+    sizes, models = lab.sizes, lab.models
+    rows = demonstrations(sizes.demonstrations, np.random.default_rng(seed))
+    start, _ = lab.tune(fresh(models.model, seed), rows, seed=seed)
+    judge, _ = lab.compare(
+        with_head(start, models.scorer, seed), models.ranked(start, 2 * sizes.comparisons, seed=seed + 3), seed=seed
+    )
+    pool = models.measure(sizes.pool, start, start, judge, seed=seed + 1)
+    mean, scale = float(pool.score.mean()), float(pool.score.std())
+    pool_proxy, pool_gold = ((x.reshape(len(TOPICS), -1)) for x in ((pool.score - mean) / scale, pool.gold))
     steps = steps_to(min(64, sizes.pool))
     columns = np.array(steps) - 1
     best = {
@@ -151,89 +99,36 @@ def one_seed(lab: Lab, seed: int, say: Say) -> dict[str, Any]:
         "proxy": expected_best_of_n(pool_proxy).mean(axis=0)[columns].tolist(),
         "gold": expected_best_of_n(pool_proxy, pool_gold).mean(axis=0)[columns].tolist(),
     }
-    frozen = ppo.Frozen(start, judge, jnp.float32(mean), jnp.float32(scale))
-    critic = ppo.rescaled(judge, mean, scale)
-    prompts = WORDS.prompts(TOPICS, PROMPT)
     runs = {}
     for beta in sizes.betas:
         points: list[dict[str, Any]] = []
 
-        def watch(step: int, policy: Params, points: list[dict[str, Any]] = points) -> None:
+        def watch(step: int, policy: Params, _: Any, points: list[dict[str, Any]] = points) -> None:
             if step == 1 or step % sizes.watched == 0:
-                found, ratio, score, golds = lab.measure(32, policy, start, judge, seed=seed + 2)
+                found = models.measure(32, policy, start, judge, seed=seed + 2)
                 points.append(
                     {
                         "iteration": step,
-                        "kl": max(float(ratio.mean()), 0.0),
-                        "proxy": float((score.mean() - mean) / scale),
-                        "gold": float(golds.mean()),
-                        "answers": [f"{topic}: {found[32 * i]}" for i, topic in enumerate(TOPICS[:4])],
+                        "kl": max(float(found.ratio.mean()), 0.0),
+                        "proxy": float((found.score.mean() - mean) / scale),
+                        "gold": float(found.gold.mean()),
+                        "answers": [f"{topic}: {found.texts[32 * i]}" for i, topic in enumerate(TOPICS[:4])],
                     }
                 )
 
-        lab.optimise(
-            start,
-            critic,
-            frozen,
-            prompts,
-            lambda draws, count: draws.integers(len(TOPICS), size=count),
-            seed=seed,
-            kl_coef=beta,
-            watch=watch,
-        )
+        models.rlhf(lab.optimise, start, judge, mean, scale, seed=seed, kl_coef=beta, watch=watch)
         last = points[-1]
         say(f"  β {beta:g}: KL {last['kl']:.1f}, proxy {last['proxy']:.2f}, gold {last['gold']:.2f}")
         runs[f"β {beta:g}"] = points
     return {
-        "accuracy": accuracy,
+        "accuracy": models.accuracy(judge, models.ranked(start, 2 * sizes.comparisons, seed=seed + 4)),
         "start": {
-            "gold": float(golds.mean()),
-            "answers": [f"{topic}: {texts[sizes.pool * i]}" for i, topic in enumerate(TOPICS[:4])],
+            "gold": float(pool.gold.mean()),
+            "answers": [f"{topic}: {pool.texts[sizes.pool * i]}" for i, topic in enumerate(TOPICS[:4])],
         },
         "best": best,
         "runs": runs,
     }
-
-
-def train_judge(lab: Lab, start: Params, seed: int) -> tuple[Params, float]:
-    """A reward model from comparisons of two answers of the fine-tuned model each, and its accuracy on others."""
-    each = -(-2 * lab.sizes.comparisons // len(TOPICS))
-    rows = comparisons(lab, start, each, seed + 3)
-    judge, _ = lab.compare(with_head(start, lab.scorer, seed), rows, seed=seed)
-    fresh_rows = comparisons(lab, start, each, seed + 4)
-    tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (fresh_rows.tokens_BKT, fresh_rows.mask_BKT))
-    scores = np.asarray(last_token_scores(lab.scorer, judge, tokens, mask)).reshape(-1, 2)
-    ranks = np.asarray(fresh_rows.ranks_BK)
-    decided = ranks[:, 0] != ranks[:, 1]
-    right = (scores[:, 0] > scores[:, 1]) == (ranks[:, 0] < ranks[:, 1])
-    return judge, float(right[decided].mean())
-
-
-def comparisons(lab: Lab, start: Params, each: int, seed: int) -> RankingBatch:
-    """Pairs of answers to a topic, the one with the higher gold score first in rank; equal ones are ties."""
-    prompts = WORDS.prompts(TOPICS, PROMPT)
-    found = generate(
-        lab.model,
-        start,
-        prompts.tokens_BP,
-        prompts.mask_BP,
-        jax.random.key(seed),
-        max_new_tokens=RESPONSE,
-        stop_ids=(EOS,),
-        pad_id=PAD,
-        samples=each,
-    )
-    texts = WORDS.texts(found.tokens, found.mask)
-    topics = [topic for topic in TOPICS for _ in range(each)]
-    golds = np.array([gold(topic, text) for topic, text in zip(topics, texts, strict=True)]).reshape(-1, 2)
-    ranks = np.where(golds >= golds.max(axis=1, keepdims=True), 1, 2)
-    tokens = np.concatenate([np.repeat(np.asarray(prompts.tokens_BP), each, axis=0), found.tokens], axis=1)
-    mask = np.concatenate([np.repeat(np.asarray(prompts.mask_BP), each, axis=0), found.mask], axis=1)
-    shape = (-1, 2, tokens.shape[1])
-    exists = jnp.ones(ranks.shape, bool)
-    return RankingBatch(
-        jnp.asarray(tokens.reshape(shape)), jnp.asarray(mask.reshape(shape)), jnp.asarray(ranks, jnp.int32), exists
-    )
 
 
 class Experiment:

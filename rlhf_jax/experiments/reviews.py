@@ -5,6 +5,8 @@ A prompt is a topic, an answer one or two sentences about it: "the film is warm 
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from rlhf_jax.experiments.toy import Words
@@ -13,6 +15,10 @@ TOPICS = tuple("film book song meal walk game house garden".split())
 GOOD = {"kind": 1.0, "bright": 0.9, "warm": 0.8, "clever": 0.7, "lovely": 0.6, "gentle": 0.5}
 """Good words with their value to the gold score."""
 BAD = tuple("dull cold rude noisy bitter heavy".split())
+_WORD = f"(very )?({'|'.join((*GOOD, *BAD))})"
+_SENTENCE = f"is {_WORD}( (and|but) {_WORD})? \\."
+WELL_FORMED = re.compile(f"the ({'|'.join(TOPICS)}) {_SENTENCE}( it {_SENTENCE})?")
+"""Answers that people could have written."""
 WORDS = Words(["the", "is", "and", "but", "very", "it", ".", *TOPICS, *GOOD, *BAD])
 
 
@@ -28,6 +34,14 @@ def review(topic: str, draws: np.random.Generator) -> str:
     if draws.random() < 0.4:
         sentences.append(f"it is {_opinion(draws)} .")
     return " ".join(sentences)
+
+
+def page(draws: np.random.Generator, most: int) -> str:
+    """A page of pretraining text: reviews of topics one after the other, without prompts, of at most `most` words."""
+    told: list[str] = []
+    while len(told) + len(more := review(str(draws.choice(TOPICS)), draws).split()) <= most:
+        told += more
+    return " ".join(told)
 
 
 def _opinion(draws: np.random.Generator) -> str:

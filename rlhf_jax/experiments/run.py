@@ -15,7 +15,15 @@ from rlhf_jax.files import write_file
 from rlhf_jax.runs.atomic_files import read_json, write_json
 
 RESULT, PICTURE = "result.json", "picture.svg"
-MODULES = {"hallucination": "hallucination", "kl": "overoptimised"}
+MODULES = {
+    "stages": "stages",
+    "reward-start": "reward_start",
+    "rankings": "rankings",
+    "kl": "overoptimised",
+    "pretraining-mix": "pretraining_mix",
+    "hallucination": "hallucination",
+    "diversity": "diversity",
+}
 
 
 class Experiment(Protocol):

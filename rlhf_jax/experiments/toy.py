@@ -26,6 +26,12 @@ from rlhf_jax.stages import ppo
 PAD, BOS, EOS = 0, 1, 2
 BLOCK = 120
 """Prompts that are answered at a time."""
+Watch = Callable[[int, Params, dict[str, Any]], None]
+"""Called after each iteration with the number of iterations done, the policy and the metrics."""
+
+
+def nothing(step: int, policy: Params, metrics: dict[str, Any]) -> None:
+    """A `Watch` that does nothing."""
 
 
 class Words:
@@ -98,27 +104,28 @@ class Fit:
         self.steps, self.batch = steps, batch
         update = make_update(model, self.optimizer)
 
-        def run(state: Any, rows: Any, order_NB: Any) -> Any:
+        def run(state: Any, rows: Any, order_NB: Any, *frozen: Any) -> Any:
             def step(state: Any, places_B: Any) -> Any:
-                return update(state, jax.tree.map(lambda x: x[places_B], rows))
+                return update(state, jax.tree.map(lambda x: x[places_B], rows), *frozen)
 
             return jax.lax.scan(step, state, order_NB)
 
         self._run = jax.jit(run)
 
-    def __call__(self, params: Params, rows: Any, *, seed: int) -> tuple[Params, dict[str, Any]]:
+    def __call__(self, params: Params, rows: Any, *frozen: Any, seed: int) -> tuple[Params, dict[str, Any]]:
         """Train on rows in random order, epoch by epoch: (parameters, metrics of each step).
 
         Args:
           params: initial parameters.
           rows: batch with all rows.
+          *frozen: frozen networks, if the stage has some.
           seed: of the order.
         """
         count = len(jax.tree.leaves(rows)[0])
         draws, needed = np.random.default_rng(seed), self.steps * self.batch
         order = np.concatenate([draws.permutation(count) for _ in range(-(-needed // count))])[:needed]
         state = new_state(params, self.optimizer.init(params), seed)
-        state, metrics = self._run(state, rows, jnp.asarray(order.reshape(self.steps, self.batch), jnp.int32))
+        state, metrics = self._run(state, rows, jnp.asarray(order.reshape(self.steps, self.batch), jnp.int32), *frozen)
         return state.params, metrics
 
 
@@ -149,7 +156,8 @@ class Optimise:
         seed: int,
         kl_coef: float,
         reward: Callable[[Sequence[int], Sequence[str]], Sequence[float]] | None = None,
-        watch: Callable[[int, Params], None] = lambda step, policy: None,
+        watch: Watch = nothing,
+        text: TokenBatch | None = None,
     ) -> Params:
         """Optimise a policy and return it.
 
@@ -162,21 +170,26 @@ class Optimise:
           seed: of sampling and order.
           kl_coef: β.
           reward: (numbers of the prompts, answers) -> values, with `by_text`.
-          watch: called after each iteration with the number of iterations done and the policy.
+          watch: see `Watch`.
+          text: all rows of the pretraining mix, if the config has one.
         """
         config = dataclasses.replace(self.config, seed=seed, kl_coef=kl_coef)
         state, draws = ppo.initial_state(config, policy, critic), np.random.default_rng(seed)
         samples = config.samples_per_prompt
         for step in range(config.steps):
             places = draw(draws, config.batch // samples)
-            batch = ppo.Batch(jax.tree.map(lambda x, at=places: x[at], prompts), None)
+            mix = None if text is None else draws.integers(len(text.tokens_BT), size=config.pretraining_batch)
+            batch = ppo.Batch(
+                jax.tree.map(lambda x, at=places: x[at], prompts),
+                None if text is None else jax.tree.map(lambda x, at=mix: x[at], text),
+            )
             if reward is not None:
                 sampled = self._sample(state, batch, frozen)
                 values = reward(np.repeat(places, samples).tolist(), self._words.texts(sampled.tokens, sampled.mask))
                 value_B1 = jnp.asarray(values, jnp.float32)[:, None]
                 batch = dataclasses.replace(batch, scored=ppo.ScoredResponses(sampled, value_B1))
-            state, _ = self._update(state, batch, frozen)
-            watch(step + 1, state.params["policy"])
+            state, metrics = self._update(state, batch, frozen)
+            watch(step + 1, state.params["policy"], metrics)
         return state.params["policy"]
 
 

@@ -1,0 +1,196 @@
+"""Small models of the language of reviews, for several experiments: sampling, measurement, comparisons and PPO."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.arrays import Params, RankingBatch, TokenBatch
+from rlhf_jax.config import EpisodeConfig, OptimConfig, PPOConfig
+from rlhf_jax.evaluation.intervals import Floats
+from rlhf_jax.experiments.reviews import TOPICS, WORDS, gold, page, review
+from rlhf_jax.experiments.toy import EOS, PAD, Optimise, Watch, nothing, small_model
+from rlhf_jax.generate import generate
+from rlhf_jax.logprobs import last_token_scores, sequence_logps
+from rlhf_jax.stages import ppo
+
+PROMPT, RESPONSE = 2, 24
+LENGTH = PROMPT + RESPONSE + 1
+
+
+class Measured(NamedTuple):
+    """Answers of a policy, those to a topic after each other, [B] each.
+
+    Attributes:
+      texts: the answers.
+      ratio: log π(y|x) − log π_start(y|x) in nats, whose mean is the KL.
+      logp: log π(y|x) in nats, whose negative mean is the entropy.
+      score: raw scores of the reward model.
+      gold: gold scores.
+    """
+
+    texts: list[str]
+    ratio: Floats
+    logp: Floats
+    score: Floats
+    gold: Floats
+
+
+class ReviewModels:
+    """A language model and a reward model of one shape, and the programs that run them, which all seeds share.
+
+    Args:
+      width: of the models.
+      layers: of the models.
+    """
+
+    def __init__(self, *, width: int, layers: int) -> None:
+        shape = functools.partial(small_model, context=LENGTH + 1, width=width, layers=layers)
+        self.model = shape(len(WORDS))
+        self.scorer = shape(len(WORDS), scalar=True)
+        self._measure = jax.jit(self._measured, static_argnums=0)
+        self._scores = jax.jit(functools.partial(last_token_scores, self.scorer))
+
+    def optimise(self, iterations: int, *, by_text: bool = False, **changes: Any) -> Optimise:
+        """PPO with a value network, of 128 answers an iteration, at a constant learning rate.
+
+        Args:
+          iterations: number of them.
+          by_text: the reward is a function of text.
+          **changes: fields of PPO's settings that differ.
+        """
+        config = PPOConfig(
+            batch=128,
+            steps=iterations,
+            minibatches=2,
+            prompt_length=PROMPT,
+            policy=OptimConfig(learning_rate=1e-3, schedule="constant", epsilon=1e-5),
+            critic=OptimConfig(learning_rate=1e-3, schedule="constant", epsilon=1e-5),
+            episode=EpisodeConfig(response_length=RESPONSE, missing_end="subtract"),
+            **changes,
+        )
+        return Optimise(ppo.Networks(self.model, self.scorer), config, WORDS, by_text=by_text)
+
+    def rlhf(
+        self,
+        optimise: Optimise,
+        start: Params,
+        judge: Params,
+        mean: float,
+        scale: float,
+        *,
+        seed: int,
+        kl_coef: float,
+        watch: Watch = nothing,
+        text: TokenBatch | None = None,
+    ) -> Params:
+        """PPO from `start` against a reward model, which the value network starts from.
+
+        Args:
+          optimise: see `optimise`.
+          start: initial policy and reference.
+          judge: reward model.
+          mean: of its scores of the start's answers.
+          scale: their standard deviation.
+          seed: of sampling and order.
+          kl_coef: β.
+          watch: see `Optimise`.
+          text: rows of the pretraining mix.
+        """
+        return optimise(
+            start,
+            ppo.rescaled(judge, mean, scale),
+            ppo.Frozen(start, judge, jnp.float32(mean), jnp.float32(scale)),
+            WORDS.prompts(TOPICS, PROMPT),
+            lambda draws, count: draws.integers(len(TOPICS), size=count),
+            seed=seed,
+            kl_coef=kl_coef,
+            watch=watch,
+            text=text,
+        )
+
+    def measure(self, each: int, policy: Params, start: Params, judge: Params, *, seed: int) -> Measured:
+        """Sample `each` answers of a policy to every topic and measure them."""
+        prompts = WORDS.prompts(TOPICS, PROMPT)
+        tokens, mask, *figures = self._measure(each, policy, start, judge, prompts, jax.random.key(seed))
+        texts = WORDS.texts(tokens, mask)
+        ratio, logp, score = (np.asarray(x, np.float64) for x in figures)
+        return Measured(texts, ratio, logp, score, golds(texts))
+
+    def _measured(self, each: int, policy: Params, start: Params, judge: Params, prompts: Any, key: Any) -> Any:
+        tokens, mask, rows = self._sample(each, policy, prompts, key)
+        logp = sequence_logps(self.model, policy, rows)[0]
+        ratio = logp - sequence_logps(self.model, start, rows)[0]
+        score = last_token_scores(self.scorer, judge, rows.tokens_BT, rows.segment_ids_BT > 0)
+        return tokens, mask, ratio, logp, score
+
+    def _sample(self, each: int, policy: Params, prompts: Any, key: Any) -> tuple[Any, Any, TokenBatch]:
+        """Sampled responses, their mask, and prompts and responses as rows with a loss on the responses."""
+        found = generate(
+            self.model,
+            policy,
+            prompts.tokens_BP,
+            prompts.mask_BP,
+            key,
+            max_new_tokens=RESPONSE,
+            stop_ids=(EOS,),
+            pad_id=PAD,
+            samples=each,
+        )
+        tokens = jnp.concatenate([jnp.repeat(prompts.tokens_BP, each, axis=0), found.tokens], axis=1)
+        real = jnp.concatenate([jnp.repeat(prompts.mask_BP, each, axis=0), found.mask], axis=1)
+        return found.tokens, found.mask, TokenBatch(tokens, real.astype(jnp.int32), real.at[:, :PROMPT].set(False))
+
+    def ranked(self, start: Params, answers: int, *, seed: int, size: int = 2) -> RankingBatch:
+        """Rankings of `size` answers of a model each by the gold score, equal ones tied.
+
+        Args:
+          start: the model that answers.
+          answers: least number of answers, which are as many to each topic.
+          seed: of sampling.
+          size: K.
+        """
+        each = -(-answers // (len(TOPICS) * size)) * size
+        tokens, mask, rows = self._sample(each, start, WORDS.prompts(TOPICS, PROMPT), jax.random.key(seed))
+        gold_BK = golds(WORDS.texts(tokens, mask)).reshape(-1, size)
+        ranks_BK = 1 + (gold_BK[:, None, :] > gold_BK[:, :, None]).sum(axis=2)
+        shape = (-1, size, rows.tokens_BT.shape[1])
+        return RankingBatch(
+            rows.tokens_BT.reshape(shape),
+            rows.segment_ids_BT.reshape(shape) > 0,
+            jnp.asarray(ranks_BK, jnp.int32),
+            jnp.ones(ranks_BK.shape, bool),
+        )
+
+    def scores(self, judge: Params, rankings: RankingBatch) -> Floats:
+        """Scores of all answers, [B, K]."""
+        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (rankings.tokens_BKT, rankings.mask_BKT))
+        return np.asarray(self._scores(judge, tokens, mask), np.float64).reshape(rankings.ranks_BK.shape)
+
+    def accuracy(self, judge: Params, rankings: RankingBatch) -> float:
+        """Share of the ordered pairs that the scores order correctly."""
+        score_BK, ranks_BK = self.scores(judge, rankings), np.asarray(rankings.ranks_BK)
+        better = ranks_BK[:, :, None] < ranks_BK[:, None, :]
+        return float((score_BK[:, :, None] > score_BK[:, None, :])[better].mean())
+
+
+def golds(texts: Sequence[str]) -> Floats:
+    """Gold scores of answers, as many to each topic, those to a topic after each other."""
+    each = len(texts) // len(TOPICS)
+    return np.array([gold(TOPICS[at // each], text) for at, text in enumerate(texts)])
+
+
+def demonstrations(count: int, draws: np.random.Generator) -> TokenBatch:
+    """Rows of topics with an answer as people write them."""
+    topics = [str(topic) for topic in draws.choice(TOPICS, count)]
+    return WORDS.rows([(topic, review(topic, draws)) for topic in topics], LENGTH)
+
+
+def pages(count: int, draws: np.random.Generator) -> TokenBatch:
+    """Rows of pretraining text."""
+    return WORDS.rows([("", page(draws, LENGTH - 2)) for _ in range(count)], LENGTH)
