@@ -16,6 +16,9 @@ from rlhf_jax.losses import ordered_pairs
 from rlhf_jax.model import Transformer
 from rlhf_jax.parallel.processes import fetch
 
+# What two CPU cores compute while a program of another shape is compiled, a few seconds, in floating-point operations.
+COMPILATION = 3e11
+
 
 @functools.partial(jax.jit, static_argnames="model")
 def _loss_sum(model: Transformer, params: Params, batch: TokenBatch, counted_B: Array) -> tuple[Array, Array]:
@@ -34,12 +37,29 @@ def _row_scores(model: Transformer, params: Params, batch: TokenBatch) -> Array:
     return last_token_scores(model, params, batch.tokens_BT, batch.segment_ids_BT > 0)
 
 
-def _in_batches(rows: Any, batch_size: int) -> Any:
-    """Batches of equal shape over all rows: (batch, indices, False where an index only pads the last batch)."""
-    everyone = np.arange(-(-len(rows) // batch_size) * batch_size) % max(len(rows), 1)
-    for start in range(0, len(rows), batch_size):
-        indices = np.arange(start, start + batch_size)
-        yield rows.batch(everyone[indices], among=everyone), everyone[indices], indices < len(rows)
+def _in_batches(rows: Any, batch_size: int, flops: float = 0.0) -> Any:
+    """Batches over all rows, short rows first: (batch, indices, False where an index only pads the last batch).
+
+    They are padded to the longest row of all, but batches of shorter rows to their own length, and to further ones,
+    where that saves more than the compilation of another shape takes.
+
+    Args:
+      rows: rows.
+      batch_size: rows of a batch.
+      flops: of the forward pass for a token; 0 for one shape.
+    """
+    order = np.arange(len(rows)) if isinstance(rows, TokenRows) else np.argsort(rows.lengths, kind="stable")
+    indices_NB = np.resize(order, (-(-len(rows) // batch_size), batch_size))
+    lengths = [rows.row_length(indices) for indices in indices_NB]
+    longest = [int(np.argmax(lengths[: number + 1])) for number in range(len(lengths))]
+    among = longest[-1:] * len(lengths)
+    for number in reversed(range(len(lengths))):
+        saved = lengths[among[number]] - lengths[longest[number]]
+        if (number + 1) * batch_size * saved * flops > COMPILATION:
+            among[: number + 1] = [longest[number]] * (number + 1)
+    for number, indices in enumerate(indices_NB):
+        places = number * batch_size + np.arange(batch_size)
+        yield rows.batch(indices, among=indices_NB[among[number]]), indices, places < len(rows)
 
 
 def mean_loss(
@@ -47,7 +67,8 @@ def mean_loss(
 ) -> tuple[float, int]:
     """Mean loss in nats per target token over all rows, and the number of target tokens."""
     total, count = 0.0, 0
-    for batch, _, counted_B in _in_batches(rows, batch_size):
+    flops = model.config.flops_per_token(1)
+    for batch, _, counted_B in _in_batches(rows, batch_size, flops):
         loss, targets = _loss_sum(model, params, batch, counted_B)
         total += float(loss)
         count += int(targets)
@@ -59,7 +80,8 @@ def scores_of(
 ) -> np.ndarray:
     """Reward-model scores of all rows, [N, K]; entries of missing responses are meaningless."""
     out = np.zeros((len(rows), rows.responses), np.float32)
-    for batch, indices, counted_B in _in_batches(rows, batch_size):
+    flops = model.config.flops_per_token(1, language_head=False)
+    for batch, indices, counted_B in _in_batches(rows, batch_size, flops):
         out[indices[counted_B]] = fetch(_scores(model, params, batch))[counted_B]
     return out
 
@@ -67,7 +89,8 @@ def scores_of(
 def row_scores(model: Transformer, params: Params, rows: RaggedRows, *, batch_size: int = 32) -> np.ndarray:
     """Reward-model scores of all rows, each a prompt with a response, [N]."""
     out = np.zeros(len(rows), np.float32)
-    for batch, indices, counted_B in _in_batches(rows, batch_size):
+    flops = model.config.flops_per_token(1, language_head=False)
+    for batch, indices, counted_B in _in_batches(rows, batch_size, flops):
         out[indices[counted_B]] = fetch(_row_scores(model, params, batch))[counted_B]
     return out
 

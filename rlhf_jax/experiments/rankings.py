@@ -61,7 +61,7 @@ class Sizes:
 
 
 SHORT = Sizes(
-    rankings=16, size=4, batch=4, passes=(1, 2), heldout=16, width=32, layers=1, demonstrations=64, sft_steps=4
+    rankings=16, size=4, batch=4, passes=(1, 2, 3), heldout=16, width=32, layers=1, demonstrations=64, sft_steps=4
 )
 
 
