@@ -5,6 +5,9 @@ import gzip
 import io
 import itertools
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import nbformat
 import numpy as np
 import pytest
 
@@ -37,6 +41,8 @@ from tests.made_params import random_params
 from tests.made_runs import write_run
 
 pytestmark = pytest.mark.demo
+
+ROOT = Path(__file__).parents[1]
 
 
 def tar(files: Mapping[str, bytes], *, packed: bool = True) -> bytes:
@@ -446,6 +452,19 @@ def test_the_whole_task_on_a_tiny_model(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     for text in ("one other person", "Answers", "policies from sft", "untouched model"):
         assert text in page
+
+
+def test_the_notebook_shows_a_run(finished: Path, tmp_path: Path) -> None:
+    path, out = ROOT / "notebooks" / "film.ipynb", tmp_path / "film.ipynb"
+    command = [sys.executable, "-m", "tests.run_notebook", str(path), str(out)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "FILM_RUN": str(finished)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    stored, made = (nbformat.read(file, as_version=4) for file in (path, out))
+    assert [[one.output_type for one in cell.get("outputs", ())] for cell in made.cells] == [
+        [one.output_type for one in cell.get("outputs", ())] for cell in stored.cells
+    ]
 
 
 def test_an_answer_that_does_not_end_has_the_score_that_ppo_gives_it() -> None:
