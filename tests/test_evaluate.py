@@ -384,7 +384,7 @@ def test_the_command_prints_tables_and_writes_a_report(
     shown = Page(source).text
     assert "<script" not in source and "<script>x</script>" in shown and "user: hi" in shown and "nothing" in shown
     code, out, err = call(capsys, "--reward", root / "judge", "--comparisons", "pairs.jsonl", "--out", "judge")
-    assert code == 0 and "longer wins" in out and not Path("judge/answers.jsonl").exists()
+    assert code == 0 and "longer wins" in out and "self-BLEU" not in out and not Path("judge/answers.jsonl").exists()
     assert "By margin" in Page(Path("judge/report.html").read_text(encoding="utf-8")).text
 
 

@@ -66,7 +66,7 @@ def model_rows(content: Content) -> list[tuple[str, list[str]]]:
         ("empty", _plain("empty")),
     ]
     found = [(title, [cell(model) for model in models]) for title, cell in rows]
-    return [(title, cells) for title, cells in found if set(cells) != {NONE}]
+    return [(title, cells) for title, cells in found if set(cells) - {NONE}]
 
 
 WIN_HEAD = ("scorer", "model", "over", "win rate", "paired bootstrap", "at equal length", "longer", "ties", "score")
