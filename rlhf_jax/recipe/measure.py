@@ -43,7 +43,7 @@ def measure(
     """Measures the runs, and writes responses side by side to samples.json.
 
     Args:
-      runs: pretrain, sft, reward, reward_scratch and ppo.
+      runs: pretrain, sft, reward and ppo.
       corpus: its test part is measured on; its training texts fit the bigram model.
 
     Returns:
@@ -152,23 +152,16 @@ def reward_figures(
     size: Size,
     seed: int,
 ) -> dict[str, float]:
-    """Accuracy of the reward models on the gold order of the SFT model's responses to the test prompts."""
-    rankings = gold_rankings(sampler, judge, sft_params, prompts, seed)
-    found = {
-        name: accuracy(
-            Transformer(model_of(runs[name].run), scalar=True),
-            released_params(runs[name].run),
-            rankings,
-            size.reward_batch,
-            pack=1,
-        )
-        for name in ("reward", "reward_scratch")
-    }
-    return {
-        "reward.heldout_accuracy": found["reward"][0],
-        "reward.heldout_pairs": found["reward"][1],
-        "reward.scratch_heldout_accuracy": found["reward_scratch"][0],
-    }
+    """Accuracy of the reward model on the gold order of the SFT model's responses to the test prompts."""
+    judged = runs["reward"].run
+    right, pairs = accuracy(
+        Transformer(model_of(judged), scalar=True),
+        released_params(judged),
+        gold_rankings(sampler, judge, sft_params, prompts, seed),
+        size.reward_batch,
+        pack=1,
+    )
+    return {"reward.heldout_accuracy": right, "reward.heldout_pairs": pairs}
 
 
 def nested(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import rich.console
@@ -155,11 +155,8 @@ def run_seed(config: RecipeConfig) -> None:
         f"{size.prompt_tokens} tokens); two labellers agree on {agreement:.1%} of pairs (InstructGPT's: 73%)"
     )
     clock.lap("labels")
-    judged = train_reward(config, size, tuned, rankings, development_rankings, corpus, "reward", "init")
+    judged = train_reward(config, size, tuned, rankings, development_rankings, corpus)
     clock.lap("reward")
-    announce("3.1  the same from scratch, to measure the effect of the SFT model")
-    scratch = train_reward(config, size, tuned, rankings, development_rankings, corpus, "reward_scratch", "scratch")
-    clock.lap("reward_scratch")
 
     announce("3.2  PPO: maximise the reward, stay near the SFT model")
     watched = some(development_prompts, 128)
@@ -201,7 +198,7 @@ def run_seed(config: RecipeConfig) -> None:
     clock.lap("ppo")
 
     announce("results")
-    runs = {"pretrain": pretrained, "sft": tuned, "reward": judged, "reward_scratch": scratch, "ppo": optimised}
+    runs = {"pretrain": pretrained, "sft": tuned, "reward": judged, "ppo": optimised}
     summary = measure(runs, corpus, sampler, judge, size=size, seed=config.seed, folder=config.folder)
     summary |= {"reward.labeller_agreement": agreement, "seed": config.seed}
     clock.lap("measure")
@@ -251,17 +248,14 @@ def train_reward(
     rankings: RankingRows,
     heldout: RankingRows,
     corpus: Corpus,
-    name: str,
-    backbone: Literal["init", "scratch"],
 ) -> Finished:
-    """Trains a reward model on the SFT model's backbone or on a fresh one."""
+    """Trains a reward model that starts from the SFT model."""
     steps = max(len(rankings) // size.reward_batch, 1)
     return reward.run(
         reward.Config(
-            **stage_settings(config, name),
+            **stage_settings(config, "reward"),
             save_every=0,
             init=str(tuned.run.path),
-            backbone=backbone,
             batch=size.reward_batch,
             steps=steps,
             optimizer=adamw(size.reward_rate, warmup_steps=min(10, steps // 2)),

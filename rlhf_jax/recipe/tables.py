@@ -54,7 +54,6 @@ def figures_table(s: dict[str, Any], title: str) -> rich.table.Table:
          f"the pretrained model's {s['pretrain.heldout_response_nll']:.3f}"),
         ("SFT against pretrained, win rate", f"{s['sft.win_rate_vs_pretrained']:.3f}", ""),
         ("reward model: accuracy on gold order", f"{s['reward.heldout_accuracy']:.3f}", ""),
-        ("the same from scratch", f"{s['reward.scratch_heldout_accuracy']:.3f}", ""),
         ("PPO against SFT, win rate", f"{s['ppo.win_rate_vs_sft']:.3f}{spread}", ""),
         ("gold score, SFT to PPO", f"{s['sft.gold_mean']:.2f} to {s['ppo.gold_mean']:.2f}", ""),
         ("about the function, SFT to PPO", f"{s['sft.topic_share']:.2f} to {s['ppo.topic_share']:.2f}",

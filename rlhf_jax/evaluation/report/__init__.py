@@ -18,8 +18,8 @@ def write_report(folder: Path) -> Path:
     """Write `folder`/report.html from the results of a recipe; parts without data are left out.
 
     Args:
-      folder: holds summary.json, samples.json, and a run folder for each stage: pretrain, sft, reward, reward_scratch
-        and ppo, each with config.json, metrics.jsonl and ledger.json.
+      folder: holds summary.json, samples.json, and a run folder for each stage: pretrain, sft, reward and ppo,
+        each with config.json, metrics.jsonl and ledger.json.
 
     Returns:
       The report's path.

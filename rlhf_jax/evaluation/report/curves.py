@@ -58,7 +58,6 @@ def curves(figures: Figures, metrics: Mapping[str, Rows]) -> str:
             [
                 Line("training", "reward", points(reward, "accuracy")),
                 Line("held out", "ink", points(reward, "eval/accuracy"), dots=True),
-                Line("held out, from scratch", "muted", points(metrics["reward_scratch"], "eval/accuracy"), dots=True),
             ],
             title="3 · Reward model accuracy",
             y="share of pairs",

@@ -12,7 +12,6 @@ STAGES = {
     "pretrain": "Pretrain",
     "sft": "SFT",
     "reward": "Reward",
-    "reward_scratch": "Reward, from scratch",
     "ppo": "PPO",
     "preference": "Preference",
 }

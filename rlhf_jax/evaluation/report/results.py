@@ -75,8 +75,7 @@ def cards(figures: Figures) -> str:
     wanted = (
         ("PPO wins over SFT", "ppo.win_rate_vs_sft", "%", within("ppo.win_rate_vs_sft_interval")),
         ("SFT wins over pretrained", "sft.win_rate_vs_pretrained", "%", within("sft.win_rate_vs_pretrained_interval")),
-        ("Reward model’s accuracy", "reward.heldout_accuracy", "%",
-         against("of test pairs; from scratch", "reward.scratch_heldout_accuracy", "%") or "of test pairs"),
+        ("Reward model’s accuracy", "reward.heldout_accuracy", "%", "of test pairs"),
         ("KL from SFT", "ppo.kl_nats", "{:.2f}", "nats per response"),
         ("Distinct answers, PPO", "ppo.distinct_share", "%",
          f"{percent(distinct)} of SFT’s share" if distinct is not None else ""),
