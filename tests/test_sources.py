@@ -16,7 +16,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.lora import attach, is_adapter
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
-from rlhf_jax.pretrained.source import open_source, start_from
+from rlhf_jax.pretrained.source import longest_answer, open_source, start_from
 from rlhf_jax.runs.checkpoint import load_params
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import released_params
@@ -25,7 +25,7 @@ from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.trainers import ppo, ppo_start, pretrain, reward, sft
 from tests.cases import case
 from tests.made_params import random_params
-from tests.made_runs import write_run
+from tests.made_runs import random_source, write_run
 
 pytestmark = [pytest.mark.pretrained, pytest.mark.usefixtures("each_key_once")]
 
@@ -400,3 +400,17 @@ def test_a_trainer_makes_its_update_for_the_axis_that_the_loop_names(
             special = {*tokenizer.start_ids, tokenizer.eos_id, tokenizer.pad_id}
             kept = np.asarray(batch.tokens_BT)[np.asarray(batch.segment_ids_BT) > 0]
             assert set(kept.tolist()) - special == set(tokenizer.encode("zq")), trainer.STAGE
+
+
+def test_answers_are_at_most_half_of_the_smallest_context() -> None:
+    of = {context: random_source(dataclasses.replace(MODEL, context=context)) for context in (2, 64, 200, 4096)}
+    for contexts, asked, longest in (
+        ((4096,), None, 128),
+        ((200, 4096), None, 100),
+        ((4096, 64), None, 32),
+        ((2,), None, 1),
+        ((), None, 128),
+        ((64,), 60, 60),
+    ):
+        with case((contexts, asked)):
+            assert longest_answer([of[context] for context in contexts], asked) == longest

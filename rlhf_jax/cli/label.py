@@ -50,8 +50,8 @@ class Config:
     """JSONL files of prompts for --run."""
     samples: int = 1
     """Responses per prompt from each --run."""
-    max_new_tokens: int = 128
-    """Maximum number of tokens in a sampled response."""
+    max_new_tokens: int | None = None
+    """Maximum number of tokens in a sampled response; 128 by default, or half of the smallest context."""
     temperature: float = 0.7
     """Sampling temperature, which divides the logits."""
     seed: int = 0

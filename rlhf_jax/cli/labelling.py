@@ -67,16 +67,17 @@ def items_of(config: Config, ledger: Ledger) -> Iterator[Item]:
     if config.run:
         # Imported here: the model code takes seconds to import.
         from rlhf_jax.feedback.sampled import sample_items
-        from rlhf_jax.pretrained.source import LANGUAGE, open_source
+        from rlhf_jax.pretrained.source import LANGUAGE, longest_answer, open_source
 
         prompts = read_records(config.prompts, "prompts", ledger)
         for prompt in prompts:
             ledger.keep(prompt.where)
+        sources = [open_source(spec, stages=LANGUAGE) for spec in config.run]
         yield from sample_items(
-            [open_source(spec, stages=LANGUAGE) for spec in config.run],
+            sources,
             prompts,
             samples=config.samples,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=longest_answer(sources, config.max_new_tokens),
             temperature=config.temperature,
             seed=config.seed,
         )

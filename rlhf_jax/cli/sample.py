@@ -42,8 +42,8 @@ class Config:
     at_least: float | None = None
     """Lowest score of a best answer; prompts whose answers all score less are left out. 1 keeps what a verifier found
     right."""
-    max_new_tokens: int = 128
-    """Maximum number of tokens in an answer."""
+    max_new_tokens: int | None = None
+    """Maximum number of tokens in an answer; 128 by default, or half of the model's context."""
     temperature: float = 1.0
     """Sampling temperature."""
     batch: int = 32

@@ -14,7 +14,7 @@ from rlhf_jax.evaluation.answers import Answer, Language, room_of, sample_answer
 from rlhf_jax.evaluation.chosen import chosen_rows
 from rlhf_jax.evaluation.scorers import Scorer, function_scorer, model_scorer
 from rlhf_jax.files import write_file
-from rlhf_jax.pretrained.source import LANGUAGE, open_source, with_prefix
+from rlhf_jax.pretrained.source import LANGUAGE, longest_answer, open_source, with_prefix
 from rlhf_jax.reward_functions.loading import load_function
 from rlhf_jax.runs.lifecycle import say
 
@@ -31,7 +31,8 @@ def run(config: Config) -> None:
     source = open_source(with_prefix(config.run), stages=LANGUAGE)
     # Before minutes of sampling: a scorer that cannot be opened, and prompts that cannot be answered.
     scorer = scorer_of(config, unscored)
-    room = room_of(source, config.max_new_tokens)
+    longest = longest_answer([source], config.max_new_tokens)
+    room = room_of(source, longest)
     prompts: list[Prompt] = []
     for prompt in read_records(list(config.prompts), "prompts", ledger):
         if reason := unfit(prompt, source, room):
@@ -47,7 +48,7 @@ def run(config: Config) -> None:
         prompts,
         range(len(prompts)),
         samples=config.samples,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=longest,
         temperature=config.temperature,
         batch=config.batch,
         seed=config.seed,

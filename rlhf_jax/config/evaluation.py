@@ -6,7 +6,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from rlhf_jax.config.checks import at_least
+from rlhf_jax.config.checks import at_least, hinted
 from rlhf_jax.errors import UserError
 
 MOST_BEST_OF = 1024
@@ -38,8 +38,8 @@ class EvaluationConfig:
     """Answers per prompt from each model."""
     best_of: int = 0
     """Also evaluate each model with best-of-n sampling: the best of this many further answers by the first scorer."""
-    max_new_tokens: int = 128
-    """Maximum number of tokens in an answer."""
+    max_new_tokens: int | None = hinted(None, "default: 128")
+    """Maximum number of tokens in an answer; 128 by default, or half of the smallest context."""
     temperature: float = 1.0
     """Sampling temperature; 1 is the policy that PPO trains, 0 is greedy decoding."""
     batch: int = 32

@@ -31,7 +31,7 @@ from rlhf_jax.evaluation.frontier import best_of_curve, plain, policies_curve
 from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.evaluation.reward_accuracy import reward_accuracy
 from rlhf_jax.evaluation.scorers import Scorer, function_scorer, model_scorer
-from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, same_tokenizer, with_prefix
+from rlhf_jax.pretrained.source import LANGUAGE, Source, longest_answer, open_source, same_tokenizer, with_prefix
 from rlhf_jax.reward_functions.loading import RewardFunction, load_function, make_terms, spec_of
 
 Path = str | os.PathLike[str]
@@ -111,6 +111,8 @@ class _Comparison:
         }
         self.judges = [open_source(with_prefix(spec), stages=("reward",)) for spec in config.reward]
         self.reference = self._reference()
+        sampled = [one for one in (*self.sources.values(), self.reference) if one is not None]
+        self.longest = longest_answer(sampled, config.max_new_tokens)
         self.files = {spec: read_answers(spec, self.ledger) for spec in config.models if is_file(spec)}
         self.prompts, self.places = self._prompts()
         self.arms: list[Arm] = []
@@ -131,7 +133,7 @@ class _Comparison:
         if not self.files and not self.config.prompts:
             return [], []  # an evaluation on text or on comparisons alone
         sources = {one.where: one for one in (*self.sources.values(), self.reference) if one is not None}
-        rooms = [(one, room_of(one, self.config.max_new_tokens)) for one in sources.values()]
+        rooms = [(one, room_of(one, self.longest)) for one in sources.values()]
         seen: set[Key] = set()
         kept: list[Prompt] = []
         places: list[int] = []
@@ -190,7 +192,8 @@ class _Comparison:
         about = {"prompts": len(self.prompts), "scorers": list(self.arms[0].scores) if self.arms else []}
         for reason, count in self.ledger.reasons().get("dropped", {}).items():
             self.notes.append(f"{count:,} rows are left out: {reason}")
-        settings = dataclasses.asdict(config) | {"reward_funcs": [spec_of(f) for f in self.functions]}
+        settings = dataclasses.asdict(config) | {"longest_answer": self.longest}
+        settings |= {"reward_funcs": [spec_of(f) for f in self.functions]}
         rest = {"reward_models": [one for one in rewards if one], "notes": self.notes, "settings": settings}
         content: dict[str, Any] = plain(about | {"reference": config.reference or None} | found | rest)
         return content
@@ -230,7 +233,7 @@ class _Comparison:
             self.prompts,
             self.places,
             samples=config.samples + config.best_of,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=self.longest,
             temperature=config.temperature,
             batch=config.batch,
             seed=config.seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from rlhf_jax.tokenizers.published_files import FILES
 
 # Up to this many layers, a published model's blocks stay separate, which decodes faster; deeper models scan over them.
 MOST_UNROLLED = 8
+LONGEST_ANSWER = 128
 LANGUAGE = ("pretrain", "sft", "ppo", "preference")
 PUBLISHED = ("hf:", "gguf:", "pypi:", "peft:")
 
@@ -188,6 +189,12 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
         dialogues=bool((run.summary if run.finished else {}).get("dialogues", run.stage != "pretrain")),
         **facts,
     )
+
+
+def longest_answer(sources: Iterable[Source], asked: int | None) -> int:
+    """Most tokens of an answer to sample: as asked, else LONGEST_ANSWER or half of the smallest context."""
+    halves = (max(source.model.context // 2, 1) for source in sources)
+    return min([LONGEST_ANSWER, *halves]) if asked is None else asked
 
 
 def with_prefix(spec: str) -> str:
