@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf_jax.data import Demonstration, Dialogue, Prompt, Text, render_prompt
+from rlhf_jax.config import PreferenceConfig, RewardConfig
+from rlhf_jax.data import (
+    Comparison,
+    Demonstration,
+    Dialogue,
+    Ledger,
+    Prompt,
+    Ranking,
+    RankingRows,
+    Text,
+    encode_rankings,
+    read_records,
+    render_prompt,
+)
+from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
+from rlhf_jax.pretrained.source import Source
+from rlhf_jax.runs.lifecycle import refuse_unevaluated
 
+JudgedRecords = Sequence[Comparison | Ranking]
 EMBEDDED = "embedded"
 # Prompts to show answers to: enough for a few that fit the context.
 EXAMPLES = 32
@@ -34,6 +51,50 @@ def wants_embedded(field: str, paths: Sequence[str], expected: str) -> bool:
             f"{field}: expected files or {EMBEDDED}, got {' and '.join(paths)}; use ./{EMBEDDED} for a file so named"
         )
     return paths[0] == EMBEDDED
+
+
+def ranking_rows(
+    config: RewardConfig | PreferenceConfig,
+    source: Source,
+    limit: int,
+    ledgers: tuple[Ledger, Ledger],
+    records: tuple[JudgedRecords | None, JudgedRecords | None] = (None, None),
+) -> tuple[RankingRows, RankingRows]:
+    """Training and held-out rankings; the held-out ones are given, of files, or drawn from the training ones.
+
+    Args:
+      config: settings of the stage.
+      source: the model to start from.
+      limit: longest row in tokens.
+      ledgers: of the training and of the held-out records.
+      records: training and held-out records in place of the files of config, or None.
+
+    Raises:
+      UserError: for files that are missing or do not fit.
+    """
+    (ledger, heldout_ledger), (given, held) = ledgers, records
+    if given is None:
+        if not config.data:
+            raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
+        if EMBEDDED in config.data:
+            raise UserError(
+                "data: expected files of comparisons or rankings, got embedded, which has none; rlhf-jax recipe "
+                "writes some to runs/recipe/rankings.jsonl"
+            )
+        given = read_records(config.data, "rankings", ledger, columns=config.columns)
+    if held is None and config.heldout:
+        held = read_records(config.heldout, "rankings", heldout_ledger, columns=config.columns)
+
+    def encoded(records: JudgedRecords, ledger: Ledger) -> RankingRows:
+        return encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
+
+    rows = encoded(given, ledger)
+    if held is None:
+        return hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
+    remark_shared(given, held, heldout_ledger)
+    held_rows = encoded(held, heldout_ledger)
+    refuse_unevaluated(held_rows, heldout_ledger)
+    return rows, held_rows
 
 
 def prompts_of(records: Sequence[Demonstration | Dialogue]) -> list[Prompt]:

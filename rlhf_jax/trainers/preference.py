@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 import jax
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import METHODS
 from rlhf_jax.data import (
-    Comparison,
     Ledger,
     Prompt,
-    Ranking,
-    RankingRows,
     batch_at,
-    encode_rankings,
     have_messages,
     new_lengths,
-    read_records,
 )
 from rlhf_jax.data.preferences import preference_rows
-from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout_preferences import Logps, evaluate_preferences, logps_of
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.lora import attach
 from rlhf_jax.model import count_parameters
 from rlhf_jax.optim import first_key, make_optimizer, new_state
-from rlhf_jax.pretrained.source import LANGUAGE, Source, open_for, start_from
+from rlhf_jax.pretrained.source import LANGUAGE, open_for, start_from
 from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
     Finished,
@@ -40,23 +33,21 @@ from rlhf_jax.runs.lifecycle import (
     fingerprint_of,
     longest_row,
     refuse_empty,
-    refuse_unevaluated,
     say,
     say_data,
     say_unheld,
     train,
 )
 from rlhf_jax.stages.preference import STAGE, Config, Frozen, make_update
-from rlhf_jax.trainers.inputs import EMBEDDED, EXAMPLES
+from rlhf_jax.trainers.inputs import EXAMPLES, JudgedRecords, ranking_rows
 from rlhf_jax.trainers.ppo_start import open_reference, reference_params
 
 # Default number of passes over the data.
 EPOCHS = 1.0
-Records = Sequence[Comparison | Ranking]
 
 
 @exclusive
-def run(config: Config, *, records: Records | None = None, heldout: Records | None = None) -> Finished:
+def run(config: Config, *, records: JudgedRecords | None = None, heldout: JudgedRecords | None = None) -> Finished:
     """Train the model of config.init on preferences; resumes from the latest checkpoint of the same run.
 
     Args:
@@ -73,7 +64,7 @@ def run(config: Config, *, records: Records | None = None, heldout: Records | No
     method, model = METHODS[config.method], source.network()
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
     ledger, heldout_ledger = Ledger(), Ledger()
-    rankings, held = _rankings(config, source, limit, (ledger, heldout_ledger), (records, heldout))
+    rankings, held = ranking_rows(config, source, limit, (ledger, heldout_ledger), (records, heldout))
     refuse_empty(rankings, "rankings", ledger)
     rows = preference_rows(rankings, source.tokenizer, unrelated=method.unpaired)
     held_rows = preference_rows(held, source.tokenizer, unrelated=method.unpaired) if len(held) else None
@@ -177,36 +168,3 @@ def run(config: Config, *, records: Records | None = None, heldout: Records | No
     shown = (held if len(held) else rankings).sources[:EXAMPLES]
     examples = [Prompt(record.prompt, record.where, record.turns) for record in shown]
     return dataclasses.replace(complete(folder, summary, ledger, heldout=heldout_ledger), examples=examples)
-
-
-def _rankings(
-    config: Config,
-    source: Source,
-    limit: int,
-    ledgers: tuple[Ledger, Ledger],
-    records: tuple[Records | None, Records | None],
-) -> tuple[RankingRows, RankingRows]:
-    """Training and held-out rankings; the held-out ones are given, of files, or drawn from the training ones."""
-    (ledger, heldout_ledger), (given, held) = ledgers, records
-    if given is None:
-        if not config.data:
-            raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
-        if EMBEDDED in config.data:
-            raise UserError(
-                "data: expected files of comparisons or rankings, got embedded, which has none; rlhf-jax recipe "
-                "writes some to runs/recipe/rankings.jsonl"
-            )
-        given = read_records(config.data, "rankings", ledger, columns=config.columns)
-    if held is None and config.heldout:
-        held = read_records(config.heldout, "rankings", heldout_ledger, columns=config.columns)
-
-    def encoded(records: Records, ledger: Ledger) -> RankingRows:
-        return encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
-
-    rows = encoded(given, ledger)
-    if held is None:
-        return hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
-    remark_shared(given, held, heldout_ledger)
-    held_rows = encoded(held, heldout_ledger)
-    refuse_unevaluated(held_rows, heldout_ledger)
-    return rows, held_rows

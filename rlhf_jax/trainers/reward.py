@@ -18,14 +18,12 @@ from rlhf_jax.data import (
     RankingRows,
     batch_at,
     encode_demonstrations,
-    encode_rankings,
     have_messages,
     new_lengths,
     read_records,
 )
 from rlhf_jax.data.batches import PackedRankingRows, Rows
 from rlhf_jax.data.encode import ordered_rankings
-from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
 from rlhf_jax.evaluation.intervals import wilson
@@ -43,7 +41,6 @@ from rlhf_jax.runs.lifecycle import (
     fingerprint_of,
     longest_row,
     refuse_empty,
-    refuse_unevaluated,
     release,
     say,
     say_data,
@@ -51,7 +48,7 @@ from rlhf_jax.runs.lifecycle import (
     train,
 )
 from rlhf_jax.stages.reward import STAGE, Config, make_update
-from rlhf_jax.trainers.inputs import EMBEDDED
+from rlhf_jax.trainers.inputs import ranking_rows
 
 # Most prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too; and the
 # fewest responses, which give the scale to 9%. With fewer, PPO measures both on samples of its starting policy.
@@ -90,10 +87,10 @@ def run(
     ledger, heldout_ledger, demonstrations_ledger = Ledger(), Ledger(), Ledger()
     splitting = rankings is None and not config.heldout and config.heldout_fraction > 0
     if rankings is None:
-        rankings, heldout = _rows(config, source, limit, ledger, heldout_ledger)
+        rankings, heldout = ranking_rows(config, source, limit, (ledger, heldout_ledger))
     else:
         rankings = ordered_rankings(rankings, ledger)
-        heldout = heldout if heldout is not None and len(heldout) else None
+    heldout = heldout if heldout is not None and len(heldout) else None
     refuse_empty(rankings, "rankings", ledger)
     if demonstrations is None:
         paths = config.demonstrations
@@ -279,25 +276,3 @@ def centred(
     shift = -float(row_scores(model, full_params, demonstrations, batch_size=batch_size).mean())
     score = {**params["score"], "bias": params["score"]["bias"] + shift}
     return {**params, "score": score}, shift
-
-
-def _rows(
-    config: Config, source: Source, limit: int, ledger: Ledger, heldout_ledger: Ledger
-) -> tuple[RankingRows, RankingRows | None]:
-    if not config.data:
-        raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
-    if EMBEDDED in config.data:
-        raise UserError(
-            "data: expected files of comparisons or rankings, got embedded, which has none; rlhf-jax recipe writes "
-            "some to runs/recipe/rankings.jsonl"
-        )
-    records = read_records(config.data, "rankings", ledger, columns=config.columns)
-    rows = encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
-    if not config.heldout:
-        rows, held_rows = hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
-        return rows, held_rows if len(held_rows) else None
-    held = read_records(config.heldout, "rankings", heldout_ledger, columns=config.columns)
-    remark_shared(records, held, heldout_ledger)
-    held_rows = encode_rankings(held, source.tokenizer, max_tokens=limit, ledger=heldout_ledger, buckets=config.buckets)
-    refuse_unevaluated(held_rows, heldout_ledger)
-    return rows, held_rows
