@@ -10,8 +10,10 @@ from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.batches import RaggedRows, RankingRows
 from rlhf_jax.evaluation import heldout
 from rlhf_jax.evaluation.heldout import _in_batches, row_scores, scores_of
+from rlhf_jax.evaluation.warnings import end_warnings
 from rlhf_jax.model import Transformer
 from rlhf_jax.trainers import reward
+from tests.cases import case
 from tests.random_params import initialized
 
 pytestmark = pytest.mark.core
@@ -54,6 +56,34 @@ def test_mean_and_scale_are_of_the_responses_that_exist_to_prompts_taken_evenly(
     monkeypatch.setattr(reward, "FEWEST_RESPONSES", 12)
     assert reward.score_mean_and_scale(model, params, rows, 2) == (None, None)
     assert reward.score_mean_and_scale(model, params, None, 2) == (None, None)
+
+
+def test_what_a_missing_end_does_to_a_score_and_whether_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(ModelConfig(vocab_size=11, context=8, width=8, layers=1, heads=1), scalar=True)
+    params = jax.tree.map(lambda x: 3 * np.asarray(x), initialized(model, jax.random.key(0)))
+    ended = [[1, 2, 9], [3, 10], [4, 5, 6, 9]]
+    # Neither one that does not end nor one that is its end alone counts.
+    rows = RankingRows([([ended[0], [7, 8]], [1, 2]), ([ended[1], [9], ended[2]], [1, 2, 3])], 8)
+    monkeypatch.setattr(reward, "FEWEST_RESPONSES", 3)
+
+    def scored(ids: list[int]) -> float:
+        return float(row_scores(model, params, RaggedRows([(ids, [True] * len(ids))], 8), batch_size=1)[0])
+
+    mean = float(np.mean([scored(ids[:-1]) - scored(ids) for ids in ended]))
+    assert reward.without_end(model, params, rows, (9, 10), 0.5, 2) == pytest.approx(mean / 0.5, abs=1e-5)
+    monkeypatch.setattr(reward, "FEWEST_RESPONSES", 4)
+    assert reward.without_end(model, params, rows, (9, 10), 0.5, 2) is None
+    for change, missing_end, score, pays in (
+        (2.4, "subtract", -1.0, "it scores a response 2.4 standard deviations higher without its end token, of which "),
+        (2.4, "keep", -1.0, "--episode.missing-end keep takes off 0: not to end pays"),
+        (2.4, "replace", -1.0, ""),
+        (0.9, "subtract", -1.0, ""),
+        (-0.1, "keep", 0.0, ""),
+        (None, "keep", 0.0, ""),
+    ):
+        with case((change, missing_end)):
+            found = end_warnings(change, missing_end, score)
+            assert len(found) == bool(pays) and pays in "".join(found)
 
 
 def test_every_row_is_evaluated_once_whatever_the_batch() -> None:

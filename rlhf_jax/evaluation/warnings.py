@@ -45,6 +45,23 @@ def reward_warnings(
     ]
 
 
+def end_warnings(without_end: float | None, missing_end: str, missing_end_score: float) -> list[str]:
+    """The sentence that says that a reward model pays for responses that do not end; [] if it does not.
+
+    Args:
+      without_end: mean change of a score without the end token, in standard deviations; None if it is not known.
+      missing_end: what PPO does with such a score: "replace", "subtract" or "keep".
+      missing_end_score: what it takes instead of it or adds to it.
+    """
+    taken = abs(missing_end_score) if missing_end == "subtract" else 0.0
+    if without_end is None or missing_end == "replace" or without_end <= taken:
+        return []
+    return [
+        f"it scores a response {without_end:.2g} standard deviations higher without its end token, of which "
+        f"--episode.missing-end {missing_end} takes off {taken:g}: not to end pays; use --episode.missing-end replace"
+    ]
+
+
 def sft_warnings(rows: Sequence[Mapping[str, Any]], before: float | None, *, release: str) -> list[str]:
     """The sentence that says that a fine-tuned model over-fits; [] if it does not or nothing was held out.
 

@@ -55,6 +55,7 @@ class Source:
       dialogues: True if it was trained on messages; rendered as `data.dialogues` does if the tokenizer has no template.
       score_mean: mean of a reward model's scores on held-out responses; None if none is recorded.
       score_scale: their standard deviation, likewise.
+      without_end: mean change of a response's score without its end token, in such deviations; None likewise.
       warnings: reasons not to trust a reward model, from its run's summary.
     """
 
@@ -72,6 +73,7 @@ class Source:
     dialogues: bool = False
     score_mean: float | None = None
     score_scale: float | None = None
+    without_end: float | None = None
     warnings: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -162,7 +164,7 @@ def open_source(spec: str, *, stages: Collection[str]) -> Source:
     if run.stage == "reward":
         if not run.finished:
             raise UserError(f"{run.path}: the reward model is not finished; start its command again to resume it")
-        facts = {name: run.summary.get(name) for name in ("score_mean", "score_scale")}
+        facts = {name: run.summary.get(name) for name in ("score_mean", "score_scale", "without_end")}
         facts["warnings"] = tuple(run.summary.get("warnings", ()))
     unsealed = sealed_files(run.path) is None
     best = run.stage == "sft" and run.finished and run.summary.get("released_step") != run.summary.get("steps")

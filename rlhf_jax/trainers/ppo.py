@@ -22,6 +22,7 @@ from rlhf_jax.data import (
 )
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
+from rlhf_jax.evaluation.warnings import end_warnings
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.source import open_for
 from rlhf_jax.reward_functions.loading import RewardFunction, fingerprint
@@ -137,8 +138,11 @@ def run(
     )
     if folder.finished:
         return Finished(folder, folder.summary)
-    for warning in () if reward_model is None else reward_model.warnings:
-        say(f"warning: {config.reward}: {warning}")
+    if reward_model is not None:
+        episode = config.episode
+        ends = end_warnings(reward_model.without_end, episode.missing_end, episode.missing_end_score)
+        for warning in (*reward_model.warnings, *ends):
+            say(f"warning: {config.reward}: {warning}")
     if functions and config.episode.missing_end == "replace":
         say(
             f"a response without an end-of-text token gets {config.episode.missing_end_score:g} in place of its "

@@ -54,6 +54,8 @@ from rlhf_jax.trainers.inputs import ranking_rows
 # fewest responses, which give the scale to 9%. With fewer, PPO measures both on samples of its starting policy.
 REFERENCE_PROMPTS = 2048
 FEWEST_RESPONSES = 64
+# Most responses that are scored without their ends.
+ENDS = 128
 # Default number of passes over the data.
 EPOCHS = 1.0
 
@@ -176,6 +178,9 @@ def run(
         lora_scale=config.lora.scale,
     )
     mean, scale = score_mean_and_scale(model, attached(params), heldout, length.batch, pack)
+    unended = None
+    if heldout is not None and scale is not None:
+        unended = without_end(model, attached(params), heldout, tokenizer.stop_ids, scale, length.batch)
     release(folder, params, length.steps)
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
     right, pairs = (None, 0) if heldout is None else held_out(heldout, params, length.steps)
@@ -195,6 +200,7 @@ def run(
         "shift": shift,
         "score_mean": mean,
         "score_scale": scale,
+        "without_end": unended,
         "warnings": reward_warnings(right, interval, judged, steps=length.steps),
     }
     return dataclasses.replace(complete(folder, summary, ledger, **others), examples=heldout or rankings)
@@ -227,6 +233,24 @@ def score_mean_and_scale(
     scores = _scores(model, params, some, batch_size, pack)
     exists = np.array([[k < len(ranks) for k in range(some.responses)] for _, ranks in some.rows])
     return float(scores[exists].mean()), float(scores[exists].std())
+
+
+def without_end(
+    model: Transformer, params: Params, rankings: RankingRows, stop_ids: Sequence[int], scale: float, batch_size: int
+) -> float | None:
+    """Mean change of a held-out response's score when its end token is taken off, in units of `scale`.
+
+    A reward model that has seen complete responses alone may like one better that does not end, and then PPO learns not
+    to end. None for fewer than FEWEST_RESPONSES responses that end.
+    """
+    whole = [list(ids) for responses, _ in rankings.rows for ids in responses if ids[-1] in stop_ids and len(ids) > 1]
+    if len(whole) < FEWEST_RESPONSES:
+        return None
+    places = np.linspace(0, len(whole) - 1, min(len(whole), ENDS)).round().astype(int)
+    some = [whole[place] for place in places]
+    rows = [(ids, [True] * len(ids)) for ids in (*some, *(ids[:-1] for ids in some))]
+    scores = row_scores(model, params, RaggedRows(rows, rankings.limit, rankings.pad_id), batch_size=batch_size)
+    return float((scores[len(some) :] - scores[: len(some)]).mean() / scale)
 
 
 def _scores(model: Transformer, params: Params, rankings: RankingRows, batch_size: int, pack: int) -> np.ndarray:
