@@ -2,7 +2,7 @@
 
 .venv-pods/bin/rlhf-jax plan --model llama3-8b --stage ppo --topology v5e:16x16 --mesh fsdp=256
 
-The compiler, libtpu, is installed in a separate environment by `sh .ci/setup-pods`.
+The compiler, libtpu, needs no TPU: `pip install libtpu`, or `sh .ci/setup-pods` in a checkout, which makes .venv-pods.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ def pod_devices(topology: Topology) -> Sequence[Any]:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"{topology.name}: the TPU compiler has no such pod or is not installed ({reason}); "
-            "`sh .ci/setup-pods` makes an environment with it: .venv-pods/bin/python -m rlhf_jax plan"
+            "`pip install libtpu` adds it, without a TPU too; in a checkout `sh .ci/setup-pods` makes an environment "
+            "with it: .venv-pods/bin/python -m rlhf_jax plan"
         ) from None
     return devices
 
