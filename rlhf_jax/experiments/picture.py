@@ -11,7 +11,7 @@ from rlhf_jax.evaluation.report.charts import ticks
 from rlhf_jax.evaluation.report.html import short, text
 
 INK, GREY, FAINT = "#26303b", "#5b6470", "#e3e7ec"
-PALETTE = ("#1b6ca8", "#c2571a", "#2b7a4b", "#8a4fa3", "#b8860b", "#566573", "#c0392b", "#138d90")
+PALETTE = ("#1b6ca8", "#c2571a", "#2b7a4b", "#8a4fa3", "#b8860b", "#566573", "#c0392b", "#138d90", "#7b8b2a")
 
 
 @dataclasses.dataclass(frozen=True)
