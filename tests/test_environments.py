@@ -39,7 +39,7 @@ BYTES = Tokenizer.bytes()
 EOS, PAD = BYTES.eos_id, BYTES.pad_id
 
 
-def prompt_rows(records: Sequence[Prompt], width: int = 40) -> Any:
+def prompt_rows(records: Sequence[Prompt], width: int = 56) -> Any:
     return encode_prompts(records, BYTES, max_tokens=width, ledger=Ledger())
 
 
@@ -112,7 +112,11 @@ NETWORKS = Networks(Transformer(SHAPE), Transformer(SHAPE, scalar=True))
 R, TURN, TURNS = 40, 6, 3
 BETA = 0.3
 RECORDS = [Prompt(f"{n}?", columns={"number": n}) for n in range(6)]
-RECORDS += [Prompt("", turns=(Message("user", f"say {n}"),), columns={"number": n}) for n in (6, 7)]
+# One of a dialogue's turn, one of three.
+RECORDS += [Prompt("", turns=(Message("user", "say 6"),), columns={"number": 6})]
+RECORDS += [
+    Prompt("", turns=(Message("user", "a"), Message("assistant", "b"), Message("user", "7")), columns={"number": 7})
+]
 
 
 @functools.cache
@@ -147,7 +151,7 @@ def played(environment: Any, **settings: Any) -> tuple[ppo.Config, Any, ppo.Batc
         "max_turns": TURNS,
         "turn_length": TURN,
         "reward_weights": (0.5,),
-        "prompt_length": 40,
+        "prompt_length": 56,
         "episode": EpisodeConfig(response_length=R, missing_end="subtract", missing_end_score=-1.5, gamma=0.9),
     }
     config = ppo.Config(**(given | settings))
