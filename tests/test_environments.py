@@ -99,10 +99,11 @@ def test_an_episode_by_hand() -> None:
     ended = table.start([2, 2])
     table.take(ended, generation([[*b"sto", EOS], [*b"stop"]], 4), 0)
     assert [episode.ended for episode in ended] == [False, False]  # neither says stop and ends
-    wide = Table(Caller(echo, "echo", records, 0.0), prompt_rows(records, 6), BYTES, 14, 6, 1)
+    wide = Table(Caller(echo, "echo", records, 0.0), prompt_rows(records, 6), BYTES, 40, 6, 1)
     ended = wide.start([2, 2, 2])
     wide.take(ended, generation([[*b"stop", EOS], [*b"sto", EOS], [*b"stop"]], 6), 0)
     assert [episode.ended for episode in ended] == [True, False, False] and all(one.is_over for one in ended)
+    assert [one.ids for one in ended] == [[*b"stop", EOS], [*b"sto", EOS], [*b"stop"]]  # one turn, nothing observed
     assert ended[0].state == {"prompt": "c:", "number": 2, "turn": 1} and records[2].columns == {"number": 2}
 
 
@@ -159,7 +160,7 @@ def played(environment: Any, **settings: Any) -> tuple[ppo.Config, Any, ppo.Batc
     frozen = Frozen(params["reference"], None, jnp.float32(0), jnp.float32(1))
     state = ppo.initial_state(config, params["policy"], params["critic"] if config.value_network else None)
     ids: dict[str, Any] = {"eos_id": BYTES.stop_ids, "pad_id": PAD}
-    program = jax.jit(ppo.make_sampling(NETWORKS, config, **ids))
+    program: Any = jax.jit(ppo.make_sampling(NETWORKS, config, **ids))
     terms = make_terms([environment], config.reward_weights, model=False)
     rows = prompt_rows(RECORDS)
     step = environment_step(lambda axis: program, environment, config, terms, rows, BYTES)
@@ -207,7 +208,8 @@ def test_an_episode_is_what_a_naive_loop_makes_of_its_tokens() -> None:
         prompt = np.asarray(filled.prompts.tokens_BP[b])[np.asarray(filled.prompts.mask_BP[b])].tolist()
         tail = scored.sampled.tokens[b][scored.turns.mask_BR[b]].tolist()
         # The tokens again, from what the environment has heard and from its rules alone.
-        again, own, last, reward_at = [], [], [], {}
+        again: list[int] = []
+        own, last, reward_at = [], [], {}
         for turn in range(int(scored.turns.count_B[b])):
             heard += 1
             length = next(n for n in range(1, TURN + 1) if tail[len(again) + n - 1] == EOS or n == TURN)
@@ -278,7 +280,8 @@ def test_what_is_observed_has_no_loss() -> None:
         NETWORKS, config.episode, eos_id=BYTES.stop_ids, pad_id=PAD, terms=terms, estimator="grpo", samples=2
     )
     episodes, _ = jax.jit(rollout)(trained, frozen, filled.prompts, jax.random.key(0), jnp.float32(0), filled.scored)
-    own, real = np.asarray(episodes.response_mask_BR), filled.scored.turns.mask_BR
+    scored: Any = filled.scored
+    own, real = np.asarray(episodes.response_mask_BR), scored.turns.mask_BR
     assert (real & ~own).any() and not np.asarray(episodes.advantage_BR)[~own].any()
 
     def graded(policy: Any, rows: Any) -> Any:
@@ -347,6 +350,10 @@ def test_an_observation_is_rendered_as_the_dialogue_is() -> None:
             observation_ids(turns, Message("tool" if tokenizer is BYTES else "assistant", "56"), tokenizer)
 
 
+def replies(reply: Any, state: Any, text: str) -> Any:
+    return (1, "", 0.0, False) if text == "a" else reply
+
+
 def test_a_reply_that_is_none_names_its_row_and_turn() -> None:
     records = [
         Prompt("a", "p.jsonl:1"), Prompt("b", "p.jsonl:2"), Prompt("", "p.jsonl:3", (Message("user", "c"),)),
@@ -368,7 +375,7 @@ def test_a_reply_that_is_none_names_its_row_and_turn() -> None:
         ),
     ]
     for reply, message in bad:
-        caller = Caller(lambda state, text, reply=reply: (1, "", 0.0, False) if text == "a" else reply, "f", records)
+        caller = Caller(functools.partial(replies, reply), "f", records)
         with case(reply), pytest.raises(UserError, match=rf"environment 'f': p.jsonl:2: turn 3: {message}"):
             caller([0, 1], [0, 0], ["a", "b"], 2)
     for observation in (
@@ -378,7 +385,7 @@ def test_a_reply_that_is_none_names_its_row_and_turn() -> None:
         {"role": "tool", "content": 5},
         {"content": "x"},
     ):
-        caller = Caller(lambda state, text, seen=observation: (0, seen, 0.0, False), "f", records)
+        caller = Caller(functools.partial(replies, (0, observation, 0.0, False)), "f", records)
         with case(observation), pytest.raises(UserError, match=r"p.jsonl:3: turn 1: expected a text or a message"):
             caller([2], [0], ["c"], 0)
 
@@ -458,13 +465,13 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 
 def test_the_calculator_and_the_customer() -> None:
-    for expression, value in (
+    for expression, result in (
         ("37*48", "1776"), (" (1 + 2)/3 ", "1"), ("1/3", "0.3333333333"), ("0.1+0.2", "0.3"), ("-3*-4", "12"),
         ("2**99", "error"), ("1/0", "error"), ("open('x')", "error"), ("", "error"), ("9" * 101, "error"),
         ("1e9999", "error"), ("True+1", "error"), ("(" * 60, "error"), ("1j", "error"),
     ):  # fmt: skip
         with case(expression):
-            assert compute(expression) == value
+            assert compute(expression) == result
     row = {"prompt": "37*48", "answer": "1776"}
     for text, observation, reward, done in (
         (" <calc>37*48=", "1776", 0, False),
@@ -480,7 +487,7 @@ def test_the_calculator_and_the_customer() -> None:
     with pytest.raises(UserError, match="field 'answer': expected the right number in the row, got none"):
         calculator({"prompt": "1"}, "2")
     order = {"goal": {"drink": "tea", "size": "large"}}
-    for text, observation, reward, done in (
+    for text, observation, value, done in (
         ("Which size?", "large", -0.05, False),
         ("What drink, and which SIZE?", "tea, large", -0.05, False),
         ("What drinks?", "I do not understand.", -0.05, False),
@@ -489,8 +496,9 @@ def test_the_calculator_and_the_customer() -> None:
         ("steam", None, 0, True),
     ):
         with case(text):
-            assert customer(order, text) == (order, observation, reward, done)
-    for goal in ({}, None, "tea"):
+            assert customer(order, text) == (order, observation, value, done)
+    goals: list[Any] = [{}, None, "tea"]
+    for goal in goals:
         with case(goal), pytest.raises(UserError, match="field 'goal': expected an object of what the user wants, got"):
             customer({"goal": goal}, "?")
 

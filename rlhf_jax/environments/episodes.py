@@ -79,7 +79,7 @@ class Table:
         """Episodes without a turn, each with a state of its own."""
         return [Episode(row, self.environment.start(row)) for row in rows]
 
-    def take(self, episodes: Sequence[Episode], sampled: Generation, turn: int) -> None:
+    def take(self, episodes: Sequence[Episode], sampled: Sequence[Any], turn: int) -> None:
         """Add the policy's turn to all episodes that are not over, and the environment's reply.
 
         An episode is over once the environment says so, after a turn that was cut at its limit, after the last turn,
@@ -87,19 +87,19 @@ class Table:
 
         Args:
           episodes: the episodes, which are changed.
-          sampled: the turn of each episode.
+          sampled: tokens, mask and log-probabilities of each episode's turn, as in `Generation`.
           turn: number of the turn, from 0.
 
         Raises:
           UserError: for a reply that is none, or an observation that cannot be rendered.
         """
+        tokens, mask, logp = map(np.asarray, sampled)
         live = [at for at, episode in enumerate(episodes) if not episode.is_over]
         texts = []
         for at in live:
-            episode, mask = episodes[at], np.asarray(sampled.mask[at])
-            ids, logp = sampled.tokens[at][mask].tolist(), sampled.logp[at][mask].tolist()
-            texts.append(self._text(episode, ids))
-            episode.add(ids, logp)
+            ids = tokens[at][mask[at]].tolist()
+            texts.append(self._text(episodes[at], ids))
+            episodes[at].add(ids, logp[at][mask[at]].tolist())
         if not live:
             return
         states = [episodes[at].state for at in live]

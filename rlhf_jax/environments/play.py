@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_jax.arrays import Array, Params
 from rlhf_jax.config import SamplingConfig
 from rlhf_jax.environments.episodes import Episode, Table
-from rlhf_jax.generate import Generation, generate, uniform_numbers
+from rlhf_jax.generate import generate, uniform_numbers
 from rlhf_jax.model import Transformer
 
 
@@ -56,6 +56,5 @@ def play(
             tokens, mask = prompts.tokens_BP[at], prompts.mask_BP[at]
             given = {"uniform_BR": uniform_BR[at], "over_B": jnp.asarray(over_B[at])}
             parts.append(generate(model, params, tokens, mask, key, sampling, **given))
-        joined = (np.concatenate(column)[: len(rows)] for column in zip(*parts, strict=True))
-        table.take(episodes, Generation(*joined), turn)
+        table.take(episodes, [np.concatenate(column)[: len(rows)] for column in zip(*parts, strict=True)], turn)
     return episodes

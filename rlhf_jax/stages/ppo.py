@@ -463,8 +463,11 @@ def score(
         reward_BR = rewards_by_turn(reward_BR, turns, last_B1, ended_B | (config.missing_end != "replace"))
     if config.whiten_rewards:
         reward_BR = masked_whiten(reward_BR, mask_BR, axis_name, keep_mean=True)
-    estimate = functools.partial(advantages, config=config, estimator=estimator, samples=samples)
-    estimate = estimate if turns is None else over_gaps(estimate)
+    estimate: Callable[..., tuple[Array, ...]] = functools.partial(
+        advantages, config=config, estimator=estimator, samples=samples
+    )
+    if turns is not None:
+        estimate = over_gaps(estimate)
     advantage_BR, target_BR = estimate(reward_BR, found.value_BR, mask_BR)
     mask_BR = mask_BR & counted_B[:, None]
     grouped = estimator not in WHITENED

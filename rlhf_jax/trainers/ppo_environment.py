@@ -88,20 +88,18 @@ def environment_step(
 
     def play(batch: Batch, sampled: Generation, again: Callable[[Batch], Generation]) -> list[Episode]:
         episodes = table.start(np.repeat(np.asarray(batch.row_B), config.samples_per_prompt).tolist())
-        table.take(episodes, Generation(*map(np.asarray, sampled)), 0)
+        table.take(episodes, sampled, 0)
         for turn in range(1, config.max_turns):
             over = np.array([episode.is_over for episode in episodes])
             # Several processes compute each turn together, whoever still needs it.
             if over.all() and processes.count() == 1:
                 break
-            found = again(next_batch(table.so_far(episodes), over, turn))
-            table.take(episodes, Generation(*map(np.asarray, found)), turn)
+            table.take(episodes, again(next_batch(table.so_far(episodes), over, turn)), turn)
         return episodes
 
     def fill(batch: Batch, episodes: list[Episode]) -> Batch:
-        sampled, total_B1, turns = table.arrays(episodes, terms.weights[-1])
-        scored: Any = ScoredResponses(sampled, total_B1, turns)
-        return dataclasses.replace(batch, row_B=None, scored=scored)
+        parts: tuple[Any, ...] = table.arrays(episodes, terms.weights[-1])
+        return dataclasses.replace(batch, row_B=None, scored=ScoredResponses(*parts))
 
     def outline(batch: Batch) -> Batch:
         rows, length = config.samples_per_prompt * len(np.asarray(batch.row_B)), config.episode.response_length
