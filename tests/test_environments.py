@@ -335,6 +335,13 @@ def test_an_observation_is_rendered_as_the_dialogue_is() -> None:
             # The prompt of the whole dialogue goes on behind the end of the first answer as the episode does.
             whole = chat_ids([*turns, answer, seen], tokenizer)
             assert whole[-len(ids) :] == ids and whole[-len(ids) - 1] == tokenizer.special_tokens[end]
+    # A template that ends no turn: the next header is a special token, and the end is the model's own.
+    endless = "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}{% endfor %}{% if add_generation_prompt %}<s>:"
+    endless += "{% endif %}"
+    plain: Any = tiny_tokenizers.load("qwen2", {"chat_template": endless, "eos_token": "</s>"})
+    ids = observation_ids(turns, Message("user", "56"), plain)
+    start = plain.special_tokens["<s>"]
+    assert ids == [start, *plain.encode_continuation("user:56"), start, *plain.encode_continuation(":")]
     assert observation_ids([], seen, BYTES) == list(b"56 <|im_end|>")
     row = dialogue_row([*turns, answer, seen, answer], BYTES)[0]
     ids = [*chat_ids(turns, BYTES), *b" <calc>7*8=", EOS, *observation_ids(turns, seen, BYTES), *b" <calc>7*8=", EOS]
