@@ -114,6 +114,7 @@ def generate(
     sampling: SamplingConfig | None = None,
     *,
     uniform_BR: Array | None = None,
+    over_B: Array | None = None,
     **settings: Any,
 ) -> Generation:
     """Sample responses to each prompt; a row ends with its first stop token, the batch with its last row.
@@ -128,6 +129,7 @@ def generate(
       key: typed random key; the caller must not use it again.
       sampling: sampling settings; or pass its fields as keyword arguments, such as max_new_tokens, stop_ids and pad_id.
       uniform_BR: uniform numbers to draw with, in place of `uniform_numbers` of the key, for rows with other numbers.
+      over_B: True for prompts that get no tokens; not with slots.
       **settings: fields of `SamplingConfig`, if sampling is not given.
 
     Returns:
@@ -136,14 +138,21 @@ def generate(
     Raises:
       ValueError: if P + R exceeds the context, or for a setting out of range.
     """
-    return _generate(
-        _Sampler(model, sampling or SamplingConfig(**settings)), params, tokens_BP, mask_BP, key, uniform_BR
-    )
+    sampler = _Sampler(model, sampling or SamplingConfig(**settings))
+    if over_B is not None and sampler.config.slots:
+        raise ValueError(f"slots: expected 0 with prompts that get no tokens, got {sampler.config.slots}")
+    return _generate(sampler, params, tokens_BP, mask_BP, key, uniform_BR, over_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(
-    sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, key: Array, uniform_BR: Array | None
+    sampler: _Sampler,
+    params: Params,
+    tokens_BP: Array,
+    mask_BP: Array,
+    key: Array,
+    uniform_BR: Array | None,
+    over_B: Array | None,
 ) -> Generation:
     config = sampler.config
     sampler.check(tokens_BP.shape[1])
@@ -152,7 +161,10 @@ def _generate(
         uniform_BR = uniform_numbers(key, tokens_BP.shape[0] * config.samples, config.max_new_tokens)
     prompts = (constrain(tokens_BP, "batch", "none"), constrain(mask_BP, "batch", "none"))
     with decoding(config.decode_parts):
-        out = (_sample_in_slots if config.slots else _sample_together)(sampler, params, *prompts, uniform_BR)
+        if config.slots:
+            out = _sample_in_slots(sampler, params, *prompts, uniform_BR)
+        else:
+            out = _sample_together(sampler, params, *prompts, uniform_BR, over_B)
     return Generation(*(constrain(x, "batch", "none") for x in out))
 
 
@@ -263,7 +275,7 @@ def _decode(
 
 
 def _sample_together(
-    sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array
+    sampler: _Sampler, params: Params, tokens_BP: Array, mask_BP: Array, uniform_BR: Array, over_B: Array | None
 ) -> Generation:
     """Sample all rows together, column by column, until the last row has ended."""
     prompts, prompt_length = tokens_BP.shape
@@ -272,11 +284,12 @@ def _sample_together(
         sampler.model.config, prompts, prompt_length + sampler.config.ends[0], sampler.config.cache_dtype
     )
     logits_BV, cache = sampler.repeat_samples(*extend(sampler.model, params, tokens_BP, mask_BP, cache))
-    token_B, logp_B, ended_B = sampler.next_tokens(logits_BV, uniform_BR[:, 0], jnp.zeros(rows, bool))
+    over_B = jnp.zeros(rows, bool) if over_B is None else jnp.repeat(over_B, sampler.config.samples)
+    token_B, logp_B, ended_B = sampler.next_tokens(logits_BV, uniform_BR[:, 0], over_B)
     shape = (rows, sampler.config.max_new_tokens)
     out = Generation(
         jnp.full(shape, sampler.config.pad_id, jnp.int32).at[:, 0].set(token_B),
-        jnp.zeros(shape, bool).at[:, 0].set(True),
+        jnp.zeros(shape, bool).at[:, 0].set(~over_B),
         jnp.zeros(shape, jnp.float32).at[:, 0].set(logp_B),
     )
 

@@ -6,6 +6,7 @@ rlhf_jax.load("runs/judge").score(["Why is the sky blue?"], ["Air scatters it."]
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +18,20 @@ import numpy as np
 
 from rlhf_jax.arrays import Params
 from rlhf_jax.config import SamplingConfig
-from rlhf_jax.data import Demonstration, Ledger, Prompt, prompt_ids, response_text
+from rlhf_jax.data import Demonstration, Ledger, Prompt, encode_prompts, prompt_ids, response_text
 from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
 from rlhf_jax.data.forms import Answers, Exchange, exchange_of, prompt_alone
 from rlhf_jax.data.rows import Row, Useless
+from rlhf_jax.environments.calling import Caller, Environment
+from rlhf_jax.environments.episodes import Episode, Table
+from rlhf_jax.environments.play import play
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.best_of_n import best_of_n
 from rlhf_jax.evaluation.scorers import normalized, response_scores
 from rlhf_jax.generate import generate, stream, uniform_numbers
 from rlhf_jax.pretrained.huggingface import read_folder
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, with_prefix
+from rlhf_jax.reward_functions.loading import spec_of
 
 # Responses, or scored rows, in a batch.
 ROWS = 32
@@ -128,6 +133,54 @@ class Model:
             (text.removeprefix(" ") if own else text, ended)
             for own, (text, ended) in zip(own_space, answers, strict=True)
         ]
+
+    def play(
+        self,
+        environment: Environment,
+        prompts: Sequence[Prompt],
+        *,
+        max_turns: int = 4,
+        turn_length: int = 32,
+        episode_length: int = 256,
+        temperature: float = 1.0,
+        seed: int = 0,
+        timeout: float = 60.0,
+    ) -> list[Episode]:
+        """Play an episode from each prompt in an environment, as `ppo` does; `Episode.reward` has its rewards' sum.
+
+        Args:
+          environment: (state, text) -> (state, observation, reward, done); see `rlhf_jax.environments`.
+          prompts: records, as `read_records(file, "prompts", Ledger())` reads them.
+          max_turns: most turns of the model.
+          turn_length: maximum length of a turn in tokens.
+          episode_length: maximum length in tokens of all turns and observations.
+          temperature: divides the logits; 0 is greedy decoding.
+          seed: of sampling.
+          timeout: limit in seconds of the environment's calls for a turn; 0 for none.
+
+        Raises:
+          UserError: for a reward model, a prompt that is too long, and a reply that is none.
+        """
+        source = self.source
+        if source.scalar:
+            raise UserError(f"{source.where}: expected a language model to play with, got a reward model")
+        room = source.model.context - episode_length
+        if not (0 < turn_length <= episode_length and room > 0):
+            raise UserError(
+                f"episode_length: expected at least turn_length {turn_length}, and less than the model's context of "
+                f"{source.model.context} tokens, got {episode_length}"
+            )
+        ledger = Ledger()
+        rows = encode_prompts(prompts, source.tokenizer, max_tokens=room, ledger=ledger)
+        for decision in ledger.decisions:
+            if decision.what == "dropped":
+                raise UserError(f"{decision.where}: expected a prompt that fits the model, got {decision.reason}")
+        rows = dataclasses.replace(rows, width=max(map(len, rows.rows), default=1))
+        caller = Caller(environment, spec_of(environment), rows.sources, timeout)
+        table = Table(caller, rows, source.tokenizer, episode_length, turn_length, max_turns)
+        key = jax.random.key(seed)
+        numbers = range(len(rows))
+        return play(source.network(), self.params, table, numbers, key, temperature=temperature, batch=ROWS)
 
     def best_of_n(
         self,

@@ -157,7 +157,9 @@ def unpack(packed_BR: Array, places: Places, response_mask_BR: Array) -> Array:
 
 def _response_places(places: Places, response_mask_BR: Array) -> Array:
     rows, responses = response_mask_BR.shape
-    place_BR = (places.row_B * responses + places.response_B)[:, None] + jnp.arange(responses, dtype=jnp.int32)[None]
+    # A count, not the column: the tokens of observations are between those of several turns.
+    number_BR = jnp.cumsum(response_mask_BR, axis=1, dtype=jnp.int32) - 1
+    place_BR = (places.row_B * responses + places.response_B)[:, None] + number_BR
     return jnp.where(response_mask_BR, place_BR, rows * responses)
 
 

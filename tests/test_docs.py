@@ -273,7 +273,7 @@ def test_every_metric_is_explained_and_none_that_is_not_written() -> None:
         evaluated |= {f"eval/{name}" for name in keys_in("evaluate", tree)}
         summaries |= keys_in("summary", tree)
     assert {"eval/loss", "eval/accuracy", "eval/bits_per_byte"} == evaluated and "shift" in summaries
-    written = written_by_the_stages() | {"reward/NAME"} | set(throughput) | evaluated | summaries
+    written = written_by_the_stages() | {"reward/NAME", "turns"} | set(throughput) | evaluated | summaries
     page = (DOCS / "reference" / "metrics.md").read_text(encoding="utf-8")
     # The names of a table are before its last cell or two.
     rows = re.findall(r"^\|(.*)\|$", page, re.MULTILINE)

@@ -1,5 +1,6 @@
 """PPO with reward functions: runs on one device and on eight, what they write, and how they resume."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -31,7 +32,7 @@ from tests.made_runs import write_run
 pytestmark = pytest.mark.runs
 
 BYTES = Tokenizer.bytes()
-MODEL = ModelConfig(vocab_size=BYTES.vocab_size, context=64, width=16, layers=1, heads=2)
+MODEL = ModelConfig(vocab_size=BYTES.vocab_size, context=96, width=16, layers=1, heads=2)
 # Two rows of eight are messages; those have no answer.
 ROWS = [{"prompt": f"say {i}:", "answer": i} for i in range(6)]
 ROWS += [{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in (6, 7)]
@@ -44,6 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(root / "sft", "sft", random_params(MODEL), MODEL, BYTES)
     scores = {"score_mean": 0.5, "score_scale": 2.0}
     write_run(root / "judge", "reward", random_params(MODEL, True, 1), MODEL, BYTES, **scores)
+    # Turns of this one end: the first feature of each token is 1, and the end's logit is read from it.
+    brief = random_params(MODEL)
+    brief["embedding"][:, 0] = 1.0
+    brief["embedding"][BYTES.eos_id, 0] = 2.5
+    brief["final_norm"]["scale"][0] = 1.0
+    write_run(root / "brief", "sft", brief, MODEL, BYTES)
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return root
 
@@ -215,6 +222,82 @@ def test_groups_of_responses_need_no_value_network(folder: Path) -> None:
             assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5)
 
 
+class Played(Heard):
+    """An environment: the prompt's number, and 100 times the length of the turn; done after `turns` of them."""
+
+    def __init__(self, turns: int) -> None:
+        super().__init__()
+        self.turns = turns
+
+    def __call__(self, state: Any, text: str) -> Any:  # type: ignore[override]
+        turn = state.get("turn", 1)
+        self.calls.append([(state["prompt"], text, state.get("answer"))])
+        reward = number(state["prompt"]) + 100.0 * len(text)
+        return {**state, "turn": turn + 1}, "and?", reward, turn == self.turns
+
+
+def without_times(run: Any) -> list[dict[str, Any]]:
+    timed = ("time", "seconds", "per_second", "peak_share", "Heard", "Played", "turns")
+    return [{k: v for k, v in row.items() if not any(word in k for word in timed)} for row in read_rows(run.metrics)]
+
+
+def test_an_environment_of_one_turn_is_a_reward_function(folder: Path, alone: tuple[Heard, Any]) -> None:
+    for settings in ({"kl_coef": 0.1, "minibatches": 2}, {"estimator": "grpo", "samples_per_prompt": 2}):
+        with case(settings):
+            episode = EpisodeConfig(response_length=6, missing_end="subtract")
+            both: dict[str, Any] = {
+                "init": str(folder / "brief"),
+                "episode": episode,
+                "reward_weights": (0.5,),
+                **settings,
+            }
+            name = str(settings.get("estimator", "gae"))
+            one = ppo.run(config(folder, f"function_{name}", **both), reward_funcs=Heard())
+            played = Played(1)
+            two = ppo.run(config(folder, f"played_{name}", max_turns=1, **both), environment=played)
+            rows = without_times(two.run)
+            assert rows == without_times(one.run) and 0 < rows[0]["missing_end"] < 1
+            jax.tree.map(np.testing.assert_array_equal, one.run.load_params(), two.run.load_params())
+            assert all(row["turns"] == 1 for row in read_rows(two.run.metrics)) and len(played.calls) == 16
+    about = RunFolder.open(two.run.path, stages=("ppo",))
+    assert about.config["environment"] == f"{__name__}:Played" and {"environment", "columns"} <= set(about.inputs)
+
+
+def test_eight_devices_play_what_one_does(folder: Path) -> None:
+    ways: dict[str, dict[str, Any]] = {
+        "one": {},
+        "packed": {"episode": EpisodeConfig(response_length=56, missing_end="keep", pack=2)},
+        "jit": {"mesh": "data=4,fsdp=2"},
+        "pmap": {"devices": 8, "pmap": True},
+    }
+    shared: dict[str, Any] = {
+        "init": str(folder / "brief"),
+        "prompt_length": 36,
+        "max_turns": 3,
+        "turn_length": 4,
+        "episode": EpisodeConfig(response_length=56, missing_end="keep"),
+        "steps": 1,
+        "reward": str(folder / "judge"),
+    }
+    calls, metrics = {}, {}
+    for way, settings in ways.items():
+        played = Played(2)
+        done = ppo.run(config(folder, f"played_{way}", **(shared | settings)), environment=played)
+        calls[way] = played.calls
+        (metrics[way],) = read_rows(done.run.metrics)
+    assert 1 < metrics["one"]["turns"] < 2 and metrics["one"]["turns"] == len(calls["one"]) / 8
+    assert calls["jit"] == calls["one"] == calls["packed"] != calls["pmap"]
+    for way, found in metrics.items():
+        with case(way):
+            assert found["sampler_logp_error"] < 1e-5 and found["first_ratio_error"] < 1e-5 and found["nonfinite"] == 0
+            played_reward = sum(number(prompt) + 100.0 * len(text) for [(prompt, text, _)] in calls[way]) / 8
+            assert found["reward/Played"] == pytest.approx(played_reward)
+            assert found["score"] == pytest.approx(found["reward/Played"] + found["reward/model"], rel=1e-5)
+            for name in ("loss", "value_loss", "kl", "entropy", "policy_grad_norm", "reward/model"):
+                if way != "pmap":
+                    assert found[name] == pytest.approx(metrics["one"][name], rel=1e-3, abs=1e-5)
+
+
 def test_without_a_reward_model_the_value_network_is_the_policy_with_a_head_of_zeros(folder: Path) -> None:
     for lora in (LoraConfig(), LoraConfig(rank=2)):
         settings = config(folder, "unused", lora=lora)
@@ -266,6 +349,22 @@ def test_the_example_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     (row,) = read_rows(out / "metrics.jsonl")
     total = row["reward/exact"] + 0.5 * row["reward/digits"] + 0.1 * row["reward/short"]
     assert row["score"] == pytest.approx(total, abs=1e-6) and row["reward/short"] < 0
+
+
+def test_the_example_of_an_environment_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = Path(__file__).parents[1] / "examples" / "ppo_in_an_environment.py"
+    waiter = runpy.run_path(str(example))["waiter"]
+    state, lost = {"goal": {"size": "large"}}, "I do not understand."
+    state, *reply = waiter(state, "Which size?")
+    assert reply == ["large", -0.05, False]
+    state, *reply = waiter(state, "What?")
+    assert reply == [lost, -0.05, False] and waiter(state, "Why?")[1:] == (lost, -0.05, True)
+    model = dataclasses.replace(MODEL, context=208)
+    write_run(folder / "long", "sft", random_params(model), model, BYTES)
+    monkeypatch.setattr(sys, "argv", ["x", str(folder / "long"), "--out", str(folder / "waiter"), "--steps", "1"])
+    runpy.run_path(str(example), run_name="__main__")
+    (row,) = read_rows(folder / "waiter" / "metrics.jsonl")
+    assert row["turns"] >= 1 and row["score"] == row["reward/waiter"]
 
 
 def test_an_ended_response_has_no_special_tokens_in_its_text() -> None:

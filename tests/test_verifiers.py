@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_jax.data import Ledger, read_records
+from rlhf_jax.environments import calculator
 from rlhf_jax.errors import UserError
 from rlhf_jax.verifiers import exact, follows_schema, number, unit_tests
 from rlhf_jax.verifiers.tasks import write_task
@@ -103,10 +104,27 @@ def test_sums_are_distinct_and_tested_on_others(tmp_path: Path) -> None:
     assert (again / "test.jsonl").read_bytes() == (tmp_path / "test.jsonl").read_bytes()
     for name, settings, message in (
         ("sums", {}, "out: expected a folder without prompts.jsonl"),
-        ("sum", {}, "task: expected sums or gym:NAME, got 'sum'"),
-        ("gym:", {}, "task: expected sums or gym:NAME, got 'gym:'"),
+        ("sum", {}, "task: expected sums, calculator or gym:NAME, got 'sum'"),
+        ("gym:", {}, "task: expected sums, calculator or gym:NAME, got 'gym:'"),
         ("sums", {"train": 9_990}, r"train \+ test: expected at most 10000 sums, got 10010"),
         ("sums", {"demonstrations": 60}, "demonstrations: expected at most the 50 training prompts, got 60"),
     ):
         with case((name, settings)), pytest.raises(UserError, match=message):
             write_task(name, tmp_path, **({"train": 50, "test": 20, "demonstrations": 30, "seed": 1} | settings))
+
+
+def test_products_are_dialogues_of_which_a_quarter_calls_the_calculator(tmp_path: Path) -> None:
+    counts = write_task("calculator", tmp_path, train=40, test=8, demonstrations=20, seed=0)
+    assert counts == {"prompts.jsonl": 40, "test.jsonl": 8, "demonstrations.jsonl": 20, "text.jsonl": 20}
+    prompts = read_records(tmp_path / "prompts.jsonl", "prompts", Ledger())
+    for prompt in prompts:
+        left, right = prompt.turns[0].content.split("*")
+        assert prompt.columns == {"answer": str(int(left) * int(right))} and len(prompt.turns) == 1
+    dialogues = read_records(tmp_path / "demonstrations.jsonl", "dialogues", Ledger())
+    assert [len(dialogue.messages) for dialogue in dialogues] == [4, 2, 2, 2] * 5
+    question, call, seen, answer = (message.content for message in dialogues[0].messages)
+    right = prompts[0].columns["answer"]
+    assert (question, call) == (prompts[0].turns[0].content, f"<calc>{question}=") and seen == answer == right
+    assert calculator(prompts[0].columns, call)[1:] == (right, 0, False)
+    assert calculator(prompts[0].columns, answer)[2:] == (1, True)
+    assert len(read_records(tmp_path / "text.jsonl", "text", Ledger())) == 20

@@ -2,6 +2,8 @@
 
 rlhf-jax task sums --out data/sums
 
+rlhf-jax task calculator --out data/products
+
 rlhf-jax task gym:leg_counting --out data/legs
 """
 
@@ -22,7 +24,8 @@ class Config:
     """Write prompts.jsonl to train on, test.jsonl to measure on and demonstrations.jsonl for SFT."""
 
     task: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="TASK")]]
-    """sums of two numbers below 100, or gym:NAME, a task of reasoning-gym."""
+    """sums of two numbers below 100; calculator, products that are dialogues with a tool; or gym:NAME, a task of
+    reasoning-gym."""
     out: str = ""
     """Folder that gets the files."""
     train: int = 2000

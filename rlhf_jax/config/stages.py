@@ -197,8 +197,16 @@ class PPOConfig(RunConfig):
     reward_weights: tuple[float, ...] = ()
     """Weights of the terms of the reward, the reward model's first if there is one; 1 each by default."""
     reward_timeout: float = 60.0
-    """Time limit in seconds of a call of a reward function, in a thread; 0 sets no limit and calls it in the main
-    thread, as functions that use signals need."""
+    """Time limit in seconds of a call of a reward function, or of an environment for one turn of all episodes, in a
+    thread; 0 sets no limit and calls it in the main thread, as functions that use signals need."""
+    environment: str = ""
+    """Environment FILE.py:NAME or package.module:NAME, or NAME(option=value), for episodes of several turns.
+    f(state, text) returns (state, observation, reward, done); the first state is the prompt's row."""
+    max_turns: int = 4
+    """Most turns of the policy in an environment; an episode that is not done by then is missing its end."""
+    turn_length: int | None = hinted(None, "default: response_length / max_turns")
+    """Maximum length in tokens of a turn in an environment, the end-of-text token included; episode.response_length is
+    that of the whole episode after the prompt, observations included."""
     data: tuple[str, ...] = hinted(())
     """Files of prompts; or embedded, for function names of Python's own documentation."""
     columns: tuple[str, ...] = ()
@@ -284,6 +292,7 @@ class PPOConfig(RunConfig):
                 raise UserError(f"{field}: expected more than 0, got {value}")
         self._check_learning()
         self._check_method()
+        self._check_environment()
         parts = self.minibatches * self.microbatches * self.row_devices
         if self.batch % parts:
             nearest = max(parts, self.batch - self.batch % parts)
@@ -359,6 +368,30 @@ class PPOConfig(RunConfig):
                 f"episode.slots: expected 0 with estimator remax, which samples in two ways, got {self.episode.slots}"
             )
 
+    def _check_environment(self) -> None:
+        at_least(self, "max_turns", 1)
+        at_least(self, "turn_length", 1)
+        if not self.environment:
+            return
+        if self.reward_function:
+            raise UserError(
+                f"reward_function: expected none with an environment, whose rewards are the episode's, got "
+                f"{' '.join(self.reward_function)}; call it in the environment"
+            )
+        if self.estimator == "remax":
+            raise UserError(
+                "estimator: expected another one with an environment, got remax, which compares with a greedy response"
+            )
+        if self.episode.slots:
+            raise UserError(
+                f"episode.slots: expected 0 with an environment, which samples turn by turn, got {self.episode.slots}"
+            )
+        if self.turn_tokens + min(self.max_turns - 1, 1) > self.episode.response_length:
+            raise UserError(
+                f"episode.response_length: expected room for a whole episode of up to {self.max_turns} turns of "
+                f"{self.turn_tokens} tokens, with the observations, got {self.episode.response_length}"
+            )
+
     def _check_learning(self) -> None:
         self.policy.check_steps("policy", self.optimizer_steps)
         self.critic.check_steps("critic", self.optimizer_steps)
@@ -379,6 +412,13 @@ class PPOConfig(RunConfig):
     def value_network(self) -> bool:
         """True if a value network is trained."""
         return self.estimator == "gae"
+
+    @property
+    def turn_tokens(self) -> int:
+        """Most tokens that are sampled at a time: a response, or a turn in an environment."""
+        if not self.environment:
+            return self.episode.response_length
+        return self.turn_length or max(self.episode.response_length // self.max_turns, 1)
 
     @property
     def policy_reduction(self) -> str:

@@ -71,6 +71,27 @@ def chat_rest_ids(messages: Turns, rest: Turns, tokenizer: TextTokenizer, *, end
     return talk.ids([prompt, text + (end if ended else "")])[1]
 
 
+def chat_observation_ids(messages: Turns, observation: Message, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of a message that follows the assistant's answer: from the end of its turn to the header of its next answer.
+
+    They do not depend on the answer, whose own ids stay as they were sampled: a mark that no text contains stands for
+    it, and what the template writes after that is taken, without the token that ends the turn.
+
+    Raises:
+      UserError: if the template refuses the message or does not render it.
+    """
+    taken = "".join(content for _, content in [*messages, observation])
+    mark = next(chr(code) for code in reversed(_PRIVATE_USE) if chr(code) not in taken)
+    talk = _Talk([*messages, ("assistant", mark), observation], tokenizer)
+    before, found, after = talk.render(len(messages) + 2, prompt=True).rpartition(mark)
+    if not found:
+        raise UserError("chat template: expected one that renders the answers before the last message, got none of it")
+    end = talk.tokens.split_start(after)
+    if tokenizer.special_tokens.get(end.strip()) not in tokenizer.stop_ids:
+        end = ""
+    return talk.ids([before + mark + end, after[len(end) :]])[1]
+
+
 def chat_row(
     messages: Turns, tokenizer: TextTokenizer, *, unlearned: Collection[int] = ()
 ) -> tuple[list[int], list[bool]]:

@@ -94,6 +94,24 @@ def rest_ids(
     return ids if ended else ids[:-1]
 
 
+def observation_ids(turns: Sequence[Message], observation: Message, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of what follows a sampled answer, and ends where the next answer begins.
+
+    Args:
+      turns: the prompt's messages; without any, the observation is text that continues the answer.
+      observation: a message; of text, its role is not used.
+
+    Raises:
+      UserError: if it cannot be rendered.
+    """
+    if not turns:
+        return tokenizer.encode_continuation(observation.content)
+    if tokenizer.chat_template is not None:
+        return chat.chat_observation_ids(turns, observation, tokenizer)
+    _refuse_tools([observation])
+    return tokenizer.encode_continuation(render_message(observation) + HEADERS["assistant"])
+
+
 def dialogue_row(messages: Sequence[Message], tokenizer: TextTokenizer, *, unlearned: Collection[int] = ()) -> Row:
     """(ids, loss mask) of a dialogue: only the content and the end of each assistant turn are targets.
 

@@ -153,8 +153,8 @@ def companions(patient: Patient) -> tuple[Source | None, Params | None, Params |
     config = patient.ppo
     if not config.value_network:
         return None, None, None, f"the estimator {config.estimator} has no value network"
-    if config.reward_function:
-        return None, None, None, "its reward has functions, which are not called here"
+    if config.reward_function or config.environment:
+        return None, None, None, "its reward has functions or an environment, which are not called here"
     if config.lora.rank:
         return None, None, None, "its value network is an adapter"
     found = []

@@ -26,11 +26,17 @@ class HostStep(NamedTuple):
         each row of the batch.
       fill: (batch, those arrays in this process's memory) -> the update's batch.
       outline: batch -> an update's batch of the same shapes, to compile for.
+      continued: (batch, those arrays, again) -> what `fill` gets in place of the arrays, where the host needs the
+        devices several times: again(batch) are the arrays of another batch in the same state. All processes must call
+        it as often as each other.
+      further: batch -> a batch of the shapes that `again` is called with, to compile for.
     """
 
     make: Callable[[str | None], Callable[..., Any]]
     fill: Callable[[Any, Any], Any]
     outline: Callable[[Any], Any]
+    continued: Callable[[Any, Any, Callable[[Any], Any]], Any] | None = None
+    further: Callable[[Any], Any] | None = None
 
 
 def with_host_step(update: CompiledUpdate, step: HostStep, mesh: Mesh, *, pmap: bool) -> CompiledUpdate:
@@ -56,14 +62,18 @@ class _Stepped:
         self._compiled: Any = None
 
     def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        return self._update(state, self._step.fill(batch, self._rows(state, batch, *frozen)), *frozen)
+        rows = self._rows(state, batch, *frozen)
+        if self._step.continued is not None:
+            rows = self._step.continued(batch, rows, lambda other: self._rows(state, other, *frozen))
+        return self._update(state, self._step.fill(batch, rows), *frozen)
 
     def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
-        if self._pmap:
-            self._program(len(frozen)).lower(state, split_rows(batch, self._mesh.devices.size), *frozen).compile()
-        else:
-            with jax.set_mesh(self._mesh):
-                self._program(len(frozen)).lower(state, shard_rows(batch, self._mesh), *frozen).compile()
+        for one in (batch,) if self._step.further is None else (batch, self._step.further(batch)):
+            if self._pmap:
+                self._program(len(frozen)).lower(state, split_rows(one, self._mesh.devices.size), *frozen).compile()
+            else:
+                with jax.set_mesh(self._mesh):
+                    self._program(len(frozen)).lower(state, shard_rows(one, self._mesh), *frozen).compile()
         self._update.prepare(state, self._step.outline(batch), *frozen)
 
     def _rows(self, state: TrainState, batch: Any, *frozen: Any) -> Any:

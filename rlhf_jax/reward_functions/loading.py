@@ -46,19 +46,23 @@ def make_terms(functions: Sequence[RewardFunction], weights: Sequence[float], *,
     return Terms(tuple(names), tuple(weights) or (1.0,) * len(names))
 
 
-def load_function(spec: str) -> RewardFunction:
+def load_function(spec: str, setting: str = "reward_function") -> RewardFunction:
     """The function FILE.py:NAME or package.module:NAME, or NAME(option=value, …) for one with these options.
+
+    Args:
+      spec: the name.
+      setting: name of the setting that names it, for errors.
 
     Raises:
       UserError: if there is none, if its module cannot be imported, or if the options are not written as literals.
     """
-    spec, options = _options(spec)
+    spec, options = _options(spec, setting)
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
-        raise UserError(f"reward_function: expected FILE.py:NAME or package.module:NAME, got {spec!r}")
+        raise UserError(f"{setting}: expected FILE.py:NAME or package.module:NAME, got {spec!r}")
     is_file = where.endswith(".py")
     if is_file and not Path(where).is_file():
-        raise UserError(f"reward_function {spec}: expected a Python file, got no such file as {where}")
+        raise UserError(f"{setting} {spec}: expected a Python file, got no such file as {where}")
     # A file may import its neighbours, as a script does; a module is also looked for in the working directory.
     beside = str(Path(where).resolve().parent if is_file else Path.cwd())
     if beside not in sys.path:
@@ -66,15 +70,13 @@ def load_function(spec: str) -> RewardFunction:
     with Outcome() as outcome:
         outcome.value = _import_file(Path(where)) if is_file else importlib.import_module(where)
     if outcome.error is not None:
-        raise UserError(f"reward_function {spec}: importing {where} failed: {one_line(outcome.error)}") from (
-            outcome.error
-        )
+        raise UserError(f"{setting} {spec}: importing {where} failed: {one_line(outcome.error)}") from outcome.error
     found = vars(outcome.value).get(name)
     if not callable(found):
         defined = [key for key, value in vars(outcome.value).items() if inspect.isfunction(value)]
         got = "no such name" if found is None else f"{reprlib.repr(found)}"
         raise UserError(
-            f"reward_function {spec}: expected a function {name} in {where}, got {got}; its functions are "
+            f"{setting} {spec}: expected a function {name} in {where}, got {got}; its functions are "
             f"{', '.join(defined) or 'none'}"
         )
     if isinstance(found, types.FunctionType) and found.__qualname__ == "<lambda>":
@@ -84,11 +86,11 @@ def load_function(spec: str) -> RewardFunction:
     try:
         inspect.signature(found).bind_partial(**options)
     except TypeError as error:
-        raise UserError(f"reward_function {spec}: options {', '.join(options)}: {error}") from error
+        raise UserError(f"{setting} {spec}: options {', '.join(options)}: {error}") from error
     return functools.partial(found, **options)
 
 
-def _options(spec: str) -> tuple[str, dict[str, Any]]:
+def _options(spec: str, setting: str) -> tuple[str, dict[str, Any]]:
     """The name of a function without its options, and these."""
     if "(" not in spec:
         return spec, {}
@@ -100,7 +102,7 @@ def _options(spec: str) -> tuple[str, dict[str, Any]]:
         options = {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise UserError(
-            f"reward_function {spec}: expected options as in {bare}(most=40), names with numbers, texts or lists, got "
+            f"{setting} {spec}: expected options as in {bare}(most=40), names with numbers, texts or lists, got "
             f"({written}"
         ) from error
     return bare, options

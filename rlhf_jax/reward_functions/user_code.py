@@ -47,7 +47,9 @@ def run_limited(call: Callable[[], Any], seconds: float) -> Outcome | None:
 def one_line(error: BaseException) -> str:
     """Type and message of an error on one line, and the place in the user's code."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    own = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    here = Path(__file__).parent
+    callers = (here, here.parent / "environments" / "calling.py")
+    own = [frame for frame in frames if not {Path(frame.filename), Path(frame.filename).parent} & set(callers)]
     place = f" ({own[0].filename}:{own[0].lineno})" if own else ""
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}{': ' if text else ''}{text}{place}"

@@ -9,7 +9,9 @@ One iteration, `make_update`, has four steps:
 
 Other estimators than GAE compare the K responses to a prompt and need no V. r is the reward model's normalized score,
 or a sum of it and of reward functions (rewards.py). Functions need the text: the host has `make_sampling` do step 1,
-decodes the responses, and gives them to the update with the functions' values.
+decodes the responses, and gives them to the update with the functions' values. With an environment a response is an
+episode of several turns, which `make_sampling` samples one at a time; its R tokens are those of the policy, which alone
+are trained on, and the environment's observations between them.
 
 The layout of rows (padded or packed) and of the sampler's KV cache is handled in packing.py and generate.py; results do
 not depend on it.
@@ -49,6 +51,7 @@ from rlhf_jax.returns import (
 )
 from rlhf_jax.rewards import Terms, compose
 from rlhf_jax.stages.answers import repeated_pairs, same_answer
+from rlhf_jax.stages.turns import NextTurn, Turns, over_gaps, rewards_by_turn
 
 STAGE = "ppo"
 Config = PPOConfig
@@ -94,11 +97,13 @@ class ScoredResponses:
 
     Attributes:
       sampled: the responses.
-      value_BN: value of each function; NaN where it does not apply.
+      value_BN: value of each function; NaN where it does not apply. The sum of an environment's rewards is one.
+      turns: the environment's part; None without one.
     """
 
     sampled: Generation
     value_BN: Array
+    turns: Turns | None = None
 
 
 @pytree
@@ -110,12 +115,14 @@ class Batch:
       pretraining: rows of pretraining text; None without the pretraining mix.
       row_B: int32, row of each prompt in the data, by which the host finds its text; None without reward functions.
       scored: responses to the prompts; None if the update itself samples them.
+      turn: of a batch to sample the next turn for; None otherwise.
     """
 
     prompts: PromptBatch
     pretraining: TokenBatch | None
     row_B: Array | None = None
     scored: ScoredResponses | None = None
+    turn: NextTurn | None = None
 
 
 @pytree
@@ -254,22 +261,24 @@ def make_sampling(
     pad_id: int,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch, Frozen], Generation]:
-    """Make step 1 of the update alone: the responses that update(state, batch, frozen) would sample."""
+    """Make step 1 of the update alone: the responses that update(state, batch, frozen) would sample.
+
+    With an environment they are the first turns of the episodes, or those that a batch with a `NextTurn` asks for.
+    """
+    episode = dataclasses.replace(config.episode, response_length=config.turn_tokens)
+    ids: dict[str, Any] = {"eos_id": eos_id, "pad_id": pad_id}
 
     def sampling(state: TrainState, batch: Batch, frozen: Frozen) -> Generation:
-        sample_key, _ = iteration_keys(state, axis_name)
+        key, _ = iteration_keys(state, axis_name)
         policy = attach(frozen.backbone, state.params["policy"], config.lora.scale)
-        return sample(
-            networks.policy,
-            policy,
-            batch.prompts,
-            sample_key,
-            config.episode,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            samples=config.samples_per_prompt,
-            greedy_first=config.estimator == "remax",
-        )
+        if (turn := batch.turn) is not None:
+            key = jax.random.fold_in(key, turn.number_B[0])
+            return sample(networks.policy, policy, batch.prompts, key, episode, over_B=turn.over_B, **ids)
+        several: dict[str, Any] = {
+            "samples": config.samples_per_prompt,
+            "greedy_first": config.estimator == "remax",
+        }
+        return sample(networks.policy, policy, batch.prompts, key, episode, **ids, **several)
 
     return sampling
 
@@ -349,6 +358,7 @@ def make_rollout(
             axis_name=axis_name,
             terms=terms,
             value_BN=None if scored is None else scored.value_BN,
+            turns=None if scored is None else scored.turns,
             estimator=estimator,
             samples=samples,
         )
@@ -367,13 +377,15 @@ def sample(
     pad_id: int,
     samples: int = 1,
     greedy_first: bool = False,
+    over_B: Array | None = None,
 ) -> Generation:
     """Step 1: sample K responses to each prompt from the full distribution at the given temperature.
 
-    The responses [B, R] to a prompt follow each other. With `greedy_first`, the first of them is the greedy one.
+    The responses [B, R] to a prompt follow each other. With `greedy_first`, the first of them is the greedy one. Rows
+    where `over_B` is True get none.
     """
     sampling = dataclasses.replace(config.sampling(_ends(eos_id), pad_id), samples=samples - greedy_first)
-    sampled = generate(policy, params, prompts.tokens_BP, prompts.mask_BP, key, sampling)
+    sampled = generate(policy, params, prompts.tokens_BP, prompts.mask_BP, key, sampling, over_B=over_B)
     if not greedy_first:
         return sampled
     # Nothing is drawn in it, so the key is not used twice.
@@ -401,17 +413,19 @@ def score(
     axis_name: str | None = None,
     terms: Terms | None = None,
     value_BN: Array | None = None,
+    turns: Turns | None = None,
     estimator: str = "gae",
     samples: int = 1,
 ) -> tuple[Rollout, dict[str, Array]]:
     """Steps 2 and 3: score the sampled token ids, without decoding them, and compute rewards and advantages [B, R].
 
-    The values of reward functions come from the host, which decoded the responses.
+    The values of reward functions, and an environment's part, come from the host, which decoded the responses.
     """
     if samples > 1:
         prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
     tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
-    mask_BT = jnp.concatenate([prompts.mask_BP, sampled.mask], axis=1)
+    real_BR = sampled.mask if turns is None else turns.mask_BR
+    mask_BT = jnp.concatenate([prompts.mask_BP, real_BR], axis=1)
     mask_BR = sampled.mask
 
     # 2. Log-probabilities come from the forward pass that the update uses, not from the sampler, so that the ratio
@@ -424,7 +438,7 @@ def score(
         pack=config.pack,
         parts=parts,
     )
-    last_B1 = jnp.maximum(jnp.sum(mask_BR, axis=1, keepdims=True) - 1, 0)
+    last_B1 = jnp.max(jnp.where(mask_BR, jnp.arange(mask_BR.shape[1])[None], 0), axis=1, keepdims=True)
     raw_B = jnp.take_along_axis(found.score_BR, last_B1, axis=1)[:, 0]
     score_B = (raw_B - frozen.score_mean) / frozen.score_scale
     # The greedy responses of remax are a baseline, not samples of the policy.
@@ -433,8 +447,11 @@ def score(
     if terms is not None and value_BN is not None:
         model_B = None if frozen.reward is None else score_B
         score_B, term_metrics = compose(terms, model_B, value_BN, axis_name, counted_B)
-    ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in _ends(eos_id)])
-    ended_B = jnp.any(ends_BR & mask_BR, axis=1)
+    if turns is None:
+        ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in _ends(eos_id)])
+        ended_B = jnp.any(ends_BR & mask_BR, axis=1)
+    else:
+        ended_B = turns.ended_B
     if config.missing_end == "replace":
         score_B = jnp.where(ended_B, score_B, config.missing_end_score)
     elif config.missing_end == "subtract":
@@ -442,9 +459,16 @@ def score(
 
     # 3. Reward: the score at the last token minus β times the log-ratio at each; GAE; whitening over the global batch.
     reward_BR = kl_penalized_reward(found.logp_BR, found.ref_logp_BR, score_B, mask_BR, kl_coef=kl_coef)
+    if turns is not None:
+        reward_BR = rewards_by_turn(reward_BR, turns, last_B1, ended_B | (config.missing_end != "replace"))
     if config.whiten_rewards:
         reward_BR = masked_whiten(reward_BR, mask_BR, axis_name, keep_mean=True)
-    advantage_BR, target_BR = advantages(reward_BR, found.value_BR, mask_BR, config, estimator, samples)
+    estimate: Callable[..., tuple[Array, ...]] = functools.partial(
+        advantages, config=config, estimator=estimator, samples=samples
+    )
+    if turns is not None:
+        estimate = over_gaps(estimate)
+    advantage_BR, target_BR = estimate(reward_BR, found.value_BR, mask_BR)
     mask_BR = mask_BR & counted_B[:, None]
     grouped = estimator not in WHITENED
     episodes = Rollout(
@@ -477,6 +501,7 @@ def score(
         "reward": over_episodes(jnp.sum(reward_BR, axis=1)),
         "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
         "missing_end": over_episodes(~ended_B),
+        **({} if turns is None else {"turns": over_episodes(turns.count_B)}),
         "entropy": masked_mean(found.entropy_BR, mask_BR, axis_name),
         **same,
         "repeated_pairs": repeated_pairs(sampled.tokens, mask_BR, axis_name),

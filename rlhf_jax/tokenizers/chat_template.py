@@ -214,6 +214,11 @@ class SpecialTexts:
         match = self._end.fullmatch(text)
         return (match["text"], match["end"]) if match else (text, "")
 
+    def split_start(self, text: str) -> str:
+        """The special token that a text starts with, and white space before it; "" if there is none."""
+        match = self._one.match(text, len(text) - len(text.lstrip()))
+        return text[: match.end()] if match else ""
+
     def first_of_end(self, text: str) -> str | None:
         match = self._one.match(self.split_end(text)[1])
         return match[0] if match else None

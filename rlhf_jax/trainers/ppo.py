@@ -12,6 +12,7 @@ from rlhf_jax.arrays import TrainState
 from rlhf_jax.data import (
     Ledger,
     Prompt,
+    PromptRows,
     Text,
     batch_at,
     encode_prompts,
@@ -21,11 +22,15 @@ from rlhf_jax.data import (
     read_records,
 )
 from rlhf_jax.demo.python_docs import load_corpus
+from rlhf_jax.environments.calling import Environment
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.warnings import end_warnings
+from rlhf_jax.generate import Generation
 from rlhf_jax.model import Transformer
+from rlhf_jax.parallel.host_step import HostStep
 from rlhf_jax.pretrained.source import open_for
 from rlhf_jax.reward_functions.loading import RewardFunction, fingerprint
+from rlhf_jax.rewards import Terms
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -50,8 +55,10 @@ from rlhf_jax.stages.ppo import (
     make_update,
     rescaled,
 )
+from rlhf_jax.tokenizers.protocol import TextTokenizer
 from rlhf_jax.trainers.alarms import train
 from rlhf_jax.trainers.inputs import EXAMPLES, wants_embedded
+from rlhf_jax.trainers.ppo_environment import environment_step, with_environment
 from rlhf_jax.trainers.ppo_rewards import NumberedRows, host_step, reward_functions, rewards_of
 from rlhf_jax.trainers.ppo_start import (
     POLICIES,
@@ -69,11 +76,12 @@ def run(
     config: Config,
     *,
     reward_funcs: RewardFunction | Sequence[RewardFunction] = (),
+    environment: Environment | None = None,
     prompts: Sequence[Prompt] | None = None,
     texts: Sequence[Text] | None = None,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
 ) -> Finished:
-    """Optimize the model of config.init against a reward model, reward functions or both.
+    """Optimize the model of config.init against a reward model, reward functions or both, or in an environment.
 
     Resumes from the latest checkpoint of the same run.
 
@@ -83,9 +91,13 @@ def run(
     rows. None in place of a number says that the function does not apply. The reward is the weighted sum of the
     reward model's normalized score and the functions' values; each is written as the metric "reward/NAME".
 
+    An environment is f(state, text) -> (state, observation, reward, done), called on each turn of the policy until it
+    is done, or config.max_turns; see `rlhf_jax.environments`. A reward model scores the end of the episode.
+
     Args:
       config: settings of the stage.
       reward_funcs: reward functions, after those that config.reward_function names.
+      environment: environment, in place of one that config.environment names.
       prompts: records in place of the files (or the embedded corpus) that the config names.
       texts: records of the pretraining mix, likewise.
       evaluate: maps a state to metrics, which are written as "eval/…"; with config.eval_every, the initial state too.
@@ -93,7 +105,9 @@ def run(
     Raises:
       UserError: for settings or files that do not fit; at an alarm, with the last good policy released.
     """
-    config, functions, terms = reward_functions(config, reward_funcs)
+    config, functions, terms = with_environment(config, environment, reward_funcs)
+    if not functions:
+        config, functions, terms = reward_functions(config, reward_funcs)
     if not config.init:
         raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER")
     source = open_for(config, config.init, stages=POLICIES)
@@ -115,12 +129,14 @@ def run(
     if reward_model is not None:
         inputs["reward"] = reward_model.fingerprint
     if functions:
-        inputs["reward_functions"] = fingerprint(functions)
+        inputs["environment" if config.environment else "reward_functions"] = fingerprint(functions)
         # As text: the columns of a prompt are not part of its content elsewhere.
         inputs["columns"] = fingerprint_of([Text(str(sorted(prompt.columns.items()))) for prompt in prompts])
     rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
     refuse_empty(rows, "prompts", ledger)
-    rewards = None if terms is None else rewards_of(functions, terms, rows, config.reward_timeout)
+    between = None
+    if terms is not None:
+        between = _between(config, networks, functions, terms, rows, tokenizer)
     policy, scorer = starts(config, source, reward_model)
     reference = policy.params
     if config.reference:
@@ -144,9 +160,12 @@ def run(
         for warning in (*reward_model.warnings, *ends):
             say(f"warning: {config.reward}: {warning}")
     if functions and config.episode.missing_end == "replace":
+        what = "a response without an end-of-text token"
+        if config.environment:
+            what = f"an episode that the environment has not ended in {config.max_turns} turns, or that is cut,"
         say(
-            f"a response without an end-of-text token gets {config.episode.missing_end_score:g} in place of its "
-            "reward; --episode.missing-end subtract lowers its reward instead, keep leaves it"
+            f"{what} gets {config.episode.missing_end_score:g} in place of its reward; --episode.missing-end subtract "
+            "lowers its reward instead, keep leaves it"
         )
     text_rows = None
     if config.pretraining_batch:
@@ -196,16 +215,7 @@ def run(
         lambda axis: make_update(networks, config, **ids, axis_name=axis, terms=terms),
         batch,
         frozen=(frozen,),
-        host_step=None
-        if rewards is None
-        else host_step(
-            lambda axis: make_sampling(networks, config, **ids, axis_name=axis),
-            rewards,
-            rows,
-            tokenizer,
-            config.episode.response_length,
-            config.samples_per_prompt,
-        ),
+        host_step=between,
         evaluate=evaluate,
         evaluate_first=True,
         # Sampling, one forward pass of each network for scoring, and forward and backward passes of policy and critic,
@@ -236,6 +246,26 @@ def run(
     }
     finished = complete(folder, summary, ledger, pretraining_data=text_ledger)
     return dataclasses.replace(finished, examples=list(rows.sources)[:EXAMPLES])
+
+
+def _between(
+    config: Config,
+    networks: Networks,
+    functions: Sequence[Any],
+    terms: Terms,
+    rows: PromptRows,
+    tokenizer: TextTokenizer,
+) -> HostStep:
+    """Work of the host between sampling and the update: reward functions, or an environment."""
+    ids: dict[str, Any] = {"eos_id": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
+
+    def make(axis: str | None) -> Callable[..., Generation]:
+        return make_sampling(networks, config, **ids, axis_name=axis)
+
+    if config.environment:
+        return environment_step(make, functions[0], config, terms, rows, tokenizer)
+    rewards = rewards_of(functions, terms, rows, config.reward_timeout)
+    return host_step(make, rewards, rows, tokenizer, config.episode.response_length, config.samples_per_prompt)
 
 
 def _check_lengths(config: Config, networks: Networks) -> None:

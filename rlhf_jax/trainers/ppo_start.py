@@ -38,9 +38,9 @@ SMALLEST_SCALE, LARGEST_SCORE = 1e-5, 1e6
 
 
 def open_reward_model(config: Config, source: Source) -> Source | None:
-    """The reward model, or None if reward functions alone make the reward."""
+    """The reward model, or None if reward functions or an environment alone make the reward."""
     if not config.reward:
-        if not config.reward_function:
+        if not config.reward_function and not config.environment:
             raise UserError(
                 "reward: expected a reward model or a reward function, got nothing; use --reward FOLDER or "
                 "--reward-function FILE.py:NAME"

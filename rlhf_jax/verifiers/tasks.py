@@ -1,4 +1,4 @@
-"""Data of tasks whose answers are verified: sums that a small model learns, and those of reasoning-gym."""
+"""Data of tasks whose answers are verified: sums, products with a calculator, and the tasks of reasoning-gym."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ADDENDS = 100
 def write_task(name: str, folder: Path, *, train: int, test: int, demonstrations: int, seed: int) -> dict[str, int]:
     """Write the files of a task: {name of the file: number of its rows}.
 
-    `prompts.jsonl` to train on by reward, `test.jsonl` to measure on, `demonstrations.jsonl` for SFT, and for sums
-    `text.jsonl`, the demonstrations as text to pretrain on. A test question is in no other file.
+    `prompts.jsonl` to train on by reward, `test.jsonl` to measure on, `demonstrations.jsonl` for SFT, and for sums and
+    the calculator `text.jsonl`, the demonstrations as text to pretrain on. A test question is in no other file.
 
     Args:
-      name: "sums", or "gym:NAME" for a task of reasoning-gym.
+      name: "sums", "calculator", or "gym:NAME" for a task of reasoning-gym.
       folder: that gets the files; it must not have any of them.
       train, test: number of prompts of each.
       demonstrations: number of training prompts that have a demonstration.
@@ -36,10 +36,11 @@ def write_task(name: str, folder: Path, *, train: int, test: int, demonstrations
     kind, _, inner = name.partition(":")
     makers: dict[str, Callable[[], list[Row]]] = {
         "sums": lambda: sums(train + test, seed),
+        "calculator": lambda: products(train + test, seed),
         "gym": lambda: gym_rows(inner, train + test, seed),
     }
     if kind not in makers or (kind == "gym") != bool(inner):
-        raise UserError(f"task: expected sums or gym:NAME, got {name!r}")
+        raise UserError(f"task: expected sums, calculator or gym:NAME, got {name!r}")
     if demonstrations > train:
         raise UserError(f"demonstrations: expected at most the {train} training prompts, got {demonstrations}")
     rows = makers[kind]()
@@ -52,6 +53,9 @@ def write_task(name: str, folder: Path, *, train: int, test: int, demonstrations
     if kind == "sums":
         files["demonstrations.jsonl"] = [{"prompt": row["prompt"], "completion": row["answer"]} for row in shown]
         files["text.jsonl"] = [{"text": row["prompt"] + row["answer"]} for row in shown]
+    if kind == "calculator":
+        dialogues = [calculator_dialogue(row, calls=at % 4 == 0) for at, row in enumerate(shown)]
+        files["demonstrations.jsonl"] = files["text.jsonl"] = dialogues
     there = [file for file in files if (folder / file).exists()]
     if there:
         raise UserError(f"out: expected a folder without {there[0]}, got {folder}; give another --out")
@@ -72,6 +76,27 @@ def sums(count: int, seed: int) -> list[Row]:
     places = random.Random(seed).sample(range(ADDENDS**2), count)
     pairs = [divmod(place, ADDENDS) for place in places]
     return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
+
+
+def products(count: int, seed: int) -> list[Row]:
+    """Distinct products in random order, {"prompt": [{"role": "user", "content": "7*35"}], "answer": "245"}.
+
+    Raises:
+      UserError: if there are not as many.
+    """
+    if count > ADDENDS**2:
+        raise UserError(f"train + test: expected at most {ADDENDS**2} products, got {count}")
+    places = random.Random(seed).sample(range(ADDENDS**2), count)
+    pairs = [divmod(place, ADDENDS) for place in places]
+    return [{"prompt": [{"role": "user", "content": f"{a}*{b}"}], "answer": str(a * b)} for a, b in pairs]
+
+
+def calculator_dialogue(row: Row, *, calls: bool) -> Row:
+    """A demonstration for `environments.calculator`: the answer after a call, or at once, as people may know it."""
+    question, answer = row["prompt"][0]["content"], row["answer"]
+    said = [f"<calc>{question}=", answer, answer] if calls else [answer]
+    roles = ("assistant", "user", "assistant")
+    return {"messages": [*row["prompt"], *({"role": role, "content": text} for role, text in zip(roles, said))]}
 
 
 def gym_rows(task: str, count: int, seed: int) -> list[Row]:
