@@ -18,7 +18,7 @@ from typing import Any
 GRACE = 8.0
 """Seconds from SIGTERM until the process ends, if it has not finished its step and saved by then."""
 SAVING = 60.0
-"""The same while it saves."""
+"""The same while it saves, also in the background."""
 _READING = "reading models and data"
 
 
@@ -27,6 +27,7 @@ class _Now:
 
     def __init__(self) -> None:
         self.phase = _READING
+        self.saving = False
         self.ending = False
         self.again = ""
         self.pipe: tuple[int, int] | None = None
@@ -55,6 +56,11 @@ def phase(what: str) -> None:
     _now.phase = what
 
 
+def background(*, saving: bool) -> None:
+    """Says whether a checkpoint is being written beside the training loop."""
+    _now.saving = saving
+
+
 def outside() -> None:
     """Says that the training loop is over."""
     _now.phase = "evaluating"
@@ -77,7 +83,7 @@ def _wait(pipe: int) -> None:
     while signal.SIGTERM not in os.read(pipe, 64):
         pass
     since = time.monotonic()
-    while time.monotonic() - since < (SAVING if _now.phase == "saving" else GRACE):
+    while time.monotonic() - since < (SAVING if _now.saving or _now.phase == "saving" else GRACE):
         time.sleep(0.05)
         if _now.ending:
             return
