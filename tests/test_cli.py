@@ -349,10 +349,10 @@ if sys.argv[1] == "saving":
     stopping.ending()
     sys.exit(3)
 if sys.argv[1] == "computing":
-    stopping.background(saving=True)
+    stopping.beside("saving")
     time.sleep(1)
     print("saved", file=sys.stderr)
-    stopping.background(saving=False)
+    stopping.beside("")
 while True:
     hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # no Python runs meanwhile
 """

@@ -44,9 +44,9 @@ class Background:
             try:
                 work()
             finally:
-                stopping.background(saving=False)
+                stopping.beside("")
 
-        stopping.background(saving=True)
+        stopping.beside("saving")
         executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="background")
         self._work = executor.submit(told)
         executor.shutdown(wait=False)

@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import UNFINISHED, sync_folder
-from rlhf_jax.parallel import processes
+from rlhf_jax.parallel import processes, stopping
 from rlhf_jax.runs.atomic_files import Damaged, read_manifest, seal, verify
 from rlhf_jax.runs.background import Background, collect_reports, quiet, refusal, saving_limit
 
@@ -127,6 +127,7 @@ class Checkpoints:
             arrays.close()
             if processes.is_first():
                 self._commit(unfinished, about)
+                stopping.beside("deleting")
                 self._prune(beyond_doubt)
 
         self._background.start(finish)
