@@ -101,6 +101,7 @@ def flip(command: Command, n: int, seed: int, folder: Path) -> Outcome:
     outcome, found, dice = Outcome(), collections.Counter[str](), random.Random(seed)
     _write_run(folder / "run")
     files = sorted(path.relative_to(folder / "run") for path in (folder / "run").rglob("*") if path.is_file())
+    dice.shuffle(files)
     with _warnings() as said:
         whole = _handed_on(folder / "run")
         for number in range(n):

@@ -81,7 +81,9 @@ def _from(name: str, flag: str) -> Callable[[Path, Path], list[str]]:
 
 
 MISMATCHES = {
-    "stage": Mismatch(_nothing, lambda data, runs: arguments("sft", data, runs, out=runs / "half"), "got one of sft"),
+    "stage": Mismatch(
+        _nothing, lambda data, runs: arguments("sft", data, runs, out=runs / "half"), "folder of a sft run"
+    ),
     "model": Mismatch(_nothing, lambda data, runs: _resumed(data, runs, "--model.width", "32"), "model.width"),
     "tokenizer": Mismatch(_nothing, lambda data, runs: _resumed(data, runs, "--tokenizer", "bpe"), "tokenizer"),
     "data": Mismatch(_nothing, _other_data, "inputs"),

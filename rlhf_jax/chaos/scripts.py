@@ -32,10 +32,11 @@ def _said_by(script: str, *arguments: str) -> Any:
 
 def peer(command: Command, n: int, seed: int, folder: Path) -> Outcome:
     """Kills, stops or blocks one of two processes: the other ends within 30 s, and a relaunch gives the same bits."""
-    return _peer(_said_by("cluster_stress.py", "--strikes", str(n), "--seed", str(seed), "--json"))
+    return judge_strikes(_said_by("cluster_stress.py", "--strikes", str(n), "--seed", str(seed), "--json"))
 
 
-def _peer(found: list[dict[str, Any]]) -> Outcome:
+def judge_strikes(found: list[dict[str, Any]]) -> Outcome:
+    """The outcome of what `cluster_stress.py` prints."""
     outcome = Outcome({"strikes": len(found), "slowest seconds": max(strike["seconds"] for strike in found)})
     for strike in found:
         outcome.expect(strike["ended_well"], f"the other process: {strike}")
@@ -45,12 +46,13 @@ def _peer(found: list[dict[str, Any]]) -> Outcome:
 
 def labels(command: Command, n: int, seed: int, folder: Path) -> Outcome:
     """Kills the labelling server n times under 16 labellers: no judgement lost, changed or doubled."""
-    return _labels(
+    return judge_labels(
         _said_by("label_stress.py", "--kills", str(n), "--items", str(20 * n), "--stored", "100", "--requests", "1")
     )
 
 
-def _labels(found: dict[str, Any]) -> Outcome:
+def judge_labels(found: dict[str, Any]) -> Outcome:
+    """The outcome of what `label_stress.py` prints."""
     kills = found["kills"]
     outcome = Outcome(kills)
     for name in ("lost", "changed", "doubled", "different_replies"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlhf_jax.chaos.forks import End, Strike, result, start
 from rlhf_jax.chaos.outcome import Command, Outcome
-from rlhf_jax.chaos.small import STEPS, arguments, facts, undisturbed, write_data
+from rlhf_jax.chaos.small import STAGES, STEPS, arguments, facts, undisturbed, write_data
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import stopping
 from rlhf_jax.runs.checkpoint import saved_steps
@@ -38,9 +38,11 @@ def sigterm(command: Command, n: int, seed: int, folder: Path) -> Outcome:
     outcome, landed, slowest = Outcome(), collections.Counter[str](), 0.0
     data, peace = folder / "data", folder / "peace"
     write_data(data)
+    stages = {stage for stage, _ in PHASES.values()}
     wanted = {}
-    for stage in ("pretrain", "sft", "ppo"):
-        wanted[stage] = undisturbed(command, stage, data, peace, model=False)
+    for stage in STAGES:
+        if stage in stages or (stage in ("pretrain", "sft") and "ppo" in stages):
+            wanted[stage] = undisturbed(command, stage, data, peace, model=False)
     names = list(PHASES)
     for number in range(n):
         name = names[number % len(names)]
