@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf_jax.chaos import damage, disk, kills, restarts, rows, scripts, signals
+from rlhf_jax.chaos import damage, disk, guards, kills, restarts, rows, scripts, signals
 from rlhf_jax.chaos.outcome import Command, Outcome
 
 # The rest of what went wrong is of the same kinds.
@@ -35,6 +35,7 @@ TRIALS = {
     "peer": Trial(scripts.peer, 20),
     "data": Trial(rows.data, 1000),
     "tokens": Trial(rows.tokens, 10_000),
+    "guards": Trial(guards.guards, 20),
     "labels": Trial(scripts.labels, 50),
 }
 

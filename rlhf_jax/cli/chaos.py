@@ -33,6 +33,7 @@ Name = Literal[
     "peer",
     "data",
     "tokens",
+    "guards",
     "labels",
 ]
 
@@ -48,7 +49,7 @@ class Config:
     """kill: SIGKILL in any phase of a stage; pipeline: of the whole recipe; sigterm: SIGTERM in each phase; flip:
     damaged files of a finished run; fallback: a damaged checkpoint; disk: a full disk; lock: a second command;
     mismatch: a start that does not fit; elastic: other devices; peer: one process of two (in a checkout); data: hostile
-    rows; tokens: hostile text; labels: the labelling server (in a checkout)."""
+    rows; tokens: hostile text; guards: settings that destroy a run; labels: the labelling server (in a checkout)."""
     n: int | None = None
     """Number of faults; by default as many as the guarantee promises."""
     seed: int = 0
