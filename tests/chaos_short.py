@@ -27,12 +27,13 @@ ONE_STAGE = {
     kills: {"TURNS": ("pretrain",), "STAGES": ("pretrain",)},
     signals: {
         "PHASES": {
-            "compiling": ("pretrain", ("compiling",)),
             "step": ("pretrain", ("waiting for the devices",)),
         },
-        # A bar of quiet machines.
+        # Bars of quiet machines.
         "REFUSED": 60.0,
+        "ANSWERED": 60.0,
     },
+    restarts: {"DEVICES": (2,)},
 }
 
 
@@ -55,11 +56,11 @@ READ, DECODE = rows.read_records, Tokenizer.decode
 FITS = {"stage": restarts.Mismatch(restarts._nothing, resumable, "stage")}
 # (name, n, what is broken: module or class, name, in its place)
 SHORT: list[tuple[str, int, tuple[Any, str, Any] | None]] = [
-    ("kill", 3, (JsonLines, "start", uncut)),
-    ("pipeline", 2, (JsonLines, "start", uncut)),
-    ("sigterm", 2, (stopping, "answer_sigterm", lambda again: None)),
-    ("mismatch", 2, (restarts, "MISMATCHES", FITS)),
-    ("elastic", 2, (restarts, "_distance", lambda *runs: {"params": 1e-4, "rows": True})),
+    ("kill", 2, (JsonLines, "start", uncut)),
+    ("pipeline", 1, None),
+    ("sigterm", 1, (stopping, "answer_sigterm", lambda again: None)),
+    ("mismatch", 1, (restarts, "MISMATCHES", FITS)),
+    ("elastic", 1, None),
     ("data", 40, (rows, "read_records", lambda *given: READ(*given)[1:])),
     ("tokens", 60, (Tokenizer, "decode", lambda self, ids: DECODE(self, ids).rstrip())),
     ("lock", 1, (signals, "REFUSED", 0.0)),

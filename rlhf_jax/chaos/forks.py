@@ -6,6 +6,7 @@ that it is known where a signal landed: the line that says so is written directl
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -53,6 +54,7 @@ class Strike:
         # Of the loop and of what runs beside it: the phase and when it began.
         self._now: dict[bool, tuple[str, float]] = {}
         self._took: dict[str, float] = {}
+        self._entered = collections.Counter[str]()
         stopping.listen(self._enter)
         self._enter(stopping.READING, None)
 
@@ -66,6 +68,11 @@ class Strike:
         if (not self.phases or what in self.phases) and self._step >= self.after and what != "beside: ":
             # Where in the phase, by how long it took the last time.
             delay = self._dice.random() * min(self._took.get(what, 0.05), 2.0)
+            self._entered[what] += 1
+            if self._entered[what] > 3 and delay < 0.002:
+                # It is over before a thread has started: it is struck as it begins.
+                self._strike(beside, self._now[beside], 0.0)
+                return
             threading.Thread(target=self._strike, args=(beside, self._now[beside], delay), daemon=True).start()
 
     def _strike(self, beside: bool, entered: tuple[str, float], delay: float) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.chaos.forks import Strike, result, start
+from rlhf_jax.chaos.forks import Strike, start
 from rlhf_jax.chaos.outcome import Command, Outcome
-from rlhf_jax.chaos.small import STAGES, STEPS, arguments, difference, facts, undisturbed, write_data
+from rlhf_jax.chaos.small import STAGES, STEPS, arguments, expect_the_same, undisturbed, write_data
 
 # Where a kill shall land: its name among the counts, and the phases of that name.
 PLACES = {
@@ -62,10 +62,7 @@ def kill(command: Command, n: int, seed: int, folder: Path) -> Outcome:
             stages[stage] += 1
             places[place_of(landed["phase"], stage)] += 1
             late += landed["step"] > 1
-        again = start(command, given)
-        if outcome.expect(again.status == 0, f"{stage}: started again, ended with {again.status}: {again.last_line}"):
-            unequal = difference(result(facts, out), wanted[stage])
-            outcome.expect(not unequal, f"{stage}, run {runs}: {unequal}")
+        expect_the_same(outcome, command, given, wanted[stage], f"{stage}, run {runs}")
         shutil.rmtree(out, ignore_errors=True)
     outcome.counts = {"kills": killed, "after step 1": late, "runs": runs, **places, "stages": dict(stages)}
     outcome.at_least({"kills": n, "after step 1": 0.8 * n})
@@ -105,12 +102,7 @@ def pipeline(command: Command, n: int, seed: int, folder: Path) -> Outcome:
                     break
                 struck[stage] += 1
                 killed += 1
-            again = start(command, given)
-            if outcome.expect(
-                again.status == 0, f"{stage}: started again, ended with {again.status}: {again.said[-500:]}"
-            ):
-                unequal = difference(result(facts, runs / stage), wanted[stage])
-                outcome.expect(not unequal, f"recipe {recipes}, {stage}: {unequal}")
+            expect_the_same(outcome, command, given, wanted[stage], f"recipe {recipes}, {stage}")
         shutil.rmtree(runs, ignore_errors=True)
     outcome.counts = {"kills": killed, "recipes": recipes, "stages": dict(struck)}
     outcome.at_least({"kills": n})

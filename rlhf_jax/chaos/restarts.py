@@ -105,7 +105,7 @@ def mismatch(command: Command, n: int, seed: int, folder: Path) -> Outcome:
     for stage in made:
         undisturbed(command, stage, data, peace)
     half = _resumed(data, peace)
-    struck = start(command, half, strike=Strike(signal.SIGKILL, ("reading the batch",), 6, seed))
+    struck = start(command, half, strike=Strike(signal.SIGKILL, ("waiting for the devices",), 6, seed))
     if struck.landed is None:
         raise UserError(f"chaos mismatch: the run to resume ended with {struck.status}: {struck.last_line}")
     for name in names:
@@ -134,10 +134,11 @@ def elastic(command: Command, n: int, seed: int, folder: Path) -> Outcome:
         out = folder / f"run{first}_{second}"
         given = arguments("pretrain", data, peace, out=out)
         before, after = ([*given, "--devices", str(devices)] for devices in (first, second))
-        struck = start(command, before, strike=Strike(signal.SIGKILL, ("reading the batch",), 6, seed))
+        struck = start(command, before, strike=Strike(signal.SIGKILL, ("waiting for the devices",), 6, seed))
         again = start(command, after)
         where = f"saved on {first}, resumed on {second}"
-        if outcome.expect(struck.landed is not None and again.status == 0, f"{where}: {again.last_line}"):
+        outcome.expect(struck.landed is not None, f"{where}: not struck, but ended with {struck.status}")
+        if outcome.expect(again.status == 0, f"{where}: ended with {again.status}: {again.last_line}"):
             far = result(_distance, out, peace / "pretrain")
             outcome.expect(far["rows"], f"{where}: other rows")
             outcome.expect(far["params"] <= TOLERANCE, f"{where}: parameters differ by {far['params']:.2g}")

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-from rlhf_jax.chaos.forks import End, Strike, result, start
+from rlhf_jax.chaos.forks import End, Strike, start
 from rlhf_jax.chaos.outcome import Command, Outcome
-from rlhf_jax.chaos.small import STAGES, STEPS, arguments, facts, undisturbed, write_data
+from rlhf_jax.chaos.small import STAGES, STEPS, arguments, finish, undisturbed, write_data
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import stopping
 from rlhf_jax.runs.checkpoint import saved_steps
@@ -49,7 +49,6 @@ def sigterm(command: Command, n: int, seed: int, folder: Path) -> Outcome:
         stage, phases = PHASES[name]
         out = folder / f"run{number}"
         given = arguments(stage, data, peace, out=out, model=False)
-
         after = 0 if name in ("start", "compiling") else 1 + (seed + number) % (STEPS - 4)
         end = start(_answering, command, given, strike=Strike(signal.SIGTERM, phases, after, seed + number))
         if not outcome.expect(end.landed is not None, f"{name}: not struck, ended with {end.status}: {end.last_line}"):
@@ -57,10 +56,10 @@ def sigterm(command: Command, n: int, seed: int, folder: Path) -> Outcome:
         landed[name] += 1
         slowest = max(slowest, end.seconds)
         _check(outcome, name, end, max(saved_steps(out / "checkpoints"), default=0))
-        again = start(command, given)
-        if outcome.expect(again.status == 0, f"{name}: started again, ended with {again.status}: {again.last_line}"):
+        again, found = finish(command, given)
+        outcome.expect(found is not None, f"{name}: started again, ended with {again.status}: {again.last_line}")
+        if found is not None:
             # The stop has made a row of its own.
-            found = result(facts, out)
             same = all(found[fact] == wanted[stage][fact] for fact in ("params", "handed on", "finished", "torn"))
             outcome.expect(same, f"{name}: another result after the stop at {end.landed}")
         shutil.rmtree(out, ignore_errors=True)

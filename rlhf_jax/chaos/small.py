@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.chaos.forks import result, start
-from rlhf_jax.chaos.outcome import Command
+from rlhf_jax.chaos.forks import End, start
+from rlhf_jax.chaos.outcome import Command, Outcome
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs.checkpoint import fingerprint, load_params
 from rlhf_jax.runs.folder import RunFolder
@@ -77,19 +78,43 @@ def facts(run: Path) -> dict[str, Any]:
     return {"finished": opened.finished, "handed on": opened.fingerprint, "params": params, "rows": rows, "torn": torn}
 
 
+def finish(command: Command, given: list[str]) -> tuple[End, dict[str, Any] | None]:
+    """Starts a command and leaves it in peace; its end, and the facts of its run if it succeeds."""
+    out = Path(given[given.index("--out") + 1])
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "facts.json"
+        end = start(_tell, command, given, out, told)
+        return end, json.loads(told.read_text(encoding="utf-8")) if end.status == 0 else None
+
+
+def _tell(command: Command, given: list[str], out: Path, told: Path) -> None:
+    """Runs a command to its end and writes the facts of its run, in one process."""
+    try:
+        command(given)
+    except SystemExit as end:
+        if end.code:
+            raise
+    told.write_text(json.dumps(facts(out)), encoding="utf-8")
+
+
 def undisturbed(command: Command, stage: str, data: Path, runs: Path, **options: Any) -> dict[str, Any]:
     """Facts of a run that is left in peace.
 
     Raises:
       UserError: if it fails.
     """
-    given = arguments(stage, data, runs, **options)
-    end = start(command, given)
-    if end.status != 0:
+    end, found = finish(command, arguments(stage, data, runs, **options))
+    if found is None:
         raise UserError(f"chaos: {stage}, left in peace, ended with {end.status}: {end.last_line}")
-    out = Path(given[given.index("--out") + 1])
-    found: dict[str, Any] = result(facts, out)
     return found
+
+
+def expect_the_same(outcome: Outcome, command: Command, given: list[str], expected: dict[str, Any], case: str) -> None:
+    """Starts a run again, which must end as the undisturbed one did."""
+    end, found = finish(command, given)
+    if outcome.expect(found is not None, f"{case}: started again, ended with {end.status}: {end.last_line}") and found:
+        unequal = difference(found, expected)
+        outcome.expect(not unequal, f"{case}: {unequal}")
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
