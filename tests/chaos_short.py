@@ -23,7 +23,7 @@ from rlhf_jax.runs.metrics import JsonLines
 from rlhf_jax.tokenizers.bpe import Tokenizer
 
 # Only the first stage, which is compiled soonest.
-ONE_STAGE = {
+ONE_STAGE: dict[Any, dict[str, Any]] = {
     kills: {"TURNS": ("pretrain",), "STAGES": ("pretrain",)},
     signals: {
         "PHASES": {

@@ -75,9 +75,17 @@ def test_clusters_and_servers_are_judged_by_what_they_print() -> None:
     for changes, wrong in (({}, 0), ({"ended_well": False}, 1), ({"ended_well": False, "same": False}, 2)):
         with case(changes):
             assert len(scripts.judge_strikes([strike, strike | changes]).wrong) == wrong
-    kills = {"wanted": 40, "rows": 40, "lost": 0, "changed": 0, "doubled": 0, "different_replies": 0}
+    kills: dict[str, Any] = {"wanted": 40, "rows": 40, "lost": 0, "changed": 0, "doubled": 0, "different_replies": 0}
     kills |= {"integrity": "ok", "other_answers": {}, "kills": 3}
-    for row in ({}, {"lost": 1}, {"changed": 1}, {"doubled": 1}, {"rows": 39}, {"integrity": "row 3 missing"}):
+    changes_of: list[dict[str, Any]] = [
+        {},
+        {"lost": 1},
+        {"changed": 1},
+        {"doubled": 1},
+        {"rows": 39},
+        {"integrity": "row 3 missing"},
+    ]
+    for row in changes_of:
         with case(row):
             assert len(scripts.judge_labels({"kills": kills | row}).wrong) == len(row)
 

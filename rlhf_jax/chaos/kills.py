@@ -96,7 +96,7 @@ def pipeline(command: Command, n: int, seed: int, folder: Path) -> Outcome:
         recipes += 1
         for stage in STAGES:
             given = arguments(stage, data, runs)
-            while killed < n and dice.random() < 0.6:
+            for _ in range(min(dice.randrange(3) or stage == STAGES[0], n - killed)):
                 strike = Strike(signal.SIGKILL, (), dice.randrange(STEPS), seed + killed)
                 if start(command, given, strike=strike).landed is None:
                     break

@@ -19,7 +19,7 @@ from rlhf_jax.runs.metrics import read_rows
 STAGES = ("pretrain", "sft", "reward", "ppo")
 STEPS = 12
 WORDS = ("red", "blue", "green", "cat", "dog")
-SHAPE = ("--tokenizer", "bytes", "--model.width", "16", "--model.layers", "1", "--model.heads", "2")
+SHAPE: tuple[str, ...] = ("--tokenizer", "bytes", "--model.width", "16", "--model.layers", "1", "--model.heads", "2")
 SHAPE += ("--model.context", "48")
 # Each of these is saved, evaluated and deleted several times in a run.
 OFTEN = ("--log-every", "1", "--save-every", "2", "--keep-last", "1")
