@@ -9,6 +9,8 @@ have started JAX.
 import contextlib
 import importlib
 import json
+import signal
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -16,8 +18,7 @@ from rlhf_jax.chaos import kills, restarts, rows, signals
 from rlhf_jax.chaos.run import try_out
 from rlhf_jax.cli import process
 from rlhf_jax.cli.app import main
-from rlhf_jax.parallel import stopping
-from rlhf_jax.runs import checkpoint
+from rlhf_jax.runs import checkpoint, loop
 from rlhf_jax.runs.atomic_files import read_manifest
 from rlhf_jax.runs.metrics import JsonLines
 from rlhf_jax.tokenizers.bpe import Tokenizer
@@ -42,6 +43,13 @@ def uncut(self: JsonLines, step: int, steps: int) -> None:
     self.close()
 
 
+@contextlib.contextmanager
+def deaf() -> Iterator[loop._Received]:
+    """The training loop's handlers, which do not hear SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    yield loop._Received()
+
+
 def unchecked(folder: Any, part: str = "") -> Any:
     """Believes every file."""
     return read_manifest(folder)
@@ -58,7 +66,7 @@ FITS = {"stage": restarts.Mismatch(restarts._nothing, resumable, "stage")}
 SHORT: list[tuple[str, int, tuple[Any, str, Any] | None]] = [
     ("kill", 2, (JsonLines, "start", uncut)),
     ("pipeline", 1, None),
-    ("sigterm", 1, (stopping, "answer_sigterm", lambda again: None)),
+    ("sigterm", 1, (loop, "_signals", deaf)),
     ("mismatch", 1, (restarts, "MISMATCHES", FITS)),
     ("elastic", 1, None),
     ("data", 40, (rows, "read_records", lambda *given: READ(*given)[1:])),
