@@ -36,7 +36,12 @@ def absurd(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
 _ALARMS = ("--alarms", "stop")
 WRONG = {
     "learning rate": Wrong("pretrain", ("--optimizer.learning-rate", "1e6"), ("exploded", "not finite", "absurd")),
-    "rewards": Wrong("ppo", ("--reward-function", "rlhf_jax.chaos.guards:absurd"), ("absurd",)),
+    # A response without an end would get the score of such ones in place of its own.
+    "rewards": Wrong(
+        "ppo",
+        ("--reward-function", "rlhf_jax.chaos.guards:absurd", "--episode.missing-end", "keep"),
+        ("absurd",),
+    ),
     "collapse": Wrong(
         "ppo", ("--policy.learning-rate", "3", "--policy.schedule", "constant", *_ALARMS), ("alarm", "exploded")
     ),
