@@ -34,19 +34,21 @@ def remove(path: Path, **how: Any) -> None:
 class DiesSaving(Checkpoints):
     """Checkpoints during whose saving of step 6 the process is killed."""
 
-    def save(self, step: int, *rest: Any) -> None:
+    def save_in_background(self, step: int, *rest: Any) -> None:
+        self.wait()  # for the step before, which is not to die
         if step == 6:
             checkpoint.seal = die
-        super().save(step, *rest)
+        super().save_in_background(step, *rest)
 
 
 class DiesDeleting(Checkpoints):
     """Checkpoints during whose deletion of a step, after that of 6 is saved, the process is killed."""
 
-    def save(self, step: int, *rest: Any) -> None:
+    def save_in_background(self, step: int, *rest: Any) -> None:
+        self.wait()  # for the step before, which is not to die
         if step == 6:
             checkpoint.shutil.rmtree = remove  # type: ignore[assignment]
-        super().save(step, *rest)
+        super().save_in_background(step, *rest)
 
 
 def killed(folder: Path, kind: type[Checkpoints]) -> int:

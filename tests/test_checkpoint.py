@@ -1,13 +1,16 @@
 """What is saved comes back bit for bit, onto the devices asked for, or not at all."""
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import logging
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +178,43 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path) -> None:
     checkpoints.close()
     assert same(checkpoints.restore(make_state()), make_state(1))
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+
+
+def test_a_step_saved_in_the_background_is_the_state_as_it_was(tmp_path: Path) -> None:
+    # Large enough to be still in the writing when the updates overwrite what was donated.
+    state = make_state(1, width=1_000_000)
+    expected = jax.tree.map(np.array, state.params)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def halve(state: TrainState) -> TrainState:
+        return dataclasses.replace(state, params=jax.tree.map(lambda x: x / 2, state.params))
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_in_background(1, state, {})
+    for _ in range(3):
+        state = jax.block_until_ready(halve(state))
+    checkpoints.finish()
+    assert same(load_params(tmp_path), expected)
+
+
+def test_one_save_at_a_time_and_a_step_is_listed_once_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, sealed, hold = Checkpoints(tmp_path, keep_last=1), checkpoint.seal, threading.Event()
+
+    def held(*args: Any) -> None:
+        assert hold.wait(60)
+        sealed(*args)
+
+    monkeypatch.setattr(checkpoint, "seal", held)
+    checkpoints.save_in_background(1, make_state(1), {})
+    checkpoints.check()
+    assert checkpoints.steps() == [] and [path.name for path in tmp_path.iterdir()] == ["00000001.unfinished"]
+    threading.Timer(0.3, hold.set).start()
+    checkpoints.save_in_background(2, make_state(2), {})
+    assert hold.is_set() and 1 in checkpoints.steps()
+    assert same(checkpoints.restore(make_state()), make_state(2))  # waits for it
+    assert [path.name for path in tmp_path.iterdir()] == ["00000002"]
 
 
 @contextlib.contextmanager

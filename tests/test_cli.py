@@ -348,6 +348,11 @@ if sys.argv[1] == "saving":
     time.sleep(1)
     stopping.ending()
     sys.exit(3)
+if sys.argv[1] == "computing":
+    stopping.beside("saving")
+    time.sleep(1)
+    print("saved", file=sys.stderr)
+    stopping.beside("")
 while True:
     hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # no Python runs meanwhile
 """
@@ -358,6 +363,7 @@ def test_sigterm_is_answered_in_any_phase_with_one_line() -> None:
         ("start", 143, "stopped while reading models and data; to start or resume: rlhf-jax sft --name a\n"),
         ("compiling", 143, "stopped while compiling; to start or resume: rlhf-jax sft --name a\n"),
         ("saving", 3, ""),  # is waited for
+        ("computing", 143, "saved\nstopped while computing; to start or resume: rlhf-jax sft --name a\n"),
     ):
         # At the start, Python's own handler answers, here between two sleeps.
         script = STUCK if phase != "start" else STUCK.replace("hashlib.pbkdf2", "time.sleep(0.01) or str or hashlib.p")

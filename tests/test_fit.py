@@ -1,11 +1,13 @@
 """The loop: exact resumption after any stop, rows by hand, and an end before nonsense is saved."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs import checkpoint
 from rlhf_jax.runs import loop as fit_module
 from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint, saved_steps
 from rlhf_jax.runs.loop import Stopped, fit
@@ -144,6 +147,62 @@ def test_sigkill_in_a_save_and_in_a_deletion(tmp_path: Path, undisturbed: Any) -
     assert hash_of(run(tmp_path)) == undisturbed[0]
     assert figures(tmp_path) == undisturbed[1]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000010"]
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed = checkpoint.seal
+    for failing, last, read in ((6, 3, 8), (10, 9, 10)):
+        folder, steps_read = tmp_path / str(failing), list[int]()
+        checkpoints, recorder = Checkpoints(folder, keep_last=1), Recorder()
+
+        def full(folder: Path, about: Any, failing: int = failing) -> None:
+            if about["step"] == failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            sealed(folder, about)
+
+        def batches(step: int, checkpoints: Checkpoints = checkpoints, seen: list[int] = steps_read) -> np.ndarray:
+            seen.append(step)
+            while step == 7 and checkpoints._background.running:
+                time.sleep(0.01)
+            return batch_at(step)
+
+        monkeypatch.setattr(checkpoint, "seal", full)
+        options: dict[str, Any] = {"steps": 10, "save_every": 3, "writers": recorder, "checkpoints": checkpoints}
+        message = f"{folder}: step {failing} could not be saved: No space left on device; the last checkpoint is that"
+        with case(failing):
+            with pytest.raises(UserError, match=f"^{message} of step {last}$"):
+                fit(initial(), update, batches, **options)
+            assert len(steps_read) == read and not recorder.open
+            assert [path.name for path in folder.iterdir()] == [f"{last:08d}"]
+
+
+def test_whatever_ends_the_run_a_save_in_the_background_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*args: Any) -> None:
+        time.sleep(0.3)
+        sealed(*args)
+
+    sealed = checkpoint.seal
+    monkeypatch.setattr(checkpoint, "seal", slowly)
+
+    def ending(step: int) -> np.ndarray:
+        if step == 3:
+            raise RuntimeError("a reader's")
+        return batch_at(step)
+
+    for name, step, batches, error in (
+        ("data", update, ending, "a reader's"),
+        ("guard", lossy({4, 5, 6}), batch_at, r"last at step 6; the last good checkpoint is that of step 3"),
+    ):
+        with case(name):
+            checkpoints = Checkpoints(tmp_path / name)
+            options: dict[str, Any] = {"steps": 10, "save_every": 3, "checkpoints": checkpoints}
+            with pytest.raises((RuntimeError, UserError), match=error):
+                fit(initial(), step, batches, writers=Recorder(), **options)
+            assert [path.name for path in (tmp_path / name).iterdir()] == ["00000003"]
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ COMMANDS = {
     "compare-methods": "Train PPO, RLOO, GRPO, DPO and more from one recipe, and compare them at the same KL.",
     "doctor": "Diagnose a run on its own data: what is wrong, by which metric, and what to try.",
     "experiment": "Run an experiment on a claim about RLHF in a small world, from the stages to hallucination.",
+    "chaos": "Inject faults (kills, damage, a full disk) into small runs here, and check what becomes of them.",
     "convert": "Export a run to the Hugging Face format, or import a published model.",
     "sample": "Sample answers and keep the best, pairs or all of them as training data.",
     "task": "Write the data of a task whose answers are verified: sums, or one of reasoning-gym.",

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.arrays import TrainState
+from rlhf_jax.parallel import stopping
 from rlhf_jax.parallel.mesh import CompiledUpdate, row_layout, shard_rows, split_rows
 from rlhf_jax.parallel.sharding import DATA
 
@@ -62,10 +63,14 @@ class _Stepped:
         self._compiled: Any = None
 
     def __call__(self, state: TrainState, batch: Any, *frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        stopping.phase("sampling")
         rows = self._rows(state, batch, *frozen)
         if self._step.continued is not None:
             rows = self._step.continued(batch, rows, lambda other: self._rows(state, other, *frozen))
-        return self._update(state, self._step.fill(batch, rows), *frozen)
+        stopping.phase("computing rewards")
+        filled = self._step.fill(batch, rows)
+        stopping.phase("updating")
+        return self._update(state, filled, *frozen)
 
     def prepare(self, state: TrainState, batch: Any, *frozen: Any) -> None:
         for one in (batch,) if self._step.further is None else (batch, self._step.further(batch)):

@@ -156,7 +156,7 @@ def slowest(seconds: float | None) -> float:
 
 def phase(what: str, step: int, *, waits: bool = False, limit: float | None = None, may_compile: bool = False) -> None:
     """Reports to the watchdogs what this process is about to do in a step; see Watchdog.enter."""
-    stopping.phase(what)
+    stopping.phase(what, step)
     if _cluster is not None:
         _cluster.watchdog.enter(what, step, waits=waits, limit=limit, may_compile=may_compile)
 

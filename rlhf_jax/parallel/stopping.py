@@ -13,20 +13,23 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 GRACE = 8.0
 """Seconds from SIGTERM until the process ends, if it has not finished its step and saved by then."""
 SAVING = 60.0
-"""The same while it saves."""
-_READING = "reading models and data"
+"""The same while it saves, also in the background."""
+READING = "reading models and data"
 
 
 class _Now:
     """The phase of this process, and whether it is ending by itself."""
 
     def __init__(self) -> None:
-        self.phase = _READING
+        self.phase = READING
+        self.beside = ""
+        self.listener: Callable[[str, int | None], None] = lambda phase, step: None
         self.ending = False
         self.again = ""
         self.pipe: tuple[int, int] | None = None
@@ -50,14 +53,26 @@ def answer_sigterm(again: str) -> None:
     signal.signal(signal.SIGTERM, _end)
 
 
-def phase(what: str) -> None:
-    """Says what the process is about to do, for the message."""
+def phase(what: str, step: int | None = None) -> None:
+    """Says what the process is about to do, for the message, and in which step."""
     _now.phase = what
+    _now.listener(what, step)
+
+
+def beside(what: str) -> None:
+    """Says what is done for a checkpoint beside the training loop; nothing if empty."""
+    _now.beside = what
+    _now.listener(f"beside: {what}", None)
+
+
+def listen(listener: Callable[[str, int | None], None]) -> None:
+    """Has a function called with each phase and its step, and with "beside: …", in the thread that enters it."""
+    _now.listener = listener
 
 
 def outside() -> None:
     """Says that the training loop is over."""
-    _now.phase = "evaluating"
+    phase("evaluating")
 
 
 def ending() -> None:
@@ -77,7 +92,7 @@ def _wait(pipe: int) -> None:
     while signal.SIGTERM not in os.read(pipe, 64):
         pass
     since = time.monotonic()
-    while time.monotonic() - since < (SAVING if _now.phase == "saving" else GRACE):
+    while time.monotonic() - since < (SAVING if _now.beside or _now.phase == "saving" else GRACE):
         time.sleep(0.05)
         if _now.ending:
             return

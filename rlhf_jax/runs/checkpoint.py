@@ -4,22 +4,19 @@ A step is a sealed folder `00000200/` (atomic_files.py) with two Orbax checkpoin
 and `training/`, the rest of the state. It is written under another name and renamed, and a deletion renames first:
 whenever the process is killed, every listed step is complete. Orbax itself detects neither a flipped bit nor a changed
 dtype, so the manifest is checked before it reads. Only one run writes; each of its processes writes the shards of its
-own devices, and the first process does the rest.
+own devices, and the first process does the rest. The training loop waits only for the arrays to be copied; the writing,
+the seal, the rename and the deletions run beside it, one save at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
+import itertools
 import logging
 import math
 import os
-import re
 import shutil
-import sys
-import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -32,12 +29,15 @@ import orbax.checkpoint as ocp
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import UNFINISHED, sync_folder
-from rlhf_jax.parallel import processes
+from rlhf_jax.parallel import processes, stopping
 from rlhf_jax.runs.atomic_files import Damaged, read_manifest, seal, verify
+from rlhf_jax.runs.background import Background, collect_reports, quiet, refusal, saving_limit
 
 FORMAT_VERSION = 1
 _DELETED, _REPLACED, _DAMAGED = ".deleted", ".replaced", ".damaged"
 _PARTS = ("params", "training")
+# One for each save; the same in all processes.
+_numbers = itertools.count()
 _log = logging.getLogger("rlhf_jax")
 
 
@@ -66,6 +66,9 @@ class Checkpoints:
         self.best_mode = best_mode
         # If not None: later states may be bad, so the newest step up to this one is kept too.
         self.beyond_doubt: int | None = None
+        self._background = Background()
+        self._saving: int | None = None
+        self._quiet = contextlib.ExitStack()
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first; a damaged one is included until `restore` detects it."""
@@ -91,63 +94,117 @@ class Checkpoints:
         Raises:
           UserError: if the disk is full or refuses the write; earlier steps are then unchanged.
         """
-        leaves = _leaves(state)
-        needed = sum(leaf.nbytes for leaf in leaves.values())
-        unfinished, final = (self.folder / (_name(step) + suffix) for suffix in (UNFINISHED, ""))
+        self.save_in_background(step, state, metrics)
+        self.finish()
 
-        def make_room() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise UserError(
-                    f"{self.folder}: step {step} needs {needed:,} bytes, the disk has {free:,} free; free disk space"
-                )
+    def save_in_background(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Starts to save a step as `save` does, and returns as soon as the state may be donated to an update.
+
+        A save that is still running is finished first. The step is listed once all of it is on disk. An error that
+        occurs after the return is raised by the next call of `check`, `wait`, `finish` or this function.
+        """
+        self.wait()
+        leaves = _leaves(state)
+        size = sum(leaf.nbytes for leaf in leaves.values())
+        unfinished = self.folder / (_name(step) + UNFINISHED)
+        about = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+            "best": {"metric": self.best_metric, "mode": self.best_mode},
+            "arrays": _describe(leaves),
+        }
+        # By the time this step is written, a later one may be in doubt.
+        beyond_doubt = self.beyond_doubt
+        self._saving = step
+        self._quiet.enter_context(quiet())
+        with self._refused_in_one_line():
+            processes.by_first(lambda: self._make_room(size))
+            arrays = _write(unfinished, leaves, seconds=saving_limit(size))
 
         def finish() -> None:
-            seal(unfinished, about)
-            if final.exists():
-                final.rename(final.with_name(final.name + _REPLACED))
-            unfinished.rename(final)
-            sync_folder(self.folder)
-
-        refused = ""
-        quiet = contextlib.ExitStack()
-        try:
-            quiet.enter_context(_quiet())
-            processes.by_first(make_room)
-            for part in _PARTS:
-                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                    checkpointer.save(unfinished / part, args=ocp.args.StandardSave(_part(leaves, part)))
-            about = {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
-                "best": {"metric": self.best_metric, "mode": self.best_mode},
-                "arrays": _describe(leaves),
-            }
-            processes.barrier("arrays written")
-            processes.by_first(finish)
-        except (OSError, ValueError) as error:
-            reason = _refusal(error)
-            if reason is None:
-                raise
-            refused = reason
-        finally:
-            # Orbax's own reports of the error, some of them made when its futures are collected, are not for the user.
-            if refused:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)
-                    gc.collect()
-                time.sleep(0.2)
-            quiet.close()
+            # Returns when the arrays of all processes are written.
+            arrays.close()
             if processes.is_first():
-                self._sweep()
-        if refused:
+                self._commit(unfinished, about)
+                stopping.beside("deleting")
+                self._prune(beyond_doubt)
+
+        self._background.start(finish)
+
+    def check(self) -> None:
+        """Raises the error of a save in the background, if it has failed.
+
+        Raises:
+          UserError: as `save`.
+        """
+        if self._saving is not None and not self._background.running:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until this process has done its part of a save in the background.
+
+        Raises:
+          UserError: as `save`.
+        """
+        if self._saving is not None:
+            with self._refused_in_one_line():
+                self._background.join()
+            self._quiet.close()
+            self._saving = None
+
+    def finish(self) -> None:
+        """Waits until a save in the background is on disk. Called by all processes.
+
+        Raises:
+          UserError: as `save`.
+        """
+        self.wait()
+        processes.barrier("saved")
+
+    def _make_room(self, needed: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"{self.folder}: step {self._saving} needs {needed:,} bytes, the disk has {free:,} free; free disk "
+                "space"
+            )
+
+    def _commit(self, unfinished: Path, about: Mapping[str, Any]) -> None:
+        """Seals a written step and gives it its name."""
+        seal(unfinished, about)
+        final = unfinished.with_suffix("")
+        if final.exists():
+            final.rename(final.with_name(final.name + _REPLACED))
+        unfinished.rename(final)
+        sync_folder(self.folder)
+
+    @contextlib.contextmanager
+    def _refused_in_one_line(self) -> Iterator[None]:
+        """Reports a write that the system refused as a UserError; after an error, removes what was written."""
+        step, refused, written = self._saving, None, False
+        try:
+            yield
+            written = True
+        except (OSError, ValueError) as error:
+            refused = refusal(error)
+            if refused is None:
+                raise
+        finally:
+            # A second Ctrl-C may interrupt the waiting, but not the save.
+            if not written and not self._background.running:
+                if refused is not None:
+                    collect_reports()
+                self._quiet.close()
+                self._saving = None
+                if processes.is_first():
+                    self._sweep()
+        if refused is not None:
             latest = self.latest()
             last = "there is no earlier one" if latest is None else f"the last checkpoint is that of step {latest}"
             raise UserError(f"{self.folder}: step {step} could not be saved: {refused}; {last}")
-        processes.by_first(self._prune)
 
     def restore(self, template: TrainState, step: int | None = None) -> TrainState:
         """Restores the saved state, sharded like the template.
@@ -164,6 +221,7 @@ class Checkpoints:
         Raises:
           UserError: if no saved step is intact, or if the saved state has other leaves, shapes or dtypes.
         """
+        self.wait()
         chosen = processes.from_first(lambda: self._intact(step))
         if chosen is None:
             return template
@@ -198,13 +256,14 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Removes the unfinished files of killed processes."""
+        """Finishes a save in the background, and removes the unfinished files of killed processes."""
+        self.wait()
         if self.folder.is_dir() and processes.is_first():
             self._sweep()
 
-    def _prune(self) -> None:
+    def _prune(self, beyond_doubt: int | None) -> None:
         steps = self.steps()
-        good = None if self.beyond_doubt is None else self.newest_until(self.beyond_doubt)
+        good = None if beyond_doubt is None else self.newest_until(beyond_doubt)
         for step in {*steps[: -self.keep_last]} - {self.best(), good}:
             path = self.folder / _name(step)
             path.rename(path.with_name(path.name + _DELETED))
@@ -314,6 +373,36 @@ def _restore(path: Path, manifest: dict[str, Any], template: TrainState) -> Trai
     return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
+def _write(folder: Path, leaves: Mapping[str, jax.Array], *, seconds: float) -> contextlib.ExitStack:
+    """Starts to write a state's arrays, and returns when an update may overwrite them.
+
+    Orbax copies the arrays to the host. On a CPU it keeps references to them instead, and XLA donates no array that
+    something else refers to.
+
+    Args:
+      folder: a new folder for the parts.
+      leaves: the arrays.
+      seconds: how long all processes together may take.
+
+    Returns:
+      A context whose `close` waits until all processes have written their arrays, and raises the errors of this one.
+    """
+    number = next(_numbers)
+    with contextlib.ExitStack() as writing:
+        for part in _PARTS:
+            checkpointer = ocp.AsyncCheckpointer(
+                ocp.StandardCheckpointHandler(),
+                async_options=ocp.options.AsyncOptions(int(seconds), create_directories_asynchronously=False),
+                # Processes meet under this name, in threads that run at the same time.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=f"rlhf_jax/{number}/{part}"
+                ),
+            )
+            writing.enter_context(checkpointer)
+            checkpointer.save(folder / part, args=ocp.args.StandardSave(_part(leaves, part)))
+        return writing.pop_all()
+
+
 def _leaves(state: TrainState) -> dict[str, jax.Array]:
     """Maps names such as "params.layer.kernel" and "opt_state.0.count" to leaves; random keys become their data."""
     leaves: dict[str, jax.Array] = {}
@@ -384,31 +473,6 @@ def _check_version(path: Path, manifest: Mapping[str, Any]) -> None:
             f"{path}: format_version: expected {FORMAT_VERSION}, got {manifest.get('format_version')}; use the "
             f"release of rlhf_jax that wrote it"
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what Orbax's threads print of an error that is raised as well."""
-    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
-    before, hooks = [logger.disabled for logger in loggers], (sys.unraisablehook, sys.excepthook)
-    sys.unraisablehook, sys.excepthook = lambda _: None, lambda *_: None  # TensorStore's threads call the second
-    for logger in loggers:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        sys.unraisablehook, sys.excepthook = hooks
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
-
-
-def _refusal(error: OSError | ValueError) -> str | None:
-    """The system's message when it refused to write; None for an error of another kind."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    # TensorStore raises ValueError with the system's error number in its text.
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return None if code is None else os.strerror(int(code[1]))
 
 
 def _name(step: int) -> str:

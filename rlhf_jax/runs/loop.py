@@ -19,6 +19,7 @@ import optax
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import processes
+from rlhf_jax.runs.background import saving_limit
 from rlhf_jax.runs.metrics import Throughput, Writer, matmul_peak
 
 if TYPE_CHECKING:
@@ -106,9 +107,10 @@ def fit(
 
     Raises:
       Stopped: after SIGTERM or SIGINT, at the next step, once the state is saved.
-      UserError: if the state is not finite or its parameters have exploded; if a loss, reward, score, value or KL was
-        not finite or absurdly large, or every optimizer step was skipped, for 3 consecutive steps, or for all steps of
-        a shorter run. Nothing is saved between such steps, so the last checkpoint is from before the first.
+      UserError: if a checkpoint could not be written, at the first step after that or at the end; if the state is not
+        finite or its parameters have exploded; if a loss, reward, score, value or KL was not finite or absurdly large,
+        or every optimizer step was skipped, for 3 consecutive steps, or for all steps of a shorter run. Nothing is
+        saved between such steps, so the last checkpoint is from before the first.
     """
     step = int(state.step)
     if step >= steps:
@@ -125,7 +127,7 @@ def fit(
     pace = _Pace()
     try:
         writers.start(step, steps)
-        with _signals() as received, processes.steps():
+        with _signals() as received, processes.steps(), _saves_end(checkpoints):
             if prepare is not None:
                 processes.phase("compiling", step + 1, may_compile=True)
                 state = prepare(state)
@@ -138,6 +140,8 @@ def fit(
                 if row:
                     writers.row(0, row)
             while step < steps:
+                if checkpoints is not None:
+                    checkpoints.check()
                 processes.phase("reading the batch", step + 1)
                 batch = batch_at(step)
                 shapes = _shapes(batch)
@@ -192,18 +196,35 @@ def fit(
                         if checkpoints is not None:
                             checkpoints.beyond_doubt = doubt
                     if checkpoints is not None and (owed or stopping):
-                        processes.phase("saving", step, limit=_saving_limit(state))
+                        # Twice: the save before may have to be finished first.
+                        processes.phase("saving", step, limit=2 * saving_limit(_size(state)))
                         guard.check_state(step, state)
                         if step == steps or not guard.in_a_row:
-                            checkpoints.save(step, state, row)
+                            checkpoints.save_in_background(step, state, row)
                             owed = False
                     throughput.restart()
                 if stopping and step < steps:
-                    last = None if checkpoints is None else checkpoints.latest()
+                    last = None
+                    if checkpoints is not None:
+                        checkpoints.finish()
+                        last = checkpoints.latest()
                     raise Stopped(received[0], step, saved=last == step, last=last)
+            if checkpoints is not None:
+                processes.phase("saving", step, limit=saving_limit(_size(state)))
+                checkpoints.finish()
     finally:
         writers.close()
     return state
+
+
+@contextlib.contextmanager
+def _saves_end(checkpoints: Checkpoints | None) -> Iterator[None]:
+    """Lets a save in the background end, whatever ends the loop, and raises its error."""
+    try:
+        yield
+    finally:
+        if checkpoints is not None:
+            checkpoints.wait()
 
 
 class _Received(list[int]):
@@ -329,7 +350,10 @@ class _Guard:
             self._end(f"the optimizer's state is undefined (NaN) after step {step}; this state is not saved")
 
     def _end(self, what: str) -> None:
-        latest = None if self.checkpoints is None else self.checkpoints.latest()
+        latest = None
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+            latest = self.checkpoints.latest()
         good = "no checkpoint was saved" if latest is None else f"the last good checkpoint is that of step {latest}"
         raise UserError(f"{what}; {good}; try a lower learning rate under another --name")
 
@@ -461,9 +485,9 @@ class _Pace:
         return processes.slowest(None if new or self.slowest is None else self.slowest * steps)
 
 
-def _saving_limit(state: TrainState) -> float:
-    """Time limit in seconds for writing, syncing and hashing a state, at a tenth of the speed of a current disk."""
-    return 300.0 + sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 20e6
+def _size(state: TrainState) -> int:
+    """Bytes of the state."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def _shapes(batch: Any) -> str:

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import rich.console
 import rich.table
 
+from rlhf_jax.runs.checkpoint import saved_steps
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import read_rows
 from scripts.local_cluster import Cluster
@@ -34,10 +35,11 @@ STRIKES = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "stuck": signal.
 LIMIT = 30.0
 """Seconds that the other process may take to end."""
 STEPS = 30
+SAVE_EVERY = 10
 SETTINGS = (
     *("--tokenizer", "bytes", "--model.width", "16", "--model.layers", "1", "--model.heads", "2"),
     *("--model.context", "32", "--row-length", "24", "--batch", "8", "--devices", "4"),
-    *("--steps", f"{STEPS}", "--save-every", "10", "--log-every", "1"),
+    *("--steps", f"{STEPS}", "--save-every", f"{SAVE_EVERY}", "--log-every", "1"),
 )
 
 
@@ -106,7 +108,11 @@ def strike(folder: Path, name: str, kind: str, victim: int, after: int) -> Outco
     """The run `name`, begun or gone on with, struck once `after` steps are done."""
     cluster = start(folder, name)
     struck, other = cluster.children[victim], cluster.children[1 - victim]
-    while steps_done(folder / name) < after and struck.poll() is None:
+    # A checkpoint counts once it is written, some steps after its own.
+    due = after // SAVE_EVERY * SAVE_EVERY
+    while struck.poll() is None and (
+        steps_done(folder / name) < after or max(saved_steps(folder / name / "checkpoints"), default=0) < due
+    ):
         time.sleep(0.01)
     began = time.monotonic()
     struck.send_signal(STRIKES[kind])
@@ -144,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strikes", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the steps at which it strikes")
+    parser.add_argument("--json", action="store_true", help="print the outcomes as JSON instead of a table")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
     kinds = list(STRIKES)
@@ -152,16 +159,23 @@ def main() -> None:
         folder = Path(temporary)
         write_data(folder)
         wanted = undisturbed(folder)
-        good = 0
+        good, outcomes = 0, []
         for number in range(arguments.strikes):
             kind, victim = kinds[number % 3], number // 3 % 2
             outcome = strike(folder, f"{number}", kind, victim, rng.randrange(1, STEPS - 10))
             same = finish(folder, f"{number}") == wanted
             good += outcome.ended_well and same
+            struck = {"process": victim, "was": kind, "ended_well": outcome.ended_well, "same": same}
+            outcomes.append({**dataclasses.asdict(outcome), **struck})
+            if arguments.json:
+                continue
             said = re.sub(r"^.*?error: ", "", outcome.said)[:120]
             row = (f"{victim}", kind, f"{outcome.struck_at}", f"{outcome.seconds:.1f} s", f"{outcome.status}", said)
             table.add_row(*row, "yes" if same else "NO")
             print(*row, same, flush=True)
+    if arguments.json:
+        print(json.dumps(outcomes))
+        sys.exit(0 if good == arguments.strikes else 1)
     rich.console.Console(width=200).print(table)
     print(f"{good} of {arguments.strikes} as wanted")
     sys.exit(0 if good == arguments.strikes else 1)

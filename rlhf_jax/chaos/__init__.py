@@ -1,0 +1,1 @@
+"""Fault injection: the guarantees of docs/explanation/machine-dies.md, tried on this machine."""
