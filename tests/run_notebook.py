@@ -10,6 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+# Importing it makes Matplotlib's cache of fonts where there is none yet, which a kernel would say in the notebook.
+import matplotlib.font_manager  # noqa: F401
 import nbformat
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient

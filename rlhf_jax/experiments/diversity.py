@@ -176,7 +176,7 @@ class Experiment:
         judge, _ = self._compare(head, compared, seed=seed)
         before = models.measure(sizes.answers, start, start, judge, seed=seed + 1)
         mean, scale = float(before.score.mean()), float(before.score.std())
-        said = compared.mask_BKT & (jnp.arange(tokens.shape[1]) >= PROMPT)
+        said = compared.mask_BKT & (jnp.arange(tokens.shape[1]) >= PROMPT)[None, None]
         return {
             "SFT on the acceptable": start if rows is None else self._tune(start, rows, seed=seed)[0],
             "DPO": self._prefer(start, _decided(PreferenceBatch(compared, said)), preference.Frozen(start), seed=seed)[
