@@ -226,6 +226,8 @@ HOSTILE = [
     (b'{"text": "a\\ud800"}', 'field "text": expected complete characters, got the lone surrogate U+D800'),
     (b'{"text": "a", "n": ["\\uDFFF"]}', 'field "n": expected complete characters, got the lone surrogate U+DFFF'),
     (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+    # 101 with the object around them; a Python may read thousands, which is more than it can walk through.
+    (b'{"text": "x", "more": ' + b"[" * 100 + b"]" * 100 + b"}", "nested too deeply; expected at most 100 levels"),
     (b'{"text": [' + b"[]," * 600_000 + b"[]]}", "more than 500,000 brackets in a line"),
     (b'"text"', 'got the text "text"'),
     (b"null", "got null"),

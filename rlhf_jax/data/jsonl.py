@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast
 from rlhf_jax.errors import UserError
 
 MAX_LINE_BYTES = 8 * 2**20  # longer than any document we use; a line is read up to this size before it is refused
+MOST_NESTED = 100  # lists and objects within each other; a schema of a tool has ten
 MAX_BRACKETS = 500_000  # lists and objects per line, each about 60 bytes once parsed
 MAX_KEYS = 100_000  # keys of objects per line, each about 250 bytes while it is parsed
 MAX_COMMAS = 1_000_000  # of lists, each number about 40 bytes, and of text
@@ -115,7 +116,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         if len(line) > most and sum(1 for _ in itertools.islice(mark.finditer(line), most + 1)) > most:
             raise UserError(f"{where}: more than {most:,} {what} in a line; split the document it holds")
     try:
-        row = _DECODER.decode(line.rstrip().decode("utf-8"))
+        row = _decoded(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         got = f"byte {line[error.start]:#04x} at byte {error.start + 1} of the line"
         raise UserError(f"{where}: bad UTF-8: expected a file in UTF-8, got {got}") from None
@@ -124,7 +125,7 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
             f"{where}: not JSON: {error.msg} at character {error.pos + 1}; expected one JSON object on each line"
         ) from None
     except RecursionError:
-        raise UserError(f"{where}: not usable JSON: nested too deeply") from None
+        raise UserError(f"{where}: not usable JSON: nested too deeply; expected at most {MOST_NESTED} levels") from None
     except ValueError as error:
         raise UserError(f"{where}: not usable JSON: {error}") from None
     if not isinstance(row, dict):
@@ -134,6 +135,25 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def _decoded(text: str) -> Any:
+    """The JSON value of a text.
+
+    Raises:
+      RecursionError: for more than MOST_NESTED lists and objects within each other, whatever this Python could read, as
+        what walks through them later may not.
+    """
+    value = _DECODER.decode(text)
+    if text.count("[") + text.count("{") > MOST_NESTED:
+        inside = [(value, 1)]
+        while inside:
+            one, depth = inside.pop()
+            if isinstance(one, list | dict):
+                if depth > MOST_NESTED:
+                    raise RecursionError
+                inside += [(each, depth + 1) for each in (one.values() if isinstance(one, dict) else one)]
+    return value
+
+
 def parse_value(text: str) -> Any:
     """Parses JSON within a text field, as strictly as a line.
 
@@ -141,7 +161,7 @@ def parse_value(text: str) -> Any:
       ValueError: for anything that is not JSON; RecursionError for too deep nesting is one of them here.
     """
     try:
-        return _DECODER.decode(text)
+        return _decoded(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
