@@ -40,8 +40,8 @@ def _row_scores(model: Transformer, params: Params, batch: TokenBatch) -> Array:
 def _in_batches(rows: Any, batch_size: int, flops: float = 0.0) -> Any:
     """Batches over all rows, short rows first: (batch, indices, False where an index only pads the last batch).
 
-    They are padded to the longest row of all, but batches of shorter rows to their own length, and to further ones,
-    where that saves more than the compilation of another shape takes.
+    They are padded to the longest row of all, but shorter rows to a shorter length where that saves more than the
+    compilation of another shape takes.
 
     Args:
       rows: rows.
@@ -51,7 +51,9 @@ def _in_batches(rows: Any, batch_size: int, flops: float = 0.0) -> Any:
     order = np.arange(len(rows)) if isinstance(rows, TokenRows) else np.argsort(rows.lengths, kind="stable")
     indices_NB = np.resize(order, (-(-len(rows) // batch_size), batch_size))
     lengths = [rows.row_length(indices) for indices in indices_NB]
-    longest = [int(np.argmax(lengths[: number + 1])) for number in range(len(lengths))]
+    longest: list[int] = []  # up to each batch, the one with the longest rows; the last is filled up with short ones
+    for number, length in enumerate(lengths):
+        longest.append(longest[-1] if longest and length <= lengths[longest[-1]] else number)
     among = longest[-1:] * len(lengths)
     for number in reversed(range(len(lengths))):
         saved = lengths[among[number]] - lengths[longest[number]]
