@@ -214,6 +214,9 @@ def test_trainers_say_what_is_held_out(
                 "\n1 steps of 4 rows of the pretraining mix are 2 epochs of 2 rows"]),
         (pretrain, {"data": (texts,), "heldout": (texts,), "tokenizer": "bytes", "steps": 1, "init": ""}, 1, [
             "heldout: 3 rows: 2 kept, 0 cut, 1 dropped\n", "  remarked 2: also trained on"]),
+        (pretrain, {"data": (texts,), "heldout": (texts,), "tokenizer": "bytes", "steps": 3, "batch": 64, "init": ""},
+            3, ["\n3 steps of 64 rows are 192 epochs of 1 rows\nwarning: more than some 40 passes over the same text ",
+                "; use more text, or fewer steps (1)\n"]),
         (sft, {"data": (one,), "steps": 1}, 1, ["warning: nothing is held out, as all rows have the same prompt"]),
         (sft, {"data": (one,), "heldout": (said,), "steps": 1}, 1, ["heldout: 3 rows: 1 kept, 0 cut, 2 dropped\n",
             "  dropped 1: longer than 24 tokens (first at ", "  dropped 1: empty completion (first at "]),

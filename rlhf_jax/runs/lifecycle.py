@@ -323,9 +323,9 @@ def say_epochs(rows: Sized, *, batch: int, steps: int, what: str = "rows") -> No
     """Prints how often a run visits its rows."""
     drawn = steps * batch
     never = f"; {len(rows) - drawn:,} of them are never drawn" if drawn < len(rows) else ""
-    say(
-        f"{steps:,} steps of {batch:,} {what} are {drawn / max(len(rows), 1):.3g} epochs of {len(rows):,} {what}{never}"
-    )
+    epochs = drawn / max(len(rows), 1)
+    many = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}"
+    say(f"{steps:,} steps of {batch:,} {what} are {many} epochs of {len(rows):,} {what}{never}")
 
 
 def say_unheld(heldout: Sized) -> None:

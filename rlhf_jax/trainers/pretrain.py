@@ -26,6 +26,7 @@ from rlhf_jax.runs.lifecycle import (
     fingerprint_of,
     refuse_empty,
     refuse_unevaluated,
+    say,
     say_data,
     say_epochs,
     say_unheld,
@@ -35,6 +36,10 @@ from rlhf_jax.stages.pretrain import STAGE, Config, make_update
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 from rlhf_jax.trainers.inputs import beginnings, wants_embedded
+
+# From here on, another pass over the same text is worth nothing: Muennighoff et al. 2023, Scaling Data-Constrained
+# Language Models (four passes are almost as good as new text).
+PASSES = 40
 
 
 @exclusive
@@ -89,6 +94,12 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     optimizer = make_optimizer(config.optimizer, config.steps)
     say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
     say_epochs(rows, batch=config.batch, steps=config.steps)
+    enough = math.ceil(PASSES * len(rows) / config.batch)
+    if config.steps > enough:
+        say(
+            f"warning: more than some {PASSES} passes over the same text teach next to nothing new and are learnt by "
+            f"heart; use more text, or fewer steps ({enough:,})"
+        )
     if splitting:
         say_unheld(heldout_rows)
     heldout_bytes = sum(len(text.text.encode()) for text in heldout)
