@@ -207,6 +207,25 @@ def cispo_loss(log_ratio: Array, logp: Array, advantage: Array, *, ratio_max: fl
     return elementwise(loss, jax.lax.stop_gradient(log_ratio), logp, jax.lax.stop_gradient(advantage))
 
 
+def importance_weight(log_ratio: Array, *, most: float) -> Array:
+    """Truncated importance weight of each token: min(π(a) / μ(a), c), for tokens that another policy μ has sampled.
+
+    As a factor of the advantage in the surrogate around π, it makes that the decoupled objective of an update that is
+    off policy. Truncation bounds the variance; tokens that became much more likely count for less than they should.
+
+    Args:
+      log_ratio: log π(a) - log μ(a) in nats, any shape, treated as data; π is the policy before the update.
+      most: c, at least 1.
+
+    Returns:
+      The weight, the same shape, without gradient.
+
+    Source:
+      Hilton et al. 2021, eq. 8 (arXiv:2110.00641); truncated as in Espeholt et al. 2018 (arXiv:1802.01561).
+    """
+    return elementwise(lambda x: jnp.exp(jnp.minimum(x, jnp.log(most))), jax.lax.stop_gradient(log_ratio))
+
+
 def clipped_value_loss(value: Array, old_value: Array, target: Array, *, clip: float) -> Array:
     """PPO value loss of each token: 1/2 max((v - R)², (clip(v, v_old - ε, v_old + ε) - R)²).
 

@@ -48,6 +48,7 @@ SETTINGS = ppo.Config(
 TEXT = TokenBatch(jnp.arange(56).reshape(8, 7) % 11, jnp.ones((8, 7), jnp.int32), jnp.ones((8, 7), bool))
 BATCH = ppo.Batch(PROMPTS, TEXT)
 # Of a reward function, which does not apply to the third row.
+FOUND = np.where(np.arange(LENGTH) % 2 == 0, 4.0, 1 / 3)[None]
 VALUES = np.where(np.arange(ROWS) == 2, np.nan, np.arange(ROWS))[:, None].astype(np.float32)
 
 
@@ -72,7 +73,9 @@ def collector() -> Any:
         ids: dict[str, Any] = {"eos_id": EOS, "pad_id": PAD}
         sampled = sample(NETWORKS.policy, params["policy"], PROMPTS, key, config, **ids)
 
-        def scored(missing_end: Any, parts: int = 1, frozen: Frozen = frozen, **terms: Any) -> Any:
+        def scored(
+            missing_end: Any, parts: int = 1, frozen: Frozen = frozen, sampled: Any = sampled, **terms: Any
+        ) -> Any:
             settings = dataclasses.replace(config, missing_end=missing_end)
             rest: dict[str, Any] = {"eos_id": EOS, "parts": parts, **terms}
             return score(NETWORKS, params, frozen, PROMPTS, sampled, kl_coef, settings, **rest)
@@ -83,6 +86,10 @@ def collector() -> Any:
         return {way: scored(way) for way in ways} | {
             "in parts": scored("keep", 4),
             "composed": scored("subtract", **with_model),
+            # In even slots the sampler's policy found the token 4 times as likely, in odd ones a third as likely.
+            "of another policy": scored(
+                "keep", sampled=sampled._replace(logp=sampled.logp + jnp.log(jnp.asarray(FOUND))), importance_max=2.0
+            ),
             "function": scored("replace", frozen=dataclasses.replace(frozen, reward=None), **alone),
         }
 
@@ -209,6 +216,16 @@ def test_the_advantage_is_whitened_and_the_target_is_not(networks_params: tuple)
     np.testing.assert_allclose(rollout.target_BR[np.arange(ROWS), last], rollout.score_B, atol=1e-4)
     raw = (rollout.target_BR - rollout.value_BR)[mask]
     np.testing.assert_allclose(kept, (raw - raw.mean()) / raw.std(), atol=1e-4)
+
+
+def test_responses_of_another_policy_have_weights(networks_params: tuple) -> None:
+    found = all_rolled(networks_params)
+    (here, _), (other, metrics) = found["keep"], found["of another policy"]
+    weights = np.broadcast_to(np.minimum(1 / FOUND, 2.0), here.advantage_BR.shape)
+    np.testing.assert_allclose(other.advantage_BR, weights * here.advantage_BR, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(other.target_BR, here.target_BR)
+    assert metrics["importance_weight"] == pytest.approx(weights[here.response_mask_BR].mean(), rel=1e-4)
+    assert metrics["kl"] == found["keep"][1]["kl"]
 
 
 def test_a_policy_that_moved_pays_for_it(networks_params: tuple) -> None:

@@ -21,6 +21,7 @@ from rlhf_jax.losses import (
     dpo_loss,
     exo_loss,
     hinge_loss,
+    importance_weight,
     ipo_loss,
     kto_loss,
     nca_loss,
@@ -148,6 +149,9 @@ def test_other_policy_losses_by_hand() -> None:
     cispo = partial(cispo_loss, ratio_max=1.3)
     in_logp = -weight * advantage
     check(cispo, [np.log(ratio), logp, advantage], (0, 1, 2), -2 * in_logp, [np.zeros(7), in_logp, np.zeros(7)])
+    # A token that was as likely as now weighs 1, one that is three times as likely 2 at most.
+    bounded = partial(importance_weight, most=2.0)
+    check(bounded, [np.log([0.5, 1.0, 3.0, exp(500)])], (0,), np.array([0.5, 1.0, 2.0, 2.0]), [np.zeros(4)])
     # GSPO: (0.1 - 0.3)/2 = -0.1 at both tokens of the first row; a token has 1/2 of the slope of each.
     log_ratio, mask = np.array([[0.1, -0.3, nan], [nan, nan, nan]]), np.array([[1, 1, 0], [0, 0, 0]], bool)
     found, slope = jax.jit(jax.value_and_grad(lambda x: sequence_log_ratio(x, mask)[0, 0]))(log_ratio)

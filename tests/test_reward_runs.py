@@ -5,24 +5,29 @@ import json
 import re
 import runpy
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig
-from rlhf_jax.data import Message, Prompt, encode_prompts, read_records, response_text
+from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig, OptimConfig
+from rlhf_jax.data import Message, Prompt, batch_at, encode_prompts, read_records, response_text
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation
+from rlhf_jax.model import Transformer
+from rlhf_jax.parallel.host_step import _Ahead, _Stepped
 from rlhf_jax.pretrained.convert import critic_params
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.reward_functions.loading import make_terms
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import read_rows
+from rlhf_jax.stages.ppo import Batch, Frozen, Networks, initial_state, make_sampling, make_update, rescaled
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.trainers import ppo, ppo_rewards, ppo_start
 from tests.cases import case
@@ -169,6 +174,89 @@ def test_a_stopped_run_resumes_bit_for_bit_and_with_the_same_functions_only(fold
     ]
     assert timeless == [{k: row[k] for k in timeless[0]} for row in rows]
     jax.tree.map(np.testing.assert_array_equal, cut.run.load_params(), whole.run.load_params())
+
+
+def ahead_by_hand(settings: ppo.Config, heard: Heard) -> tuple[Any, list[Any]]:
+    """(last state, metrics) of iterations one after the other, each on responses of the policy before the last one."""
+    settings, functions, terms = ppo_rewards.reward_functions(settings, heard)
+    assert terms is not None
+    source = open_source(settings.init, stages=("sft",))
+    rows = encode_prompts(read_records(settings.data, "prompts", Ledger()), BYTES, max_tokens=32, ledger=Ledger())
+    networks = Networks(source.network(), Transformer(source.model, scalar=True))
+    policy, critic = ppo_start.starts(settings, source, None)
+    frozen = Frozen(policy.params, None, jnp.float32(0), jnp.float32(1))
+    ids: dict[str, Any] = {"eos_id": BYTES.stop_ids, "pad_id": BYTES.pad_id}
+    sampling = jax.jit(make_sampling(networks, settings, **ids))
+    update = jax.jit(make_update(networks, settings, **ids, terms=terms))
+    values = ppo_rewards.rewards_of(functions, terms, rows, 60.0)
+    host = ppo_rewards.host_step(lambda axis: sampling, values, rows, BYTES, settings.episode.response_length)
+
+    def batch(step: int) -> Batch:
+        numbered = ppo_rewards.NumberedRows(rows)
+        prompts, row_B = batch_at(numbered, batch_size=settings.batch, seed=settings.seed, step=step)
+        return Batch(prompts, None, row_B)
+
+    state = initial_state(settings, policy.params, rescaled(critic.params, 0.0, 1.0))
+    sampled, found = sampling(state, batch(0), frozen), []
+    for step in range(settings.steps):
+        of_next = sampling(dataclasses.replace(state, step=state.step + 1), batch(step + 1), frozen)
+        state, metrics = update(state, host.fill(batch(step), sampled), frozen)
+        sampled = of_next
+        found.append(metrics)
+    return state, found
+
+
+def test_responses_may_be_sampled_a_step_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {
+        "rollout_lag": 1,
+        "steps": 4,
+        "save_every": 1,
+        "kl_coef": 0.1,
+        "policy": OptimConfig(learning_rate=0.03),
+    }
+    dispatched: list[int] = []
+    late: list[int] = []
+
+    def dispatch(self: Any, *given: Any) -> Any:
+        dispatched.append(0)
+        return _Stepped._dispatched(self, *given)
+
+    class Waiting(Heard):
+        """Answers once the responses of the next iteration are under way, which must not wait for it."""
+
+        def __call__(self, *given: Any, **columns: Any) -> list[float]:
+            end = time.monotonic() + 30
+            while len(dispatched) < min(len(self.calls) + 2, 4):
+                if time.monotonic() > end:
+                    late.append(len(self.calls))
+                    break
+                time.sleep(0.01)
+            return super().__call__(*given, **columns)
+
+    heard, expected = Waiting(), Heard()
+    with monkeypatch.context() as patched:
+        patched.setattr(_Ahead, "_dispatched", dispatch)
+        whole = ppo.run(config(folder, "ahead", **settings), reward_funcs=heard)
+    assert late == [] and len(dispatched) == len(heard.calls) == 4
+    state, found = ahead_by_hand(config(folder, "by_hand", **settings), expected)
+    assert heard.calls == expected.calls
+    rows = read_rows(whole.run.metrics)
+    for row, other in zip(rows, found, strict=True):
+        for name in ("kl", "loss", "score", "importance_weight", "sampler_logp_error"):
+            assert row[name] == pytest.approx(float(other[name]), rel=1e-4, abs=1e-6)
+    assert rows[0]["sampler_logp_error"] < 1e-5 and rows[0]["importance_weight"] == pytest.approx(1, abs=1e-5)
+    assert all(row["sampler_logp_error"] > 1e-3 and row["first_ratio_error"] < 1e-5 for row in rows[1:])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), whole.run.load_params(), state.params)
+    # What was sampled ahead is in the checkpoint: a run that ends goes on with it, and asks no function twice.
+    with pytest.raises(UserError, match="RuntimeError: enough"):
+        ppo.run(config(folder, "ahead_cut", **settings), reward_funcs=Heard(fail_after=2))
+    again = Heard()
+    cut = ppo.run(config(folder, "ahead_cut", **settings), reward_funcs=again)
+    assert again.calls == heard.calls[2:]
+    jax.tree.map(np.testing.assert_array_equal, cut.run.load_params(), whole.run.load_params())
+    on_mesh = Heard()
+    ppo.run(config(folder, "ahead_mesh", **settings, mesh="data=4,fsdp=2"), reward_funcs=on_mesh)
+    assert on_mesh.calls[:3] == heard.calls[:3]
 
 
 def renamed(function: Any) -> Any:
@@ -325,13 +413,24 @@ def test_settings_that_do_not_fit_are_refused(folder: Path) -> None:
             r"reward_funcs\[0\]: expected a function, got 'runs/judge'; a reward model is the setting",
         ),
         ([lambda completions, gold: []], {}, "parameter 'gold': .*; the fields are answer"),
+        ([], {"reward": "judge", "rollout_lag": 1}, "rollout_lag: expected 0 without reward functions"),
     ]
     for functions, settings, message in cases:
         with case(message), pytest.raises(UserError, match=message):
             ppo.run(config(folder, "refused", **settings), reward_funcs=functions)
     assert not (folder / "refused").exists()
-    for settings in ({"reward_timeout": -1.0}, {"reward_timeout": float("inf")}, {"reward_weights": (float("nan"),)}):
-        with case(settings), pytest.raises(UserError, match=next(iter(settings))):
+    wrong: list[dict[str, Any]] = [
+        {"reward_timeout": -1.0},
+        {"reward_timeout": float("inf")},
+        {"reward_weights": (float("nan"),)},
+        {"rollout_lag": 2},
+        {"importance_max": 0.5},
+        {"environment": "a.py:f", "rollout_lag": 1},
+        {"pmap": True, "rollout_lag": 1},
+        {"reward_timeout": 0.0, "rollout_lag": 1},
+    ]
+    for settings in wrong:
+        with case(settings), pytest.raises(UserError, match=f"^{next(iter(settings))}: expected"):
             config(folder, "refused", **settings)
 
 

@@ -199,6 +199,12 @@ class PPOConfig(RunConfig):
     reward_timeout: float = 60.0
     """Time limit in seconds of a call of a reward function, or of an environment for one turn of all episodes, in a
     thread; 0 sets no limit and calls it in the main thread, as functions that use signals need."""
+    rollout_lag: int = 0
+    """Iterations by which sampling is ahead of the updates, 0 or 1. With 1, the next responses are sampled with the
+    policy before an update while reward functions work on the current ones; for functions that take long."""
+    importance_max: float | None = hinted(None, "default: 2 with rollout_lag 1")
+    """Bound on the importance weight of each token, π(a) before the update by π(a) of the sampler, which corrects for
+    responses of an older policy or of rounded numbers; no weights by default without rollout_lag."""
     environment: str = ""
     """Environment FILE.py:NAME or package.module:NAME, or NAME(option=value), for episodes of several turns.
     f(state, text) returns (state, observation, reward, done); the first state is the prompt's row."""
@@ -291,6 +297,7 @@ class PPOConfig(RunConfig):
             if value is not None and value <= 0:
                 raise UserError(f"{field}: expected more than 0, got {value}")
         self._check_learning()
+        self._check_lag()
         self._check_method()
         self._check_environment()
         parts = self.minibatches * self.microbatches * self.row_devices
@@ -368,6 +375,23 @@ class PPOConfig(RunConfig):
                 f"episode.slots: expected 0 with estimator remax, which samples in two ways, got {self.episode.slots}"
             )
 
+    def _check_lag(self) -> None:
+        if self.rollout_lag not in (0, 1):
+            raise UserError(f"rollout_lag: expected 0 or 1, got {self.rollout_lag}")
+        at_least(self, "importance_max", 1)
+        if not self.rollout_lag:
+            return
+        for field, found, expected in (
+            ("environment", self.environment, "none"),
+            ("pmap", self.pmap, "--no-pmap"),
+        ):
+            if found:
+                raise UserError(f"{field}: expected {expected} with rollout_lag 1, got {found}")
+        if not self.reward_timeout:
+            raise UserError(
+                "reward_timeout: expected more than 0 with rollout_lag 1, which calls the functions in a thread, got 0"
+            )
+
     def _check_environment(self) -> None:
         at_least(self, "max_turns", 1)
         at_least(self, "turn_length", 1)
@@ -407,6 +431,11 @@ class PPOConfig(RunConfig):
                 f"{self.kl_horizon}; an iteration changes kl_coef by up to 20% of batch / kl_horizon, and to 0 or less "
                 "here"
             )
+
+    @property
+    def importance_bound(self) -> float | None:
+        """Bound on the importance weights; None without weights."""
+        return self.importance_max or (2.0 if self.rollout_lag else None)
 
     @property
     def value_network(self) -> bool:

@@ -37,7 +37,13 @@ from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import adapt_kl_coef, kl_estimate
 from rlhf_jax.logprobs import response_losses, response_scores, state_values, target_losses
 from rlhf_jax.lora import attach, merged_kernels
-from rlhf_jax.losses import asymmetric_surrogate, cispo_loss, clipped_value_loss, sequence_log_ratio
+from rlhf_jax.losses import (
+    asymmetric_surrogate,
+    cispo_loss,
+    clipped_value_loss,
+    importance_weight,
+    sequence_log_ratio,
+)
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
 from rlhf_jax.optim import apply_gradients, global_count, make_optimizer, new_state, summed_gradients
@@ -189,6 +195,7 @@ def make_update(
         terms=terms,
         estimator=config.estimator,
         samples=config.samples_per_prompt,
+        importance_max=config.importance_bound,
     )
     optimizer_step = make_optimizer_step(networks, config, axis_name)
     scale = config.lora.scale
@@ -303,6 +310,7 @@ def make_rollout(
     terms: Terms | None = None,
     estimator: str = "gae",
     samples: int = 1,
+    importance_max: float | None = None,
 ) -> Callable[..., tuple[Rollout, dict[str, Array]]]:
     """Make steps 1 to 3: rollout(params, frozen, prompts, key, kl_coef, scored=None) -> (episodes, metrics).
 
@@ -321,6 +329,7 @@ def make_rollout(
       terms: terms of the reward, with reward functions.
       estimator: advantage estimator, as in `PPOConfig`.
       samples: number of responses to each prompt, K.
+      importance_max: bound on the tokens' importance weights; None for no weights.
     """
 
     def rollout(
@@ -361,6 +370,7 @@ def make_rollout(
             turns=None if scored is None else scored.turns,
             estimator=estimator,
             samples=samples,
+            importance_max=importance_max,
         )
 
     return rollout
@@ -416,6 +426,7 @@ def score(
     turns: Turns | None = None,
     estimator: str = "gae",
     samples: int = 1,
+    importance_max: float | None = None,
 ) -> tuple[Rollout, dict[str, Array]]:
     """Steps 2 and 3: score the sampled token ids, without decoding them, and compute rewards and advantages [B, R].
 
@@ -470,7 +481,14 @@ def score(
         estimate = over_gaps(estimate)
     advantage_BR, target_BR = estimate(reward_BR, found.value_BR, mask_BR)
     mask_BR = mask_BR & counted_B[:, None]
-    grouped = estimator not in WHITENED
+    if estimator in WHITENED:
+        advantage_BR = masked_whiten(advantage_BR, mask_BR, axis_name)
+    # Responses of an older policy, or of a sampler that rounds: a factor of the advantage is one of the policy loss.
+    weights: dict[str, Array] = {}
+    if importance_max is not None:
+        weight_BR = importance_weight(jnp.where(mask_BR, found.logp_BR - sampled.logp, 0.0), most=importance_max)
+        advantage_BR = advantage_BR * weight_BR
+        weights["importance_weight"] = masked_mean(weight_BR, mask_BR, axis_name)
     episodes = Rollout(
         tokens_BT=tokens_BT,
         mask_BT=mask_BT,
@@ -478,7 +496,7 @@ def score(
         logp_BR=found.logp_BR,
         ref_logp_BR=found.ref_logp_BR,
         value_BR=found.value_BR,
-        advantage_BR=advantage_BR if grouped else masked_whiten(advantage_BR, mask_BR, axis_name),
+        advantage_BR=advantage_BR,
         target_BR=target_BR,
         score_B=score_B,
     )
@@ -506,6 +524,7 @@ def score(
         **same,
         "repeated_pairs": repeated_pairs(sampled.tokens, mask_BR, axis_name),
         "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - found.logp_BR), mask_BR, axis_name),
+        **weights,
         "nonfinite": over_episodes(~finite_B),
         **term_metrics,
     }

@@ -59,7 +59,14 @@ from rlhf_jax.tokenizers.protocol import TextTokenizer
 from rlhf_jax.trainers.alarms import train
 from rlhf_jax.trainers.inputs import EXAMPLES, wants_embedded
 from rlhf_jax.trainers.ppo_environment import environment_step, with_environment
-from rlhf_jax.trainers.ppo_rewards import NumberedRows, host_step, reward_functions, rewards_of
+from rlhf_jax.trainers.ppo_rewards import (
+    NumberedRows,
+    host_step,
+    refuse_lag,
+    reward_functions,
+    rewards_of,
+    with_room_ahead,
+)
 from rlhf_jax.trainers.ppo_start import (
     POLICIES,
     first_scores,
@@ -108,6 +115,8 @@ def run(
     config, functions, terms = with_environment(config, environment, reward_funcs)
     if not functions:
         config, functions, terms = reward_functions(config, reward_funcs)
+    if config.rollout_lag:
+        refuse_lag(config, functions)
     if not config.init:
         raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER")
     source = open_for(config, config.init, stages=POLICIES)
@@ -136,7 +145,8 @@ def run(
     refuse_empty(rows, "prompts", ledger)
     between = None
     if terms is not None:
-        between = _between(config, networks, functions, terms, rows, tokenizer)
+        ahead = (lambda step: batch(step) if step < config.steps else None) if config.rollout_lag else None
+        between = _between(config, networks, functions, terms, rows, tokenizer, ahead)
     policy, scorer = starts(config, source, reward_model)
     reference = policy.params
     if config.reference:
@@ -189,6 +199,11 @@ def run(
         prompts, row_B = batch_at(NumberedRows(rows), batch_size=prompts_at_once, seed=config.seed, step=step, **share)
         return Batch(prompts, text, row_B if functions else None)
 
+    def start() -> TrainState:
+        critic = rescaled(scorer.params, mean, scale) if config.value_network else None
+        state = initial_state(config, policy.params, critic, policy.base)
+        return with_room_ahead(state, config) if config.rollout_lag else state
+
     mean, scale = 0.0, 1.0
     if reward_model is not None:
         mean, scale = normalization(
@@ -209,9 +224,7 @@ def run(
     state, warnings = train(
         folder,
         config,
-        lambda: initial_state(
-            config, policy.params, rescaled(scorer.params, mean, scale) if config.value_network else None, policy.base
-        ),
+        start,
         lambda axis: make_update(networks, config, **ids, axis_name=axis, terms=terms),
         batch,
         frozen=(frozen,),
@@ -255,6 +268,7 @@ def _between(
     terms: Terms,
     rows: PromptRows,
     tokenizer: TextTokenizer,
+    ahead: Callable[[int], Batch | None] | None,
 ) -> HostStep:
     """Work of the host between sampling and the update: reward functions, or an environment."""
     ids: dict[str, Any] = {"eos_id": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
@@ -265,7 +279,7 @@ def _between(
     if config.environment:
         return environment_step(make, functions[0], config, terms, rows, tokenizer)
     rewards = rewards_of(functions, terms, rows, config.reward_timeout)
-    return host_step(make, rewards, rows, tokenizer, config.episode.response_length, config.samples_per_prompt)
+    return host_step(make, rewards, rows, tokenizer, config.episode.response_length, config.samples_per_prompt, ahead)
 
 
 def _check_lengths(config: Config, networks: Networks) -> None:

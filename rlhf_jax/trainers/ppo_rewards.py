@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import PromptBatch
+from rlhf_jax.arrays import PromptBatch, TrainState
 from rlhf_jax.data import Prompt, PromptRows, response_text
 from rlhf_jax.data.dialogues import prompt_row
 from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation
-from rlhf_jax.parallel.host_step import HostStep
+from rlhf_jax.parallel import processes
+from rlhf_jax.parallel.host_step import AHEAD, HostStep
 from rlhf_jax.reward_functions.calling import RewardFunctions
 from rlhf_jax.reward_functions.loading import RewardFunction, load_function, make_terms, spec_of
 from rlhf_jax.rewards import Terms
@@ -40,6 +42,17 @@ def reward_functions(
     terms = make_terms(functions, config.reward_weights, model=bool(config.reward))
     # Written out, for the run's config.json.
     return dataclasses.replace(config, reward_function=names, reward_weights=terms.weights), functions, terms
+
+
+def refuse_lag(config: Config, functions: Sequence[RewardFunction]) -> None:
+    """Raises UserError if nothing would work while responses are sampled ahead, or several processes would do it."""
+    if not functions:
+        raise UserError(
+            "rollout_lag: expected 0 without reward functions, as a reward model is part of the update, got 1; use "
+            "--reward-function, or leave it out"
+        )
+    if processes.count() > 1:
+        raise UserError(f"rollout_lag: expected 0 with {processes.count()} processes, got 1")
 
 
 def rewards_of(functions: Sequence[RewardFunction], terms: Terms, rows: PromptRows, timeout: float) -> RewardFunctions:
@@ -79,6 +92,7 @@ def host_step(
     tokenizer: TextTokenizer,
     response_length: int,
     samples: int = 1,
+    ahead: Callable[[int], Batch | None] | None = None,
 ) -> HostStep:
     """Between sampling and the update: responses to text, text to values.
 
@@ -89,6 +103,7 @@ def host_step(
       tokenizer: decodes.
       response_length: R.
       samples: responses to each prompt, which follow each other.
+      ahead: step -> its batch, where responses are sampled a step ahead.
     """
 
     def text(row: int, ids: list[int]) -> str:
@@ -111,4 +126,11 @@ def host_step(
         sampled: list[Any] = [np.zeros(shape, kind) for kind in (np.int32, np.bool_, np.float32)]
         return scored(batch, Generation(*sampled), np.zeros((shape[0], len(rewards.functions)), np.float32))
 
-    return HostStep(make, fill, outline)
+    return HostStep(make, fill, outline, ahead=ahead)
+
+
+def with_room_ahead(state: TrainState, config: Config) -> TrainState:
+    """The state with room for the responses [B, R] that are sampled a step ahead."""
+    shape = (config.batch, config.episode.response_length)
+    rows = Generation(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.bool_), jnp.zeros(shape, jnp.float32))
+    return dataclasses.replace(state, extras={**state.extras, AHEAD: rows})
