@@ -17,7 +17,7 @@ from rlhf_jax.model import Transformer, init_params
 from rlhf_jax.parallel.mesh import copied, jit_update, make_mesh, place
 from rlhf_jax.rewards import Terms
 from rlhf_jax.stages import ppo
-from rlhf_jax.stages.ppo import Frozen, Networks, make_rollout, sample, score
+from rlhf_jax.stages.ppo import Frozen, Networks, attach_frozen, make_rollout, sample, score
 from tests.cases import case
 from tests.random_params import random_params
 
@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.core, pytest.mark.usefixtures("each_key_once")]
 
 CONFIG = ModelConfig(vocab_size=11, context=12, width=12, layers=1, heads=2, ffn_width=16)
 NETWORKS = Networks(Transformer(CONFIG), Transformer(CONFIG, scalar=True))
+TEACHER = Transformer(dataclasses.replace(CONFIG, width=20, layers=2))
 EOS, PAD, ROWS, LENGTH = 8, 10, 16, 6
 PROMPTS = PromptBatch(
     jnp.asarray(np.random.default_rng(0).integers(0, 8, (ROWS, 5), np.int32)),
@@ -64,6 +65,10 @@ def networks_params() -> tuple[dict, Frozen]:
     return {"policy": language, "critic": critic}, frozen
 
 
+def taught_params() -> Any:
+    return jax.tree.map(jnp.asarray, random_params(TEACHER, 4))
+
+
 @functools.cache
 def collector() -> Any:
     """One program: an episode for each prompt, scored with each way to treat a missing end, and in four parts."""
@@ -74,12 +79,22 @@ def collector() -> Any:
         sampled = sample(NETWORKS.policy, params["policy"], PROMPTS, key, config, **ids)
 
         def scored(
-            missing_end: Any, parts: int = 1, frozen: Frozen = frozen, sampled: Any = sampled, **terms: Any
+            missing_end: Any,
+            parts: int = 1,
+            frozen: Frozen = frozen,
+            sampled: Any = sampled,
+            networks: Networks = NETWORKS,
+            **terms: Any,
         ) -> Any:
             settings = dataclasses.replace(config, missing_end=missing_end)
             rest: dict[str, Any] = {"eos_id": EOS, "parts": parts, **terms}
-            return score(NETWORKS, params, frozen, PROMPTS, sampled, kl_coef, settings, **rest)
+            return score(networks, params, frozen, PROMPTS, sampled, kl_coef, settings, **rest)
 
+        # The teacher has all of its parameters, also where the others are adapters.
+        backbones = dataclasses.replace(frozen, reference=taught_params(), backbone=params["policy"])
+        judge: Any = frozen.reward
+        empty = dataclasses.replace(backbones, reward={"score": judge["score"]}, scorer_backbone=judge)
+        taught = attach_frozen(empty, 1.0, teacher=True)
         ways: tuple[Any, ...] = ("keep", "replace", "subtract")
         with_model: dict[str, Any] = {"terms": Terms(("model", "f"), (2.0, 3.0)), "value_BN": VALUES}
         alone: dict[str, Any] = {"terms": Terms(("f",), (3.0,)), "value_BN": VALUES}
@@ -90,6 +105,7 @@ def collector() -> Any:
             "of another policy": scored(
                 "keep", sampled=sampled._replace(logp=sampled.logp + jnp.log(jnp.asarray(FOUND))), importance_max=2.0
             ),
+            "taught": scored("keep", frozen=taught, networks=NETWORKS._replace(teacher=TEACHER)),
             "function": scored("replace", frozen=dataclasses.replace(frozen, reward=None), **alone),
         }
 
@@ -226,6 +242,19 @@ def test_responses_of_another_policy_have_weights(networks_params: tuple) -> Non
     np.testing.assert_array_equal(other.target_BR, here.target_BR)
     assert metrics["importance_weight"] == pytest.approx(weights[here.response_mask_BR].mean(), rel=1e-4)
     assert metrics["kl"] == found["keep"][1]["kl"]
+
+
+def test_a_teacher_of_another_architecture_is_the_reference(networks_params: tuple) -> None:
+    found = all_rolled(networks_params)
+    (rollout, metrics), (keep, _) = found["taught"], found["keep"]
+    rows, _ = ppo.episode_rows(rollout, packed=False)
+    loss_BR, _ = jax.jit(lambda rows: response_losses(TEACHER, taught_params(), rows, temperature=1.0))(rows)
+    mask = rollout.response_mask_BR
+    np.testing.assert_allclose(rollout.ref_logp_BR[mask], -np.asarray(loss_BR)[mask], rtol=1e-5, atol=1e-5)
+    kl = (rollout.logp_BR - rollout.ref_logp_BR)[mask].sum() / ROWS
+    assert metrics["kl"] == pytest.approx(kl, rel=1e-4) and kl > 0.1
+    for field in ("logp_BR", "value_BR", "score_B"):
+        np.testing.assert_allclose(vars(rollout)[field], vars(keep)[field], rtol=1e-5, atol=1e-5)
 
 
 def test_a_policy_that_moved_pays_for_it(networks_params: tuple) -> None:

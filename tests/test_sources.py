@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig, OptimConfig
+from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig, OptimConfig, PreferenceConfig
 from rlhf_jax.data import Comparison, Demonstration, Ledger, Prompt, Text, encode_prompts
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import attach, is_adapter
@@ -20,9 +20,10 @@ from rlhf_jax.pretrained.source import longest_answer, open_source, start_from
 from rlhf_jax.runs.checkpoint import load_params
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import released_params
+from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.ppo import Networks
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.trainers import ppo, ppo_start, pretrain, reward, sft
+from rlhf_jax.trainers import ppo, ppo_start, preference, pretrain, reward, sft
 from tests.cases import case
 from tests.made_params import random_params
 from tests.made_runs import random_source, write_run
@@ -242,10 +243,15 @@ def test_ppo_goes_on_from_ppo_with_another_reference(runs: Path, tmp_path: Path)
         write_run(tmp_path / f"same{number}", "sft", random_params(MODEL), dataclasses.replace(MODEL, **settings_),
                   Tokenizer.bytes())  # fmt: skip
         ppo_start.open_reference(dataclasses.replace(config, reference=str(tmp_path / f"same{number}")), source)
+        assert ppo_start.difference(source, open_source(str(tmp_path / f"same{number}"), stages=("sft",))) is None
     wider = dataclasses.replace(MODEL, width=32)
     write_run(tmp_path / "wider", "sft", random_params(wider), wider, Tokenizer.bytes())
+    assert ppo_start.difference(source, open_source(str(tmp_path / "wider"), stages=("sft",))) == ("width", 16, 32)
     with pytest.raises(UserError, match=r"wider: width: expected 16 as in the initial policy .*, got 32"):
-        ppo_start.open_reference(dataclasses.replace(config, reference=str(tmp_path / "wider")), source)
+        preference.run(
+            PreferenceConfig(**settings(tmp_path / "no", init=str(runs / "sft"), reference=str(tmp_path / "wider"))),
+            records=PAIRS,
+        )
     summary = ppo.run(config, prompts=PROMPTS).summary
     assert summary["first_ratio_error"] < 1e-5 < abs(summary["first_kl"])
     # The reference may be moved, and it may not become another.
@@ -253,6 +259,20 @@ def test_ppo_goes_on_from_ppo_with_another_reference(runs: Path, tmp_path: Path)
     assert ppo.run(dataclasses.replace(config, reference=str(tmp_path / "copy")), prompts=PROMPTS).summary == summary
     with pytest.raises(UserError, match=r"again: inputs.reference: expected .*, got "):
         ppo.run(dataclasses.replace(config, reference=str(runs / "ppo")), prompts=PROMPTS)
+
+
+def test_a_larger_model_is_distilled_without_a_reward(runs: Path, tmp_path: Path) -> None:
+    larger = dataclasses.replace(MODEL, width=32, layers=2)
+    write_run(tmp_path / "teacher", "sft", random_params(larger), larger, Tokenizer.bytes())
+    more = {"init": str(runs / "sft"), "reference": str(tmp_path / "teacher"), "batch": 32, "samples_per_prompt": 8}
+    more |= {"steps": 24, "minibatches": 1, "prompt_length": 16, "estimator": "reinforce_pp", "kl_coef": 1.0}
+    more |= {"policy": OptimConfig(learning_rate=0.03)}
+    episode = EpisodeConfig(response_length=6, missing_end="keep", gamma=0.0)
+    done = ppo.run(ppo.Config(**settings(tmp_path / "student", episode=episode, **more)), prompts=PROMPTS)
+    rows = read_rows(done.run.metrics)
+    assert np.mean([row["kl"] for row in rows[-8:]]) < 0.7 * rows[0]["kl"]
+    assert all(row["score"] == 0 and row["reward"] == pytest.approx(-row["kl"], rel=1e-5) for row in rows)
+    assert done.summary["first_ratio_error"] < 1e-5 and "reference" in done.run.inputs
 
 
 def test_the_moving_average_of_adapters_is_that_of_their_products(runs: Path, tmp_path: Path) -> None:

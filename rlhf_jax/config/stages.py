@@ -185,8 +185,8 @@ class PPOConfig(RunConfig):
     """Initial policy, and reference model if reference is not given: fine-tuned, pretrained or a ppo run's policy; a
     run's folder, hf:FOLDER, gguf:FILE or pypi:PACKAGE."""
     reference: str = ""
-    """Reference model of the KL penalty, if it is not init, with init's architecture: such as the fine-tuned model
-    where init is a ppo run; in the same forms as init."""
+    """Reference model of the KL penalty, if it is not init, with init's tokenizer: such as the fine-tuned model where
+    init is a ppo run, or, without a reward, a larger model to distil; in the same forms as init."""
     reward: str = hinted("", "required, or --reward-function")
     """Reward model: a run's folder, or hf:FOLDER of a model with a score head. Not needed with a reward_function; the
     value network then starts from the policy."""

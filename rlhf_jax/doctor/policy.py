@@ -25,6 +25,7 @@ from rlhf_jax.pretrained import convert
 from rlhf_jax.pretrained.source import LANGUAGE, PUBLISHED, Source, open_source
 from rlhf_jax.stages import ppo
 from rlhf_jax.trainers.alarms import REPEATED, SAME, Limits
+from rlhf_jax.trainers.ppo_start import difference
 
 # Nats, and relative error of a ratio, of two passes over the same tokens.
 FIRST = 1e-4
@@ -165,6 +166,8 @@ def companions(patient: Patient) -> tuple[Source | None, Params | None, Params |
                 return None, None, None, f"{spec or 'its reward model'} is not there"
             found.append(open_source(at, stages=stages))
         reward, reference = found
+        if difference(patient.opened, reference) is not None:
+            return None, None, None, "its reference model has another architecture"
         return reward, reference.params(), jax.tree.map(jnp.asarray, convert.critic_params(patient.opened)), ""
     except UserError as error:
         return None, None, None, str(error)

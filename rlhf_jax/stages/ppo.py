@@ -69,10 +69,12 @@ class Networks(NamedTuple):
     Attributes:
       policy: the policy's and the reference model's.
       scorer: the reward model's and the value network's, with a scalar head.
+      teacher: the reference model's if it is not the policy's, as that of a larger model to distil.
     """
 
     policy: Transformer
     scorer: Transformer
+    teacher: Transformer | None = None
 
 
 @pytree
@@ -207,7 +209,7 @@ def make_update(
         kl_coef = state.extras["kl_coef"]
         episodes, metrics = rollout(
             attach_adapters(state.params, frozen, scale),
-            attach_frozen(frozen, scale),
+            attach_frozen(frozen, scale, teacher=networks.teacher is not None),
             batch.prompts,
             sample_key,
             kl_coef if config.kl_in == "reward" else jnp.zeros_like(kl_coef),
@@ -563,7 +565,8 @@ def score_rows(
 ) -> RolloutScores:
     """Run the forward passes over rows of episodes; scores are 0 without a reward model, values without a critic."""
     loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
-    ref_loss_BR, _ = response_losses(networks.policy, frozen.reference, rows, temperature=temperature)
+    reference = networks.policy if networks.teacher is None else networks.teacher
+    ref_loss_BR, _ = response_losses(reference, frozen.reference, rows, temperature=temperature)
     value_BR = jnp.zeros_like(loss_BR)
     if "critic" in params:
         value_BR = state_values(networks.scorer, params["critic"], rows)
@@ -749,11 +752,20 @@ def attach_adapters(params: dict[str, Params], frozen: Frozen, scale: float) -> 
     return {name: attach(bases[name], trained, scale) for name, trained in params.items()}
 
 
-def attach_frozen(frozen: Frozen, scale: float) -> Frozen:
-    """Attach the frozen adapters to their backbones: a `Frozen` with full parameters and no backbone."""
+def attach_frozen(frozen: Frozen, scale: float, teacher: bool = False) -> Frozen:
+    """Attach the frozen adapters to their backbones: a `Frozen` with full parameters and no backbone.
+
+    Args:
+      frozen: the frozen networks.
+      scale: of the adapters.
+      teacher: True if the reference has an architecture of its own, and so all of its parameters.
+    """
     adapters = {"policy": frozen.reference} | ({} if frozen.reward is None else {"critic": frozen.reward})
+    if teacher:
+        del adapters["policy"]
     full = attach_adapters(adapters, frozen, scale)
-    return Frozen(full["policy"], full.get("critic"), frozen.score_mean, frozen.score_scale)
+    reference = full.get("policy", frozen.reference)
+    return Frozen(reference, full.get("critic"), frozen.score_mean, frozen.score_scale)
 
 
 def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:

@@ -69,6 +69,7 @@ from rlhf_jax.trainers.ppo_rewards import (
 )
 from rlhf_jax.trainers.ppo_start import (
     POLICIES,
+    difference,
     first_scores,
     normalization,
     open_reference,
@@ -123,7 +124,9 @@ def run(
     reward_model = open_reward_model(config, source)
     tokenizer = source.tokenizer
     scorer_model = source.model if reward_model is None else reward_model.model
-    networks = Networks(source.network(), Transformer(scorer_model, scalar=True))
+    other = open_reference(config, source) if config.reference else None
+    teacher = None if other is None or difference(source, other) is None else other.network()
+    networks = Networks(source.network(), Transformer(scorer_model, scalar=True), teacher)
     length = config.prompt_length + config.episode.response_length
     _check_lengths(config, networks)
     ledger, text_ledger = Ledger(), Ledger()
@@ -149,8 +152,7 @@ def run(
         between = _between(config, networks, functions, terms, rows, tokenizer, ahead)
     policy, scorer = starts(config, source, reward_model)
     reference = policy.params
-    if config.reference:
-        other = open_reference(config, source)
+    if other is not None:
         inputs["reference"] = other.fingerprint
         reference = reference_params(other, policy, config.lora)
     folder = create_run(
@@ -169,7 +171,7 @@ def run(
         ends = end_warnings(reward_model.without_end, episode.missing_end, episode.missing_end_score)
         for warning in (*reward_model.warnings, *ends):
             say(f"warning: {config.reward}: {warning}")
-    if functions and config.episode.missing_end == "replace":
+    if reward_model is None and config.episode.missing_end == "replace":
         what = "a response without an end-of-text token"
         if config.environment:
             what = f"an episode that the environment has not ended in {config.max_turns} turns, or that is cut,"
@@ -220,7 +222,10 @@ def run(
         scorer_backbone=None if scorer.base is policy.base else scorer.base,
     )
     ids: dict[str, Any] = {"eos_id": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-    forward = networks.policy.config.flops_per_token(length, language_head=False)
+    forward, of_reference = (
+        network.config.flops_per_token(length, language_head=False)
+        for network in (networks.policy, teacher or networks.policy)
+    )
     state, warnings = train(
         folder,
         config,
@@ -233,7 +238,8 @@ def run(
         evaluate_first=True,
         # Sampling, one forward pass of each network for scoring, and forward and backward passes of policy and critic,
         # if there is one, in each epoch.
-        flops_per_token=forward * (3 + config.value_network + (reward_model is not None))
+        flops_per_token=forward * (2 + config.value_network + (reward_model is not None))
+        + of_reference
         + forward * (1 + config.value_network) * config.lora.passes * config.epochs,
         show=(
             "score",
@@ -284,7 +290,7 @@ def _between(
 
 def _check_lengths(config: Config, networks: Networks) -> None:
     """Raises UserError if prompt and response, or a row of the pretraining mix, are longer than a model's context."""
-    for network in networks:
+    for network in filter(None, networks):
         if config.prompt_length + config.episode.response_length > network.config.context:
             raise UserError(
                 f"prompt_length {config.prompt_length} + response_length {config.episode.response_length} exceeds the "

@@ -38,9 +38,10 @@ SMALLEST_SCALE, LARGEST_SCORE = 1e-5, 1e6
 
 
 def open_reward_model(config: Config, source: Source) -> Source | None:
-    """The reward model, or None if reward functions or an environment alone make the reward."""
+    """The reward model, or None if reward functions, an environment or the KL penalty alone make the reward."""
     if not config.reward:
-        if not config.reward_function and not config.environment:
+        # The penalty alone moves the policy to another reference: distillation.
+        if not config.reward_function and not config.environment and not config.reference:
             raise UserError(
                 "reward: expected a reward model or a reward function, got nothing; use --reward FOLDER or "
                 "--reward-function FILE.py:NAME"
@@ -76,18 +77,17 @@ def open_reference(config: Config | PreferenceConfig, source: Source) -> Source:
     """Open a reference model other than the initial policy.
 
     Raises:
-      UserError: if its tokenizer or architecture is another one.
+      UserError: if its tokenizer is another one.
     """
     reference = open_for(config, config.reference, stages=POLICIES)
     same_tokenizer(source, reference)
-    ours, own = (_architecture(each.model) for each in (source, reference))
-    for field, expected in ours.items():
-        if own[field] != expected:
-            raise UserError(
-                f"{reference.where}: {field}: expected {expected} as in the initial policy {source.where}, got "
-                f"{own[field]}; the reference must have the policy's architecture"
-            )
     return reference
+
+
+def difference(source: Source, other: Source) -> tuple[str, Any, Any] | None:
+    """A setting in which two models compute differently: (name, that of the first, that of the other), or None."""
+    ours, own = (_architecture(each.model) for each in (source, other))
+    return next(((name, value, own[name]) for name, value in ours.items() if own[name] != value), None)
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

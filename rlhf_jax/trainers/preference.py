@@ -40,7 +40,7 @@ from rlhf_jax.runs.lifecycle import (
 )
 from rlhf_jax.stages.preference import STAGE, Config, Frozen, make_update
 from rlhf_jax.trainers.inputs import EXAMPLES, JudgedRecords, ranking_rows
-from rlhf_jax.trainers.ppo_start import open_reference, reference_params
+from rlhf_jax.trainers.ppo_start import difference, open_reference, reference_params
 
 # Default number of passes over the data.
 EPOCHS = 1.0
@@ -88,6 +88,12 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
     reference = start.params if method.reference else None
     if config.reference:
         other = open_reference(config, source)
+        if (found := difference(source, other)) is not None:
+            field, expected, got = found
+            raise UserError(
+                f"{other.where}: {field}: expected {expected} as in the initial policy {source.where}, got {got}; the "
+                "reference must have the policy's architecture"
+            )
         inputs["reference"] = other.fingerprint
         reference = reference_params(other, start, config.lora)
     folder = create_run(
