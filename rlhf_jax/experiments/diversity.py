@@ -65,11 +65,7 @@ def judged(texts: Sequence[str]) -> np.ndarray:
 
 
 class Experiment:
-    """The experiment on diversity and negative feedback.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on diversity and negative feedback."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()

@@ -55,11 +55,7 @@ SHORT = Sizes.short(
 
 
 class Experiment:
-    """The experiment on the KL penalty.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on the KL penalty."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()

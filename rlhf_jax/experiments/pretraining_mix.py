@@ -49,11 +49,7 @@ SHORT = Sizes.short(gammas=(0.0, 1.0), betas=(0.01, 1.0), mixed=4, heldout=16)
 
 
 class Experiment:
-    """The experiment on the pretraining mix.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on the pretraining mix."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()

@@ -82,11 +82,7 @@ def pair_loss(score_BK: Floats, ranks_BK: Floats) -> float:
 
 
 class Experiment:
-    """The experiment on rankings as one element.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on rankings as one element."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()

@@ -60,11 +60,7 @@ def labelled(pairs: RankingBatch, count: int, agreement: float, seed: int) -> Ra
 
 
 class Experiment:
-    """The experiment on the start of a reward model.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on the start of a reward model."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()

@@ -48,11 +48,7 @@ SHORT = Sizes.short(demonstrations=32, answers=8)
 
 
 class Experiment:
-    """The experiment on the stages.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on the stages."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()
