@@ -10,6 +10,7 @@ A mask is named after what True keeps. Every pytree here is a frozen dataclass o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -166,3 +167,28 @@ class TrainState:
     opt_state: Any
     key: Array
     extras: dict[str, Any]
+
+
+def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten nested dicts into one dict of dotted paths."""
+
+    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in node.items():
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    return dict(walk(tree, ""))
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flattened`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, last = path.split(".")
+        inner = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[last] = value
+    return tree

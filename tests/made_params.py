@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from rlhf_jax.arrays import Params
+from rlhf_jax.arrays import Params, flattened, nested
 from rlhf_jax.config import LoraConfig, ModelConfig
 from rlhf_jax.lora import init_adapter
 from rlhf_jax.pretrained import huggingface, peft
-from rlhf_jax.pretrained.huggingface import flattened, nested, parameter_shapes
+from rlhf_jax.pretrained.huggingface import parameter_shapes
 
 _shapes = functools.cache(parameter_shapes)
 

@@ -1,5 +1,6 @@
 """Models that nobody trained: in a source, as stages are given them, and in the folder of a run."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,19 @@ def write_run(
     *,
     released: Params | None = None,
     base: dict[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
     **summary: Any,
 ) -> RunFolder:
     """The folder of a finished run. base: beside what the parameters, an adapter, stand."""
     run = RunFolder.create(
-        folder, stage=stage, config={}, model=to_plain(model), tokenizer=tokenizer, inputs={}, base=base
+        folder,
+        stage=stage,
+        config=config or {},
+        model=to_plain(model),
+        tokenizer=tokenizer,
+        inputs=inputs or {},
+        base=base,
     )
     state = TrainState(jnp.zeros((), jnp.int32), params, {}, jax.random.key(0), {})
     Checkpoints(run.checkpoints, keep_last=1).save(0, state, {})

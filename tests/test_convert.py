@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from rlhf_jax.data import (
 )
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import Transformer
-from rlhf_jax.pretrained.convert import export, import_model
+from rlhf_jax.pretrained.convert import export, import_model, value_network
 from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.pretrained.huggingface import write_folder
 from rlhf_jax.pretrained.peft import write_adapter
@@ -136,6 +137,50 @@ def test_the_value_network_is_written_as_a_model_with_a_score(runs: Path, tmp_pa
     np.testing.assert_allclose(read["score"]["bias"], saved["score"]["bias"], rtol=1e-6)
     with pytest.raises(UserError, match="expected a ppo run, which has a value network, got a sft run"):
         export(str(runs / "sft"), tmp_path / "none", critic=True)
+
+
+def test_a_value_network_is_on_the_base_of_its_reward_model(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = open_source(str(runs / "base"), stages=("pretrain",))
+    wide = dataclasses.replace(base.model, width=24, heads=2)
+    judge = random_params(wide, scalar=True, seed=4)
+    tuned = random_adapter(wide, LORA, trained=True) | {"score": jax.tree.map(lambda x: 2 * x, judge["score"])}
+    whole = random_params(wide, scalar=True, seed=5)
+    beside = {"init": base.spec, "fingerprint": base.fingerprint, "lora": to_plain(LORA)}
+    policy = random_adapter(base.model, LORA, trained=True)
+    judged = write_run(tmp_path / "runs" / "judge", "reward", judge, wide, base.tokenizer)
+    record = {
+        "config": {"reward": "runs/judge", "name": "ppo"},
+        "inputs": {"reward": open_source(str(judged.path), stages=("reward",)).fingerprint},
+    }
+    other = random_params(base.model, seed=6)
+    for name, start, critic, under in (("ppo", policy, tuned, beside), ("whole", other, whole, None)):
+        with case(name):
+            both = {"policy": start, "critic": critic}
+            record["config"]["name"] = name
+            run = write_run(tmp_path / "runs" / name, "ppo", both, base.model, base.tokenizer, base=under, **record)
+            monkeypatch.chdir(tmp_path)
+            export(str(run.path), tmp_path / f"critic-{name}", critic=True)
+            found = open_source(f"hf:{tmp_path / f'critic-{name}'}", stages=("reward",))
+            assert (found.model.width, found.model.heads) == (24, 2)
+            params, kernel = found.params(), judge["block_1"]["attention"]["query"]["kernel"]
+            factors = critic["block_1"]["attention"]["query"]
+            merged = kernel + 2 * factors["lora_a"] @ factors["lora_b"] if under else factors["kernel"]
+            np.testing.assert_allclose(params["block_1"]["attention"]["query"]["kernel"], merged, atol=1e-6)
+            np.testing.assert_array_equal(params["score"]["kernel"], critic["score"]["kernel"])
+            # From another folder too.
+            monkeypatch.chdir(runs)
+            again = value_network(open_source(str(run.path), stages=("ppo",)))
+            np.testing.assert_allclose(again.params()["block_1"]["attention"]["query"]["kernel"], merged, atol=1e-6)
+    shutil.rmtree(judged.path)
+    with pytest.raises(UserError, match=r"expected its reward model runs/judge, .* got no such folder; put it back"):
+        export(str(run.path), tmp_path / "gone", critic=True)
+    write_run(judged.path, "reward", whole, wide, base.tokenizer)
+    with pytest.raises(
+        UserError, match=r"expected its reward model runs/judge, .* as it was, with fingerprint .*, got"
+    ):
+        export(str(run.path), tmp_path / "changed", critic=True)
 
 
 @pytest.fixture(scope="module")

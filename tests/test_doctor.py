@@ -373,9 +373,8 @@ def test_each_sick_model_is_found_by_its_check(root: Path, tmp_path: Path, monke
             patient = open_patient(str(folder), data=rows_of(tmp_path / "data.jsonl", data))
             found = checked(patient, *checks)
             assert set(found) == expected and any(said in text for text in found.values()), found
-    monkeypatch.setattr(
-        convert, "critic_params", lambda source: random_params(Transformer(MODEL, scalar=True), scale=3.0)
-    )
+    untrained = random_params(Transformer(MODEL, scalar=True), scale=3.0)
+    monkeypatch.setattr(convert, "value_network", lambda source: dataclasses.replace(source, own=lambda: untrained))
     found = checked(open_patient(str(root / "ppo")), "value-network")
     assert "values explain -" in found["value-network"]
 

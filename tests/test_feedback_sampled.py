@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import inference
 from rlhf_jax.cli.app import main
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.data.dialogues import Message
@@ -18,7 +19,6 @@ from rlhf_jax.data.encode import prompt_ids
 from rlhf_jax.data.ledger import Ledger
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
-from rlhf_jax.feedback import sampled
 from rlhf_jax.feedback.features import rows_of
 from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.sampled import sample_items
@@ -78,10 +78,10 @@ def test_a_response_without_an_end_is_marked_as_cut(monkeypatch: pytest.MonkeyPa
     calls = iter(sampled_ids)
 
     def generate(*_: object, **__: object) -> Any:
-        tokens = np.tile(next(calls), (sampled.ROWS, 1))
+        tokens = np.tile(next(calls), (inference.ROWS, 1))
         return SimpleNamespace(tokens=tokens, mask=np.ones_like(tokens, bool))
 
-    monkeypatch.setattr(sampled, "generate", generate)
+    monkeypatch.setattr(inference, "generate", generate)
     (item,) = sample_items([source(f"runs/{n}") for n in range(5)], PROMPTS[:1], max_new_tokens=3)
     assert item.responses == ("hi", "hi!", "", " ", "h") and item.ended == (True, False, True, False, True)
     asked, rows = prompt_ids(PROMPTS[0], tokenizer), rows_of(item, tokenizer, ended=True)

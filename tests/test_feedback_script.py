@@ -14,8 +14,9 @@ import pytest
 from rlhf_jax.cli.app import main
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.feedback.judged import item_row, judgement_row, read_items, read_judgements
-from rlhf_jax.feedback.queue import Answer, Queue, Rules
+from rlhf_jax.feedback.queue import Queue, Rules
 from rlhf_jax.feedback.records import Judgement
+from rlhf_jax.feedback.shown import Answer
 from rlhf_jax.feedback.store import Store
 from rlhf_jax.feedback.tasks import make_item
 from rlhf_jax.model import Transformer

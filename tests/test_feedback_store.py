@@ -18,8 +18,9 @@ from rlhf_jax.data.dialogues import Message
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import FILE, folder_lock
 from rlhf_jax.feedback.page import Page
-from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Queue, Rules
+from rlhf_jax.feedback.queue import Assignment, Conflict, Queue, Rules
 from rlhf_jax.feedback.records import Item, Judgement
+from rlhf_jax.feedback.shown import Answer
 from rlhf_jax.feedback.store import Labeller, Store
 from tests.cases import case
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax.arrays import flattened, nested
 from rlhf_jax.config import LoraConfig, ModelConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.model import stack_blocks
-from rlhf_jax.pretrained.huggingface import flattened, nested
 from rlhf_jax.pretrained.peft import base_of, read_adapter, write_adapter
 from tests.cases import case
 from tests.made_params import random_adapter, shapes_traced_once  # noqa: F401

@@ -21,7 +21,7 @@ from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.preference import Config, kl_baseline, preference_losses
 from rlhf_jax.tokenizers.bpe import Tokenizer
-from rlhf_jax.trainers import preference
+from rlhf_jax.trainers import one_network, preference
 from tests.cases import case
 from tests.made_params import random_params
 from tests.made_runs import write_run
@@ -227,7 +227,7 @@ def test_a_run_on_a_mesh_with_adapters_is_that_of_one_device(folder: Path) -> No
 
 
 def test_a_stopped_run_resumes_bit_for_bit(folder: Path, learnt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = preference.batch_at
+    read = one_network.batch_at
 
     def stopping(*args: Any, step: int, **share: Any) -> Any:
         if step == 5:
@@ -236,7 +236,7 @@ def test_a_stopped_run_resumes_bit_for_bit(folder: Path, learnt: Any, monkeypatc
 
     settings: dict[str, Any] = {"method": "kto", "save_every": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(preference, "batch_at", stopping)
+        patch.setattr(one_network, "batch_at", stopping)
         with pytest.raises(RuntimeError, match="enough"):
             preference.run(config(folder, "cut", **settings))
     assert not RunFolder.open(folder / "cut", stages=("preference",)).finished

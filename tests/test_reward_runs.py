@@ -22,7 +22,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.generate import Generation
 from rlhf_jax.model import Transformer
 from rlhf_jax.parallel.host_step import _Ahead, _Stepped
-from rlhf_jax.pretrained.convert import critic_params
+from rlhf_jax.pretrained.convert import value_network
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.reward_functions.loading import make_terms
 from rlhf_jax.runs.folder import RunFolder
@@ -301,7 +301,7 @@ def test_groups_of_responses_need_no_value_network(folder: Path) -> None:
     source = open_source(str(one.run.path), stages=("ppo",))
     jax.tree.map(np.testing.assert_array_equal, source.params(), one.run.load_params()["policy"])
     with pytest.raises(UserError, match=r"expected a ppo run with a value network .*, got one without"):
-        critic_params(source)
+        value_network(source)
     on_mesh = Various()
     mesh = ppo.run(config(folder, "grpo_mesh", **settings, mesh="data=2,fsdp=2"), reward_funcs=on_mesh)
     assert on_mesh.calls == heard.calls

@@ -17,6 +17,7 @@ from rlhf_jax.lora import attach, is_adapter
 from rlhf_jax.model import Transformer
 from rlhf_jax.pretrained.convert import export
 from rlhf_jax.pretrained.source import longest_answer, open_source, start_from
+from rlhf_jax.runs import lifecycle
 from rlhf_jax.runs.checkpoint import load_params
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import released_params
@@ -404,7 +405,7 @@ def test_a_trainer_makes_its_update_for_the_axis_that_the_loop_names(
         ),
     ]
     for trainer, changes, records in cases:
-        monkeypatch.setattr(trainer, "train", train)
+        monkeypatch.setattr(trainer if trainer is ppo else lifecycle, "train", train)
         monkeypatch.setattr(trainer, "make_update", lambda *_, axis_name=None, **how: axes.append(axis_name))
         config = trainer.Config(**settings(tmp_path / trainer.STAGE, init=str(runs / "sft"), **changes))
         with pytest.raises(Asked):

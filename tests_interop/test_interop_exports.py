@@ -11,11 +11,11 @@ import pytest
 import torch
 import transformers as tr
 
-from rlhf_jax.arrays import Params
+from rlhf_jax.arrays import Params, nested
 from rlhf_jax.config import ModelConfig, RopeScaling
 from rlhf_jax.logprobs import last_token_scores
 from rlhf_jax.model import Transformer
-from rlhf_jax.pretrained.huggingface import nested, parameter_shapes, write_folder
+from rlhf_jax.pretrained.huggingface import parameter_shapes, write_folder
 
 SMALL: dict[str, Any] = {"vocab_size": 43, "context": 48, "width": 24, "layers": 3, "ffn_width": 28}
 GROUPED: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_width": 10}

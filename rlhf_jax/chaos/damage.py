@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Params, TrainState
+from rlhf_jax.arrays import Params, TrainState, nested
 from rlhf_jax.chaos.outcome import Command, Outcome
 from rlhf_jax.config import ModelConfig, to_plain
 from rlhf_jax.errors import UserError
-from rlhf_jax.pretrained.huggingface import nested, parameter_shapes
+from rlhf_jax.pretrained.huggingface import parameter_shapes
 from rlhf_jax.pretrained.source import open_source
 from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint, load_params
 from rlhf_jax.runs.folder import RunFolder

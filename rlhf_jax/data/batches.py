@@ -125,6 +125,8 @@ def batch_at(
 
 def new_lengths(rows: Rows[Any], *, batch_size: int, seed: int, first: int, steps: int) -> list[int]:
     """Steps in range(first, steps) at which a padded row length occurs for the first time."""
+    if isinstance(rows, TokenRows):
+        return [*range(first, steps)[:1]]
     found: dict[int, int] = {}
     for step in range(first, steps):
         found.setdefault(rows.row_length(global_indices(len(rows), batch_size=batch_size, seed=seed, step=step)), step)
@@ -273,6 +275,18 @@ class RankingRows:
     def ranks(self) -> list[tuple[int, ...]]:
         """Ranks of each prompt's responses, equal responses tied."""
         return [tied_ranks(responses, ranks) for responses, ranks in self.rows]
+
+    @property
+    def ordered(self) -> int:
+        """Prompts with an ordered pair: the independent observations, as the pairs of a ranking are not."""
+        return sum(len(set(ranks)) > 1 for ranks in self.ranks)
+
+    def padded_ranks(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """(ranks, True where a response exists), both [N, K]."""
+        ranks, exists = np.zeros((len(self), self.responses), np.int32), np.zeros((len(self), self.responses), np.bool_)
+        for place, own in enumerate(self.ranks):
+            ranks[place, : len(own)], exists[place, : len(own)] = own, True
+        return ranks, exists
 
     @functools.cached_property
     def lengths(self) -> Indices:

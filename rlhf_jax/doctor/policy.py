@@ -17,7 +17,6 @@ from rlhf_jax.data import Ledger, PromptRows, encode_demonstrations, encode_prom
 from rlhf_jax.doctor.checks import Check, LeftOut, Measured
 from rlhf_jax.doctor.columns import column, quarters
 from rlhf_jax.doctor.patient import AMONG, Patient, exact
-from rlhf_jax.doctor.records import place
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.warnings import ANSWERS_CUT
 from rlhf_jax.model import Transformer, count_parameters
@@ -161,14 +160,14 @@ def companions(patient: Patient) -> tuple[Source | None, Params | None, Params |
     found = []
     try:
         for spec, stages in ((config.reward, ("reward",)), (config.reference or config.init, LANGUAGE)):
-            at = spec if spec.startswith(PUBLISHED) else place(patient.run, spec)
+            at = spec if spec.startswith(PUBLISHED) else patient.run.find(spec)
             if at is None:
                 return None, None, None, f"{spec or 'its reward model'} is not there"
             found.append(open_source(at, stages=stages))
         reward, reference = found
         if difference(patient.opened, reference) is not None:
             return None, None, None, "its reference model has another architecture"
-        return reward, reference.params(), jax.tree.map(jnp.asarray, convert.critic_params(patient.opened)), ""
+        return reward, reference.params(), convert.value_network(patient.opened).params(), ""
     except UserError as error:
         return None, None, None, str(error)
 
@@ -256,7 +255,7 @@ def values(patient: Patient) -> Measured:
 def reward_trusted(patient: Patient) -> Measured:
     """Reasons not to trust the reward model, as its run has found them."""
     spec = patient.ppo.reward
-    at = spec if spec.startswith(PUBLISHED) or patient.run is None else place(patient.run, spec)
+    at = spec if spec.startswith(PUBLISHED) or patient.run is None else patient.run.find(spec)
     if not spec or at is None:
         raise LeftOut(f"{spec} is not there" if spec else "the reward is of functions alone")
     warnings = open_source(at, stages=("reward",)).warnings

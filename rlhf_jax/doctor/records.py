@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import (
@@ -133,16 +132,8 @@ def _prompts(records: Sequence[Any]) -> list[Prompt]:
 
 def _there(run: RunFolder, paths: Sequence[str]) -> list[str]:
     """Files that a run names, as they are or from the folder that it was started in; [] unless all are there."""
-    found = [place(run, path) for path in paths]
+    found = [run.find(path) for path in paths]
     return [path for path in found if path is not None] if all(found) else []
-
-
-def place(run: RunFolder, path: str) -> str | None:
-    """A path in a run's settings, as it is or from the folder that the run was started in; None if it is not there."""
-    out = str(run.config.get("out") or f"runs/{run.config.get('name', '')}").rstrip("/")
-    absolute = str(run.path.absolute())
-    started = absolute.removesuffix(out) if absolute.endswith(f"/{out}") else ""
-    return next((str(at) for at in (Path(path), Path(started, path)) if at.exists()), None)
 
 
 def _compared(

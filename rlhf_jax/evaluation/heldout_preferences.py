@@ -60,11 +60,10 @@ def evaluate_preferences(
       rows: the rows.
       config: settings of the stage.
     """
-    ranks, mask = (np.zeros(policy.ranked_NK.shape, kind) for kind in (np.int32, np.bool_))
+    ranks, mask = rows.rankings.padded_ranks()
     tokens = np.zeros(mask.shape, np.int32)
-    for place, (row_ranks, masks) in enumerate(zip(rows.rankings.ranks, rows.masks, strict=True)):
-        ranks[place, : len(row_ranks)], mask[place, : len(row_ranks)] = row_ranks, True
-        tokens[place, : len(row_ranks)] = [sum(own) for own in masks]
+    for place, masks in enumerate(rows.masks):
+        tokens[place, : len(masks)] = [sum(own) for own in masks]
     baseline = None
     if METHODS[config.method].unpaired and reference is not None:
         log_ratio_N = policy.unrelated_N - reference.unrelated_N

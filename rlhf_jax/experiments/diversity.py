@@ -16,13 +16,12 @@ import numpy as np
 
 from rlhf_jax.arrays import Params, PreferenceBatch, RankingBatch
 from rlhf_jax.config import PreferenceConfig
-from rlhf_jax.evaluation.intervals import over_seeds
-from rlhf_jax.experiments.outcome import Outcome, Say, by_arm, shown
+from rlhf_jax.experiments.outcome import Outcome, Say, by_arm
 from rlhf_jax.experiments.picture import Panel, Series, curves
-from rlhf_jax.experiments.review_models import LENGTH, PROMPT, ReviewModels, demonstrations
+from rlhf_jax.experiments.review_models import LENGTH, PROMPT, ReviewModels, RLHFSizes, demonstrations
 from rlhf_jax.experiments.reviews import BAD, TOPICS, WELL_FORMED, WORDS, review
 from rlhf_jax.experiments.toy import Fit, fresh, with_head
-from rlhf_jax.stages import ppo, preference, reward, sft
+from rlhf_jax.stages import ppo, preference
 
 COLUMNS = (
     ("acceptable", "acceptable"),
@@ -33,48 +32,24 @@ COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of the experiment.
+class Sizes(RLHFSizes):
+    """Sizes of the experiment, whose demonstrations are as often bad as good.
 
     Attributes:
       each: acceptable demonstrations of a topic, for SFT.
       betas: values of β, for PPO.
-      width: of the models.
-      layers: of the models.
-      demonstrations: answers, as often bad as good, that the starting model has learned from.
-      start_steps: updates on them, of 64 answers each.
-      steps: updates of SFT and DPO, of 32 answers or pairs each.
-      sampled: answers of the start that feedback is given on.
-      reward_steps: updates of the reward model, of 32 pairs each.
-      iterations: of PPO, of 128 answers each.
+      steps: updates of SFT and DPO on answers of the start, of 32 answers or pairs each.
       answers: to each topic in the measurement.
     """
 
     each: tuple[int, ...] = (1, 4, 64)
     betas: tuple[float, ...] = (0.0, 0.05)
-    width: int = 64
-    layers: int = 2
-    demonstrations: int = 4096
-    start_steps: int = 250
-    steps: int = 64
-    sampled: int = 2048
-    reward_steps: int = 64
     iterations: int = 40
+    steps: int = 64
     answers: int = 256
 
 
-SHORT = Sizes(
-    each=(1, 2),
-    width=32,
-    layers=1,
-    demonstrations=64,
-    start_steps=4,
-    steps=3,
-    sampled=64,
-    reward_steps=3,
-    iterations=2,
-    answers=8,
-)
+SHORT = Sizes.short(each=(1, 2), comparisons=32, steps=3, answers=8)
 
 
 def acceptable(topic: str, text: str) -> bool:
@@ -90,18 +65,14 @@ def judged(texts: Sequence[str]) -> np.ndarray:
 
 
 class Experiment:
-    """The experiment on diversity and negative feedback.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on diversity and negative feedback."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()
-        self._models = models = ReviewModels(width=sizes.width, layers=sizes.layers)
-        self._begin = Fit(sft.make_update, models.model, rate=3e-3, steps=sizes.start_steps, batch=64)
-        self._tune = Fit(sft.make_update, models.model, rate=1e-3, steps=sizes.steps, batch=32)
-        self._compare = Fit(reward.make_update, models.scorer, rate=1e-3, steps=sizes.reward_steps, batch=32)
+        self._models = models = ReviewModels(sizes)
+        self._begin = models.tuning(sizes.sft_steps, pretrained=False)
+        self._tune = models.tuning(sizes.steps, pretrained=True)
+        self._compare = models.comparing(sizes.reward_steps)
         self._prefer = Fit(
             lambda model, optimizer: preference.make_update(model, optimizer, PreferenceConfig(method="dpo")),
             models.model,
@@ -127,7 +98,7 @@ class Experiment:
                 "acceptable": float(good.mean()),
                 "different": len(set(kept)) / len(TOPICS),
                 "entropy": float(-answers.logp.mean()),
-                "kl": max(float(answers.ratio.mean()), 0.0),
+                "kl": answers.kl,
             }
             say(f"  {name}: acceptable {good.mean():.2f}, different {found[name]['different']:.0f} a topic")
 
@@ -138,7 +109,7 @@ class Experiment:
             measured(f"SFT, {each} of a topic", self._tune(start, WORDS.rows(rows, LENGTH), seed=seed)[0])
         for beta in sizes.betas:
             measured(f"PPO, 1 for acceptable, β {beta:g}", self.rewarded(start, head, seed, beta))
-        for name, params in self.by_feedback(start, head, seed).items():
+        for name, params in self.by_feedback(start, seed).items():
             measured(name, params)
         return found
 
@@ -159,10 +130,10 @@ class Experiment:
             reward=value,
         )
 
-    def by_feedback(self, start: Params, head: Params, seed: int) -> dict[str, Params]:
+    def by_feedback(self, start: Params, seed: int) -> dict[str, Params]:
         """Three ways to learn from the same answers of the start, each called acceptable or not."""
         sizes, models = self.sizes, self._models
-        pairs = models.ranked(start, sizes.sampled, seed=seed + 3)
+        pairs = models.ranked(start, 2 * sizes.comparisons, seed=seed + 3)
         tokens = np.asarray(pairs.tokens_BKT).reshape(-1, pairs.tokens_BKT.shape[-1])
         mask = np.asarray(pairs.mask_BKT).reshape(tokens.shape)
         mask = mask & (np.arange(tokens.shape[1]) >= PROMPT)
@@ -173,18 +144,13 @@ class Experiment:
         # Of the same shape whatever the seed.
         rows = WORDS.rows([kept[place % len(kept)] for place in range(len(texts))], LENGTH) if kept else None
         compared = dataclasses.replace(pairs, ranks_BK=jnp.asarray(2 - good.reshape(-1, 2).astype(np.int32)))
-        judge, _ = self._compare(head, compared, seed=seed)
-        before = models.measure(sizes.answers, start, start, judge, seed=seed + 1)
-        mean, scale = float(before.score.mean()), float(before.score.std())
+        judge = models.judge(self._compare, start, compared, answers=sizes.answers, seed=seed)
         said = compared.mask_BKT & (jnp.arange(tokens.shape[1]) >= PROMPT)[None, None]
+        decided = _decided(PreferenceBatch(compared, said))
         return {
             "SFT on the acceptable": start if rows is None else self._tune(start, rows, seed=seed)[0],
-            "DPO": self._prefer(start, _decided(PreferenceBatch(compared, said)), preference.Frozen(start), seed=seed)[
-                0
-            ],
-            "reward model and PPO, β 0.05": models.rlhf(
-                self._by_judge, start, judge, mean, scale, seed=seed, kl_coef=0.05
-            ),
+            "DPO": self._prefer(start, decided, preference.Frozen(start), seed=seed)[0],
+            "reward model and PPO, β 0.05": models.rlhf(self._by_judge, start, judge, seed=seed, kl_coef=0.05),
         }
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
@@ -194,23 +160,20 @@ class Experiment:
         series = []
         for colour, name in enumerate(figures):
             x, y = (outcome.estimate(name, measure) for measure in ("acceptable", "different"))
-            series.append(Series(name, [(x.value, y.value)], [(y.low, y.high)], colour=colour))
+            series.append(Series.of(name, [(x.value, y)], colour=colour))
         picture = curves(
             "Acceptable answers, and how many different ones",
             [Panel("different ones, of a topic", "acceptable", series)],
         )
 
-        def change(name: str, other: str, measure: str) -> str:
-            return shown(over_seeds(np.subtract(figures[name][measure], figures[other][measure]).tolist()), "+.2f")
-
         one, ruled = f"SFT, {self.sizes.each[0]} of a topic", f"PPO, 1 for acceptable, β {self.sizes.betas[-1]:g}"
         best, judged_by = "SFT on the acceptable", "reward model and PPO, β 0.05"
         sentences = [
-            f"{ruled} against {one}: acceptable {change(ruled, one, 'acceptable')}, entropy "
-            f"{change(ruled, one, 'entropy')} nats",
+            f"{ruled} against {one}: acceptable {outcome.change(ruled, one, 'acceptable')}, entropy "
+            f"{outcome.change(ruled, one, 'entropy')} nats",
             *(
-                f"{name} against {best}: acceptable {change(name, best, 'acceptable')}, entropy "
-                f"{change(name, best, 'entropy')} nats"
+                f"{name} against {best}: acceptable {outcome.change(name, best, 'acceptable')}, entropy "
+                f"{outcome.change(name, best, 'entropy')} nats"
                 for name in ("DPO", judged_by)
             ),
         ]

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from rlhf_jax.evaluation.intervals import Estimate, over_seeds
 
 Say = Callable[[str], None]
@@ -39,6 +41,11 @@ class Outcome:
         if measure not in self.bounded or math.isnan(found.low):
             return found
         return Estimate(found.value, max(found.low, 0.0), min(found.high, 1.0))
+
+    def change(self, arm: str, other: str, measure: str, form: str = "+.2f") -> str:
+        """Mean over the seeds of the difference between two arms, with its interval, as text."""
+        one, two = (self.figures[name][measure] for name in (arm, other))
+        return shown(over_seeds(np.subtract(one, two).tolist()), form)
 
 
 def by_arm(seeds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:

@@ -19,47 +19,31 @@ from rlhf_jax.evaluation.frontier import curve_of, fitted, steps_to
 from rlhf_jax.evaluation.intervals import over_seeds
 from rlhf_jax.experiments.outcome import Outcome, Say, shown
 from rlhf_jax.experiments.picture import Panel, Series, curves
-from rlhf_jax.experiments.review_models import ReviewModels, demonstrations
+from rlhf_jax.experiments.review_models import Judge, ReviewModels, RLHFSizes, demonstrations
 from rlhf_jax.experiments.reviews import TOPICS
-from rlhf_jax.experiments.toy import Fit, fresh, with_head
-from rlhf_jax.stages import reward, sft
+from rlhf_jax.experiments.toy import fresh
 
 COLUMNS = (("kl", "KL"), ("proxy", "proxy"), ("gold", "gold"), ("best_gold", "gold at its best"), ("turn", "turn, √KL"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(RLHFSizes):
     """Sizes of the experiment.
 
     Attributes:
       betas: values of β.
-      width: of the models.
-      layers: of the models.
-      demonstrations: answers to fine-tune on.
-      sft_steps: updates of it, of 64 answers each.
-      comparisons: pairs that the reward model is trained on.
-      reward_steps: updates of it, of 32 pairs each.
-      iterations: of PPO, of 128 answers each.
       watched: iterations between measurements.
       pool: answers to each prompt for best-of-n.
     """
 
     betas: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
-    width: int = 64
-    layers: int = 2
-    demonstrations: int = 4096
-    sft_steps: int = 250
-    comparisons: int = 1024
-    reward_steps: int = 64
     iterations: int = 80
     watched: int = 8
     pool: int = 256
 
 
-SHORT = Sizes(
+SHORT = Sizes.short(
     betas=(0.0, 1.0),
-    width=32,
-    layers=1,
     demonstrations=512,
     sft_steps=30,
     comparisons=128,
@@ -70,81 +54,54 @@ SHORT = Sizes(
 )
 
 
-class Lab:
-    """The compiled programs, which all seeds share."""
+class Experiment:
+    """The experiment on the KL penalty."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        self.sizes, self.models = sizes, ReviewModels(width=sizes.width, layers=sizes.layers)
-        self.tune = Fit(sft.make_update, self.models.model, rate=3e-3, steps=sizes.sft_steps, batch=64)
-        self.compare = Fit(reward.make_update, self.models.scorer, rate=1e-3, steps=sizes.reward_steps, batch=32)
-        self.optimise = self.models.optimise(sizes.iterations)
+    def __init__(self, short: bool) -> None:
+        self.sizes = sizes = SHORT if short else Sizes()
+        self._models = models = ReviewModels(sizes)
+        self._tune = models.tuning(sizes.sft_steps, pretrained=False)
+        self._compare = models.comparing(sizes.reward_steps)
+        self._optimise = models.optimise(sizes.iterations)
 
+    def one(self, seed: int, say: Say) -> dict[str, Any]:
+        """Run one repetition: the points of each β, and those of best-of-n."""
+        sizes, models = self.sizes, self._models
+        rows = demonstrations(sizes.demonstrations, np.random.default_rng(seed))
+        start, _ = self._tune(fresh(models.model, seed), rows, seed=seed)
+        pairs = models.ranked(start, 2 * sizes.comparisons, seed=seed + 3)
+        judge = models.judge(self._compare, start, pairs, answers=sizes.pool, seed=seed)
+        runs = {}
+        for beta in sizes.betas:
+            runs[f"β {beta:g}"] = points = self.points(start, judge, beta, seed)
+            last = points[-1]
+            say(f"  β {beta:g}: KL {last['kl']:.1f}, proxy {last['proxy']:.2f}, gold {last['gold']:.2f}")
+        return {
+            "accuracy": models.accuracy(judge.params, models.ranked(start, 2 * sizes.comparisons, seed=seed + 4)),
+            "start": {"gold": float(judge.start.gold.mean()), "answers": first_answers(judge.start.texts)},
+            "best": best_of(judge),
+            "runs": runs,
+        }
 
-def one_seed(lab: Lab, seed: int, say: Say) -> dict[str, Any]:
-    """All measurements of a seed: the points of each β, and those of best-of-n."""
-    sizes, models = lab.sizes, lab.models
-    rows = demonstrations(sizes.demonstrations, np.random.default_rng(seed))
-    start, _ = lab.tune(fresh(models.model, seed), rows, seed=seed)
-    judge, _ = lab.compare(
-        with_head(start, models.scorer, seed), models.ranked(start, 2 * sizes.comparisons, seed=seed + 3), seed=seed
-    )
-    pool = models.measure(sizes.pool, start, start, judge, seed=seed + 1)
-    mean, scale = float(pool.score.mean()), float(pool.score.std())
-    pool_proxy, pool_gold = ((x.reshape(len(TOPICS), -1)) for x in ((pool.score - mean) / scale, pool.gold))
-    steps = steps_to(min(64, sizes.pool))
-    columns = np.array(steps) - 1
-    best = {
-        "n": steps,
-        "kl": [best_of_n_kl(n) for n in steps],
-        "proxy": expected_best_of_n(pool_proxy).mean(axis=0)[columns].tolist(),
-        "gold": expected_best_of_n(pool_proxy, pool_gold).mean(axis=0)[columns].tolist(),
-    }
-    runs = {}
-    for beta in sizes.betas:
+    def points(self, start: Params, judge: Judge, beta: float, seed: int) -> list[dict[str, Any]]:
+        """Measurements of the policy in the course of PPO."""
         points: list[dict[str, Any]] = []
 
-        def watch(step: int, policy: Params, _: Any, points: list[dict[str, Any]] = points) -> None:
-            if step == 1 or step % sizes.watched == 0:
-                found = models.measure(32, policy, start, judge, seed=seed + 2)
+        def watch(step: int, policy: Params, _: Any) -> None:
+            if step == 1 or step % self.sizes.watched == 0:
+                found = self._models.measure(32, policy, start, judge.params, seed=seed + 2)
                 points.append(
                     {
                         "iteration": step,
-                        "kl": max(float(found.ratio.mean()), 0.0),
-                        "proxy": float((found.score.mean() - mean) / scale),
+                        "kl": found.kl,
+                        "proxy": judge.proxy(found),
                         "gold": float(found.gold.mean()),
-                        "answers": [f"{topic}: {found.texts[32 * i]}" for i, topic in enumerate(TOPICS[:4])],
+                        "answers": first_answers(found.texts),
                     }
                 )
 
-        models.rlhf(lab.optimise, start, judge, mean, scale, seed=seed, kl_coef=beta, watch=watch)
-        last = points[-1]
-        say(f"  β {beta:g}: KL {last['kl']:.1f}, proxy {last['proxy']:.2f}, gold {last['gold']:.2f}")
-        runs[f"β {beta:g}"] = points
-    return {
-        "accuracy": models.accuracy(judge, models.ranked(start, 2 * sizes.comparisons, seed=seed + 4)),
-        "start": {
-            "gold": float(pool.gold.mean()),
-            "answers": [f"{topic}: {pool.texts[sizes.pool * i]}" for i, topic in enumerate(TOPICS[:4])],
-        },
-        "best": best,
-        "runs": runs,
-    }
-
-
-class Experiment:
-    """The experiment on the KL penalty.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
-
-    def __init__(self, short: bool) -> None:
-        self.sizes = SHORT if short else Sizes()
-        self._lab = Lab(self.sizes)
-
-    def one(self, seed: int, say: Say) -> dict[str, Any]:
-        """Run one repetition."""
-        return one_seed(self._lab, seed, say)
+        self._models.rlhf(self._optimise, start, judge, seed=seed, kl_coef=beta, watch=watch)
+        return points
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
         """Put the seeds together."""
@@ -167,6 +124,26 @@ class Experiment:
             },
         )
         return dataclasses.replace(outcome, sentences=sentences(outcome))
+
+
+def first_answers(texts: Sequence[str]) -> list[str]:
+    """The first answer to each of four topics."""
+    each = len(texts) // len(TOPICS)
+    return [f"{topic}: {texts[each * i]}" for i, topic in enumerate(TOPICS[:4])]
+
+
+def best_of(judge: Judge) -> dict[str, Any]:
+    """KL, proxy and gold score of the best of n answers of the start, for n up to 64."""
+    pool = judge.start
+    proxy, gold = (x.reshape(len(TOPICS), -1) for x in ((pool.score - judge.mean) / judge.scale, pool.gold))
+    steps = steps_to(min(64, proxy.shape[1]))
+    columns = np.array(steps) - 1
+    return {
+        "n": steps,
+        "kl": [best_of_n_kl(n) for n in steps],
+        "proxy": expected_best_of_n(proxy).mean(axis=0)[columns].tolist(),
+        "gold": expected_best_of_n(proxy, gold).mean(axis=0)[columns].tolist(),
+    }
 
 
 def rows(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:

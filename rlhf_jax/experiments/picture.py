@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 from rlhf_jax.evaluation.intervals import Estimate
-from rlhf_jax.evaluation.report.charts import ticks
+from rlhf_jax.evaluation.report.charts import scale_of, ticks
 from rlhf_jax.evaluation.report.html import short, text
 
 INK, GREY, FAINT = "#26303b", "#5b6470", "#e3e7ec"
@@ -33,6 +34,13 @@ class Series:
     dots: bool = True
     dashed: bool = False
     colour: int = 0
+
+    @classmethod
+    def of(cls, name: str, places: Iterable[tuple[float, Estimate]], **drawn: Any) -> Self:
+        """Estimates, each at its x, with their intervals."""
+        found = list(places)
+        points, spreads = [(x, one.value) for x, one in found], [(one.low, one.high) for _, one in found]
+        return cls(name, points, spreads, **drawn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,20 +118,13 @@ def _panel(panel: Panel, left: float, top: float, wide: float, high: float) -> l
     xs = [x for series in panel.series for x, _ in series.points]
     ys = [y for series in panel.series for _, y in series.points]
     ys += [end for series in panel.series for pair in series.spreads for end in pair if math.isfinite(end)]
-    low_x, high_x = _range(xs, 0.0)
-    low_y, high_y = _range(ys, 0.05)
-
-    def across(x: float) -> float:
-        return left + wide * (x - low_x) / (high_x - low_x)
-
-    def up(y: float) -> float:
-        return top + high * (high_y - y) / (high_y - low_y)
-
+    across = scale_of(xs, left, left + wide, margin=0.0)
+    up = scale_of(ys, top + high, top, margin=0.05)
     parts = [_text(left, top - 10, panel.title, weight="bold")]
-    for at in ticks(low_y, high_y):
+    for at in ticks(up.low, up.high):
         parts.append(f'<path d="M{left:.1f} {up(at):.1f}h{wide}" stroke="{FAINT}"/>')
         parts.append(_text(left - 6, up(at) + 4, short(round(at, 10)), anchor="end", colour=GREY))
-    for at in ticks(low_x, high_x):
+    for at in ticks(across.low, across.high):
         parts.append(_text(across(at), top + high + 17, short(round(at, 10)), anchor="middle", colour=GREY))
     parts.append(_text(left + wide, top + high + 34, panel.x, anchor="end", colour=GREY))
     for row, series in enumerate(panel.series):
@@ -142,12 +143,6 @@ def _panel(panel: Panel, left: float, top: float, wide: float, high: float) -> l
         parts.append(f'<path d="M{left} {y - 4}h18" stroke="{colour}" stroke-width="3"{dash}/>')
         parts.append(_text(left + 24, y, series.name))
     return parts
-
-
-def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    spread = high - low or abs(high) or 1.0
-    return (low - margin * spread, high + margin * spread) if high > low else (low - spread / 2, high + spread / 2)
 
 
 def _whisker(low: float, high: float, y: float) -> str:

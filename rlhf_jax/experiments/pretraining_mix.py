@@ -11,13 +11,11 @@ import jax
 import numpy as np
 
 from rlhf_jax.arrays import Params, TokenBatch
-from rlhf_jax.evaluation.intervals import over_seeds
 from rlhf_jax.experiments.outcome import Outcome, Say, by_arm, shown
 from rlhf_jax.experiments.picture import Panel, Series, curves
-from rlhf_jax.experiments.review_models import ReviewModels, demonstrations, pages
-from rlhf_jax.experiments.toy import Fit, fresh, with_head
+from rlhf_jax.experiments.review_models import PretrainedSizes, ReviewModels, RLHFSizes, demonstrations, pages
+from rlhf_jax.experiments.toy import fresh
 from rlhf_jax.logprobs import sequence_logps
-from rlhf_jax.stages import pretrain, reward, sft
 
 COLUMNS = (
     ("perplexity", "perplexity of pages"),
@@ -31,70 +29,33 @@ FIRST = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(PretrainedSizes, RLHFSizes):
     """Sizes of the experiment.
 
     Attributes:
       gammas: values of γ, at the first of the betas.
       betas: values of β; those after the first are without a mix.
-      width: of the models.
-      layers: of the models.
-      pages: pages of pretraining text; as many again are half held out.
-      pretrain_steps: updates on them, of 64 pages each.
-      demonstrations: answers to fine-tune on.
-      sft_steps: updates on them, of 32 answers each.
-      comparisons: pairs that the reward model is trained on.
-      reward_steps: updates on them, of 32 pairs each.
-      iterations: of PPO, of 128 answers each.
       mixed: pages in an update of PPO.
       heldout: pages of the measurement.
     """
 
     gammas: tuple[float, ...] = (0.0, 0.03, 0.1, 0.3, 1.0)
     betas: tuple[float, ...] = (0.01, 0.1, 0.3)
-    width: int = 64
-    layers: int = 2
-    pages: int = 20_000
-    pretrain_steps: int = 600
-    demonstrations: int = 512
-    sft_steps: int = 100
-    comparisons: int = 1024
-    reward_steps: int = 64
-    iterations: int = 60
     mixed: int = 32
     heldout: int = 1024
 
 
-SHORT = Sizes(
-    gammas=(0.0, 1.0),
-    betas=(0.01, 1.0),
-    width=32,
-    layers=1,
-    pages=128,
-    pretrain_steps=4,
-    demonstrations=64,
-    sft_steps=4,
-    comparisons=64,
-    reward_steps=3,
-    iterations=2,
-    mixed=4,
-    heldout=16,
-)
+SHORT = Sizes.short(gammas=(0.0, 1.0), betas=(0.01, 1.0), mixed=4, heldout=16)
 
 
 class Experiment:
-    """The experiment on the pretraining mix.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on the pretraining mix."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()
-        self._models = models = ReviewModels(width=sizes.width, layers=sizes.layers)
-        self._pretrain = Fit(pretrain.make_update, models.model, rate=3e-3, steps=sizes.pretrain_steps, batch=64)
-        self._tune = Fit(sft.make_update, models.model, rate=1e-3, steps=sizes.sft_steps, batch=32)
-        self._compare = Fit(reward.make_update, models.scorer, rate=1e-3, steps=sizes.reward_steps, batch=32)
+        self._models = models = ReviewModels(sizes)
+        self._pretrain, self._tune = models.pretraining(sizes), models.tuning(sizes.sft_steps, pretrained=True)
+        self._compare = models.comparing(sizes.reward_steps)
         self._optimise = {
             gamma: models.optimise(
                 sizes.iterations, pretraining_coef=gamma, pretraining_batch=sizes.mixed if gamma else 0
@@ -115,18 +76,16 @@ class Experiment:
         base, _ = self._pretrain(fresh(models.model, seed), text, seed=seed)
         tuned, _ = self._tune(base, demonstrations(sizes.demonstrations, draws), seed=seed)
         pairs = models.ranked(tuned, 2 * sizes.comparisons, seed=seed + 3)
-        judge, _ = self._compare(with_head(tuned, models.scorer, seed), pairs, seed=seed)
-        start = models.measure(64, tuned, tuned, judge, seed=seed + 1)
-        mean, scale = float(start.score.mean()), float(start.score.std())
+        judge = models.judge(self._compare, tuned, pairs, answers=64, seed=seed)
         found: dict[str, dict[str, float]] = {}
 
         def measured(name: str, params: Params, norms: Sequence[float] = ()) -> None:
-            answers = models.measure(64, params, tuned, judge, seed=seed + 2)
+            answers = models.measure(64, params, tuned, judge.params, seed=seed + 2)
             found[name] = {
                 "perplexity": self.perplexity(params, heldout),
                 "gold": float(answers.gold.mean()),
-                "proxy": float((answers.score.mean() - mean) / scale),
-                "kl": max(float(answers.ratio.mean()), 0.0),
+                "proxy": judge.proxy(answers),
+                "kl": answers.kl,
                 "norms": float(np.mean(norms)) if norms else math.nan,
             }
             say(f"  {name}: perplexity {found[name]['perplexity']:.2f}, gold {found[name]['gold']:.2f}")
@@ -144,8 +103,6 @@ class Experiment:
                 self._optimise[gamma],
                 tuned,
                 judge,
-                mean,
-                scale,
                 seed=seed,
                 kl_coef=beta,
                 watch=watch,
@@ -156,8 +113,8 @@ class Experiment:
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
         """Put the seeds together."""
-        figures, first = by_arm(found), self.sizes.betas[0]
-        outcome = Outcome(figures, COLUMNS, "", [])
+        first = self.sizes.betas[0]
+        outcome = Outcome(by_arm(found), COLUMNS, "", [])
         # Each arm's place is its mean; the whiskers are of the perplexity.
         paths = {
             f"γ from 0 to {max(self.sizes.gammas):g}, β {first:g}": [arm(gamma, first) for gamma in self.sizes.gammas],
@@ -167,16 +124,11 @@ class Experiment:
         series = []
         for colour, (name, arms) in enumerate(paths.items()):
             places = [(outcome.estimate(one, "gold").value, outcome.estimate(one, "perplexity")) for one in arms]
-            points = [(x, y.value) for x, y in places]
-            series.append(Series(name, points, [(y.low, y.high) for _, y in places], colour=colour))
+            series.append(Series.of(name, places, colour=colour))
         picture = curves("What RLHF forgets", [Panel("perplexity of held-out pages", "gold score", series)])
-        without = figures[arm(0.0, first)]
         sentences = []
         for name in (arm(gamma, first) for gamma in self.sizes.gammas[1:]):
-            perplexity, gold = (
-                shown(over_seeds(np.subtract(figures[name][measure], without[measure]).tolist()), "+.2f")
-                for measure in ("perplexity", "gold")
-            )
+            perplexity, gold = (outcome.change(name, arm(0.0, first), measure) for measure in ("perplexity", "gold"))
             sentences.append(
                 f"{name} against no mix: perplexity {perplexity}, gold {gold}; the norm of its gradient is "
                 f"{shown(outcome.estimate(name, 'norms'))} of PPO's at the start"

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import RankingBatch
-from rlhf_jax.evaluation.intervals import Floats, over_seeds
-from rlhf_jax.experiments.outcome import Outcome, Say, by_arm, shown
+from rlhf_jax.evaluation.intervals import Floats
+from rlhf_jax.experiments import review_models
+from rlhf_jax.experiments.outcome import Outcome, Say, by_arm
 from rlhf_jax.experiments.picture import Panel, Series, curves
 from rlhf_jax.experiments.review_models import ReviewModels, demonstrations
-from rlhf_jax.experiments.toy import Fit, fresh, with_head
-from rlhf_jax.stages import reward, sft
+from rlhf_jax.experiments.toy import fresh, with_head
 
 COLUMNS = (
     ("train_loss", "loss, training"),
@@ -32,7 +32,7 @@ KINDS = ("rankings", "shuffled pairs")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(review_models.Sizes):
     """Sizes of the experiment.
 
     Attributes:
@@ -42,10 +42,6 @@ class Sizes:
       batch: rankings in an update; the pairs of as many are in an update of shuffled pairs.
       passes: passes over the data.
       heldout: rankings of the test.
-      width: of the models.
-      layers: of the models.
-      demonstrations: answers to fine-tune on.
-      sft_steps: updates on them, of 64 answers each.
     """
 
     rankings: int = 256
@@ -54,15 +50,9 @@ class Sizes:
     batch: int = 8
     passes: tuple[int, ...] = (1, 2, 4, 8)
     heldout: int = 512
-    width: int = 64
-    layers: int = 2
-    demonstrations: int = 4096
-    sft_steps: int = 250
 
 
-SHORT = Sizes(
-    rankings=16, size=4, batch=4, passes=(1, 2, 3), heldout=16, width=32, layers=1, demonstrations=64, sft_steps=4
-)
+SHORT = Sizes.short(rankings=16, size=4, batch=4, passes=(1, 2, 3), heldout=16)
 
 
 def judged(rankings: RankingBatch, noise: float, draws: np.random.Generator) -> RankingBatch:
@@ -92,24 +82,16 @@ def pair_loss(score_BK: Floats, ranks_BK: Floats) -> float:
 
 
 class Experiment:
-    """The experiment on rankings as one element.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on rankings as one element."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()
-        self._models = models = ReviewModels(width=sizes.width, layers=sizes.layers)
-        self._tune = Fit(sft.make_update, models.model, rate=3e-3, steps=sizes.sft_steps, batch=64)
+        self._models = models = ReviewModels(sizes)
+        self._tune = models.tuning(sizes.sft_steps, pretrained=False)
         pairs = sizes.batch * sizes.size * (sizes.size - 1) // 2
         self._compare = {
-            arm(kind, passes): Fit(
-                reward.make_update,
-                models.scorer,
-                rate=1e-3,
-                steps=passes * sizes.rankings // sizes.batch,
-                batch=sizes.batch if kind == "rankings" else pairs,
+            arm(kind, passes): models.comparing(
+                passes * sizes.rankings // sizes.batch, batch=sizes.batch if kind == "rankings" else pairs
             )
             for kind in KINDS
             for passes in sizes.passes
@@ -141,26 +123,20 @@ class Experiment:
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
         """Put the seeds together."""
-        figures = by_arm(found)
-        outcome = Outcome(figures, COLUMNS, "", [], bounded={"accuracy", "gold_accuracy"})
+        outcome = Outcome(by_arm(found), COLUMNS, "", [], bounded={"accuracy", "gold_accuracy"})
         panels = []
         for title, names in (("loss", ("loss", "train_loss")), ("accuracy by gold", ("gold_accuracy",))):
             series = []
             for colour, kind in enumerate(KINDS):
                 for name in names:
-                    places = [outcome.estimate(arm(kind, passes), name) for passes in self.sizes.passes]
-                    points = [(float(n), one.value) for n, one in zip(self.sizes.passes, places, strict=True)]
+                    places = [(float(n), outcome.estimate(arm(kind, n), name)) for n in self.sizes.passes]
                     label = f"{kind}{', training' if name == 'train_loss' else ''}"
-                    spreads = [(one.low, one.high) for one in places]
-                    series.append(Series(label, points, spreads, dashed=name == "train_loss", colour=colour))
+                    series.append(Series.of(label, places, dashed=name == "train_loss", colour=colour))
             panels.append(Panel(title, "passes over the data", series))
         sentences = []
         for passes in self.sizes.passes:
-            one, other = (figures[arm(kind, passes)] for kind in KINDS)
-            loss, accuracy = (
-                shown(over_seeds(np.subtract(other[name], one[name]).tolist()), "+.3f")
-                for name in ("loss", "gold_accuracy")
-            )
+            one, other = (arm(kind, passes) for kind in KINDS)
+            loss, accuracy = (outcome.change(other, one, name, "+.3f") for name in ("loss", "gold_accuracy"))
             sentences.append(
                 f"shuffled pairs against rankings, passes {passes}: held-out loss {loss}, accuracy by gold {accuracy}"
             )

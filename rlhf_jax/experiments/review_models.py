@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,77 @@ from rlhf_jax.arrays import Params, RankingBatch, TokenBatch
 from rlhf_jax.config import EpisodeConfig, OptimConfig, PPOConfig
 from rlhf_jax.evaluation.intervals import Floats
 from rlhf_jax.experiments.reviews import TOPICS, WORDS, gold, page, review
-from rlhf_jax.experiments.toy import EOS, PAD, Optimise, Watch, nothing, small_model
+from rlhf_jax.experiments.toy import EOS, PAD, Fit, Optimise, Watch, nothing, small_model, with_head
 from rlhf_jax.generate import generate
 from rlhf_jax.logprobs import last_token_scores, sequence_logps
-from rlhf_jax.stages import ppo
+from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 PROMPT, RESPONSE = 2, 24
 LENGTH = PROMPT + RESPONSE + 1
+TINY = {
+    "width": 32,
+    "layers": 1,
+    "demonstrations": 64,
+    "sft_steps": 4,
+    "pages": 128,
+    "pretrain_steps": 4,
+    "comparisons": 64,
+    "reward_steps": 3,
+    "iterations": 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of models that are fine-tuned from scratch.
+
+    Attributes:
+      width: of the models.
+      layers: of the models.
+      demonstrations: answers to fine-tune on.
+      sft_steps: updates on them, of 64 answers each; of 32 after pretraining.
+    """
+
+    width: int = 64
+    layers: int = 2
+    demonstrations: int = 4096
+    sft_steps: int = 250
+
+    @classmethod
+    def short(cls, **own: Any) -> Self:
+        """Tiny sizes, for tests; those given differ from TINY's."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: value for name, value in TINY.items() if name in names} | own)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedSizes(Sizes):
+    """Sizes of models that are pretrained, then fine-tuned.
+
+    Attributes:
+      pages: pages of pretraining text.
+      pretrain_steps: updates on them, of 64 pages each.
+    """
+
+    demonstrations: int = 512
+    sft_steps: int = 100
+    pages: int = 20_000
+    pretrain_steps: int = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class RLHFSizes(Sizes):
+    """Sizes of a reward model and of PPO after fine-tuning.
+
+    Attributes:
+      comparisons: pairs of the start's answers that the reward model is trained on.
+      reward_steps: updates on them, of 32 pairs each.
+      iterations: of PPO, of 128 answers each.
+    """
+
+    comparisons: int = 1024
+    reward_steps: int = 64
+    iterations: int = 60
 
 
 class Measured(NamedTuple):
@@ -40,21 +105,64 @@ class Measured(NamedTuple):
     score: Floats
     gold: Floats
 
+    @property
+    def kl(self) -> float:
+        """KL to the start in nats per answer; the estimate may be below 0, which the KL is not."""
+        return max(float(self.ratio.mean()), 0.0)
+
+
+class Judge(NamedTuple):
+    """A reward model with the scale of its scores.
+
+    Attributes:
+      params: its parameters.
+      start: measured answers of the policy's start.
+      mean: of the scores of these answers.
+      scale: their standard deviation.
+    """
+
+    params: Params
+    start: Measured
+    mean: float
+    scale: float
+
+    def proxy(self, measured: Measured) -> float:
+        """Mean normalized score of answers."""
+        return float((measured.score.mean() - self.mean) / self.scale)
+
 
 class ReviewModels:
     """A language model and a reward model of one shape, and the programs that run them, which all seeds share.
 
     Args:
-      width: of the models.
-      layers: of the models.
+      sizes: of the models.
     """
 
-    def __init__(self, *, width: int, layers: int) -> None:
-        shape = functools.partial(small_model, context=LENGTH + 1, width=width, layers=layers)
+    def __init__(self, sizes: Sizes) -> None:
+        shape = functools.partial(small_model, context=LENGTH + 1, width=sizes.width, layers=sizes.layers)
         self.model = shape(len(WORDS))
         self.scorer = shape(len(WORDS), scalar=True)
         self._measure = jax.jit(self._measured, static_argnums=0)
         self._scores = jax.jit(functools.partial(last_token_scores, self.scorer))
+
+    def pretraining(self, sizes: PretrainedSizes) -> Fit:
+        """Pretraining on pages."""
+        return Fit(pretrain.make_update, self.model, rate=3e-3, steps=sizes.pretrain_steps, batch=64)
+
+    def tuning(self, steps: int, *, pretrained: bool) -> Fit:
+        """Fine-tuning on answers, from scratch or from a pretrained model."""
+        rate, batch = (1e-3, 32) if pretrained else (3e-3, 64)
+        return Fit(sft.make_update, self.model, rate=rate, steps=steps, batch=batch)
+
+    def comparing(self, steps: int, *, batch: int = 32) -> Fit:
+        """Training of a reward model on rankings."""
+        return Fit(reward.make_update, self.scorer, rate=1e-3, steps=steps, batch=batch)
+
+    def judge(self, compare: Fit, start: Params, pairs: RankingBatch, *, answers: int, seed: int) -> Judge:
+        """Train a reward model from `start`, and measure it on `answers` answers of the start to each topic."""
+        params, _ = compare(with_head(start, self.scorer, seed), pairs, seed=seed)
+        found = self.measure(answers, start, start, params, seed=seed + 1)
+        return Judge(params, found, float(found.score.mean()), float(found.score.std()))
 
     def optimise(self, iterations: int, *, by_text: bool = False, **changes: Any) -> Optimise:
         """PPO with a value network, of 128 answers an iteration, at a constant learning rate.
@@ -80,9 +188,7 @@ class ReviewModels:
         self,
         optimise: Optimise,
         start: Params,
-        judge: Params,
-        mean: float,
-        scale: float,
+        judge: Judge,
         *,
         seed: int,
         kl_coef: float,
@@ -95,8 +201,6 @@ class ReviewModels:
           optimise: see `optimise`.
           start: initial policy and reference.
           judge: reward model.
-          mean: of its scores of the start's answers.
-          scale: their standard deviation.
           seed: of sampling and order.
           kl_coef: β.
           watch: see `Optimise`.
@@ -104,8 +208,8 @@ class ReviewModels:
         """
         return optimise(
             start,
-            ppo.rescaled(judge, mean, scale),
-            ppo.Frozen(start, judge, jnp.float32(mean), jnp.float32(scale)),
+            ppo.rescaled(judge.params, judge.mean, judge.scale),
+            ppo.Frozen(start, judge.params, jnp.float32(judge.mean), jnp.float32(judge.scale)),
             WORDS.prompts(TOPICS, PROMPT),
             lambda draws, count: draws.integers(len(TOPICS), size=count),
             seed=seed,

@@ -16,31 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.arrays import Params, RankingBatch
-from rlhf_jax.evaluation.intervals import over_seeds
-from rlhf_jax.experiments.outcome import Outcome, Say, by_arm, shown
+from rlhf_jax.experiments.outcome import Outcome, Say, by_arm
 from rlhf_jax.experiments.picture import Panel, Series, curves
-from rlhf_jax.experiments.review_models import ReviewModels, demonstrations, pages
-from rlhf_jax.experiments.toy import Fit, fresh, with_head
-from rlhf_jax.stages import pretrain, reward, sft
+from rlhf_jax.experiments.review_models import PretrainedSizes, ReviewModels, demonstrations, pages
+from rlhf_jax.experiments.toy import fresh, with_head
 
 STARTS = ("SFT", "pretrained", "scratch")
 BATCH = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(PretrainedSizes):
     """Sizes of the experiment.
 
     Attributes:
       comparisons: numbers of pairs that a reward model is trained on.
       agreements: probabilities that a label agrees with the gold score.
       tested: pairs of the test, with the gold score's labels.
-      width: of the models.
-      layers: of the models.
-      pages: pages of pretraining text.
-      pretrain_steps: updates on them, of 64 pages each.
-      demonstrations: answers to fine-tune on.
-      sft_steps: updates on them, of 32 answers each.
       fewest_steps: updates of a reward model, of 32 pairs each, at least; else two passes.
       most_steps: at most.
     """
@@ -48,29 +40,11 @@ class Sizes:
     comparisons: tuple[int, ...] = (100, 500, 2500, 20_000)
     agreements: tuple[float, ...] = (0.6, 0.75, 0.95)
     tested: int = 4096
-    width: int = 64
-    layers: int = 2
-    pages: int = 20_000
-    pretrain_steps: int = 600
-    demonstrations: int = 512
-    sft_steps: int = 100
     fewest_steps: int = 32
     most_steps: int = 625
 
 
-SHORT = Sizes(
-    comparisons=(32, 64),
-    agreements=(0.6, 0.95),
-    tested=64,
-    width=32,
-    layers=1,
-    pages=128,
-    pretrain_steps=4,
-    demonstrations=64,
-    sft_steps=4,
-    fewest_steps=2,
-    most_steps=3,
-)
+SHORT = Sizes.short(comparisons=(32, 64), agreements=(0.6, 0.95), tested=64, fewest_steps=2, most_steps=3)
 
 
 def labelled(pairs: RankingBatch, count: int, agreement: float, seed: int) -> RankingBatch:
@@ -86,25 +60,14 @@ def labelled(pairs: RankingBatch, count: int, agreement: float, seed: int) -> Ra
 
 
 class Experiment:
-    """The experiment on the start of a reward model.
-
-    Args:
-      short: in a tiny size, for tests.
-    """
+    """The experiment on the start of a reward model."""
 
     def __init__(self, short: bool) -> None:
         self.sizes = sizes = SHORT if short else Sizes()
-        self._models = models = ReviewModels(width=sizes.width, layers=sizes.layers)
-        self._pretrain = Fit(pretrain.make_update, models.model, rate=3e-3, steps=sizes.pretrain_steps, batch=64)
-        self._tune = Fit(sft.make_update, models.model, rate=1e-3, steps=sizes.sft_steps, batch=32)
+        self._models = models = ReviewModels(sizes)
+        self._pretrain, self._tune = models.pretraining(sizes), models.tuning(sizes.sft_steps, pretrained=True)
         self._compare = {
-            count: Fit(
-                reward.make_update,
-                models.scorer,
-                rate=1e-3,
-                steps=min(max(2 * count // BATCH, sizes.fewest_steps), sizes.most_steps),
-                batch=BATCH,
-            )
+            count: models.comparing(min(max(2 * count // BATCH, sizes.fewest_steps), sizes.most_steps), batch=BATCH)
             for count in sizes.comparisons
         }
 
@@ -140,14 +103,9 @@ class Experiment:
                 f"labels that agree in {float(name):.0%}",
                 "comparisons, log10",
                 [
-                    Series(
+                    Series.of(
                         start,
-                        [(math.log10(n), outcome.estimate(arm(start, n), name).value) for n in self.sizes.comparisons],
-                        [
-                            (one.low, one.high)
-                            for n in self.sizes.comparisons
-                            for one in [outcome.estimate(arm(start, n), name)]
-                        ],
+                        [(math.log10(n), outcome.estimate(arm(start, n), name)) for n in self.sizes.comparisons],
                         colour=colour,
                     )
                     for colour, start in enumerate(STARTS)
@@ -157,11 +115,11 @@ class Experiment:
         ]
         picture = curves("Accuracy of a reward model by its start", panels, wide=300)
         sentences = [
-            f"SFT's gain over {other}, {count:,} pairs at {name}: {shown(over_seeds(gain), '+.3f')}"
+            f"SFT's gain over {other}, {count:,} pairs at {name}: "
+            f"{outcome.change(arm('SFT', count), arm(other, count), name, '+.3f')}"
             for other in STARTS[1:]
             for name in measures
             for count in self.sizes.comparisons
-            for gain in [np.subtract(figures[arm("SFT", count)][name], figures[arm(other, count)][name]).tolist()]
         ]
         return dataclasses.replace(outcome, picture=picture, sentences=sentences)
 

@@ -27,7 +27,7 @@ MODULES = {
 
 
 class Experiment(Protocol):
-    """An experiment, whose repetitions share compiled programs.
+    """An experiment, whose repetitions share compiled programs; made with True, in a tiny size for tests.
 
     Attributes:
       sizes: a dataclass of its settings.

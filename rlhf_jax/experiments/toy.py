@@ -260,8 +260,4 @@ def _first_words(model: Transformer, params: Params, prompts: PromptBatch) -> An
     return jax.nn.softmax(model.apply({"params": params}, hidden, method="head")[:, 0], axis=-1)
 
 
-def _init(model: Transformer, key: Any) -> Params:
-    return init_params(model, key)
-
-
-_fresh = jax.jit(_init, static_argnums=0)
+_fresh = jax.jit(init_params, static_argnums=0)

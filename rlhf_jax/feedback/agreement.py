@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_jax.evaluation import intervals
 from rlhf_jax.feedback.judged import Judged
 from rlhf_jax.feedback.records import FLAGS, Item, Judgement
 
@@ -55,12 +56,9 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(intervals.Estimate):
     """An estimate with its 95% interval, and the number of units that it is based on."""
 
-    value: float
-    low: float
-    high: float
     units: int
 
 

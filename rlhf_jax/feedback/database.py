@@ -7,7 +7,6 @@ labeller survives a crash of the process or the machine.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import sqlite3
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.runs.locks import locked
 
 FILE = "labels.sqlite"
 LOCK = "label.lock"
@@ -169,25 +169,14 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("COMMIT")
 
 
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Lock a labelling folder for this process; the operating system releases the lock when the process ends.
 
     Raises:
       UserError: without waiting, if another process holds the lock, with that process's id.
     """
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{folder}: process {file.read().strip()} is serving this folder; stop it first or give another folder"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    busy = "is serving this folder; stop it first or give another folder"
+    return locked(folder / LOCK, busy=busy, instead="give another folder")
 
 
 def _version(db: sqlite3.Connection) -> tuple[int, int]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import transaction
-from rlhf_jax.feedback.queue import LONGEST_SKIP, Conflict, Queue, digest_of
+from rlhf_jax.feedback.queue import Conflict, Queue, digest_of
+from rlhf_jax.feedback.shown import LONGEST_SKIP
 from rlhf_jax.feedback.store import Labeller
 
 

@@ -19,11 +19,10 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.database import transaction
-from rlhf_jax.feedback.records import Item, Judgement
-from rlhf_jax.feedback.store import Labeller, Store, dense, insert_judgement, item_of, refuse_judgement
+from rlhf_jax.feedback.records import Item
+from rlhf_jax.feedback.shown import Answer, draft_of, judgement_of, shuffle
+from rlhf_jax.feedback.store import Labeller, Store, insert_judgement, item_of
 
-LONGEST_SKIP = 500
-MOST_SECONDS = 24 * 3600.0
 MOST_LEFT = 999
 """Items left for a labeller are counted to this number, which keeps the page fast however many there are."""
 
@@ -66,22 +65,6 @@ class Assignment:
     order: tuple[int, ...]
     draft: dict[str, Any] | None
     revision: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """A labeller's answer, with responses in the order shown; the fields are those of Judgement."""
-
-    item: str
-    ranks: tuple[int, ...] = ()
-    ratings: tuple[int | None, ...] = ()
-    flags: tuple[tuple[str, ...], ...] = ()
-    skip: str = ""
-    seconds: float = 0.0
-    comments: tuple[str, ...] = ()
-    rationale: str = ""
-    demonstration: str = ""
-    corrects: int | None = None
 
 
 class Queue:
@@ -158,7 +141,9 @@ class Queue:
             if lease is None:
                 raise Conflict("this item is not yours, or you have judged it")
             item = self._item(number)
-            judgement = self._judgement(labeller, item, answer, now, started=lease[1])
+            judgement = judgement_of(
+                answer, item, labeller.name, self.order(labeller, item), self.page, now=now, started=lease[1]
+            )
             insert_judgement(self._db, number, labeller.number, judgement)
             self._db.execute("DELETE FROM leases WHERE item = ? AND labeller = ?", (number, labeller.number))
             self.hold(number, (not judgement.skip) - lease[0])
@@ -193,19 +178,8 @@ class Queue:
             if item.kind == "quiz" and self._screening(labeller) != "open":
                 raise Conflict("the screening questions are over and stay as they are")
             self.withdraw(judgement, now, "undone")
-            order = self.order(labeller, item)
-            texts = json.loads(more)
-            if "comments" in texts:
-                texts["comments"] = _shown(texts["comments"], order)
-            if "corrects" in texts:
-                texts["corrects"] = order.index(texts["corrects"])
-            draft = {
-                "tiers": _tiers(_shown(json.loads(ranks), order)),
-                "ratings": _shown(json.loads(ratings), order),
-                "flags": _shown(json.loads(flags), order),
-                "seconds": seconds,
-                **texts,
-            }
+            columns = [json.loads(column) for column in (ranks, ratings, flags, more)]
+            draft = draft_of(self.order(labeller, item), *columns, seconds=seconds)
             self._db.execute(
                 "INSERT INTO leases (item, labeller, started, expires, live, draft, revision) "
                 "VALUES (?, ?, ?, ?, 1, ?, 1)",
@@ -218,13 +192,8 @@ class Queue:
         return reply
 
     def order(self, labeller: Labeller, item: Item) -> tuple[int, ...]:
-        """Order of the responses on the labeller's page: a fixed shuffle for each labeller and item."""
-
-        def place(response: int) -> bytes:
-            text = f"{self.store.salt}\n{item.id}\n{labeller.name}\n{response}"
-            return hashlib.sha256(text.encode()).digest()
-
-        return tuple(sorted(range(len(item.responses)), key=place))
+        """Order of the responses on the labeller's page."""
+        return shuffle(len(item.responses), f"{self.store.salt}\n{item.id}\n{labeller.name}")
 
     def progress(self, labeller: Labeller) -> dict[str, Any]:
         """Counts for the labeller's page."""
@@ -324,42 +293,6 @@ class Queue:
         if change < 0:
             # Labellers whose cursor passed the item while it was full must find it again.
             self._db.execute("UPDATE labellers SET cursor = ? WHERE cursor >= ?", (item - 1, item))
-
-    def _judgement(self, labeller: Labeller, item: Item, answer: Answer, now: float, *, started: float) -> Judgement:
-        """Convert an answer to the item's own order of responses.
-
-        Raises:
-          UserError: if the answer does not fit the item.
-        """
-        if len(answer.skip) > LONGEST_SKIP:
-            raise UserError(f"skip: expected at most {LONGEST_SKIP} characters, got {len(answer.skip)}")
-        if not 0 <= answer.seconds <= MOST_SECONDS:
-            raise UserError(f"seconds: expected 0 to {MOST_SECONDS:.0f}, got {answer.seconds}")
-        judgement = Judgement(
-            item=item.id,
-            labeller=labeller.name,
-            ranks=answer.ranks,
-            ratings=answer.ratings,
-            flags=tuple(frozenset(names) for names in answer.flags),
-            skip=answer.skip.strip(),
-            comments=tuple(map(str.strip, answer.comments)) if any(map(str.strip, answer.comments)) else (),
-            rationale=answer.rationale.strip(),
-            demonstration=answer.demonstration.rstrip(),
-            corrects=answer.corrects if answer.demonstration.strip() else None,
-            # The page's clock is not trusted: nobody can take longer than the lease has existed.
-            seconds=round(min(answer.seconds, max(now - started, 0.0) + 1.0), 3),
-            at=now,
-        )
-        refuse_judgement(judgement, len(item.responses), self.page)
-        order = self.order(labeller, item)
-        return dataclasses.replace(
-            judgement,
-            ranks=_own(dense(judgement.ranks), order),
-            ratings=_own(judgement.ratings, order),
-            flags=_own(judgement.flags, order),
-            comments=_own(judgement.comments, order),
-            corrects=None if judgement.corrects is None else order[judgement.corrects],
-        )
 
     def withdraw(self, judgement: int, now: float, why: str) -> None:
         """Move a judgement to those that were withdrawn, inside the caller's transaction."""
@@ -469,26 +402,6 @@ class Queue:
             )
         except sqlite3.IntegrityError:
             raise UserError("request: expected an id of 1 to 64 characters, got an empty or longer one") from None
-
-
-def _own(values: Sequence[Any], order: Sequence[int]) -> tuple[Any, ...]:
-    """Convert values from the order shown to the item's own order."""
-    if not values:
-        return ()
-    own = [values[0]] * len(order)
-    for shown, place in enumerate(order):
-        own[place] = values[shown]
-    return tuple(own)
-
-
-def _shown(values: Sequence[Any], order: Sequence[int]) -> list[Any]:
-    """Convert values from the item's own order to the order shown."""
-    return [values[place] for place in order] if values else []
-
-
-def _tiers(ranks: Sequence[int]) -> list[list[int]]:
-    """Responses of each rank, the best first: [[0], [1, 2]] for the ranks 1, 2, 2."""
-    return [[place for place, rank in enumerate(ranks) if rank == tier] for tier in sorted(set(ranks))]
 
 
 def digest_of(content: object) -> str:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.batches import PromptRows, bucket_length, by_length, default_buckets
+from rlhf_jax.config import SamplingConfig
+from rlhf_jax.data.batches import by_length
 from rlhf_jax.data.encode import prompt_ids
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.records import MOST_RESPONSES, Item
 from rlhf_jax.feedback.tasks import make_item
-from rlhf_jax.generate import generate, uniform_numbers
+from rlhf_jax.generate import uniform_numbers
+from rlhf_jax.inference import ROWS, Sampler
 from rlhf_jax.pretrained.source import Source
-
-ROWS = 32
 
 
 def sample_items(
@@ -74,42 +73,29 @@ def _responses(
     model: Source, prompts: Sequence[Prompt], *, samples: int, max_new_tokens: int, temperature: float, seed: int
 ) -> list[list[tuple[str, bool]]]:
     """(text, True if it ended) of each response to each prompt."""
-    tokenizer, network, params = model.tokenizer, model.network(), model.params()
-    room = model.model.context - max_new_tokens
+    tokenizer = model.tokenizer
+    sampling = SamplingConfig(
+        max_new_tokens=max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+        temperature=temperature,
+    )
+    sampler = Sampler(model, sampling, seed)
     rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
-        if not 1 <= len(ids) <= room:
+        if not 1 <= len(ids) <= sampler.room:
             raise UserError(
-                f"{prompt.where}: expected 1 to {max(room, 0)} tokens for {model.where} (its context of "
+                f"{prompt.where}: expected 1 to {sampler.room} tokens for {model.where} (its context of "
                 f"{model.model.context} less --max-new-tokens {max_new_tokens}), got {len(ids)}"
             )
     order = [place for place in range(len(rows)) for _ in range(samples)]
-    key, parts = jax.random.key(seed), range(-(-len(order) // ROWS))
+    parts = range(-(-len(order) // ROWS))
     # Random numbers belong to a response's place, so a response does not depend on the batch it is sampled in.
-    numbers = [uniform_numbers(jax.random.fold_in(key, part), ROWS, max_new_tokens) for part in parts]
+    numbers = [uniform_numbers(jax.random.fold_in(sampler.key, part), ROWS, max_new_tokens) for part in parts]
     uniform_NR = np.concatenate(numbers)
     answers = [("", False)] * len(order)
     for among in by_length([len(rows[place]) for place in order], ROWS):
         part = [rows[order[place]] for place in among]
-        width = bucket_length(max(map(len, part)), default_buckets(room))
-        repeated = np.arange(ROWS) % len(part)
-        batch = PromptRows(part, width, tokenizer.pad_id).batch(repeated)
-        out = generate(
-            network,
-            params,
-            batch.tokens_BP,
-            batch.mask_BP,
-            key,
-            max_new_tokens=max_new_tokens,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            temperature=temperature,
-            uniform_BR=jnp.asarray(uniform_NR[among[repeated]]),
-        )
-        tokens_BR, mask_BR = np.asarray(out.tokens), np.asarray(out.mask)
-        for place, ids, row, mask in zip(among, part, tokens_BR, mask_BR):
-            # Decoding a response without its prompt could drop its leading space.
-            said = row[mask].tolist()
-            text = tokenizer.decode([*ids, *said])[len(tokenizer.decode(ids)) :]
-            answers[place] = text, said[-1] in tokenizer.stop_ids
+        for place, each in zip(among, sampler.side_by_side(part, uniform_NR[among]), strict=True):
+            answers[place] = each
     return [answers[place * samples : (place + 1) * samples] for place in range(len(rows))]

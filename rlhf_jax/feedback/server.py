@@ -25,8 +25,9 @@ from rlhf_jax.feedback.admin_server import admin_routes
 from rlhf_jax.feedback.guard import Guard, Refused, WrongTokens, read_body, text_field
 from rlhf_jax.feedback.markdown import markdown_tree
 from rlhf_jax.feedback.page import Page
-from rlhf_jax.feedback.queue import Answer, Assignment, Conflict, Paused, Queue
+from rlhf_jax.feedback.queue import Assignment, Conflict, Paused, Queue
 from rlhf_jax.feedback.records import Item
+from rlhf_jax.feedback.shown import Answer
 from rlhf_jax.feedback.store import Labeller, Store
 
 ASSETS = Path(__file__).parent / "assets"

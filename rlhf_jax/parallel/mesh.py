@@ -109,11 +109,6 @@ def outline(make: Callable[[], TrainState], mesh: Mesh) -> TrainState:
     return dataclasses.replace(shapes, step=replicate(jnp.zeros((), jnp.int32), mesh))
 
 
-def placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array]:
-    """Returns (dotted path, host array) -> array on the mesh, with which a file reader places tensors one by one."""
-    return lambda path, host: _put(host, sharding_of(path, host.shape, mesh))
-
-
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Replicates every array of a tree over all devices of the mesh."""
     return jax.tree.map(lambda leaf: _put(leaf, NamedSharding(mesh, PartitionSpec())), tree)

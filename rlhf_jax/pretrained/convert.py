@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.arrays import Params, TrainState
+from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import to_plain
 from rlhf_jax.errors import UserError
-from rlhf_jax.lora import is_adapter, merge
+from rlhf_jax.lora import is_adapter
 from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.pretrained.huggingface import SHARD_BYTES, as_published, write_folder
 from rlhf_jax.pretrained.peft import write_adapter
-from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, unstacked, with_template
-from rlhf_jax.runs.checkpoint import Checkpoints
+from rlhf_jax.pretrained.source import LANGUAGE, PUBLISHED, Source, on_base, open_source, unstacked, with_template
+from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.tokenizers.export import write_folder as write_tokenizer
 
@@ -57,7 +58,8 @@ def export(
     source = with_template(open_any(spec), chat_template)
     if adapter:
         return _export_adapter(source, folder, dtype or "float32")
-    params = critic_params(source) if critic else source.params()
+    if critic:
+        source = value_network(source)
     tokenizer = source.tokenizer
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     extras: dict[str, Any] = {}
@@ -65,7 +67,7 @@ def export(
         extras = reward_facts(source)
     written = write_folder(
         folder,
-        *unstacked(jax.device_get(params), source.model),
+        *unstacked(jax.device_get(source.params()), source.model),
         origin=source.origin,
         special_ids={role: id for role, id in ids.items() if id is not None},
         stop_ids=tokenizer.stop_ids,
@@ -112,22 +114,52 @@ def reward_facts(source: Source) -> dict[str, Any]:
     return known | ({"warnings": list(source.warnings)} if source.warnings else {})
 
 
-def critic_params(source: Source) -> Params:
-    """All parameters of a PPO run's value network, with an adapter merged into its base.
+def value_network(source: Source) -> Source:
+    """The value network of a PPO run, with the base and the architecture of what it started from.
+
+    That is the reward model, or the policy's start if the reward was of functions alone.
 
     Raises:
-      UserError: if the source is not a PPO run.
+      UserError: if the source is not a PPO run with a value network, or its reward model is not there or has changed.
     """
     if source.stage != "ppo":
         raise UserError(f"{source.where}: expected a ppo run, which has a value network, got a {source.stage} run")
-    params = RunFolder.open(source.spec, stages=("ppo",)).load_params()
+    run = RunFolder.open(source.spec, stages=("ppo",))
+    params = run.load_params()
     if "critic" not in params:
         raise UserError(f"{source.where}: expected a ppo run with a value network (--estimator gae), got one without")
-    critic = params["critic"]
-    if source.base is None or source.lora is None:
-        return critic
-    whole: Params = merge(source.base.params(), critic, source.lora.scale)
-    return {name: value for name, value in whole.items() if name != "unembedding"}
+    critic, start, base = jax.tree.map(jnp.asarray, params["critic"]), source, source.base
+    if run.config.get("reward"):
+        start = _reward_model(source, run)
+        shared = start.lora == source.lora and is_adapter(start.own())
+        base = None if source.lora is None else start.base if shared else start
+    return dataclasses.replace(
+        source,
+        model=start.model,
+        origin=start.origin,
+        scalar=True,
+        own=lambda: critic,
+        identify=lambda: fingerprint(critic),
+        base=base,
+    )
+
+
+def _reward_model(source: Source, run: RunFolder) -> Source:
+    """The reward model of a PPO run."""
+    spec = run.config["reward"]
+    at = spec if spec.startswith(PUBLISHED) else run.find(spec)
+    if at is None:
+        raise UserError(
+            f"{source.where}: expected its reward model {spec}, which the value network started from, got no such "
+            "folder; put it back"
+        )
+    found = open_source(on_base(at, run.config.get("base", "")), stages=("reward",))
+    if found.fingerprint != run.inputs["reward"]:
+        raise UserError(
+            f"{source.where}: expected its reward model {spec}, which the value network started from, as it was, with "
+            f"fingerprint {run.inputs['reward'][:12]}, got {found.fingerprint[:12]}"
+        )
+    return found
 
 
 def _export_adapter(source: Source, folder: Path, dtype: str) -> str:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Params
+from rlhf_jax.arrays import Params, flattened, nested
 from rlhf_jax.config import ModelConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import UNFINISHED, sync_folder
@@ -372,31 +372,6 @@ def parameter_shapes(model: ModelConfig, scalar: bool) -> dict[str, tuple[int, .
     module = Transformer(model, scalar=scalar)
     tree = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
     return {path: leaf.shape for path, leaf in flattened(tree).items()}
-
-
-def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten nested dicts into one dict of dotted paths."""
-
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in node.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield prefix + name, value
-
-    return dict(walk(tree, ""))
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flattened`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *folders, last = path.split(".")
-        inner = tree
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = value
-    return tree
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ again on reading, without rounding.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import re
 import shutil
@@ -19,14 +18,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.arrays import Params
+from rlhf_jax.arrays import Params, flattened, nested
 from rlhf_jax.config import PLACES, LoraConfig, ModelConfig
-from rlhf_jax.errors import UserError, install_command
+from rlhf_jax.errors import UserError
 from rlhf_jax.files import UNFINISHED, sync_folder
 from rlhf_jax.pretrained.config_fields import Fields
 from rlhf_jax.pretrained.families import FAMILIES
-from rlhf_jax.pretrained.huggingface import flattened, nested, parameter_shapes
-from rlhf_jax.pretrained.safetensors_files import write_file
+from rlhf_jax.pretrained.huggingface import parameter_shapes
+from rlhf_jax.pretrained.safetensors_files import open_file, write_file
 from rlhf_jax.pretrained.weights import Tensor, join, shape_in_file, split, tensors_of
 from rlhf_jax.runs.atomic_files import read_json, write_json
 from rlhf_jax.runs.checkpoint import first_bad
@@ -402,21 +401,8 @@ def _tensors(path: Path) -> dict[str, np.ndarray]:
         pickles = path.with_suffix(".bin").exists()
         hint = f"; {path.stem}.bin is a pickle, which runs code: save it as safetensors first" if pickles else ""
         raise UserError(f"{path}: no such file{hint}")
-    safetensors = _package("safetensors")
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        size = path.stat().st_size
-        raise UserError(f"{path}: truncated or damaged ({size:,} bytes): {error}; copy it again") from None
-
-
-def _package(name: str) -> Any:
-    """Import an optional package."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UserError(f"PEFT adapters require the package {error.name}; run: {install_command('hf')}") from None
+    with open_file(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def _check_shape(path: Path, name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:

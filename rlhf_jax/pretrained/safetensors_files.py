@@ -27,14 +27,14 @@ class SafetensorsFolder:
         single, index = folder / SINGLE, folder / INDEX
         if single.exists():
             _refuse_elsewhere(single)
-            self._files = dict.fromkeys(_open(single).keys(), single)
+            self._files = dict.fromkeys(open_file(single).keys(), single)
         elif index.exists():
             self._files = {name: folder / file for name, file in _weight_map(index).items()}
             for file in sorted(set(self._files.values())):
                 if not file.exists() and not file.is_symlink():
                     raise UserError(f"{file}: missing, but named in {index.name}; copy the folder again")
                 _refuse_elsewhere(file)
-                held = set(_open(file).keys())
+                held = set(open_file(file).keys())
                 for name in (name for name, at in self._files.items() if at == file and name not in held):
                     raise UserError(f"{file}: tensor {name!r} is missing, but named in {index.name}")
         else:
@@ -54,7 +54,7 @@ class SafetensorsFolder:
         """
         file = self._files[name]
         try:
-            tensor: np.ndarray = _open(file).get_tensor(name)
+            tensor: np.ndarray = open_file(file).get_tensor(name)
         except (
             _module("safetensors").SafetensorError,
             AttributeError,
@@ -136,7 +136,7 @@ def _refuse_elsewhere(file: Path) -> None:
         )
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     """Open a file, which reads its header."""
     safetensors = _module("safetensors")
     try:

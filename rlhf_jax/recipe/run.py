@@ -51,9 +51,7 @@ def adamw(rate: float, **changes: Any) -> OptimConfig:
 
 def run(config: RecipeConfig) -> None:
     """Runs the recipe with one seed, or with several and reports the medians."""
-    with hold(config.folder) if processes.is_first() else contextlib.nullcontext():
-        use_cpu_devices(config.devices)
-        run_seeds(config, run_seed, figures_table)
+    run_seeds(config, run_seed, figures_table)
 
 
 def run_seeds(
@@ -68,23 +66,27 @@ def run_seeds(
       run_seed: the recipe with one seed, which writes summary.json.
       figures_table: the table of a summary, under a title.
     """
-    if config.seeds == 1:
-        run_seed(config)
-        return
-    summaries = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        folder = config.folder / f"seed{seed}"
-        run_seed(dataclasses.replace(config, seed=seed, seeds=1, out=str(folder)))
-        summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
-    medians = {
-        key: float(np.median([summary[key] for summary in summaries]))
-        for key, value in summaries[0].items()
-        if isinstance(value, int | float) and key != "seed"
-    }
-    if not processes.is_first():
-        return
-    write_json(config.folder / "summary.json", medians | nested(medians) | {"seeds": [s["seed"] for s in summaries]})
-    rich.console.Console().print(figures_table(medians, f"medians over {config.seeds} seeds"))
+    with hold(config.folder) if processes.is_first() else contextlib.nullcontext():
+        use_cpu_devices(config.devices)
+        if config.seeds == 1:
+            run_seed(config)
+            return
+        summaries = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            folder = config.folder / f"seed{seed}"
+            run_seed(dataclasses.replace(config, seed=seed, seeds=1, out=str(folder)))
+            summaries.append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+        medians = {
+            key: float(np.median([summary[key] for summary in summaries]))
+            for key, value in summaries[0].items()
+            if isinstance(value, int | float) and key != "seed"
+        }
+        if not processes.is_first():
+            return
+        write_json(
+            config.folder / "summary.json", medians | nested(medians) | {"seeds": [s["seed"] for s in summaries]}
+        )
+        rich.console.Console().print(figures_table(medians, f"medians over {config.seeds} seeds"))
 
 
 def run_seed(config: RecipeConfig) -> None:

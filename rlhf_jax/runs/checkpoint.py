@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
@@ -32,12 +29,10 @@ from rlhf_jax.files import UNFINISHED, sync_folder
 from rlhf_jax.parallel import processes, stopping
 from rlhf_jax.runs.atomic_files import Damaged, read_manifest, seal, verify
 from rlhf_jax.runs.background import Background, collect_reports, quiet, refusal, saving_limit
+from rlhf_jax.runs.saved_arrays import described, leaves_of, read_params, read_state, write
 
 FORMAT_VERSION = 1
 _DELETED, _REPLACED, _DAMAGED = ".deleted", ".replaced", ".damaged"
-_PARTS = ("params", "training")
-# One for each save; the same in all processes.
-_numbers = itertools.count()
 _log = logging.getLogger("rlhf_jax")
 
 
@@ -104,7 +99,7 @@ class Checkpoints:
         occurs after the return is raised by the next call of `check`, `wait`, `finish` or this function.
         """
         self.wait()
-        leaves = _leaves(state)
+        leaves = leaves_of(state)
         size = sum(leaf.nbytes for leaf in leaves.values())
         unfinished = self.folder / (_name(step) + UNFINISHED)
         about = {
@@ -112,7 +107,7 @@ class Checkpoints:
             "step": step,
             "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
             "best": {"metric": self.best_metric, "mode": self.best_mode},
-            "arrays": _describe(leaves),
+            "arrays": described(leaves),
         }
         # By the time this step is written, a later one may be in doubt.
         beyond_doubt = self.beyond_doubt
@@ -120,7 +115,7 @@ class Checkpoints:
         self._quiet.enter_context(quiet())
         with self._refused_in_one_line():
             processes.by_first(lambda: self._make_room(size))
-            arrays = _write(unfinished, leaves, seconds=saving_limit(size))
+            arrays = write(unfinished, leaves, seconds=saving_limit(size))
 
         def finish() -> None:
             # Returns when the arrays of all processes are written.
@@ -226,7 +221,7 @@ class Checkpoints:
         if chosen is None:
             return template
         path = self.folder / _name(chosen)
-        return _restore(path, _manifest(path), template)
+        return read_state(path, _manifest(path)["arrays"], template)
 
     def _intact(self, step: int | None) -> int | None:
         """The newest intact step, or the requested one; None if nothing is saved yet. See `restore`."""
@@ -319,16 +314,11 @@ def load_params(folder: Path, which: Literal["last", "best"] | int = "last") -> 
         path = folder / _name(step)
         try:
             verify(path, "params")
-            described = _part(_manifest(path)["arrays"], "params")
+            arrays = _manifest(path)["arrays"]
         except Damaged as damage:
             _log.warning("warning: %s is damaged (%s); trying another", path, damage)
             continue
-        abstract = {name: jax.ShapeDtypeStruct(d["shape"], jnp.dtype(d["dtype"])) for name, d in described.items()}
-        as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in abstract}
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            arguments = ocp.args.PyTreeRestore(item=abstract, restore_args=as_numpy)
-            flat = checkpointer.restore(path / "params", args=arguments)
-        return _nested({name: np.asarray(leaf) for name, leaf in flat.items()})
+        return read_params(path, arrays)
     raise UserError(f"{folder}: no intact checkpoint to take parameters from; the steps there are {steps}")
 
 
@@ -351,128 +341,14 @@ def first_bad(value: np.ndarray) -> str | None:
     return f"{float(value[place])} at {list(map(int, place))}"
 
 
-def _restore(path: Path, manifest: dict[str, Any], template: TrainState) -> TrainState:
-    _check_version(path, manifest)
-    leaves_of_template = _leaves(template)
-    saved, described = manifest["arrays"], _describe(leaves_of_template)
-    # Parameters first: a difference in them shows in the optimizer state too, where it is harder to understand.
-    for name in sorted({*saved, *described}, key=lambda name: (not name.startswith("params."), name)):
-        if saved.get(name) != described.get(name):
-            got, expected = _show(saved.get(name)), _show(described.get(name))
-            raise UserError(f"{path}: {name}: expected {expected}, got {got}; it was saved with other settings")
-    restored: dict[str, jax.Array] = {}
-    for part in _PARTS:
-        abstract = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in _part(leaves_of_template, part).items()
-        }
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            restored |= checkpointer.restore(path / part, args=ocp.args.StandardRestore(abstract))
-    paths, treedef = jax.tree_util.tree_flatten_with_path(template)
-    leaves = [_like(leaf, restored[_leaf_name(key_path)]) for key_path, leaf in paths]
-    return jax.tree_util.tree_unflatten(treedef, leaves)
-
-
-def _write(folder: Path, leaves: Mapping[str, jax.Array], *, seconds: float) -> contextlib.ExitStack:
-    """Starts to write a state's arrays, and returns when an update may overwrite them.
-
-    Orbax copies the arrays to the host. On a CPU it keeps references to them instead, and XLA donates no array that
-    something else refers to.
-
-    Args:
-      folder: a new folder for the parts.
-      leaves: the arrays.
-      seconds: how long all processes together may take.
-
-    Returns:
-      A context whose `close` waits until all processes have written their arrays, and raises the errors of this one.
-    """
-    number = next(_numbers)
-    with contextlib.ExitStack() as writing:
-        for part in _PARTS:
-            checkpointer = ocp.AsyncCheckpointer(
-                ocp.StandardCheckpointHandler(),
-                async_options=ocp.options.AsyncOptions(int(seconds), create_directories_asynchronously=False),
-                # Processes meet under this name, in threads that run at the same time.
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    barrier_sync_key_prefix=f"rlhf_jax/{number}/{part}"
-                ),
-            )
-            writing.enter_context(checkpointer)
-            checkpointer.save(folder / part, args=ocp.args.StandardSave(_part(leaves, part)))
-        return writing.pop_all()
-
-
-def _leaves(state: TrainState) -> dict[str, jax.Array]:
-    """Maps names such as "params.layer.kernel" and "opt_state.0.count" to leaves; random keys become their data."""
-    leaves: dict[str, jax.Array] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = _leaf_name(path)
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-            raise TypeError(f"{name}: expected an array, got {type(leaf).__name__}")
-        array = jax.random.key_data(leaf) if _is_key(leaf) else jnp.asarray(leaf)
-        if array.dtype != leaf.dtype and not _is_key(leaf):
-            raise TypeError(f"{name}: {leaf.dtype} would be saved as {array.dtype}")
-        if array.weak_type:
-            # A restored array is never weakly typed, so the resumed run would promote, and so round, differently.
-            raise TypeError(f"{name}: weakly typed; make it with jnp.{array.dtype}(…)")
-        if name in leaves:
-            raise TypeError(f"{name}: two leaves of the state have this name")
-        leaves[name] = processes.everywhere(array)
-    for path, _ in jax.tree_util.tree_leaves_with_path(state.params):
-        # Later stages rebuild the parameters from these names, without a template.
-        if not all(isinstance(key, jax.tree_util.DictKey) and "." not in str(key.key) for key in path):
-            raise TypeError(f"params{jax.tree_util.keystr(path)}: parameters are nested dicts with no dots in the keys")
-    return leaves
-
-
-def _part(leaves: Mapping[str, Any], part: str) -> dict[str, Any]:
-    return {name: leaf for name, leaf in leaves.items() if name.startswith("params.") == (part == "params")}
-
-
-def _is_key(leaf: Any) -> TypeGuard[jax.Array]:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _like(leaf: Any, value: jax.Array) -> jax.Array:
-    return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
-
-
-def _leaf_name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _describe(leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
-    return {name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for name, leaf in leaves.items()}
-
-
-def _show(described: Mapping[str, Any] | None) -> str:
-    return "nothing" if described is None else f"{described['dtype']}{described['shape']}"
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *folders, last = name.split(".")[1:]
-        inner = nested
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = leaf
-    return nested
-
-
 def _manifest(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
-    _check_version(path, manifest)
-    return manifest
-
-
-def _check_version(path: Path, manifest: Mapping[str, Any]) -> None:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: format_version: expected {FORMAT_VERSION}, got {manifest.get('format_version')}; use the "
             f"release of rlhf_jax that wrote it"
         )
+    return manifest
 
 
 def _name(step: int) -> str:

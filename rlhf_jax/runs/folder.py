@@ -174,6 +174,13 @@ class RunFolder:
         """The tokenizer stored in the folder."""
         return load_tokenizer(self.path / "tokenizer.json")
 
+    def find(self, path: str) -> str | None:
+        """A path in the run's settings, as it is or from the folder that the run was started in; None if not there."""
+        out = str(self.config.get("out") or f"runs/{self.config.get('name', '')}").rstrip("/")
+        absolute = str(self.path.absolute())
+        started = absolute.removesuffix(out) if absolute.endswith(f"/{out}") else ""
+        return next((str(at) for at in (Path(path), Path(started, path)) if at.exists()), None)
+
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""

@@ -26,7 +26,7 @@ def lock(folder: Path) -> Iterator[None]:
     if os.path.realpath(folder) in _held:
         yield
         return
-    with _locked(folder):
+    with _locked_run(folder):
         yield
 
 
@@ -55,7 +55,7 @@ def hold(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}; give another --name or --out") from None
-    with _locked(folder):
+    with _locked_run(folder):
         _held.add(real)
         try:
             yield
@@ -72,9 +72,27 @@ def hold(folder: Path) -> Iterator[None]:
 OWN = (LOCK, "config.json", "tokenizer.json", "seconds.json", "summary.json")
 
 
+def _locked_run(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return locked(
+        folder / LOCK,
+        busy="is writing in this folder; wait for it or give another --name",
+        instead="give another --name or --out",
+    )
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with _take(folder) as file:
+def locked(path: Path, *, busy: str, instead: str) -> Iterator[None]:
+    """Locks a folder by a file in it; the system releases the lock whenever and however the process ends.
+
+    Args:
+      path: of the file.
+      busy: what the process that holds the lock does, and what to do about it.
+      instead: what to do if the file cannot be written.
+
+    Raises:
+      UserError: immediately, with the id of the process that holds it, if the folder is locked.
+    """
+    with _take(path, busy, instead) as file:
         # On a full disk the lock holds without the id, which is only for the message.
         with contextlib.suppress(OSError):
             os.ftruncate(file.fileno(), 0)
@@ -82,23 +100,20 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _take(folder: Path) -> TextIO:
+def _take(path: Path, busy: str, instead: str) -> TextIO:
     """Opens and locks the file of the lock."""
-    path = folder / LOCK
     while True:
         try:
             file = path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}; give another --name or --out") from None
+            raise UserError(f"{path}: {error.strerror}; {instead}") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()
             file.close()
-            raise UserError(
-                f"{folder}: process {holder} is writing in this folder; wait for it or give another --name"
-            ) from None
+            raise UserError(f"{path.parent}: process {holder} {busy}") from None
         # Another process may have removed the file between the two calls.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file

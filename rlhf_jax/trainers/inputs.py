@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from rlhf_jax.config import PreferenceConfig, RewardConfig
@@ -21,7 +22,7 @@ from rlhf_jax.data import (
 from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.errors import UserError
 from rlhf_jax.pretrained.source import Source
-from rlhf_jax.runs.lifecycle import refuse_unevaluated
+from rlhf_jax.runs.lifecycle import fingerprint_of, refuse_unevaluated
 
 JudgedRecords = Sequence[Comparison | Ranking]
 EMBEDDED = "embedded"
@@ -95,6 +96,11 @@ def ranking_rows(
     held_rows = encoded(held, heldout_ledger)
     refuse_unevaluated(held_rows, heldout_ledger)
     return rows, held_rows
+
+
+def fingerprint_of_rankings(rows: RankingRows | None) -> str:
+    """SHA-256 over the content of rankings, regardless of the file and line of each."""
+    return fingerprint_of([] if rows is None else [dataclasses.replace(rows, sources=())])
 
 
 def prompts_of(records: Sequence[Demonstration | Dialogue]) -> list[Prompt]:

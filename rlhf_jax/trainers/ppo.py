@@ -34,7 +34,6 @@ from rlhf_jax.rewards import Terms
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
-    create_run,
     exclusive,
     fingerprint_of,
     refuse_empty,
@@ -58,6 +57,7 @@ from rlhf_jax.stages.ppo import (
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 from rlhf_jax.trainers.alarms import train
 from rlhf_jax.trainers.inputs import EXAMPLES, wants_embedded
+from rlhf_jax.trainers.one_network import open_folder
 from rlhf_jax.trainers.ppo_environment import environment_step, with_environment
 from rlhf_jax.trainers.ppo_rewards import (
     NumberedRows,
@@ -155,15 +155,7 @@ def run(
     if other is not None:
         inputs["reference"] = other.fingerprint
         reference = reference_params(other, policy, config.lora)
-    folder = create_run(
-        config,
-        stage=STAGE,
-        model=networks.policy.config,
-        tokenizer=tokenizer,
-        inputs=inputs,
-        origin=source.origin,
-        base=policy.record,
-    )
+    folder = open_folder(config, STAGE, networks.policy.config, source, policy, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
     if reward_model is not None:

@@ -5,41 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
-
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import METHODS
-from rlhf_jax.data import (
-    Ledger,
-    Prompt,
-    batch_at,
-    have_messages,
-    new_lengths,
-)
+from rlhf_jax.data import Ledger, Prompt, have_messages
 from rlhf_jax.data.preferences import preference_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout_preferences import Logps, evaluate_preferences, logps_of
 from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.lora import attach
 from rlhf_jax.model import count_parameters
-from rlhf_jax.optim import first_key, make_optimizer, new_state
+from rlhf_jax.optim import first_key
 from rlhf_jax.pretrained.source import LANGUAGE, open_for, start_from
 from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
-    create_run,
     exclusive,
-    fingerprint_of,
     longest_row,
     refuse_empty,
     say,
     say_data,
     say_unheld,
-    train,
 )
 from rlhf_jax.stages.preference import STAGE, Config, Frozen, make_update
-from rlhf_jax.trainers.inputs import EXAMPLES, JudgedRecords, ranking_rows
+from rlhf_jax.trainers.inputs import EXAMPLES, JudgedRecords, fingerprint_of_rankings, ranking_rows
+from rlhf_jax.trainers.one_network import once_a_step, open_folder, train
 from rlhf_jax.trainers.ppo_start import difference, open_reference, reference_params
 
 # Default number of passes over the data.
@@ -70,9 +60,8 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
     held_rows = preference_rows(held, source.tokenizer, unrelated=method.unpaired) if len(held) else None
     inputs = {
         "init": source.fingerprint,
-        # Without sources (file and line of each ranking), so that the fingerprint depends on the content only.
-        "rankings": fingerprint_of([dataclasses.replace(rankings, sources=())]),
-        "heldout": fingerprint_of([dataclasses.replace(held, sources=())]),
+        "rankings": fingerprint_of_rankings(rankings),
+        "heldout": fingerprint_of_rankings(held),
     }
     length = run_length(config, len(rows), epochs=EPOCHS, what="rankings")
     # Written out, so that a run that resumes on other devices has the same batches, and so that its folder says them.
@@ -96,15 +85,7 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
             )
         inputs["reference"] = other.fingerprint
         reference = reference_params(other, start, config.lora)
-    folder = create_run(
-        config,
-        stage=STAGE,
-        model=model.config,
-        tokenizer=source.tokenizer,
-        inputs=inputs,
-        origin=source.origin,
-        base=start.record,
-    )
+    folder = open_folder(config, STAGE, model.config, source, start, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
     say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
@@ -119,7 +100,6 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
             "undesirable; its baseline is of responses to other prompts"
             + (f", which {without:,} of {len(rows):,} prompts lack" if without else "")
         )
-    optimizer = make_optimizer(config.optimizer, length.steps)
 
     @functools.cache
     def reference_logps() -> Logps | None:
@@ -128,38 +108,31 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
         full = attach(start.base, reference, config.lora.scale)
         return logps_of(model, full, held_rows, batch_size=length.batch)
 
-    evaluated: dict[int, tuple[float, float, int]] = {}  # by step
-
-    def held_out(state: TrainState) -> tuple[float, float, int]:
-        step = int(state.step)
-        if step not in evaluated and held_rows is not None:
-            full = attach(start.base, state.params, config.lora.scale)
-            policy = logps_of(model, full, held_rows, batch_size=length.batch)
-            evaluated[step] = evaluate_preferences(policy, reference_logps(), held_rows, config)
-        return evaluated[step]
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        loss, right, _ = held_out(state)
-        return {"loss": loss, "accuracy": right}
+    @once_a_step
+    def held_out(state: TrainState) -> tuple[float | None, float | None, int]:
+        if held_rows is None:
+            return None, None, 0
+        full = attach(start.base, state.params, config.lora.scale)
+        policy = logps_of(model, full, held_rows, batch_size=length.batch)
+        return evaluate_preferences(policy, reference_logps(), held_rows, config)
 
     state = train(
         folder,
         config,
-        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
-        lambda axis: make_update(model, optimizer, config, axis_name=axis),
-        lambda step, **share: batch_at(rows, batch_size=length.batch, seed=config.seed, step=step, **share),
-        new_shapes=lambda first: new_lengths(
-            rows, batch_size=length.batch, seed=config.seed, first=first, steps=length.steps
-        ),
+        start,
+        rows,
+        functools.partial(make_update, model, config=config),
+        batch=length.batch,
+        steps=length.steps,
         frozen=(Frozen(reference, start.base),),
-        evaluate=evaluate if held_rows is not None else None,
+        evaluate=(
+            None if held_rows is None else lambda state: dict(zip(("loss", "accuracy"), held_out(state), strict=False))
+        ),
         # A forward pass of the reference model, and for KTO one more of both for responses to other prompts.
         flops_per_token=(config.lora.passes + method.reference) * model.config.flops_per_token(limit),
         show=("loss", "accuracy", "margin"),
     )
-    loss, right, pairs = held_out(state) if held_rows is not None else (None, None, 0)
-    # One observation per prompt, because the pairs of a ranking are not independent.
-    judged = sum(len(set(ranks)) > 1 for ranks in held.ranks)
+    loss, right, pairs = held_out(state)
     summary = {
         "dialogues": source.dialogues or have_messages(rankings.sources),
         "prompts": len(rows),
@@ -167,9 +140,9 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
         "epochs": length.epochs,
         "heldout_loss": loss,
         "heldout_accuracy": right,
-        "heldout_accuracy_interval": None if right is None else wilson(right, judged),
+        "heldout_accuracy_interval": None if right is None else wilson(right, held.ordered),
         "heldout_pairs": pairs,
-        "heldout_prompts": judged,
+        "heldout_prompts": held.ordered,
     }
     shown = (held if len(held) else rankings).sources[:EXAMPLES]
     examples = [Prompt(record.prompt, record.where, record.turns) for record in shown]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.data import Ledger, Text, TokenRows, batch_at, encode_text, pack_text, read_records
+from rlhf_jax.data import Ledger, Text, TokenRows, encode_text, pack_text, read_records
 from rlhf_jax.data.split import hold_out_texts, remark_shared
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params
-from rlhf_jax.optim import first_key, make_optimizer, new_state
+from rlhf_jax.optim import first_key
 from rlhf_jax.pretrained.source import LANGUAGE, Start, open_for, start_from
 from rlhf_jax.runs.lifecycle import (
     Finished,
@@ -30,12 +31,12 @@ from rlhf_jax.runs.lifecycle import (
     say_data,
     say_epochs,
     say_unheld,
-    train,
 )
 from rlhf_jax.stages.pretrain import STAGE, Config, make_update
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.protocol import TextTokenizer
 from rlhf_jax.trainers.inputs import beginnings, wants_embedded
+from rlhf_jax.trainers.one_network import train
 
 # From here on, another pass over the same text is worth nothing: Muennighoff et al. 2023, Scaling Data-Constrained
 # Language Models (four passes are almost as good as new text).
@@ -91,7 +92,6 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         return Finished(folder, folder.summary)
     rows = pack(texts, tokenizer, config.row_length, ledger)
     heldout_rows = pack(heldout, tokenizer, config.row_length, heldout_ledger)
-    optimizer = make_optimizer(config.optimizer, config.steps)
     say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
     say_epochs(rows, batch=config.batch, steps=config.steps)
     enough = math.ceil(PASSES * len(rows) / config.batch)
@@ -112,12 +112,11 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     state = train(
         folder,
         config,
-        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
-        lambda axis: make_update(
-            model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
-        ),
-        lambda step, **share: batch_at(rows, batch_size=config.batch, seed=config.seed, step=step, **share),
-        frozen=() if start.base is None else (start.base,),
+        start,
+        rows,
+        functools.partial(make_update, model, microbatches=config.microbatches, lora_scale=config.lora.scale),
+        batch=config.batch,
+        steps=config.steps,
         evaluate=evaluate if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model_config.flops_per_token(config.row_length),
         best_metric="eval/loss" if len(heldout_rows) else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,8 @@ from rlhf_jax.data import (
     Ledger,
     RaggedRows,
     RankingRows,
-    batch_at,
     encode_demonstrations,
     have_messages,
-    new_lengths,
     read_records,
 )
 from rlhf_jax.data.batches import PackedRankingRows, Rows
@@ -30,13 +29,11 @@ from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.evaluation.warnings import reward_warnings
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
-from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.pretrained.source import LANGUAGE, Source, Start, open_for, start_from
 from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
-    create_run,
     exclusive,
     fingerprint_of,
     longest_row,
@@ -45,10 +42,10 @@ from rlhf_jax.runs.lifecycle import (
     say,
     say_data,
     say_unheld,
-    train,
 )
 from rlhf_jax.stages.reward import STAGE, Config, make_update
-from rlhf_jax.trainers.inputs import ranking_rows
+from rlhf_jax.trainers.inputs import fingerprint_of_rankings, ranking_rows
+from rlhf_jax.trainers.one_network import once_a_step, open_folder, train
 
 # Most prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too; and the
 # fewest responses, which give the scale to 9%. With fewer, PPO measures both on samples of its starting policy.
@@ -107,24 +104,15 @@ def run(
         )
     inputs = {
         "init": source.fingerprint,
-        # Without sources (file and line of each ranking), so that the fingerprint depends on the content only.
-        "rankings": fingerprint_of([dataclasses.replace(rankings, sources=())]),
-        "heldout": fingerprint_of([dataclasses.replace(heldout, sources=())] if heldout is not None else []),
+        "rankings": fingerprint_of_rankings(rankings),
+        "heldout": fingerprint_of_rankings(heldout),
         "demonstrations": fingerprint_of(demonstrations),
     }
     length = run_length(config, len(rankings), epochs=EPOCHS, what="rankings")
     # Written out, so that a run that resumes on other devices has the same batches.
     config = dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch)
     start = first_parameters(config, source, model)
-    folder = create_run(
-        config,
-        stage=STAGE,
-        model=model.config,
-        tokenizer=tokenizer,
-        inputs=inputs,
-        origin=source.origin,
-        base=start.record,
-    )
+    folder = open_folder(config, STAGE, model.config, source, start, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
     others = {"heldout": heldout_ledger, "demonstrations": demonstrations_ledger}
@@ -133,37 +121,27 @@ def run(
         say_unheld(heldout or ())
     for line in length.lines:
         say(line)
-    optimizer = make_optimizer(config.optimizer, length.steps)
-
     pack = config.pack or int(config.share_prompts)
     rows: Rows[Any] = PackedRankingRows(rankings, pack) if pack else rankings
 
     def attached(params: Params) -> Params:
         return attach(start.base, params, config.lora.scale)
 
-    held: dict[int, tuple[float, int]] = {}  # by step
-
-    def held_out(rankings: RankingRows, params: Params, step: int) -> tuple[float, int]:
-        if step not in held:
-            held[step] = accuracy(model, attached(params), rankings, length.batch, pack)
-        return held[step]
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        return {} if heldout is None else {"accuracy": held_out(heldout, state.params, int(state.step))[0]}
+    @once_a_step
+    def held_out(state: TrainState) -> tuple[float | None, int]:
+        if heldout is None:
+            return None, 0
+        return accuracy(model, attached(state.params), heldout, length.batch, pack)
 
     state = train(
         folder,
         config,
-        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
-        lambda axis: make_update(
-            model, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
-        ),
-        lambda step, **share: batch_at(rows, batch_size=length.batch, seed=config.seed, step=step, **share),
-        new_shapes=lambda first: new_lengths(
-            rows, batch_size=length.batch, seed=config.seed, first=first, steps=length.steps
-        ),
-        frozen=() if start.base is None else (start.base,),
-        evaluate=evaluate,
+        start,
+        rows,
+        functools.partial(make_update, model, microbatches=config.microbatches, lora_scale=config.lora.scale),
+        batch=length.batch,
+        steps=length.steps,
+        evaluate=lambda state: {} if heldout is None else {"accuracy": held_out(state)[0]},
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit, language_head=False),
         show=("loss", "accuracy"),
         best_metric="eval/accuracy" if heldout is not None else None,
@@ -183,9 +161,8 @@ def run(
         unended = without_end(model, attached(params), heldout, tokenizer.stop_ids, scale, length.batch)
     release(folder, params, length.steps)
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
-    right, pairs = (None, 0) if heldout is None else held_out(heldout, params, length.steps)
-    # One observation per prompt, because the pairs of a ranking are not independent.
-    judged = 0 if heldout is None else sum(len(set(ranks)) > 1 for ranks in heldout.ranks)
+    right, pairs = held_out(state)
+    judged = 0 if heldout is None else heldout.ordered
     right = right if judged else None
     interval = None if right is None else wilson(right, judged)
     summary = {
@@ -210,12 +187,7 @@ def accuracy(
     model: Transformer, params: Params, rankings: RankingRows, batch_size: int, pack: int = 0
 ) -> tuple[float, int]:
     """Held-out accuracy: (fraction of ordered pairs that the scores order correctly, number of pairs)."""
-    ranks = np.zeros((len(rankings), rankings.responses), np.int32)
-    mask = np.zeros(ranks.shape, bool)
-    for place, row_ranks in enumerate(rankings.ranks):
-        ranks[place, : len(row_ranks)] = row_ranks
-        mask[place, : len(row_ranks)] = True
-    return pair_accuracy(_scores(model, params, rankings, batch_size, pack), ranks, mask)
+    return pair_accuracy(_scores(model, params, rankings, batch_size, pack), *rankings.padded_ranks())
 
 
 def score_mean_and_scale(
@@ -231,7 +203,7 @@ def score_mean_and_scale(
     taken = np.linspace(0, len(rankings) - 1, min(len(rankings), REFERENCE_PROMPTS)).round().astype(int)
     some = dataclasses.replace(rankings, rows=[rankings.rows[i] for i in taken], sources=())
     scores = _scores(model, params, some, batch_size, pack)
-    exists = np.array([[k < len(ranks) for k in range(some.responses)] for _, ranks in some.rows])
+    exists = some.padded_ranks()[1]
     return float(scores[exists].mean()), float(scores[exists].std())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -13,10 +14,8 @@ from rlhf_jax.data import (
     Demonstration,
     Dialogue,
     Ledger,
-    batch_at,
     encode_demonstrations,
     have_messages,
-    new_lengths,
     read_records,
 )
 from rlhf_jax.data.batches import Rows
@@ -28,7 +27,7 @@ from rlhf_jax.evaluation.heldout import mean_loss
 from rlhf_jax.evaluation.warnings import sft_warnings
 from rlhf_jax.lora import attach
 from rlhf_jax.model import Transformer, count_parameters
-from rlhf_jax.optim import first_key, make_optimizer, new_state
+from rlhf_jax.optim import first_key
 from rlhf_jax.parallel import processes
 from rlhf_jax.pretrained.source import LANGUAGE, open_for, start_from
 from rlhf_jax.runs.checkpoint import best_step
@@ -37,7 +36,6 @@ from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
-    create_run,
     exclusive,
     fingerprint_of,
     longest_row,
@@ -47,11 +45,11 @@ from rlhf_jax.runs.lifecycle import (
     say,
     say_data,
     say_unheld,
-    train,
 )
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.sft import STAGE, Config, make_update
 from rlhf_jax.trainers.inputs import prompts_of, wants_embedded
+from rlhf_jax.trainers.one_network import open_folder, train
 
 # Default number of passes over the data, and of evaluations in a run.
 EPOCHS, EVALUATIONS = 3.0, 10
@@ -111,15 +109,7 @@ def run(
     # Written out, so that a run that resumes on other devices has the same batches and evaluations.
     config = dataclasses.replace(config, epochs=None, steps=length.steps, batch=length.batch, eval_every=eval_every)
     start = start_from(source, config.lora, lambda: first_key(config.seed))
-    folder = create_run(
-        config,
-        stage=STAGE,
-        model=model.config,
-        tokenizer=tokenizer,
-        inputs=inputs,
-        origin=source.origin,
-        base=start.record,
-    )
+    folder = open_folder(config, STAGE, model.config, source, start, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
     say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
@@ -130,7 +120,6 @@ def run(
 
     for line in length.lines:
         say(line)
-    optimizer = make_optimizer(config.optimizer, length.steps)
 
     def heldout_loss(params: Params) -> float | None:
         if not len(heldout_rows):
@@ -142,15 +131,11 @@ def run(
     state = train(
         folder,
         config,
-        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
-        lambda axis: make_update(
-            trained, optimizer, microbatches=config.microbatches, axis_name=axis, lora_scale=config.lora.scale
-        ),
-        lambda step, **share: batch_at(training, batch_size=length.batch, seed=config.seed, step=step, **share),
-        new_shapes=lambda first: new_lengths(
-            training, batch_size=length.batch, seed=config.seed, first=first, steps=length.steps
-        ),
-        frozen=() if start.base is None else (start.base,),
+        start,
+        training,
+        functools.partial(make_update, trained, microbatches=config.microbatches, lora_scale=config.lora.scale),
+        batch=length.batch,
+        steps=length.steps,
         evaluate=(lambda state: {"loss": heldout_loss(state.params)}) if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit),
         best_metric="eval/loss" if len(heldout_rows) else None,

@@ -71,11 +71,7 @@ def sums(count: int, seed: int) -> list[Row]:
     Raises:
       UserError: if there are not as many.
     """
-    if count > ADDENDS**2:
-        raise UserError(f"train + test: expected at most {ADDENDS**2} sums, got {count}")
-    places = random.Random(seed).sample(range(ADDENDS**2), count)
-    pairs = [divmod(place, ADDENDS) for place in places]
-    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in _pairs("sums", count, seed)]
 
 
 def products(count: int, seed: int) -> list[Row]:
@@ -84,11 +80,17 @@ def products(count: int, seed: int) -> list[Row]:
     Raises:
       UserError: if there are not as many.
     """
+    return [
+        {"prompt": [{"role": "user", "content": f"{a}*{b}"}], "answer": str(a * b)}
+        for a, b in _pairs("products", count, seed)
+    ]
+
+
+def _pairs(what: str, count: int, seed: int) -> list[tuple[int, int]]:
+    """Distinct pairs of numbers in random order."""
     if count > ADDENDS**2:
-        raise UserError(f"train + test: expected at most {ADDENDS**2} products, got {count}")
-    places = random.Random(seed).sample(range(ADDENDS**2), count)
-    pairs = [divmod(place, ADDENDS) for place in places]
-    return [{"prompt": [{"role": "user", "content": f"{a}*{b}"}], "answer": str(a * b)} for a, b in pairs]
+        raise UserError(f"train + test: expected at most {ADDENDS**2} {what}, got {count}")
+    return [divmod(place, ADDENDS) for place in random.Random(seed).sample(range(ADDENDS**2), count)]
 
 
 def calculator_dialogue(row: Row, *, calls: bool) -> Row:

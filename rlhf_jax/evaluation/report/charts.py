@@ -101,7 +101,7 @@ def line_chart(
     axes = {axis: [line for line in lines if line.axis == axis] for axis in ("left", "right")}
     steps = [step for line in lines for step, _ in line.points]
     edge = width - (LEFT if axes["right"] else RIGHT)
-    across = _scale(min(steps), max(steps), LEFT, edge, margin=0.0)
+    across = scale_of(steps, LEFT, edge, margin=0.0)
     floor = height - BOTTOM
     parts = []
     for at in ticks(across.low, across.high, 5 if width < 600 else 8):
@@ -113,7 +113,7 @@ def line_chart(
         heights += [level for _, level in references] if axis == "left" else []
         if not heights:
             continue
-        up[axis] = scale = _scale(min(heights), max(heights), floor, TOP + 14)
+        up[axis] = scale = scale_of(heights, floor, TOP + 14)
         place, css = (LEFT - 6, "tick end") if axis == "left" else (edge + 6, "tick")
         for at in ticks(scale.low, scale.high, 5):
             if axis == "left" or not axes["left"]:
@@ -145,7 +145,7 @@ def interval_chart(rows: Iterable[tuple[str, str, float, tuple[float, float] | N
         return ""
     pitch = 70
     floor = pitch * len(rows) - 8
-    across = _Scale(0.0, 1.0, 8, width - 8)
+    across = Scale(0.0, 1.0, 8, width - 8)
     parts = []
     for at, css in ((0.0, ""), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1.0, "end")):
         name = "even" if at == 0.5 else f"{at:.0%}"
@@ -172,7 +172,7 @@ def interval_chart(rows: Iterable[tuple[str, str, float, tuple[float, float] | N
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scale:
+class Scale:
     """Linear map from [low, high] to [start, end]."""
 
     low: float
@@ -188,18 +188,20 @@ def _picture(width: int, height: int, label: str, parts: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text(label)}">{"".join(parts)}</svg>'
 
 
-def _scale(low: float, high: float, start: float, end: float, margin: float = 0.06) -> _Scale:
+def scale_of(values: Sequence[float], start: float, end: float, margin: float = 0.06) -> Scale:
+    """The scale of an axis from `start` to `end` in pixels, with a margin on both sides as a share of the range."""
+    low, high = min(values), max(values)
     spread = high - low or abs(high) or 1.0
     if high == low:
-        return _Scale(low - spread / 2, high + spread / 2, start, end)
-    return _Scale(low - margin * spread, high + margin * spread, start, end)
+        margin = 0.5
+    return Scale(low - margin * spread, high + margin * spread, start, end)
 
 
 def _tick(value: float) -> str:
     return short(round(value, 10)).replace("-", "\N{MINUS SIGN}")
 
 
-def _curve(line: Line, across: _Scale, up: _Scale) -> str:
+def _curve(line: Line, across: Scale, up: Scale) -> str:
     def path(points: Points) -> str:
         return "M" + "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in points)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -13,8 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
-import rich.table
-import rich.text
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.data import Ledger, Prompt, encode_prompts, read_records
@@ -25,7 +22,6 @@ from rlhf_jax.evaluation.report.evaluation import write_evaluation_report
 from rlhf_jax.files import write_file
 from rlhf_jax.lora import attach
 from rlhf_jax.parallel import processes
-from rlhf_jax.parallel.mesh import use_cpu_devices
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_source, start_from, with_prefix
 from rlhf_jax.recipe.film.backbone import write_lower_layers
 from rlhf_jax.recipe.film.judge import WordJudge, fit_judge
@@ -38,17 +34,15 @@ from rlhf_jax.recipe.film.summary import SHOWN, figures_table, summary_of
 from rlhf_jax.recipe.measure import nested
 from rlhf_jax.recipe.run import Clock, run_seeds, stage_settings
 from rlhf_jax.recipe.settings import RecipeConfig
+from rlhf_jax.recipe.tables import answers_table
 from rlhf_jax.runs.atomic_files import read_json, write_json
 from rlhf_jax.runs.lifecycle import Finished
-from rlhf_jax.runs.locks import hold
 from rlhf_jax.trainers import ppo, reward, sft
 
 
 def run(config: RecipeConfig) -> None:
     """Runs the task with one seed, or with several and reports the medians."""
-    with hold(config.folder) if processes.is_first() else contextlib.nullcontext():
-        use_cpu_devices(config.devices)
-        run_seeds(config, run_seed, figures_table)
+    run_seeds(config, run_seed, figures_table)
 
 
 def run_seed(config: RecipeConfig) -> None:
@@ -239,13 +233,11 @@ def tell(
     write_json(folder / "summary.json", summary | nested(summary))
     write_evaluation_report(folder / "report.html", content, rows[:SHOWN])
     names = [model["name"] for model in content["models"]]
-    table = rich.table.Table(title="the same held-out prompts, answered by each model", show_lines=True)
-    for title in ("prompt", *names):
-        table.add_column(title, ratio=2, overflow="fold")
-    for row in rows[: SHOWN // 2]:
-        cells = (row["prompt"].strip(), *(row["answers"][name][0]["answer"][:200] for name in names))
-        table.add_row(*map(rich.text.Text, cells))
-    console.print(table)
+    cells = [
+        (row["prompt"].strip(), *(row["answers"][name][0]["answer"][:200] for name in names))
+        for row in rows[: SHOWN // 2]
+    ]
+    console.print(answers_table("the same held-out prompts, answered by each model", names, cells))
     console.print(figures_table(summary, "results on held-out prompts and comparisons"))
     console.print(
         f"report: {folder / 'report.html'}   figures: {folder / 'summary.json'}   answers: {folder / 'samples.jsonl'}",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import rich.table
-import rich.text
 
 from rlhf_jax.recipe.film.measure import JUDGE, REWARD
+from rlhf_jax.recipe.tables import compared, with_interval
 
 SHOWN = 12  # prompts in the report; half of them on the console
 
@@ -62,20 +62,14 @@ def _value(estimate: Mapping[str, Any] | None) -> float | None:
 
 def figures_table(s: Mapping[str, Any], title: str) -> rich.table.Table:
     """Table of the figures of a summary, each with what it compares with."""
-
-    def rate(key: str) -> str:
-        interval = s.get(f"{key}_interval")
-        spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-        return f"{s[key]:.3f}{spread}" if key in s else "–"
-
     human = f", one other person {s['reward.human_accuracy']:.3f}" if "reward.human_accuracy" in s else ""
     rows = [
-        ("reward model: held-out comparisons by people", rate("reward.heldout_accuracy"),
+        ("reward model: held-out comparisons by people", with_interval(s, "reward.heldout_accuracy"),
          f"words alone {s['reward.words_accuracy']:.3f}{human}"),
         ("the judge on the same", f"{s['judge.heldout_accuracy']:.3f}", ""),
-        ("PPO against SFT, the judge", rate("ppo.win_rate_vs_sft"), "0.5 is no difference"),
-        ("best-of-n against SFT, the judge", rate("best_of_n.win_rate_vs_sft"), ""),
-        ("PPO against SFT, the reward model", rate("ppo.reward_win_rate_vs_sft"), ""),
+        ("PPO against SFT, the judge", with_interval(s, "ppo.win_rate_vs_sft"), "0.5 is no difference"),
+        ("best-of-n against SFT, the judge", with_interval(s, "best_of_n.win_rate_vs_sft"), ""),
+        ("PPO against SFT, the reward model", with_interval(s, "ppo.reward_win_rate_vs_sft"), ""),
         ("KL to SFT, nats per response", f"{s['ppo.kl_nats']:.2f}", f"best-of-n {s['best_of_n.kl_nats']:.2f}"),
         ("distinct answers, PPO and SFT", f"{s['ppo.distinct_share']:.3f} and {s['sft.distinct_share']:.3f}", ""),
         ("perplexity under the untouched model", f"{s['ppo.untouched_perplexity']:.1f}",
@@ -83,9 +77,4 @@ def figures_table(s: Mapping[str, Any], title: str) -> rich.table.Table:
         ("tokens of an answer, PPO and SFT", f"{s['ppo.response_tokens']:.1f} and {s['sft.response_tokens']:.1f}", ""),
         ("minutes", f"{s['wall_seconds'] / 60:.1f}", ""),
     ]  # fmt: skip
-    table = rich.table.Table(title=title)
-    for head in ("figure", "measured", "compare"):
-        table.add_column(head)
-    for row in rows:
-        table.add_row(*map(rich.text.Text, row))
-    return table
+    return compared(title, rows)

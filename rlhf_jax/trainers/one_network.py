@@ -1,0 +1,91 @@
+"""Training of one network on rows, as pretraining, SFT, the reward model and preference optimization do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from rlhf_jax.arrays import TrainState
+from rlhf_jax.config import ModelConfig, PreferenceConfig, PretrainConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_jax.data import batch_at, new_lengths
+from rlhf_jax.data.batches import Rows
+from rlhf_jax.optim import make_optimizer, new_state
+from rlhf_jax.pretrained.source import Source, Start
+from rlhf_jax.runs import lifecycle
+from rlhf_jax.runs.folder import RunFolder
+
+T = TypeVar("T")
+
+
+def open_folder(
+    config: RunConfig, stage: str, model: ModelConfig, source: Source, start: Start, inputs: Mapping[str, str]
+) -> RunFolder:
+    """Create the folder of a run that starts from a source, or open it to resume the run; see `create_run`."""
+    return lifecycle.create_run(
+        config,
+        stage=stage,
+        model=model,
+        tokenizer=source.tokenizer,
+        inputs=inputs,
+        origin=source.origin,
+        base=start.record,
+    )
+
+
+def train(
+    folder: RunFolder,
+    config: PretrainConfig | SFTConfig | RewardConfig | PreferenceConfig,
+    start: Start,
+    rows: Rows[Any],
+    make_update: Callable[..., Any],
+    *,
+    batch: int,
+    steps: int,
+    frozen: Sequence[Any] | None = None,
+    **options: Any,
+) -> TrainState:
+    """Train on rows in random order, epoch by epoch, resuming from the run's last checkpoint if there is one.
+
+    Args:
+      folder: run folder.
+      config: settings of the stage.
+      start: initial parameters, and the frozen ones under an adapter.
+      rows: rows to train on.
+      make_update: (optimizer=…, axis_name=…) -> the stage's pure update(state, batch, *frozen).
+      batch: rows of an update.
+      steps: number of updates.
+      frozen: networks that the update reads; by default the parameters under an adapter, if there is one.
+      **options: as for `lifecycle.train`.
+
+    Returns:
+      The final state.
+    """
+    optimizer = make_optimizer(config.optimizer, steps)
+    order: dict[str, Any] = {"batch_size": batch, "seed": config.seed}
+    if frozen is None:
+        frozen = () if start.base is None else (start.base,)
+    return lifecycle.train(
+        folder,
+        config,
+        lambda: new_state(start.params, jax.jit(optimizer.init)(start.params), config.seed),
+        lambda axis: make_update(optimizer=optimizer, axis_name=axis),
+        lambda step, **share: batch_at(rows, **order, step=step, **share),
+        new_shapes=lambda first: new_lengths(rows, **order, first=first, steps=steps),
+        frozen=frozen,
+        **options,
+    )
+
+
+def once_a_step(measure: Callable[[TrainState], T]) -> Callable[[TrainState], T]:
+    """The measurement, made once for each step: the summary has the figures of the last evaluation."""
+    known: dict[int, T] = {}
+
+    def measured(state: TrainState) -> T:
+        step = int(state.step)
+        if step not in known:
+            known[step] = measure(state)
+        return known[step]
+
+    return measured
