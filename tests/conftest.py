@@ -77,13 +77,17 @@ def run_notebook(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("notebooks")
     command = ["nice", sys.executable, "-m", "tests.run_notebook"]
     running: dict[Path, subprocess.Popen[bytes]] = {}
+    # Experiments in their short form.
+    short = {**os.environ, "NOTEBOOK_SHORT": "1"}
 
     def start() -> None:
         # That of the film task needs a run of it: tests/test_film.py.
         for path in sorted({*root.glob("notebooks/*.ipynb")} - {root / "notebooks" / "film.ipynb"}):
             out = folder / path.name
             with open(out.with_suffix(".log"), "wb") as log:
-                running[path] = subprocess.Popen([*command, str(path), str(out)], cwd=root, stdout=log, stderr=log)
+                running[path] = subprocess.Popen(
+                    [*command, str(path), str(out)], cwd=root, env=short, stdout=log, stderr=log
+                )
 
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     if alone and any(item.path.stem == "test_notebooks" for item in request.session.items):

@@ -46,6 +46,13 @@ def test_a_reward_is_hacked_without_a_penalty(run_notebook: Callable[[Path], Any
     assert found[-1].count("β = ") == 4 and found[-1].count("    ") == 12
 
 
+def test_a_model_makes_things_up_and_is_taught_to_say_so(run_notebook: Callable[[Path], Any]) -> None:
+    path = ROOT / "notebooks" / "hallucination.ipynb"
+    found = said(run_notebook(path))
+    assert len(found) == len(said(nbformat.read(path, as_version=4)))
+    assert found[-1].startswith("it believes its own answer, taken as an observation: 0.90\ntaken as an action: 0.25")
+
+
 def test_a_notebook_holds_outputs_and_no_trace_of_a_machine() -> None:
     for path in NOTEBOOKS:
         with case(path):

@@ -413,6 +413,16 @@ def test_settings_that_do_not_fit_are_refused(folder: Path) -> None:
             r"reward_funcs\[0\]: expected a function, got 'runs/judge'; a reward model is the setting",
         ),
         ([lambda completions, gold: []], {}, "parameter 'gold': .*; the fields are answer"),
+        (
+            [few],
+            {"prompt_length": 90, "episode": EpisodeConfig(response_length=20)},
+            r"90 \+ response_length 20 exceeds the context of 96 tokens; use --prompt-length 76 or less",
+        ),
+        (
+            [few],
+            {"episode": EpisodeConfig(response_length=90)},
+            r"32 \+ response_length 90 exceeds the context of 96 tokens; use --episode.response-length 64 or less",
+        ),
         ([], {"reward": "judge", "rollout_lag": 1}, "rollout_lag: expected 0 without reward functions"),
     ]
     for functions, settings, message in cases:

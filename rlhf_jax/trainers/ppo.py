@@ -283,11 +283,15 @@ def _between(
 def _check_lengths(config: Config, networks: Networks) -> None:
     """Raises UserError if prompt and response, or a row of the pretraining mix, are longer than a model's context."""
     for network in filter(None, networks):
-        if config.prompt_length + config.episode.response_length > network.config.context:
+        context, response = network.config.context, config.episode.response_length
+        if config.prompt_length + response > context:
+            # The shorter of the two is left as it is.
+            shorter = f"--prompt-length {context - response}"
+            if context - response < min(config.prompt_length, context // 2):
+                shorter = f"--episode.response-length {max(context - config.prompt_length, 1)}"
             raise UserError(
-                f"prompt_length {config.prompt_length} + response_length {config.episode.response_length} exceeds the "
-                f"context of {network.config.context} tokens; use --prompt-length "
-                f"{max(network.config.context - config.episode.response_length, 1)} or less"
+                f"prompt_length {config.prompt_length} + response_length {response} exceeds the context of {context} "
+                f"tokens; use {shorter} or less"
             )
     if config.pretraining_batch and config.pretraining_row_length > networks.policy.config.context:
         raise UserError(
