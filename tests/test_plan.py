@@ -337,7 +337,7 @@ def test_auto_is_the_first_rematerialisation_that_fits(
     assert (first("v5e:2x4", only="time"), tried) == ("full", ["full"])
 
 
-def test_the_command_refuses_before_it_compiles() -> None:
+def test_the_command_refuses_before_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(**settings: Any) -> None:
         run(Config(**({"model": "gpt2", "stage": "sft", "topology": "v5e:2x4"} | settings)))
 
@@ -352,6 +352,12 @@ def test_the_command_refuses_before_it_compiles() -> None:
         with pytest.raises(UserError, match=wanted):
             plan(**settings)
     assert written({"data": 2, "fsdp": 4, "tensor": 1}) == "data=2,fsdp=4"
+    # A search does not take a missing compiler, or settings that no mesh can have, for a model that is too large.
+    with pytest.raises(UserError, match="v5e:2x4: the TPU compiler .* `pip install libtpu` adds it"):
+        plan(search=True)
+    monkeypatch.setattr("rlhf_jax.cli.planning.pod_devices", lambda topology: ())
+    with pytest.raises(UserError, match="use --batch 8"):
+        plan(search=True, batch=9)
 
 
 def drawn(config: ModelConfig) -> Any:

@@ -19,7 +19,7 @@ from rlhf_jax.config import RunConfig
 from rlhf_jax.errors import UserError
 from rlhf_jax.files import write_file
 from rlhf_jax.pods.chips import Topology, read_topology, written
-from rlhf_jax.pods.estimate import GIB, TooLarge, bill, make_plan
+from rlhf_jax.pods.estimate import GIB, TooLarge, bill, make_plan, pod_devices
 from rlhf_jax.pods.models import read_model
 from rlhf_jax.pods.programs import Work
 
@@ -102,8 +102,15 @@ def first_that_fits(config: Config, mesh: dict[str, int], topology: Topology) ->
 
 
 def search(config: Config, topology: Topology) -> None:
-    """Estimates each mesh and rematerialisation, and prints those that fit, fastest first."""
+    """Estimates each mesh and rematerialisation, and prints those that fit, fastest first.
+
+    Raises:
+      UserError: without the TPU compiler; if no mesh fits, or none is possible with these settings.
+    """
+    pod_devices(topology)
     found: list[tuple[float, str, dict[str, Any]]] = []
+    impossible: UserError | None = None
+    estimated = 0
     for mesh in meshes(topology.chips):
         for remat in REMAT if config.remat == "auto" else (config.remat,):
             label = f"{written(mesh)} remat={remat}"
@@ -111,11 +118,18 @@ def search(config: Config, topology: Topology) -> None:
                 plan = make_plan(work_of(config, mesh, remat), topology, only=config.only)
             except UserError as error:
                 _say(f"{label}: {error}")
+                if isinstance(error, TooLarge):
+                    estimated += 1
+                else:
+                    impossible = error
                 continue
+            estimated += 1
             most = _most(plan)
             _say(f"{label}: {'fits' if plan['fits'] else 'does not fit'}, {most / GIB:.1f} GiB a chip")
             if plan["fits"]:
                 found.append((-plan.get("tokens_per_second", -most), label, {"mesh": mesh, "remat": remat} | plan))
+    if impossible is not None and not estimated:
+        raise impossible
     if not found:
         raise UserError(f"{config.model} {config.stage}: nothing tried fits {topology.name}; use more chips")
     found.sort(key=lambda one: one[0])
