@@ -353,7 +353,7 @@ def test_the_command_refuses_before_it_compiles(monkeypatch: pytest.MonkeyPatch)
             plan(**settings)
     assert written({"data": 2, "fsdp": 4, "tensor": 1}) == "data=2,fsdp=4"
     # A search does not take a missing compiler, or settings that no mesh can have, for a model that is too large.
-    with pytest.raises(UserError, match="v5e:2x4: the TPU compiler .* `pip install libtpu` adds it"):
+    with pytest.raises(UserError, match=r"v5e:2x4: the TPU compiler .* `pip install libtpu` adds it"):
         plan(search=True)
     monkeypatch.setattr("rlhf_jax.cli.planning.pod_devices", lambda topology: ())
     with pytest.raises(UserError, match="use --batch 8"):

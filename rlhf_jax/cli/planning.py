@@ -121,7 +121,7 @@ def search(config: Config, topology: Topology) -> None:
                 if isinstance(error, TooLarge):
                     estimated += 1
                 else:
-                    impossible = error
+                    impossible = impossible or error
                 continue
             estimated += 1
             most = _most(plan)
