@@ -99,28 +99,13 @@ class Model:
         return [text for text, _ in self._sampled(prompts, max_new_tokens=max_new_tokens, **settings)]
 
     def _sampled(
-        self,
-        prompts: Asked | Sequence[Asked],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        self, prompts: Asked | Sequence[Asked], *, max_new_tokens: int = 64, seed: int = 0, **settings: Any
     ) -> list[tuple[str, bool]]:
         """The responses of `generate`, each with False if it was cut at the length limit."""
         if self.source.scalar:
             raise UserError(f"{self.source.where}: expected a language model to generate with, got a reward model")
         tokenizer = self.source.tokenizer
-        sampling = SamplingConfig(
-            max_new_tokens=max_new_tokens,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
-        sampler = Sampler(self.source, sampling, seed, self.params)
+        sampler = Sampler(self.source, seed, self.params, max_new_tokens=max_new_tokens, **settings)
         rows, own_space = [], []
         for number, prompt in enumerate(_several(prompts)):
             where = f"prompts[{number}]"
@@ -276,10 +261,18 @@ def _exchange(where: str, prompt: Asked, answers: Answers) -> Exchange:
 
 
 class Sampler:
-    """A language model with its sampling settings, for prompts as token ids."""
+    """A language model with its sampling settings, for prompts as token ids.
 
-    def __init__(self, source: Source, sampling: SamplingConfig, seed: int, params: Params | None = None) -> None:
-        self.tokenizer = source.tokenizer
+    Args:
+      source: the model.
+      seed: of sampling.
+      params: its parameters, if they are read already.
+      **settings: fields of `SamplingConfig`.
+    """
+
+    def __init__(self, source: Source, seed: int, params: Params | None = None, **settings: Any) -> None:
+        self.tokenizer = tokenizer = source.tokenizer
+        self.sampling = sampling = SamplingConfig(stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id, **settings)
         self.model = source.network()
         self.context = self.model.config.context
         self.room = self.context - sampling.max_new_tokens
@@ -291,7 +284,6 @@ class Sampler:
             )
         self.params = source.params() if params is None else params
         self.key = jax.random.key(seed)
-        self.sampling = sampling
 
     def refuse(self, ids: Sequence[int], where: str) -> None:
         """Checks the length of a prompt.
@@ -313,14 +305,19 @@ class Sampler:
         """Text of one response to each prompt."""
         return [text for text, _ in self.responses(prompts)]
 
-    def responses(self, prompts: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
-        """One response to each prompt: its text, and False if it was cut at the length limit."""
-        numbers = []
-        for _ in range(0, len(prompts), ROWS):
-            self.key, key = jax.random.split(self.key)
-            numbers.append(np.asarray(uniform_numbers(key, ROWS, self.sampling.max_new_tokens)))
-        # Each prompt has its own row of random numbers, so its response does not depend on the others in its batch.
-        uniform_NR = np.concatenate(numbers)
+    def responses(
+        self, prompts: Sequence[Sequence[int]], uniform_NR: np.ndarray | None = None
+    ) -> list[tuple[str, bool]]:
+        """One response to each prompt: its text, and False if it was cut at the length limit.
+
+        Each prompt has its own row of random numbers, so its response does not depend on the others in its batch.
+        """
+        if uniform_NR is None:
+            numbers = []
+            for _ in range(0, len(prompts), ROWS):
+                self.key, key = jax.random.split(self.key)
+                numbers.append(np.asarray(uniform_numbers(key, ROWS, self.sampling.max_new_tokens)))
+            uniform_NR = np.concatenate(numbers)
         found = [("", True)] * len(prompts)
         for part in by_length(list(map(len, prompts)), ROWS):
             for place, each in zip(part, self.side_by_side([prompts[place] for place in part], uniform_NR[part])):

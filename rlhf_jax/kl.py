@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Array
-from rlhf_jax.masked import EXP_LIMIT, at_least_float32, elementwise, same_shape
+from rlhf_jax.masked import EXP_LIMIT, at_least_float32, elementwise
 
 
 def kl_estimate(logp: Array, ref_logp: Array, *, estimator: str = "k1") -> Array:
@@ -28,7 +28,6 @@ def kl_estimate(logp: Array, ref_logp: Array, *, estimator: str = "k1") -> Array
     Source:
       Schulman, joschu.net/blog/kl-approx.html.
     """
-    same_shape(logp=logp, ref_logp=ref_logp)
 
     def estimate(logp: Array, ref_logp: Array) -> Array:
         d = ref_logp - logp
@@ -40,7 +39,7 @@ def kl_estimate(logp: Array, ref_logp: Array, *, estimator: str = "k1") -> Array
             return jnp.expm1(jnp.minimum(d, EXP_LIMIT)) - d
         raise ValueError(f"estimator: expected 'k1', 'k2' or 'k3', got {estimator!r}")
 
-    return elementwise(estimate, logp, ref_logp)
+    return elementwise(estimate, logp=logp, ref_logp=ref_logp)
 
 
 def adapt_kl_coef(kl_coef: Array, kl: Array, *, target: float, horizon: float, episodes: int) -> Array:

@@ -6,6 +6,8 @@ its gradient 0, so that `masked_mean` can drop the slot without a trace, while a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -64,8 +66,7 @@ def pairwise_loss(chosen: Array, rejected: Array) -> Array:
     Source:
       Ouyang et al. 2022, eq. 1 (arXiv:2203.02155).
     """
-    same_shape(chosen=chosen, rejected=rejected)
-    return elementwise(lambda win, lose: -jax.nn.log_sigmoid(win - lose), chosen, rejected)
+    return _per_pair(lambda win, lose: -jax.nn.log_sigmoid(win - lose), chosen, rejected)
 
 
 def ranking_loss(scores: Array, ranks: Array, mask: Array) -> Array:
@@ -143,7 +144,6 @@ def asymmetric_surrogate(
     Source:
       Yu et al. 2025, DAPO, eq. 10 (arXiv:2503.14476); Ye et al. 2020, dual clip, eq. 5 (arXiv:1912.09729).
     """
-    same_shape(log_ratio=log_ratio, advantage=advantage)
 
     def loss(log_ratio: Array, advantage: Array) -> Array:
         ratio = jnp.exp(jnp.minimum(log_ratio, EXP_LIMIT))
@@ -152,7 +152,7 @@ def asymmetric_surrogate(
             found if dual_clip is None else jnp.where(advantage < 0, jnp.minimum(found, -dual_clip * advantage), found)
         )
 
-    return elementwise(loss, log_ratio, jax.lax.stop_gradient(advantage))
+    return elementwise(loss, log_ratio=log_ratio, advantage=jax.lax.stop_gradient(advantage))
 
 
 def sequence_log_ratio(log_ratio: Array, mask: Array) -> Array:
@@ -199,12 +199,12 @@ def cispo_loss(log_ratio: Array, logp: Array, advantage: Array, *, ratio_max: fl
     Source:
       MiniMax 2025, eq. 4 (arXiv:2506.13585); without a lower bound as in Khatri et al. 2025 (arXiv:2510.13786).
     """
-    same_shape(log_ratio=log_ratio, logp=logp, advantage=advantage)
 
     def loss(log_ratio: Array, logp: Array, advantage: Array) -> Array:
         return -jnp.exp(jnp.minimum(log_ratio, jnp.log(ratio_max))) * advantage * logp
 
-    return elementwise(loss, jax.lax.stop_gradient(log_ratio), logp, jax.lax.stop_gradient(advantage))
+    ratio, advantage = jax.lax.stop_gradient((log_ratio, advantage))
+    return elementwise(loss, log_ratio=ratio, logp=logp, advantage=advantage)
 
 
 def importance_weight(log_ratio: Array, *, most: float) -> Array:
@@ -244,18 +244,22 @@ def clipped_value_loss(value: Array, old_value: Array, target: Array, *, clip: f
     Source:
       Ziegler et al. 2019, code openai/lm-human-preferences.
     """
-    same_shape(value=value, old_value=old_value, target=target)
 
     def loss(value: Array, old_value: Array, target: Array) -> Array:
         near = jnp.clip(value, old_value - clip, old_value + clip)
         return 0.5 * jnp.maximum(jnp.square(value - target), jnp.square(near - target))
 
-    return elementwise(loss, value, jax.lax.stop_gradient(old_value), jax.lax.stop_gradient(target))
+    old_value, target = jax.lax.stop_gradient((old_value, target))
+    return elementwise(loss, value=value, old_value=old_value, target=target)
 
 
 # Preference losses. Each takes a number of the chosen response and one of the rejected response, of any one shape:
 # h = log π(y|x) - log π_ref(y|x) in nats, or where a method has no reference model, log π(y|x); for some both are means
 # over the response's tokens. They return the loss, the same shape, and raise ValueError if the shapes differ.
+
+
+def _per_pair(loss: Callable[[Array, Array], Array], chosen: Array, rejected: Array) -> Array:
+    return elementwise(loss, chosen=chosen, rejected=rejected)
 
 
 def divergence_slope(log_ratio: Array, *, divergence: str, alpha: float = 0.5) -> Array:
@@ -290,7 +294,7 @@ def divergence_slope(log_ratio: Array, *, divergence: str, alpha: float = 0.5) -
             return -jnp.expm1(jnp.minimum(-alpha * log_ratio, _SLOPE_LIMIT)) / alpha
         raise ValueError(f"divergence: expected 'reverse_kl', 'forward_kl', 'js' or 'alpha', got {divergence!r}")
 
-    return elementwise(slope, log_ratio)
+    return elementwise(slope, log_ratio=log_ratio)
 
 
 def dpo_loss(
@@ -317,9 +321,8 @@ def dpo_loss(
       Rafailov et al. 2023, eq. 7 (arXiv:2305.18290); cDPO: Mitchell 2023, ericmitchell.ai/cdpo.pdf; f-DPO: Wang et al.
       2023 (arXiv:2309.16240); CPO: Xu et al. 2024, eq. 3 (arXiv:2401.08417).
     """
-    same_shape(chosen=chosen, rejected=rejected)
     win, lose = (divergence_slope(x, divergence=divergence, alpha=alpha) for x in (chosen, rejected))
-    return elementwise(lambda win, lose: _smoothed(beta * (win - lose), label_smoothing), win, lose)
+    return _per_pair(lambda win, lose: _smoothed(beta * (win - lose), label_smoothing), win, lose)
 
 
 def robust_dpo_loss(chosen: Array, rejected: Array, *, beta: float, label_smoothing: float) -> Array:
@@ -335,12 +338,11 @@ def robust_dpo_loss(chosen: Array, rejected: Array, *, beta: float, label_smooth
     Source:
       Chowdhury et al. 2024, eq. 12 (arXiv:2403.00409).
     """
-    same_shape(chosen=chosen, rejected=rejected)
 
     def loss(win: Array, lose: Array) -> Array:
         return _smoothed(beta * (win - lose), -label_smoothing / (1.0 - 2.0 * label_smoothing))
 
-    return elementwise(loss, chosen, rejected)
+    return _per_pair(loss, chosen, rejected)
 
 
 def ipo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
@@ -353,8 +355,7 @@ def ipo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
     Source:
       Azar et al. 2023, eq. 17 (arXiv:2310.12036).
     """
-    same_shape(chosen=chosen, rejected=rejected)
-    return elementwise(lambda win, lose: jnp.square(win - lose - 0.5 / beta), chosen, rejected)
+    return _per_pair(lambda win, lose: jnp.square(win - lose - 0.5 / beta), chosen, rejected)
 
 
 def hinge_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
@@ -367,8 +368,7 @@ def hinge_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
     Source:
       Zhao et al. 2023 (arXiv:2305.10425), with a reference model as in Liu et al. 2023 (arXiv:2309.06657).
     """
-    same_shape(chosen=chosen, rejected=rejected)
-    return elementwise(lambda win, lose: jax.nn.relu(1.0 - beta * (win - lose)), chosen, rejected)
+    return _per_pair(lambda win, lose: jax.nn.relu(1.0 - beta * (win - lose)), chosen, rejected)
 
 
 def exo_loss(chosen: Array, rejected: Array, *, beta: float, label_smoothing: float) -> Array:
@@ -382,14 +382,13 @@ def exo_loss(chosen: Array, rejected: Array, *, beta: float, label_smoothing: fl
     Source:
       Ji et al. 2024, eq. 16 (arXiv:2402.00856).
     """
-    same_shape(chosen=chosen, rejected=rejected)
 
     def loss(win: Array, lose: Array) -> Array:
         z = beta * (win - lose)
         right = jax.nn.sigmoid(z) * (jax.nn.log_sigmoid(z) - jnp.log1p(-label_smoothing))
         return right + jax.nn.sigmoid(-z) * (jax.nn.log_sigmoid(-z) - jnp.log(label_smoothing))
 
-    return elementwise(loss, chosen, rejected)
+    return _per_pair(loss, chosen, rejected)
 
 
 def nca_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
@@ -402,13 +401,12 @@ def nca_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
     Source:
       Chen et al. 2024, eq. 11 (arXiv:2402.05369).
     """
-    same_shape(chosen=chosen, rejected=rejected)
 
     def loss(win: Array, lose: Array) -> Array:
         absolute = 0.5 * (jax.nn.log_sigmoid(-beta * win) + jax.nn.log_sigmoid(-beta * lose))
         return -jax.nn.log_sigmoid(beta * win) - absolute
 
-    return elementwise(loss, chosen, rejected)
+    return _per_pair(loss, chosen, rejected)
 
 
 def apo_zero_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
@@ -421,8 +419,7 @@ def apo_zero_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
     Source:
       D'Oosterlinck et al. 2024, eq. 7 (arXiv:2408.06266).
     """
-    same_shape(chosen=chosen, rejected=rejected)
-    return elementwise(lambda win, lose: jax.nn.sigmoid(-beta * win) + jax.nn.sigmoid(beta * lose), chosen, rejected)
+    return _per_pair(lambda win, lose: jax.nn.sigmoid(-beta * win) + jax.nn.sigmoid(beta * lose), chosen, rejected)
 
 
 def apo_down_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
@@ -435,8 +432,7 @@ def apo_down_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
     Source:
       D'Oosterlinck et al. 2024, eq. 8 (arXiv:2408.06266).
     """
-    same_shape(chosen=chosen, rejected=rejected)
-    return elementwise(
+    return _per_pair(
         lambda win, lose: jax.nn.sigmoid(beta * win) + jax.nn.sigmoid(beta * (lose - win)), chosen, rejected
     )
 
@@ -471,7 +467,7 @@ def kto_loss(
         return jnp.where(desirable, better, worse)
 
     baseline = jax.lax.stop_gradient(jnp.broadcast_to(at_least_float32(baseline), log_ratio.shape))
-    return elementwise(loss, log_ratio, baseline)
+    return elementwise(loss, log_ratio=log_ratio, baseline=baseline)
 
 
 def orpo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
@@ -486,7 +482,6 @@ def orpo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
     Source:
       Hong et al. 2024, eq. 6 and 7 (arXiv:2403.07691).
     """
-    same_shape(chosen=chosen, rejected=rejected)
 
     def log_odds(logp: Array) -> Array:
         logp = jnp.minimum(logp, -1e-7)
@@ -494,7 +489,7 @@ def orpo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
         rest = jnp.log(-jnp.expm1(jnp.where(near, logp, -1.0)))
         return logp - jnp.where(near, rest, jnp.log1p(-jnp.exp(jnp.where(near, -1.0, logp))))
 
-    return elementwise(lambda win, lose: -beta * jax.nn.log_sigmoid(log_odds(win) - log_odds(lose)), chosen, rejected)
+    return _per_pair(lambda win, lose: -beta * jax.nn.log_sigmoid(log_odds(win) - log_odds(lose)), chosen, rejected)
 
 
 def simpo_loss(chosen: Array, rejected: Array, *, beta: float, margin: float) -> Array:
@@ -508,8 +503,7 @@ def simpo_loss(chosen: Array, rejected: Array, *, beta: float, margin: float) ->
     Source:
       Meng et al. 2024, eq. 6 (arXiv:2405.14734).
     """
-    same_shape(chosen=chosen, rejected=rejected)
-    return elementwise(lambda win, lose: -jax.nn.log_sigmoid(beta * (win - lose) - margin), chosen, rejected)
+    return _per_pair(lambda win, lose: -jax.nn.log_sigmoid(beta * (win - lose) - margin), chosen, rejected)
 
 
 def _smoothed(z: Array, label_smoothing: float) -> Array:

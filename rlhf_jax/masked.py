@@ -31,16 +31,24 @@ def same_shape(**arrays: Array) -> None:
         raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
-def elementwise(function: Callable[..., Array], *inputs: Array) -> Array:
+def elementwise(function: Callable[..., Array], **inputs: Array) -> Array:
     """Apply a function in float32, with NaN and zero gradient wherever an input is NaN or infinite.
 
     A masked slot may therefore hold anything: 0 times a finite slope is 0.
+
+    Args:
+      function: of arrays of any one shape, in the order of the inputs.
+      **inputs: arrays of one shape, by the names that an error has.
+
+    Raises:
+      ValueError: if the shapes differ.
     """
-    inputs = tuple(at_least_float32(x) for x in inputs)
-    defined = jnp.ones(inputs[0].shape, bool)
-    for x in inputs:
+    same_shape(**inputs)
+    arrays = [at_least_float32(x) for x in inputs.values()]
+    defined = jnp.ones(arrays[0].shape, bool)
+    for x in arrays:
         defined &= jnp.isfinite(x)
-    safe = [jnp.where(defined, x, 0.0) for x in inputs]
+    safe = [jnp.where(defined, x, 0.0) for x in arrays]
     return jnp.where(defined, function(*safe), jnp.nan)
 
 

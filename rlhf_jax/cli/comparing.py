@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_jax.cli.before_after import FILE, LONGEST
 from rlhf_jax.cli.scoring import left_out
-from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data import Demonstration, Ledger, Prompt, prompt_ids, read_records
 from rlhf_jax.data.dialogues import FullMessage
 from rlhf_jax.errors import UserError
@@ -127,14 +126,8 @@ def answers_of(config: Config, folders: Mapping[str, RunFolder]) -> Answers | No
     chosen = [prompts[at] for at in fits]
     found = {}
     for name, source in models.items():  # one after the other, so that one model is in memory at a time
-        tokenizer = source.tokenizer
-        sampling = SamplingConfig(
-            max_new_tokens=limit,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            temperature=config.temperature,
-        )
-        found[name] = Sampler(source, sampling, seed=0).responses([rows[name][at] for at in fits])
+        sampler = Sampler(source, seed=0, max_new_tokens=limit, temperature=config.temperature)
+        found[name] = sampler.responses([rows[name][at] for at in fits])
     texts = {name: [text for text, _ in each] for name, each in found.items()}
     scores, judged = _scores(config, folders, chosen, found)
     own = "" if config.data else ", those that the runs’ own reports show (--data gives others)"

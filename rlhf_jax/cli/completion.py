@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_jax.config import SamplingConfig
 from rlhf_jax.data import Ledger, chat_ids, read_records
 from rlhf_jax.data.dialogues import HEADERS, TOOL, Message
 from rlhf_jax.errors import UserError
@@ -29,17 +28,16 @@ class Speaker(Sampler):
     def __init__(self, config: Config) -> None:
         source = open_source(on_base(config.run, config.base), stages=LANGUAGE)
         source = with_template(source, config.chat_template)
-        sampling = SamplingConfig(
+        super().__init__(
+            source,
+            config.seed,
             max_new_tokens=config.max_new_tokens,
-            stop_ids=source.tokenizer.stop_ids,
-            pad_id=source.tokenizer.pad_id,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             segments=config.segments,
             cache_dtype=config.cache_dtype,
         )
-        super().__init__(source, sampling, config.seed)
         self.config = config
 
 

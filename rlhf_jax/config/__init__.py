@@ -7,7 +7,7 @@ from rlhf_jax.config.checks import at_least, row_settings, within
 from rlhf_jax.config.model import ModelConfig, RopeScaling
 from rlhf_jax.config.plain import Partial, coerce_fields, from_plain, over_defaults, to_plain
 from rlhf_jax.config.preference import METHODS, Method, PreferenceConfig
-from rlhf_jax.config.run import MAY_CHANGE, PLACES, EpisodeConfig, LoraConfig, OptimConfig, RunConfig
+from rlhf_jax.config.run import MAY_CHANGE, PLACES, EpisodeConfig, LoraConfig, OptimConfig, RowsConfig, RunConfig
 from rlhf_jax.config.sampling import CacheDtype, SamplingConfig
 from rlhf_jax.config.stages import PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
@@ -27,6 +27,7 @@ __all__ = [
     "PretrainConfig",
     "RewardConfig",
     "RopeScaling",
+    "RowsConfig",
     "RunConfig",
     "SFTConfig",
     "SamplingConfig",

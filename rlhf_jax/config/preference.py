@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from rlhf_jax.config.checks import at_least, hinted, row_settings
-from rlhf_jax.config.run import LoraConfig, OptimConfig, RunConfig
+from rlhf_jax.config.checks import at_least, hinted
+from rlhf_jax.config.run import LoraConfig, OptimConfig, RowsConfig
 from rlhf_jax.errors import UserError
 
 
@@ -53,7 +53,7 @@ METHODS: dict[PreferenceMethod, Method] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceConfig(RunConfig):
+class PreferenceConfig(RowsConfig):
     """Settings of preference optimization."""
 
     init: str = hinted("")
@@ -64,12 +64,6 @@ class PreferenceConfig(RunConfig):
     none."""
     data: tuple[str, ...] = hinted(())
     """Files of comparisons or rankings; all ordered pairs of a ranking count, with one weight a prompt."""
-    heldout: tuple[str, ...] = ()
-    """Held-out files to evaluate on; heldout_fraction of data by default."""
-    heldout_fraction: float = 0.05
-    """Fraction of the prompts that is held out with all their rows, drawn by seed, if heldout is not given."""
-    columns: tuple[str, ...] = ()
-    """Fields of data and heldout under other names, such as prompt=task chosen=better."""
     method: PreferenceMethod = "dpo"
     """Method. With a reference model: dpo, ipo, hinge (SLiC), robust (DPO with noisy labels), exo, nca, apo_zero,
     apo_down, kto (its unpaired loss on both responses of a pair). Without: orpo, simpo, cpo."""
@@ -91,18 +85,6 @@ class PreferenceConfig(RunConfig):
     sft_coef: float | None = hinted(None, "default: by method")
     """Weight of the chosen response's negative log-likelihood per token, added to the loss; 1 for orpo and cpo, else 0
     by default."""
-    max_tokens: int | None = None
-    """Maximum row length in tokens; prompts with a longer row are dropped and recorded in the ledger. The model's
-    context by default."""
-    buckets: tuple[int, ...] = ()
-    """Row lengths that batches are padded to, each compiled once; a few lengths up to max_tokens by default."""
-    batch: int | None = hinted(None, "default: by the data")
-    """Batch size in prompts, each with all its responses, over all devices. By default 32, or 16, 8 or 4 for an epoch
-    of at least 16 steps; a batch larger than the data is replaced by this default."""
-    epochs: float | None = hinted(None, "default: 1")
-    """Passes over the training rankings, such as 3 or 0.5, rounded up to whole steps."""
-    steps: int | None = hinted(None, "default: by epochs")
-    """Number of updates, in place of epochs; 0 evaluates and saves the initial model."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=1e-4))
     """AdamW and its learning-rate schedule; 5e-7 to 5e-6 for published models of billions of parameters."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -110,8 +92,6 @@ class PreferenceConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        row_settings(self)
-        self.optimizer.check_steps("optimizer", self.steps or 0)
         method = METHODS[self.method]
         for field in _COEFFICIENTS - set(method.settings):
             if vars(self)[field] is not None:

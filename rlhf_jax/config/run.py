@@ -7,7 +7,7 @@ import math
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from rlhf_jax.config.checks import at_least, ceil_product, hinted, within
+from rlhf_jax.config.checks import at_least, ceil_product, hinted, row_settings, within
 from rlhf_jax.config.sampling import CacheDtype, SamplingConfig
 from rlhf_jax.errors import UserError
 
@@ -140,6 +140,37 @@ class RunConfig:
         if self.name:
             return Path("runs") / self.name
         raise UserError("name: expected a run folder, got none; use --name NAME (for runs/NAME) or --out FOLDER")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsConfig(RunConfig):
+    """Settings shared by the stages that train on rows of different lengths, epoch by epoch."""
+
+    heldout: tuple[str, ...] = ()
+    """Held-out files to evaluate on; heldout_fraction of data by default."""
+    heldout_fraction: float = 0.05
+    """Fraction of the prompts that is held out with all their rows, drawn by seed, if heldout is not given."""
+    columns: tuple[str, ...] = ()
+    """Fields of data and heldout under other names, such as prompt=task."""
+    max_tokens: int | None = None
+    """Maximum row length in tokens; prompts with a longer row are dropped and recorded in the ledger. The model's
+    context by default."""
+    buckets: tuple[int, ...] = ()
+    """Row lengths that batches are padded to, each compiled once; a few lengths up to max_tokens by default."""
+    batch: int | None = hinted(None, "default: by the data")
+    """Batch size in rows, or in prompts with all their responses, over all devices. By default 32, or 16, 8 or 4 for an
+    epoch of at least 16 steps; a batch larger than the data is replaced by this default."""
+    epochs: float | None = hinted(None, "default: 1")
+    """Passes over the training rows, such as 3 or 0.5, rounded up to whole steps."""
+    steps: int | None = hinted(None, "default: by epochs")
+    """Number of updates, in place of epochs; 0 evaluates and saves the initial model."""
+    optimizer: OptimConfig
+    """AdamW and its learning-rate schedule."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        row_settings(self)
+        self.optimizer.check_steps("optimizer", self.steps or 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import Literal
 
-from rlhf_jax.config.checks import at_least, columns_setting, hinted, row_settings, within
+from rlhf_jax.config.checks import at_least, columns_setting, hinted, within
 from rlhf_jax.config.model import ModelConfig
-from rlhf_jax.config.run import EpisodeConfig, LoraConfig, OptimConfig, RunConfig
+from rlhf_jax.config.run import EpisodeConfig, LoraConfig, OptimConfig, RowsConfig, RunConfig
 from rlhf_jax.errors import UserError
 
 
@@ -52,7 +52,7 @@ class PretrainConfig(RunConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFTConfig(RunConfig):
+class SFTConfig(RowsConfig):
     """Settings of stage 2, supervised fine-tuning."""
 
     init: str = hinted("")
@@ -60,19 +60,8 @@ class SFTConfig(RunConfig):
     pypi:PACKAGE."""
     data: tuple[str, ...] = hinted(())
     """Files of demonstrations or dialogues; or embedded, for docstrings of Python's own documentation."""
-    heldout: tuple[str, ...] = ()
-    """Held-out files to evaluate on; heldout_fraction of data by default."""
-    heldout_fraction: float = 0.05
-    """Fraction of the prompts that is held out with all their rows, drawn by seed, if heldout is not given."""
-    columns: tuple[str, ...] = ()
-    """Fields of data and heldout under other names, such as prompt=task completion=reply."""
     kind: Literal["demonstrations", "dialogues"] = "demonstrations"
     """Kind of records in the files: demonstrations (which may include dialogues) or dialogues only."""
-    max_tokens: int | None = None
-    """Maximum row length in tokens; longer rows are dropped and recorded in the ledger. The model's context by
-    default."""
-    buckets: tuple[int, ...] = ()
-    """Row lengths that batches are padded to, each compiled once; a few lengths up to max_tokens by default."""
     pack: int | None = None
     """Input tokens per packed row: demonstrations are packed uncut, with block-diagonal attention, and `batch` counts
     packed rows. By default each demonstration has its own row, padded to its bucket."""
@@ -81,8 +70,6 @@ class SFTConfig(RunConfig):
     larger than the data is replaced by this default."""
     epochs: float | None = hinted(None, "default: 3")
     """Passes over the training rows, such as 3 or 0.5, rounded up to whole steps."""
-    steps: int | None = hinted(None, "default: by epochs")
-    """Number of updates, in place of epochs; 0 evaluates and saves the initial model."""
     release: Literal["best", "last"] = "best"
     """Model for later stages: that of the evaluation with the lowest held-out loss, or the last."""
     dropout: float = 0.0
@@ -94,15 +81,13 @@ class SFTConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        row_settings(self)
         within(self, "dropout", 0, 1)
-        self.optimizer.check_steps("optimizer", self.steps or 0)
         if self.pack is not None:
             at_least(self, "pack", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardConfig(RunConfig):
+class RewardConfig(RowsConfig):
     """Settings of stage 3.1, the reward model."""
 
     init: str = hinted("")
@@ -112,19 +97,8 @@ class RewardConfig(RunConfig):
     """Initial weights. init: those of init; scratch: fresh ones with its architecture and tokenizer."""
     data: tuple[str, ...] = hinted(())
     """Files of comparisons or rankings."""
-    heldout: tuple[str, ...] = ()
-    """Held-out files to evaluate on; heldout_fraction of data by default."""
-    heldout_fraction: float = 0.05
-    """Fraction of the prompts that is held out with all their rows, drawn by seed, if heldout is not given."""
-    columns: tuple[str, ...] = ()
-    """Fields of data and heldout under other names, such as prompt=task chosen=better."""
     demonstrations: tuple[str, ...] = ()
     """Files of demonstrations or dialogues; after training, scores are shifted so that their mean score is 0."""
-    max_tokens: int | None = None
-    """Maximum row length in tokens; prompts with a longer row are dropped and recorded in the ledger. The model's
-    context by default."""
-    buckets: tuple[int, ...] = ()
-    """Row lengths that batches are padded to, each compiled once; a few lengths up to max_tokens by default."""
     share_prompts: bool = False
     """Compute the common prefix of the responses to a prompt once instead of once per response; the scores are the
     same, and it is faster for long prompts or many responses."""
@@ -132,14 +106,9 @@ class RewardConfig(RunConfig):
     """Prompts with all their responses in a row, as many as it takes to fill it, with block-diagonal attention; a
     divisor of batch. The scores are the same; rows of 200 to 500 tokens waste the least. Implies share_prompts. 0: each
     response has its own row, padded to its bucket."""
-    batch: int | None = hinted(None, "default: by the data")
-    """Batch size in prompts, each with all its responses, over all devices. By default 32, or 16, 8 or 4 for an epoch
-    of at least 16 steps; a batch larger than the data is replaced by this default."""
     epochs: float | None = hinted(None, "default: 1")
     """Passes over the training rankings, such as 3 or 0.5, rounded up to whole steps; InstructGPT over-fitted
     after one."""
-    steps: int | None = hinted(None, "default: by epochs")
-    """Number of updates, in place of epochs; 0 evaluates and saves the initial model."""
     optimizer: OptimConfig = dataclasses.field(default_factory=lambda: OptimConfig(learning_rate=5e-4))
     """AdamW and its learning-rate schedule; 9e-6 for 6B parameters in InstructGPT."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -158,8 +127,6 @@ class RewardConfig(RunConfig):
                 f"{self.microbatches}; use --batch {max(self.shares, self.batch - self.batch % self.shares)}"
             )
         super().__post_init__()
-        row_settings(self)
-        self.optimizer.check_steps("optimizer", self.steps or 0)
         if self.lora.rank and self.backbone == "scratch":
             raise UserError("lora.rank: expected backbone init, got scratch; fresh weights train without adapters")
 

@@ -281,6 +281,7 @@ class RankingRows:
         """Prompts with an ordered pair: the independent observations, as the pairs of a ranking are not."""
         return sum(len(set(ranks)) > 1 for ranks in self.ranks)
 
+    @functools.cached_property
     def padded_ranks(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """(ranks, True where a response exists), both [N, K]."""
         ranks, exists = np.zeros((len(self), self.responses), np.int32), np.zeros((len(self), self.responses), np.bool_)
@@ -300,16 +301,11 @@ class RankingRows:
         shape = (len(indices), self.responses, self.row_length(indices if among is None else among))
         tokens = np.full(shape, self.pad_id, np.int32)
         mask = np.zeros(shape, np.bool_)
-        ranks = np.zeros(shape[:2], np.int32)
-        exists = np.zeros(shape[:2], np.bool_)
         for place, index in enumerate(indices):
-            responses, row_ranks = self.rows[index][0], self.ranks[index]
-            ranks[place, : len(row_ranks)] = row_ranks
-            exists[place, : len(row_ranks)] = True
-            for k, ids in enumerate(responses):
+            for k, ids in enumerate(self.rows[index][0]):
                 tokens[place, k, : len(ids)] = ids
                 mask[place, k, : len(ids)] = True
-        arrays: list[Any] = [tokens, mask, ranks, exists]
+        arrays: list[Any] = [tokens, mask, *(x[indices] for x in self.padded_ranks)]
         return RankingBatch(*arrays)
 
 
@@ -358,12 +354,12 @@ class PackedRankingRows:
         rows, length = len(indices) // self.pack, self.row_length(indices if among is None else among)
         tokens = np.full((rows, length), self.rankings.pad_id, np.int32)
         segment_ids = np.zeros(tokens.shape, np.int32)
-        at, ranks = (np.zeros((rows, self.pack, self.responses), np.int32) for _ in range(2))
-        exists = np.zeros(at.shape, np.bool_)
+        at = np.zeros((rows, self.pack, self.responses), np.int32)
+        ranks, exists = (x[indices].reshape(at.shape) for x in self.rankings.padded_ranks)
         for row, members in enumerate(indices.reshape(rows, self.pack)):
             used = 0
             for place, index in enumerate(members):
-                responses, row_ranks = self.rankings.rows[index][0], self.rankings.ranks[index]
+                responses = self.rankings.rows[index][0]
                 start, common, prefix = used, self.common[index], place * (self.responses + 1) + 1
                 used += common
                 tokens[row, start:used], segment_ids[row, start:used] = responses[0][:common], prefix
@@ -374,8 +370,6 @@ class PackedRankingRows:
                     used += len(own)
                     # A response that is a prefix of the others ends within the common part.
                     at[row, place, k] = used - 1 if len(own) else start + len(ids) - 1
-                ranks[row, place, : len(row_ranks)] = row_ranks
-                exists[row, place, : len(row_ranks)] = True
         arrays: list[Any] = [tokens, segment_ids, at, ranks, exists]
         return PackedRankingBatch(*arrays)
 

@@ -81,19 +81,18 @@ def scores_of(
     model: Transformer, params: Params, rows: RankingRows | PackedRankingRows, *, batch_size: int = 32
 ) -> np.ndarray:
     """Reward-model scores of all rows, [N, K]; entries of missing responses are meaningless."""
-    out = np.zeros((len(rows), rows.responses), np.float32)
-    flops = model.config.flops_per_token(1, language_head=False)
-    for batch, indices, counted_B in _in_batches(rows, batch_size, flops):
-        out[indices[counted_B]] = fetch(_scores(model, params, batch))[counted_B]
-    return out
+    return _scored(_scores, model, params, rows, batch_size, np.zeros((len(rows), rows.responses), np.float32))
 
 
 def row_scores(model: Transformer, params: Params, rows: RaggedRows, *, batch_size: int = 32) -> np.ndarray:
     """Reward-model scores of all rows, each a prompt with a response, [N]."""
-    out = np.zeros(len(rows), np.float32)
+    return _scored(_row_scores, model, params, rows, batch_size, np.zeros(len(rows), np.float32))
+
+
+def _scored(score: Any, model: Transformer, params: Params, rows: Any, batch_size: int, out: np.ndarray) -> np.ndarray:
     flops = model.config.flops_per_token(1, language_head=False)
     for batch, indices, counted_B in _in_batches(rows, batch_size, flops):
-        out[indices[counted_B]] = fetch(_row_scores(model, params, batch))[counted_B]
+        out[indices[counted_B]] = fetch(score(model, params, batch))[counted_B]
     return out
 
 

@@ -60,7 +60,7 @@ def evaluate_preferences(
       rows: the rows.
       config: settings of the stage.
     """
-    ranks, mask = rows.rankings.padded_ranks()
+    ranks, mask = rows.rankings.padded_ranks
     tokens = np.zeros(mask.shape, np.int32)
     for place, masks in enumerate(rows.masks):
         tokens[place, : len(masks)] = [sum(own) for own in masks]

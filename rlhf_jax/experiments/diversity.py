@@ -154,7 +154,7 @@ class Experiment:
         }
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Put the seeds together."""
+        """Combine the seeds."""
         figures = by_arm(found)
         outcome = Outcome(figures, COLUMNS, "", [], bounded={"acceptable"})
         series = []

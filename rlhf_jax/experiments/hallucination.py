@@ -310,7 +310,7 @@ class Experiment:
         return {"arms": arms(subject, self._optimise, say), "delusion": self._student.learned(seed)}
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Put the seeds together."""
+        """Combine the seeds."""
         figures = by_arm([one["arms"] for one in found])
         observed, acted = (dataclasses.asdict(beliefs) for beliefs in exact(len(TOWNS), COMPETENCE))
         learned = by_arm([{"learned": one["delusion"]} for one in found])

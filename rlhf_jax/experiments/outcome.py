@@ -23,7 +23,7 @@ class Outcome:
       figures: arm -> measure -> value of each seed; NaN where a seed has none.
       columns: (measure, heading) of the table on the console.
       picture: SVG.
-      sentences: what came out.
+      sentences: the results in words.
       bounded: measures that are from 0 to 1, as their intervals are then.
       more: further figures, as plain JSON with NaN for what is not there.
     """

@@ -104,7 +104,7 @@ class Experiment:
         return points
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Put the seeds together."""
+        """Combine the seeds."""
         fits = {"RL": rl_fit(found), "best of n": best_fit(found)}
         figures = rows(found)
         for name, fit in (("RL", rl_fit), ("best of n", best_fit)):

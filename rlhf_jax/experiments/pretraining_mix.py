@@ -112,7 +112,7 @@ class Experiment:
         return found
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Put the seeds together."""
+        """Combine the seeds."""
         first = self.sizes.betas[0]
         outcome = Outcome(by_arm(found), COLUMNS, "", [])
         # Each arm's place is its mean; the whiskers are of the perplexity.

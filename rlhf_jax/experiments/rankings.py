@@ -122,7 +122,7 @@ class Experiment:
         return found
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Put the seeds together."""
+        """Combine the seeds."""
         outcome = Outcome(by_arm(found), COLUMNS, "", [], bounded={"accuracy", "gold_accuracy"})
         panels = []
         for title, names in (("loss", ("loss", "train_loss")), ("accuracy by gold", ("gold_accuracy",))):

@@ -95,7 +95,7 @@ class Experiment:
         return found
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Put the seeds together."""
+        """Combine the seeds."""
         figures, measures = by_arm(found), [f"{agreement:g}" for agreement in self.sizes.agreements]
         outcome = Outcome(figures, [(name, f"agreement {name}") for name in measures], "", [], bounded=set(measures))
         panels = [

@@ -39,7 +39,7 @@ class Experiment(Protocol):
         """Run one repetition: its figures as plain JSON, with NaN for what is not there."""
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Put those of all seeds together."""
+        """Combine those of all seeds."""
 
 
 def seeds_from(seed: int, count: int) -> list[int]:

@@ -76,7 +76,7 @@ class Experiment:
         return {"arms": found, "answers": answers}
 
     def outcome(self, found: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Put the seeds together."""
+        """Combine the seeds."""
         figures = by_arm([one["arms"] for one in found])
         outcome = Outcome(
             figures,

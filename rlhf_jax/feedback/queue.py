@@ -239,7 +239,7 @@ class Queue:
                 break
             lease, live, item, kind, held = row
             if live or kind != "task" or held < self.rules.wanted:
-                # Work on a lapsed item begins anew, but for the time that its draft has taken.
+                # Work on a lapsed item starts again, except for the time that its draft has taken.
                 self._db.execute(
                     "UPDATE leases SET started = iif(live, started, max(started, ?1 - coalesce(draft ->> '$.seconds', "
                     "0))), live = 1, expires = ?2 WHERE number = ?3",

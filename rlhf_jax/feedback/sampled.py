@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from rlhf_jax.config import SamplingConfig
-from rlhf_jax.data.batches import by_length
 from rlhf_jax.data.encode import prompt_ids
 from rlhf_jax.data.records import Prompt
 from rlhf_jax.errors import UserError
@@ -73,15 +71,8 @@ def _responses(
     model: Source, prompts: Sequence[Prompt], *, samples: int, max_new_tokens: int, temperature: float, seed: int
 ) -> list[list[tuple[str, bool]]]:
     """(text, True if it ended) of each response to each prompt."""
-    tokenizer = model.tokenizer
-    sampling = SamplingConfig(
-        max_new_tokens=max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
-        pad_id=tokenizer.pad_id,
-        temperature=temperature,
-    )
-    sampler = Sampler(model, sampling, seed)
-    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    sampler = Sampler(model, seed, max_new_tokens=max_new_tokens, temperature=temperature)
+    rows = [prompt_ids(prompt, model.tokenizer) for prompt in prompts]
     for prompt, ids in zip(prompts, rows, strict=True):
         if not 1 <= len(ids) <= sampler.room:
             raise UserError(
@@ -90,12 +81,6 @@ def _responses(
             )
     order = [place for place in range(len(rows)) for _ in range(samples)]
     parts = range(-(-len(order) // ROWS))
-    # Random numbers belong to a response's place, so a response does not depend on the batch it is sampled in.
     numbers = [uniform_numbers(jax.random.fold_in(sampler.key, part), ROWS, max_new_tokens) for part in parts]
-    uniform_NR = np.concatenate(numbers)
-    answers = [("", False)] * len(order)
-    for among in by_length([len(rows[place]) for place in order], ROWS):
-        part = [rows[order[place]] for place in among]
-        for place, each in zip(among, sampler.side_by_side(part, uniform_NR[among]), strict=True):
-            answers[place] = each
+    answers = sampler.responses([rows[place] for place in order], np.concatenate(numbers))
     return [answers[place * samples : (place + 1) * samples] for place in range(len(rows))]

@@ -44,16 +44,7 @@ def shuffle(responses: int, seed: str) -> tuple[int, ...]:
 def judgement_of(
     answer: Answer, item: Item, labeller: str, order: Sequence[int], page: Page, *, now: float, started: float
 ) -> Judgement:
-    """The judgement of an answer, in the item's own order of responses.
-
-    Args:
-      answer: the answer.
-      item: the item.
-      labeller: name.
-      order: indices of its responses in the order shown.
-      page: what the page asks for.
-      now: Unix time in seconds.
-      started: when the labeller got the item, likewise.
+    """The judgement of an answer, in the item's own order of responses; the labeller got the item when it `started`.
 
     Raises:
       UserError: if the answer does not fit the item.

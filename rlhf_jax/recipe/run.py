@@ -181,7 +181,7 @@ def run_seed(config: RecipeConfig) -> None:
             eval_every=max(min(15, size.iterations // 3), 1),
             prompt_length=size.prompt_tokens,
             kl_coef=size.kl_coef,
-            alarms="warn",  # the recipe goes on to its measurement, which shows what is wrong
+            alarms="warn",  # the recipe continues with its measurement, which shows what is wrong
             pretraining_coef=size.pretraining_coef,
             pretraining_batch=size.minibatches * 2 if size.pretraining_coef else 0,
             pretraining_row_length=size.row_length,

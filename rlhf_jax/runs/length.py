@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rlhf_jax.config import PreferenceConfig, RewardConfig, SFTConfig
+from rlhf_jax.config import RowsConfig
 from rlhf_jax.config.checks import ceil_product
 
 LARGEST, SMALLEST = 32, 4
@@ -22,7 +22,7 @@ class Length:
     lines: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
-def run_length(config: SFTConfig | RewardConfig | PreferenceConfig, rows: int, *, epochs: float, what: str) -> Length:
+def run_length(config: RowsConfig, rows: int, *, epochs: float, what: str) -> Length:
     """Batch and steps of a run, and lines that say both, and if a batch larger than the data was replaced.
 
     An epoch visits every row once: steps = ⌈epochs × rows / batch⌉. With packed rows, rows are those of a batch, so an

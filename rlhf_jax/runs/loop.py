@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import math
 import os
 import signal
 import threading
@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.errors import UserError
 from rlhf_jax.parallel import processes
 from rlhf_jax.runs.background import saving_limit
+from rlhf_jax.runs.guard import PATIENCE, Guard
 from rlhf_jax.runs.metrics import Throughput, Writer, matmul_peak
 
 if TYPE_CHECKING:
@@ -29,13 +28,6 @@ Metrics = Mapping[str, Any]
 # (metrics of the newest steps with their "step", writer of a message) -> the last step whose state is beyond doubt, or
 # None if the newest is. It may raise to end the run.
 Watch = Callable[[list[dict[str, Any]], Callable[[str], None]], int | None]
-# Consecutive steps with a bad metric or without any optimizer step, after which the run ends.
-PATIENCE = 3
-# Endings of the names of metrics that must be finite and at most this large, causes before what follows from them. A
-# loss may be the square of a value.
-GUARDED = {"score": 1e6, "value": 1e6, "kl": 1e6, "reward": 1e6, "_loss": 1e12, "loss": 1e12}
-# Largest root mean square of the parameters, and largest growth since the start.
-LARGEST_PARAMS = 100.0
 
 
 class Stopped(Exception):
@@ -112,109 +104,159 @@ def fit(
         or every optimizer step was skipped, for 3 consecutive steps, or for all steps of a shorter run. Nothing is
         saved between such steps, so the last checkpoint is from before the first.
     """
-    step = int(state.step)
-    if step >= steps:
-        if step == 0:
+    if int(state.step) >= steps:
+        if int(state.step) == 0:
             _save_untrained(state, writers, checkpoints, evaluate)
         return state
-    first = step + 1
-    throughput = Throughput(flops_per_token, lambda: matmul_peak() * machines)
-    guard = _Guard(writers, checkpoints, min(PATIENCE, steps))
-    pending: list[Metrics] = []
-    met: set[str] = set()
-    # A checkpoint that is due within a streak of bad steps is saved after it.
-    owed = False
-    pace = _Pace()
+    loop = _Loop(
+        state, update, batch_at, steps, writers, checkpoints, save_every, log_every, evaluate, eval_every, watch
+    )
+    del state
     try:
-        writers.start(step, steps)
+        writers.start(loop.step, steps)
         with _signals() as received, processes.steps(), _saves_end(checkpoints):
-            if prepare is not None:
-                processes.phase("compiling", step + 1, may_compile=True)
-                state = prepare(state)
-            kind = _kind(state)
-            machines = _machines(state)
-            guard.check_start(state)
-            if evaluate is not None and evaluate_first and step == 0 and 0 < eval_every < steps:
-                processes.phase("evaluating", 0, may_compile=True)
-                row = _evaluated(state, evaluate, received, must=False)
-                if row:
-                    writers.row(0, row)
-            while step < steps:
-                if checkpoints is not None:
-                    checkpoints.check()
-                processes.phase("reading the batch", step + 1)
-                batch = batch_at(step)
-                shapes = _shapes(batch)
-                new = shapes not in met
-                processes.phase(
-                    "computing", step + 1, waits=True, limit=pace.limit(len(pending) + 1, new), may_compile=new
-                )
-                met.add(shapes)
-                compiled = compile_seconds()
-                state, metrics = update(state, batch)
-                step += 1
-                compiled = compile_seconds() - compiled
-                pace.begin(compiled)
-                if step == first:
-                    _refuse_drift(kind, _kind(state))
-                elif compiled > 0:
-                    throughput.exclude(compiled)
-                    writers.event(step, f"recompiled in {compiled:.1f} s for a batch of {shapes}")
-                pending.append(metrics)
-                if processes.count() > 1 and processes.stop_asked(step):
-                    received.append(signal.SIGTERM)
-                stopping = bool(received)
-                evaluating = (
-                    evaluate is not None
-                    and _due(step, eval_every, steps)
-                    and not (
-                        # The best of the evaluations may be what later stages take, so a stop does not skip one.
-                        stopping and step < steps and (checkpoints is None or checkpoints.best_metric is None)
-                    )
-                )
-                owed |= checkpoints is not None and (
-                    _due(step, save_every, steps) or (evaluating and checkpoints.best_metric is not None)
-                )
-                if stopping or owed or evaluating or step == 1 or _due(step, log_every, steps):
-                    processes.phase("waiting for the devices", step, waits=True, limit=pace.limit(len(pending)))
-                    rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(pending)]
-                    pending = []
-                    pace.lap(len(rows))
-                    guard.check_metrics(step, rows)
-                    row = _means(rows)
-                    if "tokens" in row and first <= step - len(rows):
-                        row |= throughput.lap(sum(r["tokens"] for r in rows))
-                    if evaluate is not None and evaluating:
-                        processes.phase("evaluating", step)
-                        keeps_best = checkpoints is not None and checkpoints.best_metric is not None
-                        row |= _evaluated(state, evaluate, received, must=step == steps or keeps_best)
-                        if processes.count() == 1:
-                            stopping = bool(received)
-                    writers.row(step, row)
-                    if watch is not None:
-                        doubt = watch(_numbered(step, rows, row), functools.partial(writers.event, step))
-                        if checkpoints is not None:
-                            checkpoints.beyond_doubt = doubt
-                    if checkpoints is not None and (owed or stopping):
-                        # Twice: the save before may have to be finished first.
-                        processes.phase("saving", step, limit=2 * saving_limit(_size(state)))
-                        guard.check_state(step, state)
-                        if step == steps or not guard.in_a_row:
-                            checkpoints.save_in_background(step, state, row)
-                            owed = False
-                    throughput.restart()
-                if stopping and step < steps:
-                    last = None
-                    if checkpoints is not None:
-                        checkpoints.finish()
-                        last = checkpoints.latest()
-                    raise Stopped(received[0], step, saved=last == step, last=last)
+            loop.begin(received, prepare, flops_per_token, evaluate_first)
+            while loop.step < steps:
+                loop.advance()
+                loop.report()
             if checkpoints is not None:
-                processes.phase("saving", step, limit=saving_limit(_size(state)))
+                processes.phase("saving", loop.step, limit=saving_limit(_size(loop.state)))
                 checkpoints.finish()
     finally:
         writers.close()
-    return state
+    return loop.state
+
+
+@dataclasses.dataclass
+class _Loop:
+    """The loop between two steps of a run; the fields are arguments of `fit`."""
+
+    state: TrainState
+    update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    batch_at: Callable[[int], Any]
+    steps: int
+    writers: Writer
+    checkpoints: Checkpoints | None
+    save_every: int
+    log_every: int
+    evaluate: Callable[[TrainState], Metrics] | None
+    eval_every: int
+    watch: Watch | None
+
+    def __post_init__(self) -> None:
+        self.step = int(self.state.step)
+        self.first = self.step + 1
+        self.guard = Guard(self.writers, self.checkpoints, min(PATIENCE, self.steps))
+        self.pending: list[Metrics] = []
+        self.met: set[str] = set()
+        # A checkpoint that is due within a streak of bad steps is saved after it.
+        self.owed = False
+        self.keeps_best = self.checkpoints is not None and self.checkpoints.best_metric is not None
+        self.pace = _Pace()
+
+    def begin(
+        self,
+        received: _Received,
+        prepare: Callable[[TrainState], TrainState] | None,
+        flops_per_token: float | None,
+        evaluate_first: bool,
+    ) -> None:
+        """Compile the programs, and check and evaluate the state to begin with."""
+        self.received = received
+        if prepare is not None:
+            processes.phase("compiling", self.first, may_compile=True)
+            self.state = prepare(self.state)
+        self.kind = _kind(self.state)
+        machines = _machines(self.state)
+        self.throughput = Throughput(flops_per_token, lambda: matmul_peak() * machines)
+        self.guard.check_start(self.state)
+        if self.evaluate is not None and evaluate_first and self.step == 0 and 0 < self.eval_every < self.steps:
+            processes.phase("evaluating", 0, may_compile=True)
+            row = _evaluated(self.state, self.evaluate, received, must=False)
+            if row:
+                self.writers.row(0, row)
+
+    def advance(self) -> None:
+        """Make one step; its metrics are pending."""
+        if self.checkpoints is not None:
+            self.checkpoints.check()
+        processes.phase("reading the batch", self.step + 1)
+        batch = self.batch_at(self.step)
+        shapes = _shapes(batch)
+        new = shapes not in self.met
+        limit = self.pace.limit(len(self.pending) + 1, new)
+        processes.phase("computing", self.step + 1, waits=True, limit=limit, may_compile=new)
+        self.met.add(shapes)
+        compiled = compile_seconds()
+        self.state, metrics = self.update(self.state, batch)
+        self.step += 1
+        compiled = compile_seconds() - compiled
+        self.pace.begin(compiled)
+        if self.step == self.first:
+            _refuse_drift(self.kind, _kind(self.state))
+        elif compiled > 0:
+            self.throughput.exclude(compiled)
+            self.writers.event(self.step, f"recompiled in {compiled:.1f} s for a batch of {shapes}")
+        self.pending.append(metrics)
+
+    def report(self) -> None:
+        """Evaluate, write and save what is due after a step.
+
+        Raises:
+          Stopped: after a signal, once the state is saved.
+        """
+        if processes.count() > 1 and processes.stop_asked(self.step):
+            self.received.append(signal.SIGTERM)
+        stopping = bool(self.received)
+        # The best of the evaluations may be what later stages take, so a stop does not skip one.
+        skipped = stopping and self.step < self.steps and not self.keeps_best
+        evaluating = self.evaluate is not None and self._due(self.eval_every) and not skipped
+        self.owed |= self.checkpoints is not None and (self._due(self.save_every) or (evaluating and self.keeps_best))
+        if stopping or self.owed or evaluating or self.step == 1 or self._due(self.log_every):
+            rows, row = self._read()
+            if self.evaluate is not None and evaluating:
+                processes.phase("evaluating", self.step)
+                must = self.step == self.steps or self.keeps_best
+                row |= _evaluated(self.state, self.evaluate, self.received, must=must)
+                if processes.count() == 1:
+                    stopping = bool(self.received)
+            self.writers.row(self.step, row)
+            if self.watch is not None:
+                doubt = self.watch(_numbered(self.step, rows, row), functools.partial(self.writers.event, self.step))
+                if self.checkpoints is not None:
+                    self.checkpoints.beyond_doubt = doubt
+            if self.checkpoints is not None and (self.owed or stopping):
+                self._save(self.checkpoints, row)
+            self.throughput.restart()
+        if stopping and self.step < self.steps:
+            last = None
+            if self.checkpoints is not None:
+                self.checkpoints.finish()
+                last = self.checkpoints.latest()
+            raise Stopped(self.received[0], self.step, saved=last == self.step, last=last)
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.steps or (every > 0 and self.step % every == 0)
+
+    def _read(self) -> tuple[list[dict[str, float]], dict[str, float]]:
+        """Read the pending metrics back: (those of each step, their means with the throughput)."""
+        processes.phase("waiting for the devices", self.step, waits=True, limit=self.pace.limit(len(self.pending)))
+        rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(self.pending)]
+        self.pending = []
+        self.pace.lap(len(rows))
+        self.guard.check_metrics(self.step, rows)
+        row = _means(rows)
+        if "tokens" in row and self.first <= self.step - len(rows):
+            row |= self.throughput.lap(sum(r["tokens"] for r in rows))
+        return rows, row
+
+    def _save(self, checkpoints: Checkpoints, row: Mapping[str, float]) -> None:
+        # Twice: the save before may have to be finished first.
+        processes.phase("saving", self.step, limit=2 * saving_limit(_size(self.state)))
+        self.guard.check_state(self.step, self.state)
+        if self.step == self.steps or not self.guard.in_a_row:
+            checkpoints.save_in_background(self.step, self.state, row)
+            self.owed = False
 
 
 @contextlib.contextmanager
@@ -269,10 +311,6 @@ def _figures(evaluate: Callable[[TrainState], Metrics], state: TrainState) -> di
     return {f"eval/{name}": float(value) for name, value in jax.device_get(evaluate(state)).items()}
 
 
-def _due(step: int, every: int, steps: int) -> bool:
-    return step == steps or (every > 0 and step % every == 0)
-
-
 def _numbered(step: int, rows: list[dict[str, float]], row: Mapping[str, float]) -> list[dict[str, Any]]:
     """The metrics of the steps up to `step`, each with its number, the last one with those of the evaluation too."""
     numbered: list[dict[str, Any]] = [{**each, "step": at} for at, each in enumerate(rows, step - len(rows) + 1)]
@@ -284,92 +322,6 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each metric of the last row over the rows that have it."""
     columns = {name: [row[name] for row in rows if name in row] for name in rows[-1]}
     return {name: sum(values) / len(values) for name, values in columns.items()}
-
-
-class _Guard:
-    """Ends a run that is lost: its losses, rewards or state are not finite, or its optimizer steps are all skipped."""
-
-    def __init__(self, writers: Writer, checkpoints: Checkpoints | None, patience: int) -> None:
-        self.writers = writers
-        self.checkpoints = checkpoints
-        self.patience = patience
-        self.in_a_row = 0
-        self.start_norm, self.largest_norm = 0.0, math.inf
-
-    def check_metrics(self, step: int, rows: list[dict[str, float]]) -> None:
-        """Checks the metrics of each step; `rows` are those of the steps up to `step`."""
-        for at, row in enumerate(rows, start=step - len(rows) + 1):
-            self._check_params(at, row)
-            bad = {name: value for name, value in row.items() if not math.isfinite(value)}
-            lost = [
-                name
-                for ending, largest in GUARDED.items()
-                for name, value in row.items()
-                if name.endswith(ending) and (name in bad or abs(value) > largest)
-            ]
-            share = max((row[name] for name in row if name.endswith("skipped") and "/" not in name), default=0.0)
-            self.in_a_row = self.in_a_row + 1 if lost or share == 1 else 0
-            if not lost and not share:
-                continue
-            causes = lost[:1] or [name for name in bad if name.endswith("_norm")]
-            # A score that is replaced, since its response has no end, is in no metric but this count.
-            cause = ", ".join(f"{name} is {row[name]:.6g}" for name in causes)
-            cause = cause or f"nonfinite is {row.get('nonfinite', 0.0):g}"
-            skips = f"; {f'{share:.0%} of its optimizer steps were' if share < 1 else 'the step was'} skipped"
-            self.writers.event(at, cause + skips if share else cause)
-            if self.in_a_row == self.patience:
-                what = f"no optimizer step was made, as {cause},"
-                if lost:
-                    what = f"{lost[0]} was {'not finite' if lost[0] in bad else f'absurd ({row[lost[0]]:.3g})'}"
-                self._end(f"{what} for {self.patience} consecutive steps, last at step {at}")
-
-    def check_start(self, state: TrainState) -> None:
-        """Raises UserError if training would start from a parameter that is not finite."""
-        params_finite, _, norm = _sound(state)
-        if not bool(params_finite):
-            raise UserError("a parameter is not finite before the first step; the model to start from is damaged")
-        self.start_norm = float(norm)
-        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        self.largest_norm = LARGEST_PARAMS * max(self.start_norm, math.sqrt(count))
-
-    def _check_params(self, step: int, row: Mapping[str, float]) -> None:
-        """Raises UserError if the parameters have exploded."""
-        for name, norm in row.items():
-            if name.endswith("param_norm") and math.isfinite(norm) and norm > self.largest_norm:
-                self._end(
-                    f"the parameters have exploded: {name} is {norm:.3g} after step {step}, and was at most "
-                    f"{self.start_norm:.3g} at the start"
-                )
-
-    def check_state(self, step: int, state: TrainState) -> None:
-        """Raises UserError if a parameter is not finite or anything else in the state is NaN."""
-        params_finite, rest_defined, _ = jax.device_get(_sound(state))
-        if not params_finite:
-            self._end(f"a parameter is not finite after step {step}; this state is not saved")
-        if not rest_defined:
-            self._end(f"the optimizer's state is undefined (NaN) after step {step}; this state is not saved")
-
-    def _end(self, what: str) -> None:
-        latest = None
-        if self.checkpoints is not None:
-            self.checkpoints.wait()
-            latest = self.checkpoints.latest()
-        good = "no checkpoint was saved" if latest is None else f"the last good checkpoint is that of step {latest}"
-        raise UserError(f"{what}; {good}; try a lower learning rate under another --name")
-
-
-@jax.jit
-def _sound(state: TrainState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(the parameters are finite, the rest of the state has no NaN, norm of the parameters)."""
-
-    def every(keep: Callable[[jax.Array], jax.Array], tree: Any) -> jax.Array:
-        floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        return jnp.all(jnp.asarray([jnp.all(keep(leaf)) for leaf in floats], bool))
-
-    # An optimizer may hold an infinity by design, such as the initial best loss.
-    rest_defined = every(lambda x: ~jnp.isnan(x), (state.opt_state, state.extras))
-    norm = optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), state.params))
-    return every(jnp.isfinite, state.params), rest_defined, norm
 
 
 @contextlib.contextmanager

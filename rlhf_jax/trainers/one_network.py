@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.config import ModelConfig, PreferenceConfig, PretrainConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf_jax.config import ModelConfig, PretrainConfig, RowsConfig, RunConfig
 from rlhf_jax.data import batch_at, new_lengths
 from rlhf_jax.data.batches import Rows
 from rlhf_jax.optim import make_optimizer, new_state
@@ -36,7 +36,7 @@ def open_folder(
 
 def train(
     folder: RunFolder,
-    config: PretrainConfig | SFTConfig | RewardConfig | PreferenceConfig,
+    config: PretrainConfig | RowsConfig,
     start: Start,
     rows: Rows[Any],
     make_update: Callable[..., Any],

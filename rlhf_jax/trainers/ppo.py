@@ -133,11 +133,7 @@ def run(
     if prompts is None:
         prompts = _prompts(config, ledger)
     texts = _texts(config, texts, text_ledger) if config.pretraining_batch else ()
-    inputs = {
-        "init": source.fingerprint,
-        "prompts": fingerprint_of(prompts),
-        "texts": fingerprint_of(texts),
-    }
+    inputs = {"init": source.fingerprint, "prompts": fingerprint_of(prompts), "texts": fingerprint_of(texts)}
     if reward_model is not None:
         inputs["reward"] = reward_model.fingerprint
     if functions:
@@ -201,9 +197,7 @@ def run(
     mean, scale = 0.0, 1.0
     if reward_model is not None:
         mean, scale = normalization(
-            folder,
-            reward_model,
-            lambda: first_scores(config, networks, policy, scorer, rows, tokenizer),
+            folder, reward_model, lambda: first_scores(config, networks, policy, scorer, rows, tokenizer)
         )
     frozen = Frozen(
         reference=reference,

@@ -148,12 +148,7 @@ def run(
         best_mode="max",
     )
     params, shift = centred(
-        model,
-        state.params,
-        demonstration_rows,
-        length.batch,
-        base=start.base,
-        lora_scale=config.lora.scale,
+        model, state.params, demonstration_rows, length.batch, base=start.base, lora_scale=config.lora.scale
     )
     mean, scale = score_mean_and_scale(model, attached(params), heldout, length.batch, pack)
     unended = None
@@ -187,7 +182,7 @@ def accuracy(
     model: Transformer, params: Params, rankings: RankingRows, batch_size: int, pack: int = 0
 ) -> tuple[float, int]:
     """Held-out accuracy: (fraction of ordered pairs that the scores order correctly, number of pairs)."""
-    return pair_accuracy(_scores(model, params, rankings, batch_size, pack), *rankings.padded_ranks())
+    return pair_accuracy(_scores(model, params, rankings, batch_size, pack), *rankings.padded_ranks)
 
 
 def score_mean_and_scale(
@@ -203,7 +198,7 @@ def score_mean_and_scale(
     taken = np.linspace(0, len(rankings) - 1, min(len(rankings), REFERENCE_PROMPTS)).round().astype(int)
     some = dataclasses.replace(rankings, rows=[rankings.rows[i] for i in taken], sources=())
     scores = _scores(model, params, some, batch_size, pack)
-    exists = some.padded_ranks()[1]
+    exists = some.padded_ranks[1]
     return float(scores[exists].mean()), float(scores[exists].std())
 
 
