@@ -223,7 +223,11 @@ def importance_weight(log_ratio: Array, *, most: float) -> Array:
     Source:
       Hilton et al. 2021, eq. 8 (arXiv:2110.00641); truncated as in Espeholt et al. 2018 (arXiv:1802.01561).
     """
-    return elementwise(lambda x: jnp.exp(jnp.minimum(x, jnp.log(most))), jax.lax.stop_gradient(log_ratio))
+
+    def weight(log_ratio: Array) -> Array:
+        return jnp.exp(jnp.minimum(log_ratio, jnp.log(most)))
+
+    return elementwise(weight, log_ratio=jax.lax.stop_gradient(log_ratio))
 
 
 def clipped_value_loss(value: Array, old_value: Array, target: Array, *, clip: float) -> Array:
