@@ -201,10 +201,9 @@ class Optimise:
 def _iteration(networks: ppo.Networks, config: ppo.Config, by_text: bool) -> tuple[Callable[..., Any], ...]:
     """Sampling and the update of `Optimise`, which equal settings of several experiments share."""
     terms = Terms(("text",), (1.0,)) if by_text else None
-    ids = {"eos_id": EOS, "pad_id": PAD}
     return (
-        jax.jit(ppo.make_sampling(networks, config, **ids)),
-        jax.jit(ppo.make_update(networks, config, **ids, terms=terms)),
+        jax.jit(ppo.make_sampling(networks, config, eos_id=EOS, pad_id=PAD)),
+        jax.jit(ppo.make_update(networks, config, eos_id=EOS, pad_id=PAD, terms=terms)),
     )
 
 
