@@ -46,8 +46,8 @@ LONGEST = (
     "test_reward_runs test_notebooks test_experiments test_chaos test_scripts test_doctor test_sources test_film "
     "test_distributed test_parallel test_episodes test_docs test_cache test_generate test_model test_preference "
     "test_compilations test_feedback_browser test_packing test_packed_rankings test_attention test_checkpoint "
-    "test_plan test_losses test_fit test_environments test_embedded test_inference test_alarms test_feedback_reliability "
-    "test_huggingface test_convert test_sharding test_optim test_evaluate test_readme"
+    "test_plan test_losses test_fit test_environments test_embedded test_inference test_alarms "
+    "test_feedback_reliability test_huggingface test_convert test_sharding test_optim test_evaluate test_readme"
 ).split()
 
 
