@@ -7,14 +7,18 @@ have started JAX.
 """
 
 import contextlib
+import functools
 import importlib
 import json
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from rlhf_jax.chaos import kills, restarts, rows, signals
+from rlhf_jax.chaos import kills, restarts, rows, signals, small
 from rlhf_jax.chaos.run import try_out
 from rlhf_jax.cli import process
 from rlhf_jax.cli.app import main
@@ -23,8 +27,24 @@ from rlhf_jax.runs.atomic_files import read_manifest
 from rlhf_jax.runs.metrics import JsonLines
 from rlhf_jax.tokenizers.bpe import Tokenizer
 
+UNDISTURBED = small.undisturbed
+KEPT: dict[Path, dict[str, Any]] = {}
+
+
+def undisturbed(kept: Path, command: Any, stage: str, data: Path, runs: Path, **options: Any) -> dict[str, Any]:
+    """A run that is left in peace is made once, for all trials, and copied; before anything is broken, too."""
+    run = kept / (f"{stage} {options}" if stage == "ppo" else stage)
+    if run not in KEPT:
+        KEPT[run] = UNDISTURBED(command, stage, data, runs, **options)
+        shutil.copytree(runs / stage, run)
+    else:
+        shutil.copytree(run, runs / stage)
+    return KEPT[run]
+
+
 # Only the first stage, which is compiled soonest.
 ONE_STAGE: dict[Any, dict[str, Any]] = {
+    small: {"OFTEN": (*small.OFTEN, "--examples", "0")},
     kills: {"TURNS": ("pretrain",), "STAGES": ("pretrain",)},
     signals: {
         "PHASES": {
@@ -78,6 +98,10 @@ SHORT: list[tuple[str, int, tuple[Any, str, Any] | None]] = [
 ]
 
 
+# One kill is enough to see that rows are doubled.
+N_OF_BROKEN = {"kill": 1}
+
+
 def run(name: str, n: int, broken: bool) -> None:
     """Prints the outcome of a trial."""
     print(json.dumps({"trial": name, "broken": broken} | try_out(main, name, n, 0, "")), flush=True)
@@ -88,11 +112,12 @@ if __name__ == "__main__":
         importlib.import_module(f"rlhf_jax.trainers.{stage}")
     process.use_compilation_cache()
     with contextlib.ExitStack() as short:
+        kept = functools.partial(undisturbed, Path(short.enter_context(tempfile.TemporaryDirectory())))
         for module, changes in ONE_STAGE.items():
-            for name, value in changes.items():
+            for name, value in (changes | ({"undisturbed": kept} if module is not small else {})).items():
                 short.enter_context(patch.object(module, name, value))
         for name, n, broken in SHORT:
             run(name, n, False)
             if broken is not None:
                 with patch.object(*broken):
-                    run(name, n, True)
+                    run(name, N_OF_BROKEN.get(name, n), True)

@@ -43,10 +43,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 # The files that take longest, which start first: with two workers, each taking whole files, none ends long before the
 # other.
 LONGEST = (
-    "test_distributed test_notebooks test_scripts test_doctor test_reward_runs test_generate test_cache test_sources "
-    "test_parallel test_compilations test_model test_feedback_browser test_packing test_episodes test_docs "
-    "test_attention test_plan test_embedded test_shared_prompts test_feedback_reliability test_sharding test_convert "
-    "test_readme"
+    "test_reward_runs test_notebooks test_experiments test_chaos test_scripts test_doctor test_sources test_film "
+    "test_distributed test_parallel test_episodes test_docs test_cache test_generate test_model test_preference "
+    "test_compilations test_feedback_browser test_packing test_packed_rankings test_attention test_checkpoint "
+    "test_plan test_losses test_fit test_environments test_embedded test_inference test_alarms "
+    "test_feedback_reliability test_huggingface test_convert test_sharding test_optim test_evaluate test_readme"
 ).split()
 
 

@@ -231,6 +231,7 @@ def written_by_the_stages() -> set[str]:
         pretraining_batch=2,
         kl_target=1.0,
         ema_decay=0.5,
+        importance_max=2.0,
         episode=EpisodeConfig(response_length=3),
     )
 

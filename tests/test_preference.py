@@ -26,12 +26,11 @@ from tests.cases import case
 from tests.made_params import random_params
 from tests.made_runs import write_run
 
-pytestmark = pytest.mark.core
-
 BYTES = Tokenizer.bytes()
 MODEL = ModelConfig(vocab_size=BYTES.vocab_size, context=48, width=16, layers=1, heads=2)
 
 
+@pytest.mark.core
 def test_each_method_names_its_loss_and_what_it_reads() -> None:
     for name, method in METHODS.items():
         with case(name):
@@ -43,6 +42,7 @@ def test_each_method_names_its_loss_and_what_it_reads() -> None:
     assert (given.coefficients, given.likelihood_weight) == ({"beta": 3.0, "margin": 1.0}, 0.5)
 
 
+@pytest.mark.core
 def test_settings_that_a_method_does_not_read_are_refused() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"method": "ipo", "label_smoothing": 0.1}, "label_smoothing: expected none with method ipo, .*: dpo, robust"),
@@ -61,6 +61,7 @@ def test_settings_that_a_method_does_not_read_are_refused() -> None:
             Config(**settings)
 
 
+@pytest.mark.core
 def test_only_the_models_own_tokens_carry_loss() -> None:
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     rest = (Message("assistant", "d"), Message("user", "e"), Message("assistant", "f"))
@@ -90,6 +91,7 @@ def test_only_the_models_own_tokens_carry_loss() -> None:
     assert (batch.loss_mask_BKT <= batch.ranking.mask_BKT).all()
 
 
+@pytest.mark.core
 def test_the_baseline_pairs_each_prompt_with_a_response_to_another() -> None:
     texts = [("a", " 1", " 2"), ("a", " 3", " 4"), ("b", " 5", " 6"), ("c" * 20, " 7", " " + "8" * 20)]
     records = [Comparison(*row, where=f"here:{n}") for n, row in enumerate(texts)]
@@ -116,6 +118,7 @@ def test_the_baseline_pairs_each_prompt_with_a_response_to_another() -> None:
         assert kl_baseline(jnp.array(log_ratio), exists) == pytest.approx(z)
 
 
+@pytest.mark.core
 def test_the_loss_of_a_prompt_is_the_mean_over_its_ordered_pairs() -> None:
     draws = np.random.default_rng(0)
     logp, ref_logp = -draws.gamma(5.0, 1.0, (2, 3, 4)).astype(np.float32)
@@ -190,6 +193,7 @@ def learnt(folder: Path) -> Any:
     return preference.run(config(folder, "kto", method="kto"))
 
 
+@pytest.mark.runs
 def test_chosen_answers_become_more_likely_and_the_margin_rises(folder: Path, learnt: Any) -> None:
     others = [preference.run(config(folder, name, method=name)) for name in ("dpo", "orpo")]
     for done in (learnt, *others):
@@ -209,6 +213,7 @@ def test_chosen_answers_become_more_likely_and_the_margin_rises(folder: Path, le
     assert learnt.run.config["beta"] == 0.1 and learnt.run.config["desirable_weight"] == 1.0
 
 
+@pytest.mark.runs
 def test_a_run_on_a_mesh_with_adapters_is_that_of_one_device(folder: Path) -> None:
     # Gradients on eight devices and under pmap are compared in test_parallel.py.
     settings: dict[str, Any] = {"steps": 2, "lora": LoraConfig(rank=2)}
@@ -226,6 +231,7 @@ def test_a_run_on_a_mesh_with_adapters_is_that_of_one_device(folder: Path) -> No
     assert source.lora == LoraConfig(rank=2) and source.base is not None
 
 
+@pytest.mark.runs
 def test_a_stopped_run_resumes_bit_for_bit(folder: Path, learnt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read = one_network.batch_at
 
@@ -247,6 +253,7 @@ def test_a_stopped_run_resumes_bit_for_bit(folder: Path, learnt: Any, monkeypatc
     assert cut.summary == learnt.summary
 
 
+@pytest.mark.runs
 def test_the_run_is_a_policy_for_the_stages_that_follow(folder: Path, learnt: Any) -> None:
     source = open_source(str(learnt.run.path), stages=LANGUAGE)
     assert (source.stage, source.scalar, source.model) == ("preference", False, MODEL)
@@ -261,6 +268,7 @@ def test_the_run_is_a_policy_for_the_stages_that_follow(folder: Path, learnt: An
     assert set(again.run.inputs) == {"init", "rankings", "heldout", "reference"}
 
 
+@pytest.mark.runs
 def test_what_it_cannot_train_on_is_refused(folder: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"init": ""}, "init: expected a fine-tuned model, got nothing; use --init FOLDER"),

@@ -18,6 +18,7 @@ from rlhf_jax.experiments.reviews import TOPICS, WORDS, gold, page, review
 from rlhf_jax.experiments.toy import EOS, PAD, Fit, Optimise, Watch, nothing, small_model, with_head
 from rlhf_jax.generate import generate
 from rlhf_jax.logprobs import last_token_scores, sequence_logps
+from rlhf_jax.model import Transformer
 from rlhf_jax.stages import ppo, pretrain, reward, sft
 
 PROMPT, RESPONSE = 2, 24
@@ -142,7 +143,7 @@ class ReviewModels:
         shape = functools.partial(small_model, context=LENGTH + 1, width=sizes.width, layers=sizes.layers)
         self.model = shape(len(WORDS))
         self.scorer = shape(len(WORDS), scalar=True)
-        self._measure = jax.jit(self._measured, static_argnums=0)
+        self._measure = functools.partial(_measured, self.model, self.scorer)
         self._scores = jax.jit(functools.partial(last_token_scores, self.scorer))
 
     def pretraining(self, sizes: PretrainedSizes) -> Fit:
@@ -226,30 +227,6 @@ class ReviewModels:
         ratio, logp, score = (np.asarray(x, np.float64) for x in figures)
         return Measured(texts, ratio, logp, score, golds(texts))
 
-    def _measured(self, each: int, policy: Params, start: Params, judge: Params, prompts: Any, key: Any) -> Any:
-        tokens, mask, rows = self._sample(each, policy, prompts, key)
-        logp = sequence_logps(self.model, policy, rows)[0]
-        ratio = logp - sequence_logps(self.model, start, rows)[0]
-        score = last_token_scores(self.scorer, judge, rows.tokens_BT, rows.segment_ids_BT > 0)
-        return tokens, mask, ratio, logp, score
-
-    def _sample(self, each: int, policy: Params, prompts: Any, key: Any) -> tuple[Any, Any, TokenBatch]:
-        """Sampled responses, their mask, and prompts and responses as rows with a loss on the responses."""
-        found = generate(
-            self.model,
-            policy,
-            prompts.tokens_BP,
-            prompts.mask_BP,
-            key,
-            max_new_tokens=RESPONSE,
-            stop_ids=(EOS,),
-            pad_id=PAD,
-            samples=each,
-        )
-        tokens = jnp.concatenate([jnp.repeat(prompts.tokens_BP, each, axis=0), found.tokens], axis=1)
-        real = jnp.concatenate([jnp.repeat(prompts.mask_BP, each, axis=0), found.mask], axis=1)
-        return found.tokens, found.mask, TokenBatch(tokens, real.astype(jnp.int32), real.at[:, :PROMPT].set(False))
-
     def ranked(self, start: Params, answers: int, *, seed: int, size: int = 2) -> RankingBatch:
         """Rankings of `size` answers of a model each by the gold score, equal ones tied.
 
@@ -260,7 +237,8 @@ class ReviewModels:
           size: K.
         """
         each = -(-answers // (len(TOPICS) * size)) * size
-        tokens, mask, rows = self._sample(each, start, WORDS.prompts(TOPICS, PROMPT), jax.random.key(seed))
+        prompts = WORDS.prompts(TOPICS, PROMPT)
+        tokens, mask, rows = _sampled(self.model, each, start, prompts, jax.random.key(seed))
         gold_BK = golds(WORDS.texts(tokens, mask)).reshape(-1, size)
         ranks_BK = 1 + (gold_BK[:, None, :] > gold_BK[:, :, None]).sum(axis=2)
         shape = (-1, size, rows.tokens_BT.shape[1])
@@ -281,6 +259,43 @@ class ReviewModels:
         score_BK, ranks_BK = self.scores(judge, rankings), np.asarray(rankings.ranks_BK)
         better = ranks_BK[:, :, None] < ranks_BK[:, None, :]
         return float((score_BK[:, :, None] > score_BK[:, None, :])[better].mean())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sampled(model: Transformer, each: int, policy: Params, prompts: Any, key: Any) -> tuple[Any, Any, TokenBatch]:
+    """Sampled responses, their mask, and prompts and responses as rows with a loss on the responses."""
+    found = generate(
+        model,
+        policy,
+        prompts.tokens_BP,
+        prompts.mask_BP,
+        key,
+        max_new_tokens=RESPONSE,
+        stop_ids=(EOS,),
+        pad_id=PAD,
+        samples=each,
+    )
+    tokens = jnp.concatenate([jnp.repeat(prompts.tokens_BP, each, axis=0), found.tokens], axis=1)
+    real = jnp.concatenate([jnp.repeat(prompts.mask_BP, each, axis=0), found.mask], axis=1)
+    return found.tokens, found.mask, TokenBatch(tokens, real.astype(jnp.int32), real.at[:, :PROMPT].set(False))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _measured(
+    model: Transformer,
+    scorer: Transformer,
+    each: int,
+    policy: Params,
+    start: Params,
+    judge: Params,
+    prompts: Any,
+    key: Any,
+) -> Any:
+    tokens, mask, rows = _sampled(model, each, policy, prompts, key)
+    logp = sequence_logps(model, policy, rows)[0]
+    ratio = logp - sequence_logps(model, start, rows)[0]
+    score = last_token_scores(scorer, judge, rows.tokens_BT, rows.segment_ids_BT > 0)
+    return tokens, mask, ratio, logp, score
 
 
 def golds(texts: Sequence[str]) -> Floats:

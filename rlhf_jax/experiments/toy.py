@@ -102,15 +102,7 @@ class Fit:
     ) -> None:
         self.optimizer = make_optimizer(OptimConfig(learning_rate=rate), steps)
         self.steps, self.batch = steps, batch
-        update = make_update(model, self.optimizer)
-
-        def run(state: Any, rows: Any, order_NB: Any, *frozen: Any) -> Any:
-            def step(state: Any, places_B: Any) -> Any:
-                return update(state, jax.tree.map(lambda x: x[places_B], rows), *frozen)
-
-            return jax.lax.scan(step, state, order_NB)
-
-        self._run = jax.jit(run)
+        self._run = _fit(make_update, model, self.optimizer)
 
     def __call__(self, params: Params, rows: Any, *frozen: Any, seed: int) -> tuple[Params, dict[str, Any]]:
         """Train on rows in random order, epoch by epoch: (parameters, metrics of each step).
@@ -124,9 +116,23 @@ class Fit:
         count = len(jax.tree.leaves(rows)[0])
         draws, needed = np.random.default_rng(seed), self.steps * self.batch
         order = np.concatenate([draws.permutation(count) for _ in range(-(-needed // count))])[:needed]
-        state = new_state(params, self.optimizer.init(params), seed)
+        state = new_state(params, jax.jit(self.optimizer.init)(params), seed)
         state, metrics = self._run(state, rows, jnp.asarray(order.reshape(self.steps, self.batch), jnp.int32), *frozen)
         return state.params, metrics
+
+
+@functools.cache
+def _fit(make_update: Callable[..., Any], model: Transformer, optimizer: Any) -> Callable[..., Any]:
+    """All steps of `Fit` as one program, which equal fits of several experiments share."""
+    update = make_update(model, optimizer)
+
+    def run(state: Any, rows: Any, order_NB: Any, *frozen: Any) -> Any:
+        def step(state: Any, places_B: Any) -> Any:
+            return update(state, jax.tree.map(lambda x: x[places_B], rows), *frozen)
+
+        return jax.lax.scan(step, state, order_NB)
+
+    return jax.jit(run)
 
 
 class Optimise:
@@ -141,9 +147,7 @@ class Optimise:
 
     def __init__(self, networks: ppo.Networks, config: ppo.Config, words: Words, *, by_text: bool = False) -> None:
         self.config, self._words = config, words
-        terms = Terms(("text",), (1.0,)) if by_text else None
-        self._sample = jax.jit(ppo.make_sampling(networks, config, eos_id=EOS, pad_id=PAD))
-        self._update = jax.jit(ppo.make_update(networks, config, eos_id=EOS, pad_id=PAD, terms=terms))
+        self._sample, self._update = _iteration(networks, config, by_text)
 
     def __call__(
         self,
@@ -191,6 +195,16 @@ class Optimise:
             state, metrics = self._update(state, batch, frozen)
             watch(step + 1, state.params["policy"], metrics)
         return state.params["policy"]
+
+
+@functools.cache
+def _iteration(networks: ppo.Networks, config: ppo.Config, by_text: bool) -> tuple[Callable[..., Any], ...]:
+    """Sampling and the update of `Optimise`, which equal settings of several experiments share."""
+    terms = Terms(("text",), (1.0,)) if by_text else None
+    return (
+        jax.jit(ppo.make_sampling(networks, config, eos_id=EOS, pad_id=PAD)),
+        jax.jit(ppo.make_update(networks, config, eos_id=EOS, pad_id=PAD, terms=terms)),
+    )
 
 
 def small_model(vocabulary: int, *, context: int, width: int, layers: int, scalar: bool = False) -> Transformer:
