@@ -47,6 +47,7 @@ from rlhf_jax.stages import pretrain as pretrain_stage
 from rlhf_jax.stages import reward as reward_stage
 from rlhf_jax.stages import sft as sft_stage
 from rlhf_jax.tokenizers.bpe import Tokenizer
+from rlhf_jax.trainers import one_network
 from rlhf_jax.trainers import ppo as ppo_trainer
 from rlhf_jax.trainers import pretrain as pretrain_trainer
 from rlhf_jax.trainers import reward as reward_trainer
@@ -369,7 +370,7 @@ def test_lines_of_a_sample() -> None:
 
 @pytest.mark.parametrize(
     ("command", "stage", "arguments", "undisturbed"),
-    [("pretrain", pretrain_trainer, PRETRAIN, "base"), ("ppo", ppo_trainer, PPO, "aligned")],
+    [("pretrain", one_network, PRETRAIN, "base"), ("ppo", ppo_trainer, PPO, "aligned")],
 )
 @pytest.mark.usefixtures("user")
 def test_a_stopped_run_goes_on_with_the_same_bits(

@@ -483,13 +483,12 @@ def score(
         estimate = over_gaps(estimate)
     advantage_BR, target_BR = estimate(reward_BR, found.value_BR, mask_BR)
     mask_BR = mask_BR & counted_B[:, None]
-    if estimator in WHITENED:
-        advantage_BR = masked_whiten(advantage_BR, mask_BR, axis_name)
+    used_BR = masked_whiten(advantage_BR, mask_BR, axis_name) if estimator in WHITENED else advantage_BR
     # Responses of an older policy, or of a sampler that rounds: a factor of the advantage is one of the policy loss.
     weights: dict[str, Array] = {}
     if importance_max is not None:
         weight_BR = importance_weight(jnp.where(mask_BR, found.logp_BR - sampled.logp, 0.0), most=importance_max)
-        advantage_BR = advantage_BR * weight_BR
+        used_BR = used_BR * weight_BR
         weights["importance_weight"] = masked_mean(weight_BR, mask_BR, axis_name)
     episodes = Rollout(
         tokens_BT=tokens_BT,
@@ -498,7 +497,7 @@ def score(
         logp_BR=found.logp_BR,
         ref_logp_BR=found.ref_logp_BR,
         value_BR=found.value_BR,
-        advantage_BR=advantage_BR,
+        advantage_BR=used_BR,
         target_BR=target_BR,
         score_B=score_B,
     )
