@@ -398,6 +398,23 @@ def test_without_a_reward_model_the_value_network_is_the_policy_with_a_head_of_z
     assert read_rows(done.run.metrics)[0]["first_ratio_error"] < 1e-5
 
 
+def test_what_a_missing_end_costs_is_said_where_functions_are_part_of_the_reward(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick: dict[str, Any] = {"steps": 0, "examples": 0}
+    judge = {"reward": str(folder / "judge"), **quick}
+    episode = EpisodeConfig(response_length=6)
+    for name, functions, settings in (
+        ("f", [Heard()], {"steps": 0}),
+        ("f_judge", [Heard()], judge),
+        ("judge", [], judge),
+    ):
+        with case(name):
+            ppo.run(config(folder, f"end_{name}", episode=episode, **settings), reward_funcs=functions)
+            said = "a response without an end-of-text token gets -1 in place of its reward" in capsys.readouterr().err
+            assert said == bool(functions)
+
+
 def test_settings_that_do_not_fit_are_refused(folder: Path) -> None:
     cases: list[Any] = [
         (

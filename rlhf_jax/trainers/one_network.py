@@ -85,6 +85,7 @@ def once_a_step(measure: Callable[[TrainState], T]) -> Callable[[TrainState], T]
     def measured(state: TrainState) -> T:
         step = int(state.step)
         if step not in known:
+            known.clear()
             known[step] = measure(state)
         return known[step]
 

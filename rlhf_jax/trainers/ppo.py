@@ -159,7 +159,7 @@ def run(
         ends = end_warnings(reward_model.without_end, episode.missing_end, episode.missing_end_score)
         for warning in (*reward_model.warnings, *ends):
             say(f"warning: {config.reward}: {warning}")
-    if reward_model is None and config.episode.missing_end == "replace":
+    if (functions or reward_model is None) and config.episode.missing_end == "replace":
         what = "a response without an end-of-text token"
         if config.environment:
             what = f"an episode that the environment has not ended in {config.max_turns} turns, or that is cut,"
