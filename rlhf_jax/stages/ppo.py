@@ -759,9 +759,8 @@ def attach_frozen(frozen: Frozen, scale: float, teacher: bool = False) -> Frozen
       scale: of the adapters.
       teacher: True if the reference has an architecture of its own, and so all of its parameters.
     """
-    adapters = {"policy": frozen.reference} | ({} if frozen.reward is None else {"critic": frozen.reward})
-    if teacher:
-        del adapters["policy"]
+    adapters = {} if teacher else {"policy": frozen.reference}
+    adapters |= {} if frozen.reward is None else {"critic": frozen.reward}
     full = attach_adapters(adapters, frozen, scale)
     reference = full.get("policy", frozen.reference)
     return Frozen(reference, full.get("critic"), frozen.score_mean, frozen.score_scale)
