@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.errors import UserError
 from rlhf_jax.runs import checkpoint
-from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint, load_params
+from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint, load_params, load_step
 
 pytestmark = pytest.mark.core
 
@@ -131,6 +131,10 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     assert same(checkpoints.restore(make_state(), step=2), make_state(2))
     with pytest.raises(UserError, match=r"step: expected one of the saved steps \[2, 4, 5\], got 3"):
         checkpoints.restore(make_state(), step=3)
+    # The number is that of the parameters that are read, also where the best ones are damaged.
+    damage(next((tmp_path / "00000002" / "params" / "d").iterdir()))
+    step, params = load_step(tmp_path, "best")
+    assert step == 5 and same(params, make_state(5).params)
 
 
 def damage(path: Path) -> None:

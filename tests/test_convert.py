@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.arrays import TrainState
 from rlhf_jax.cli import convert, generate
 from rlhf_jax.config import LoraConfig, ModelConfig, to_plain
 from rlhf_jax.config.stages import PPOConfig, PretrainConfig, SFTConfig
@@ -34,7 +36,9 @@ from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.pretrained.huggingface import write_folder
 from rlhf_jax.pretrained.peft import write_adapter
 from rlhf_jax.pretrained.source import Source, on_base, open_source, start_from, with_template
+from rlhf_jax.runs.checkpoint import Checkpoints
 from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.lifecycle import release
 from rlhf_jax.tokenizers.bpe import Tokenizer
 from rlhf_jax.tokenizers.export import as_hugging_face
 from rlhf_jax.tokenizers.huggingface import HuggingFaceTokenizer
@@ -137,6 +141,22 @@ def test_the_value_network_is_written_as_a_model_with_a_score(runs: Path, tmp_pa
     np.testing.assert_allclose(read["score"]["bias"], saved["score"]["bias"], rtol=1e-6)
     with pytest.raises(UserError, match="expected a ppo run, which has a value network, got a sft run"):
         export(str(runs / "sft"), tmp_path / "none", critic=True)
+
+
+def test_after_an_alarm_the_value_network_is_that_of_the_released_policy(runs: Path, tmp_path: Path) -> None:
+    model = open_source(str(runs / "base"), stages=("pretrain",)).model
+    nothing = {"config": {}, "inputs": {}, "model": to_plain(model)}
+    run = RunFolder.create(tmp_path / "ppo", stage="ppo", tokenizer=Tokenizer.bytes(), **nothing)
+    critics = {step: random_params(model, scalar=True, seed=step) for step in (4, 8)}
+    for step, critic in critics.items():
+        params = {"policy": random_params(model), "critic": critic}
+        Checkpoints(run.checkpoints).save(step, TrainState(jnp.int32(step), params, {}, jax.random.key(0), {}), {})
+    release(run, random_params(model), 4)
+    found = value_network(open_source(str(run.path), stages=("ppo",))).params()
+    jax.tree.map(np.testing.assert_array_equal, found, critics[4])
+    shutil.rmtree(run.checkpoints / "00000004")
+    with pytest.raises(UserError, match=r"expected the value network of step 4, .* got the steps \[8\]"):
+        value_network(open_source(str(run.path), stages=("ppo",)))
 
 
 def test_a_value_network_is_on_the_base_of_its_reward_model(

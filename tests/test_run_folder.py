@@ -194,10 +194,18 @@ def test_no_folder_of_a_run(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             RunFolder.open(tmp_path / path, stages=("sft", "ppo"))
-    for path, message in [("notes", "got todo.txt but no config.json"), ("file", "got a file")]:
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "config.json").write_text('{"model_type": "llama"}')
+    for path, message in [
+        ("notes", "got todo.txt but no config.json"),
+        ("file", "got a file"),
+        ("published", "expected that of a run, got one without a field 'format_version'"),
+    ]:
         with pytest.raises(UserError, match=message):
             create(tmp_path / path)
+    # Not even a lock is left in them.
     assert [child.name for child in (tmp_path / "notes").iterdir()] == ["todo.txt"]
+    assert [child.name for child in (tmp_path / "published").iterdir()] == ["config.json"]
 
 
 def test_a_spoiled_config_is_one_line(tmp_path: Path) -> None:

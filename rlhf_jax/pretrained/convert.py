@@ -18,8 +18,9 @@ from rlhf_jax.pretrained.dialogue_template import dialogue_template
 from rlhf_jax.pretrained.huggingface import SHARD_BYTES, as_published, write_folder
 from rlhf_jax.pretrained.peft import write_adapter
 from rlhf_jax.pretrained.source import LANGUAGE, PUBLISHED, Source, on_base, open_source, unstacked, with_template
-from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint
+from rlhf_jax.runs.checkpoint import Checkpoints, fingerprint, load_params, saved_steps
 from rlhf_jax.runs.folder import RunFolder
+from rlhf_jax.runs.sealed import RELEASED
 from rlhf_jax.tokenizers.export import write_folder as write_tokenizer
 
 
@@ -125,7 +126,14 @@ def value_network(source: Source) -> Source:
     if source.stage != "ppo":
         raise UserError(f"{source.where}: expected a ppo run, which has a value network, got a {source.stage} run")
     run = RunFolder.open(source.spec, stages=("ppo",))
-    params = run.load_params()
+    # After an alarm that of the released policy, not what came of both.
+    released = max(saved_steps(run.path / RELEASED), default=None)
+    if released is not None and released not in saved_steps(run.checkpoints):
+        raise UserError(
+            f"{source.where}: expected the value network of step {released}, whose policy is released, got the steps "
+            f"{saved_steps(run.checkpoints)}; an alarm ended the run, and what came after that step is not kept as good"
+        )
+    params = run.load_params() if released is None else load_params(run.checkpoints, released)
     if "critic" not in params:
         raise UserError(f"{source.where}: expected a ppo run with a value network (--estimator gae), got one without")
     critic, start, base = jax.tree.map(jnp.asarray, params["critic"]), source, source.base

@@ -298,7 +298,12 @@ def best_step(folder: Path) -> int | None:
 
 
 def load_params(folder: Path, which: Literal["last", "best"] | int = "last") -> dict[str, Any]:
-    """Loads the parameters of the last, the best or a given step, as nested dicts of numpy arrays.
+    """The parameters of the last, the best or a given step: `load_step` without the number of the step."""
+    return load_step(folder, which)[1]
+
+
+def load_step(folder: Path, which: Literal["last", "best"] | int = "last") -> tuple[int, dict[str, Any]]:
+    """Loads the parameters of the last, the best or a given step: (step, parameters as nested dicts of numpy arrays).
 
     A damaged step is reported in a warning, and the newest intact one is used, but not in place of a given step.
     Without a best step the last is used.
@@ -318,7 +323,7 @@ def load_params(folder: Path, which: Literal["last", "best"] | int = "last") -> 
         except Damaged as damage:
             _log.warning("warning: %s is damaged (%s); trying another", path, damage)
             continue
-        return read_params(path, arrays)
+        return step, read_params(path, arrays)
     raise UserError(f"{folder}: no intact checkpoint to take parameters from; the steps there are {steps}")
 
 

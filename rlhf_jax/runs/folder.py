@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_jax.config import MAY_CHANGE
 from rlhf_jax.errors import UserError
@@ -191,8 +191,8 @@ class RunFolder:
         """Path of the metrics file."""
         return self.path / "metrics.jsonl"
 
-    def load_params(self, which: Literal["last", "best"] = "last") -> dict[str, Any]:
-        """Loads the parameters of the last or best intact checkpoint, as nested dicts of numpy arrays.
+    def load_params(self) -> dict[str, Any]:
+        """Loads the parameters of the last intact checkpoint, as nested dicts of numpy arrays.
 
         Raises:
           UserError: if there is none.
@@ -200,7 +200,7 @@ class RunFolder:
         # Imported here: Orbax takes half a second to import, which reading only a config should not cost.
         from rlhf_jax.runs import checkpoint
 
-        return checkpoint.load_params(self.checkpoints, which)
+        return checkpoint.load_params(self.checkpoints)
 
     @property
     def fingerprint(self) -> str:
@@ -254,9 +254,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """Raises UserError for a folder that is not a run but holds other files."""
+    """Raises UserError for a folder that is not a run but holds other files, a published model's config.json too."""
     names = {child.name for child in path.iterdir()}
-    if "config.json" not in names and (others := sorted(names - _BEFORE_CONFIG)):
+    if "config.json" in names:
+        _read(path)
+    elif others := sorted(names - _BEFORE_CONFIG):
         raise UserError(f"{path}: expected an empty folder, got {others[0]} but no config.json; give another --name")
 
 

@@ -30,7 +30,7 @@ from rlhf_jax.model import Transformer, count_parameters
 from rlhf_jax.optim import first_key
 from rlhf_jax.parallel import processes
 from rlhf_jax.pretrained.source import LANGUAGE, open_for, start_from
-from rlhf_jax.runs.checkpoint import best_step
+from rlhf_jax.runs.checkpoint import best_step, load_step
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.length import run_length
 from rlhf_jax.runs.lifecycle import (
@@ -163,9 +163,12 @@ def _best(folder: RunFolder, steps: int, last: Params) -> tuple[int, Params]:
     best = processes.from_first(lambda: best_step(folder.checkpoints))
     if best is None or best == steps:
         return steps, last
-    params = jax.tree.map(jnp.asarray, folder.load_params("best"))
-    release(folder, params, best)
-    return best, params
+    # If the best one is damaged, another.
+    found, params = load_step(folder.checkpoints, "best")
+    if found == steps:
+        return steps, last
+    release(folder, jax.tree.map(jnp.asarray, params), found)
+    return found, jax.tree.map(jnp.asarray, params)
 
 
 def _records(
