@@ -782,6 +782,11 @@ def test_a_second_server_is_refused_and_the_first_ends_in_order(
         out, err = server.communicate(timeout=10)
         assert server.returncode == 0 and "everything is in" in out
         assert err.count("\n") == 1 and time.monotonic() - start < 8
+    # Also at once, before it answers its first request.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None and any(line.startswith("serving") for line in server.stdout)
+        server.send_signal(signal.SIGINT)
+        assert "everything is in" in server.communicate(timeout=10)[0] and server.returncode == 0
 
 
 def test_kills_lose_and_double_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,7 +98,6 @@ def serve(config: Config, store: Store) -> None:
         service = Service(store, Queue(store, rules), address)
         for name, token in new_tokens(config, store):
             print(f"{name}: {address.link(token)}")
-        print(f"serving {store.folder} at {address.url}; Ctrl-C stops, and nothing is lost", flush=True)
         server = uvicorn.Server(
             uvicorn.Config(
                 make_app(service),
@@ -112,9 +111,11 @@ def serve(config: Config, store: Store) -> None:
                 timeout_graceful_shutdown=5,
             )
         )
-        # uvicorn re-raises the signal that stopped it when it is done; here a stop by signal is a normal exit.
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        # uvicorn handles signals once it runs and re-raises them when it is done: before and after a stop by signal is a
+        # normal exit too.
+        before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
+            print(f"serving {store.folder} at {address.url}; Ctrl-C stops, and nothing is lost", flush=True)
             server.run(sockets=[listening])
         finally:
             for number, handler in before.items():
