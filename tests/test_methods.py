@@ -2,7 +2,11 @@
 
 import io
 import math
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -78,6 +82,27 @@ def test_a_command_that_fails_ends_the_comparison(tmp_path: Path, monkeypatch: p
     cost = in_process_of_its_own(["--version"], tmp_path / "version")
     assert 0 < cost["seconds"] and 0.01 < cost["gib"] < 4
     assert (tmp_path / "version").read_text().strip()
+
+
+def test_a_stop_waits_for_the_command_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = tmp_path / "command"
+    command.write_text("#!/bin/sh\ntrap 'sleep 0.3; echo saved; exit 130' INT\necho ready\nwhile :; do sleep 0.1; done\n")
+    command.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(command))
+    log = tmp_path / "log"
+
+    def interrupt() -> None:
+        while not log.exists() or "ready" not in log.read_text():
+            time.sleep(0.02)
+        # To this process alone, as `kill -INT` sends it.
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        in_process_of_its_own([], log)
+    thread.join()
+    assert log.read_text() == "ready\nsaved\n"
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

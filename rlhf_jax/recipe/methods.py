@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -200,14 +201,32 @@ def _trained(command: Sequence[str], out: Path, say: Callable[[str], None], run:
 def in_process_of_its_own(command: Sequence[str], log: Path) -> dict[str, float]:
     """Runs `rlhf-jax` with the arguments: wall seconds, and the process's peak memory in GiB.
 
+    SIGINT and SIGTERM are handed on to it, and take effect here when it has saved and ended.
+
     Raises:
       UserError: if it fails, with the end of its output.
     """
     start = time.monotonic()
+    # In a group of its own, so that Ctrl-C in a terminal, which goes to the whole group, reaches it only once.
     with log.open("ab") as file:
-        child = subprocess.Popen([sys.executable, "-m", "rlhf_jax", *command], stdout=file, stderr=subprocess.STDOUT)
+        child = subprocess.Popen(
+            [sys.executable, "-m", "rlhf_jax", *command], stdout=file, stderr=subprocess.STDOUT, process_group=0
+        )
+    received: list[int] = []
+
+    def hand_on(number: int, frame: Any) -> None:
+        received.append(number)
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received[0])
     if child.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise UserError(f"rlhf-jax {command[0]} ended with {child.returncode}: {' '.join(said)}; see {log}")
