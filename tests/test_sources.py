@@ -12,10 +12,12 @@ import pytest
 
 from rlhf_jax.config import EpisodeConfig, LoraConfig, ModelConfig, OptimConfig, PreferenceConfig
 from rlhf_jax.data import Comparison, Demonstration, Ledger, Prompt, Text, encode_prompts
+from rlhf_jax.doctor import open_patient
+from rlhf_jax.doctor.policy import rolled
 from rlhf_jax.errors import UserError
 from rlhf_jax.lora import attach, is_adapter
 from rlhf_jax.model import Transformer
-from rlhf_jax.pretrained.convert import export
+from rlhf_jax.pretrained.convert import export, value_network
 from rlhf_jax.pretrained.source import longest_answer, open_source, start_from
 from rlhf_jax.runs import lifecycle
 from rlhf_jax.runs.checkpoint import load_params
@@ -344,6 +346,22 @@ def test_what_the_stages_have_written_can_be_exported(runs: Path, tmp_path: Path
     base = open_source(str(runs / "base"), stages=("pretrain",)).params()["block_0"]["attention"]["query"]
     wanted = base["kernel"] + 2.0 * query["lora_a"] @ query["lora_b"]
     np.testing.assert_allclose(read["block_0"]["attention"]["query"]["kernel"], wanted, atol=1e-6)
+
+
+def test_the_doctor_reads_a_value_network_that_is_an_adapter(runs: Path) -> None:
+    patient = open_patient(str(runs / "ppo"))
+    rollout = rolled(patient)
+    assert rollout.no_values == "" and rollout.reference is not None
+    episodes, _ = rollout.run(rollout.reference, 0.0)
+    critic = value_network(open_source(str(runs / "ppo"), stages=("ppo",)))
+    values = jax.jit(Transformer(critic.model, scalar=True).apply)
+    mask = np.asarray(episodes.response_mask_BR)
+    for row in range(2):
+        tokens = np.asarray(episodes.tokens_BT)[row][np.asarray(episodes.mask_BT)[row]]
+        said = int(mask[row].sum())
+        # The value of the state before each token of the response.
+        expected = np.asarray(values({"params": critic.params()}, tokens[None]))[0][len(tokens) - said - 1 : -1]
+        np.testing.assert_allclose(np.asarray(episodes.value_BR)[row][mask[row]], expected, atol=1e-5)
 
 
 def test_what_is_not_there_or_of_another_kind_is_named(runs: Path, tmp_path: Path) -> None:

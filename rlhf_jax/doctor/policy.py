@@ -155,8 +155,6 @@ def companions(patient: Patient) -> tuple[Source | None, Params | None, Params |
         return None, None, None, f"the estimator {config.estimator} has no value network"
     if config.reward_function or config.environment:
         return None, None, None, "its reward has functions or an environment, which are not called here"
-    if config.lora.rank:
-        return None, None, None, "its value network is an adapter"
     found = []
     try:
         for spec, stages in ((config.reward, ("reward",)), (config.reference or config.init, LANGUAGE)):
