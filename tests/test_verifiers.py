@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from rlhf_jax.data import Ledger, read_records
 from rlhf_jax.environments import calculator
 from rlhf_jax.errors import UserError
 from rlhf_jax.verifiers import exact, follows_schema, number, unit_tests
+from rlhf_jax.verifiers.programs import passes
 from rlhf_jax.verifiers.tasks import write_task
 from tests.cases import case
 
@@ -65,12 +68,13 @@ PROGRAMS = [
     # It ends before its tests, or says that they passed.
     ("raise SystemExit(0)", TESTS, 0.0),
     ("import os\nprint('passed', flush=True)\nos._exit(0)", TESTS, 0.0),
-    # It does not end, takes all memory, fills the disk, or leaves a child that waits.
-    ("while True: pass", TESTS, 0.0),
+    # It does not end and prints without end, takes all memory, or fills the disk.
+    ("while True: print('x' * 10**6)", TESTS, 0.0),
     ("x = bytearray(10**10)", TESTS, 0.0),
     (f"{ADD}open('big', 'wb').write(bytes(10**7))", TESTS, 0.0),
+    # What it leaves running ends with it.
     (f"{ADD}import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(61.75)'])", TESTS,
-     0.0),
+     1.0),
     # It sees no variable of the environment, and no file of the working directory.
     (f"import os\nassert 'SECRET' not in os.environ and not os.listdir('.')\n{ADD}", TESTS, 1.0),
 ]  # fmt: skip
@@ -78,12 +82,19 @@ PROGRAMS = [
 
 def test_programs_run_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "1")
+    tracemalloc.start()
     found = unit_tests([program for program, _, _ in PROGRAMS], [tests for _, tests, _ in PROGRAMS], seconds=6)
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()
     for program, verdict in zip(PROGRAMS, found, strict=True):
         with case(program) as (_, _, wanted):
             assert verdict == wanted
     left = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert left and not any(b"61.75" in words for words in left)
+    # One that leaves the group and holds the pipe open is not waited for.
+    start = time.monotonic()
+    assert not passes(f"{ADD}import os, time\nif not os.fork():\n os.setsid()\n time.sleep(12)", TESTS, 1.0, 512)
+    assert time.monotonic() - start < 10
 
 
 def test_sums_are_distinct_and_tested_on_others(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import secrets
@@ -17,17 +18,20 @@ from rlhf_jax.rewards import text_of
 from rlhf_jax.verifiers.answers import listed, unfenced
 
 # The limits are set by the child itself: code between fork and exec is not safe in a process with JAX's threads. The
-# word is printed only at the end, so that a program that exits early, or prints that it passed, has not passed.
+# word is written only at the end, so that a program that exits early has not passed. What a program prints goes nowhere:
+# one that prints without end would fill the memory of the process that reads.
 _CHILD = """
-import json, resource, sys
+import json, os, resource, sys
 given = json.loads(sys.stdin.buffer.read())
+verdict = os.dup(1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 for name, most in given["limits"].items():
     resource.setrlimit(getattr(resource, name), (most, most))
 space = {"__name__": "__main__"}
 exec(compile(given["program"], "answer.py", "exec"), space)
 for test in given["tests"]:
     exec(compile(test, "tests.py", "exec"), space)
-sys.__stdout__.write("\\n" + given["word"])
+os.write(verdict, given["word"].encode())
 """
 
 
@@ -69,7 +73,7 @@ def passes(program: str, tests: Sequence[str], seconds: float, megabytes: int) -
         "RLIMIT_CORE": 0,
     }
     content = json.dumps({"program": program, "tests": list(tests), "word": word, "limits": limits}).encode()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _CHILD],
             cwd=folder,
@@ -85,9 +89,12 @@ def passes(program: str, tests: Sequence[str], seconds: float, megabytes: int) -
             said = b""
         finally:
             # The whole group: what the program has started lives on otherwise.
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.communicate()
-    return said.decode(errors="replace").rpartition("\n")[2] == word
+            process.wait()
+            # Not read to their end, which a process that has left the group may hold open.
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    if pipe is not None:
+                        pipe.close()
+    return said.decode(errors="replace") == word
