@@ -33,6 +33,8 @@ def test_an_answer_is_right_as_text_or_as_a_number() -> None:
         (number, "7 cows, or 8", "7", {}, 0.0),
         (number, "1,234.50 dollars", "1234.5", {}, 1.0),
         (number, "1e3", 1000, {}, 1.0),
+        (number, "1e9999999", 5, {}, 0.0),
+        (number, "1e9999999", "1e9999999", {}, 1.0),
         (number, "-3", "3", {}, 0.0),
         (number, "x-3 = .5", "0.5", {}, 1.0),
         (number, "version v2", "2", {}, 0.0),

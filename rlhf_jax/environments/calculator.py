@@ -56,9 +56,10 @@ def compute(expression: str) -> str:
         return "error"
     try:
         value = _value(ast.parse(expression.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        # Too large for a float, or, as a whole number, for Python's limit of 4,300 digits.
+        return str(value) if value.denominator == 1 else f"{float(value):.10g}"
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return "error"
-    return str(value) if value.denominator == 1 else f"{float(value):.10g}"
 
 
 def _value(node: ast.AST) -> Fraction:

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow
 from typing import Any
 
 from rlhf_jax.errors import UserError
@@ -56,10 +56,16 @@ def number(
         if None in wanted or not wanted:
             raise UserError(f"field 'answer': expected a number, got {right!r}; use verifiers:exact for text")
         said = last_number(final(completion, after) or "")
-        near = [one for one in wanted if said is not None and one is not None and abs(said - one) <= Decimal(tolerance)]
-        return float(bool(near))
+        return float(any(said is not None and one is not None and _near(said, one, tolerance) for one in wanted))
 
     return [verdict(*each) for each in zip(completions, answer, strict=True)]
+
+
+def _near(said: Decimal, right: Decimal, tolerance: float) -> bool:
+    try:
+        return abs(said - right) <= Decimal(tolerance)
+    except Overflow:  # a difference above 10^999999
+        return said == right
 
 
 def follows_schema(completions: Sequence[Any], schema: Sequence[Any]) -> list[float | None]:
