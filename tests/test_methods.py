@@ -86,7 +86,9 @@ def test_a_command_that_fails_ends_the_comparison(tmp_path: Path, monkeypatch: p
 
 def test_a_stop_waits_for_the_command_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = tmp_path / "command"
-    command.write_text("#!/bin/sh\ntrap 'sleep 0.3; echo saved; exit 130' INT\necho ready\nwhile :; do sleep 0.1; done\n")
+    command.write_text(
+        "#!/bin/sh\ntrap 'sleep 0.3; echo saved; exit 130' INT\necho ready\nwhile :; do sleep 0.1; done\n"
+    )
     command.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(command))
     log = tmp_path / "log"

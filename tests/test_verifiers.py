@@ -14,6 +14,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.verifiers import exact, follows_schema, number, unit_tests
 from rlhf_jax.verifiers.programs import passes
 from rlhf_jax.verifiers.tasks import write_task
+from rlhf_jax.verifiers.worker import Worker
 from tests.cases import case
 
 pytestmark = pytest.mark.core
@@ -54,6 +55,7 @@ def test_json_follows_the_schema_of_its_row() -> None:
     said = ['{"a": 1}', '```json\n{"a": 1}\n```', '{"a": "1"}', "{}", "a: 1", "[" * 100_000, '{"a": 1}']
     wanted = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, None]
     assert follows_schema(said, [schema, json.dumps(schema)] + [schema] * 4 + [None]) == wanted
+    assert follows_schema(["1e999"], [{"multipleOf": 0.1}]) == [0.0]
     for bad in ({"type": "thing"}, "{"):
         with case(bad), pytest.raises(UserError, match=r"field 'schema': expected a JSON schema, got "):
             follows_schema(["1"], [bad])
@@ -97,6 +99,37 @@ def test_programs_run_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     assert not passes(f"{ADD}import os, time\nif not os.fork():\n os.setsid()\n time.sleep(12)", TESTS, 1.0, 512)
     assert time.monotonic() - start < 10
+
+
+def test_a_package_that_hangs_dies_or_talks_ends_no_training() -> None:
+    code = """
+import os, sys, time
+def answer(question):
+    if question == "hang":
+        time.sleep(60)
+    if question == "die":
+        os._exit(1)
+    if question == "talk":
+        print("x" * 10**6)
+        sys.stderr.write("x" * 10**6)
+    if question == "memory":
+        bytearray(10**11)
+    return question
+"""
+    worker = Worker("check", "some-package", code)
+    for question, seconds, answer in (
+        ("a", 20, "a"), ("hang", 0.3, None), ("b", 20, "b"), ("die", 20, None), ("talk", 20, "talk"),
+        ("memory", 20, None), (["c", None], 20, ["c", None]),
+    ):  # fmt: skip
+        with case(question):
+            assert worker.ask(question, seconds) == answer
+    worker.close()
+    for broken, message in (
+        ("import some_package", "check: requires the package some-package; run: pip install "),
+        ("1 / 0", "check: some-package did not start: ZeroDivisionError: division by zero"),
+    ):
+        with case(broken), pytest.raises(UserError, match=message):
+            Worker("check", "some-package", broken).ask("a", 20)
 
 
 def test_sums_are_distinct_and_tested_on_others(tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ def test_equal_expressions_are_found_in_any_spelling() -> None:
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mathematics, "_CHILD", "raise ModuleNotFoundError(\"No module named 'math_verify'\")")
+    monkeypatch.setattr(mathematics, "_CODE", "raise ModuleNotFoundError(\"No module named 'math_verify'\")")
     with pytest.raises(UserError, match=r"requires the package math-verify; run: pip install "):
         equal_expression(["1"], ["1"])
-    monkeypatch.setattr(mathematics, "_CHILD", "1 / 0")
+    monkeypatch.setattr(mathematics, "_CODE", "1 / 0")
     with pytest.raises(UserError, match=r"math-verify did not start: .*ZeroDivisionError"):
         equal_expression(["1"], ["1"])
 
@@ -54,6 +54,8 @@ def test_tasks_of_reasoning_gym(tmp_path: Path) -> None:
         assert gym([f"So {answers[0]}"], answers[:1], places[:1], after="Answer:") == [0.0]
         assert gym([f"So. Answer: {answers[0]}"], answers[:1], places[:1], after="Answer:") == [1.0]
         assert gym(["1"], [None], [None]) == [None]
+        # What a task evaluates may take for ever.
+        assert gym(["9**9**9**9", answers[0]], answers[:1] * 2, places[:1] * 2, seconds=5) == [0.0, 1.0]
         for kind, file, count in (("prompts", "prompts", 8), ("prompts", "test", 4), ("demonstrations",) * 2 + (3,)):
             records = read_records(folder / f"{file}.jsonl", kind, Ledger())  # type: ignore[call-overload]
             assert len(records) == count and all(record.turns for record in records)

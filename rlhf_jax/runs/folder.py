@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_jax.config import MAY_CHANGE
 from rlhf_jax.errors import UserError
@@ -191,8 +191,8 @@ class RunFolder:
         """Path of the metrics file."""
         return self.path / "metrics.jsonl"
 
-    def load_params(self) -> dict[str, Any]:
-        """Loads the parameters of the last intact checkpoint, as nested dicts of numpy arrays.
+    def load_params(self, which: Literal["last", "best"] = "last") -> dict[str, Any]:
+        """Loads the parameters of the last or best intact checkpoint, as nested dicts of numpy arrays.
 
         Raises:
           UserError: if there is none.
@@ -200,7 +200,7 @@ class RunFolder:
         # Imported here: Orbax takes half a second to import, which reading only a config should not cost.
         from rlhf_jax.runs import checkpoint
 
-        return checkpoint.load_params(self.checkpoints)
+        return checkpoint.load_params(self.checkpoints, which)
 
     @property
     def fingerprint(self) -> str:

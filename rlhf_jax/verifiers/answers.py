@@ -96,10 +96,9 @@ def follows_schema(completions: Sequence[Any], schema: Sequence[Any]) -> list[fl
             return None
         check = validator(content if isinstance(content, str) else json.dumps(content, sort_keys=True))
         try:
-            said = json.loads(unfenced(text_of(completion), "json"))
-        except (ValueError, RecursionError):
+            return float(check.is_valid(json.loads(unfenced(text_of(completion), "json"))))
+        except (ValueError, RecursionError, OverflowError):  # no JSON; too deep; 1e999 for a schema with multipleOf
             return 0.0
-        return float(check.is_valid(said))
 
     return [verdict(*each) for each in zip(completions, schema, strict=True)]
 

@@ -8,10 +8,26 @@ from typing import Any
 
 from rlhf_jax.errors import UserError, install_command
 from rlhf_jax.verifiers.answers import final
+from rlhf_jax.verifiers.worker import worker
+
+# Some tasks evaluate what is said as an expression, which may take for ever, or raise.
+_CODE = """
+import functools
+import reasoning_gym
+
+@functools.lru_cache(64)
+def questions(task, seed, size):
+    return reasoning_gym.create_dataset(task, seed=seed, size=size)
+
+def answer(question):
+    task, seed, size, index, said = question
+    dataset = questions(task, seed, size)
+    return float(dataset.score_answer(said, dataset[index]))
+"""
 
 
 def gym(
-    completions: Sequence[Any], answer: Sequence[Any], gym: Sequence[Any], *, after: str = ""
+    completions: Sequence[Any], answer: Sequence[Any], gym: Sequence[Any], *, after: str = "", seconds: float = 10.0
 ) -> list[float | None]:
     """The verdict of reasoning-gym on each completion, from 0 to 1; it gives a share for some answers that are near.
 
@@ -22,6 +38,7 @@ def gym(
       answer: column of the right answers.
       gym: column that `rlhf-jax task gym:NAME` writes, {"task", "seed", "size", "index"}; None for no verdict.
       after: mark that the answer stands behind, as in `verifiers.exact`; without it in a completion the verdict is 0.
+      seconds: limit of one verdict, after which it is 0, as where the package fails.
 
     Raises:
       UserError: if the package is not installed, or generates another question by now.
@@ -44,7 +61,10 @@ def gym(
                 "write the task again with the version that is installed"
             )
         said = final(completion, after)
-        return 0.0 if said is None else float(dataset.score_answer(said.strip(), entry))
+        if said is None:
+            return 0.0
+        question = [*(place[name] for name in ("task", "seed", "size", "index")), said.strip()]
+        return float(worker("gym", "reasoning-gym", _CODE).ask(question, seconds) or 0)
 
     return [verdict(*each) for each in zip(completions, answer, gym, strict=True)]
 

@@ -18,8 +18,8 @@ from rlhf_jax.rewards import text_of
 from rlhf_jax.verifiers.answers import listed, unfenced
 
 # The limits are set by the child itself: code between fork and exec is not safe in a process with JAX's threads. The
-# word is written only at the end, so that a program that exits early has not passed. What a program prints goes nowhere:
-# one that prints without end would fill the memory of the process that reads.
+# word is written only at the end, so that a program that exits early has not passed. What a program prints goes
+# nowhere: one that prints without end would fill the memory of the process that reads.
 _CHILD = """
 import json, os, resource, sys
 given = json.loads(sys.stdin.buffer.read())
