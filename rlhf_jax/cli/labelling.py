@@ -111,8 +111,8 @@ def serve(config: Config, store: Store) -> None:
                 timeout_graceful_shutdown=5,
             )
         )
-        # uvicorn handles signals while it runs and re-raises them when it is done; before and after, a stop by signal is
-        # a normal exit too.
+        # uvicorn handles signals while it runs and re-raises them when it is done; before and after, a stop by signal
+        # is a normal exit too.
         before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             print(f"serving {store.folder} at {address.url}; Ctrl-C stops, and nothing is lost", flush=True)

@@ -1,4 +1,4 @@
-"""A package that reads a policy's text, in a process of its own, which alone ends where it hangs or takes all memory."""
+"""A package that reads a policy's text, in a process of its own, which alone ends if it hangs or takes all memory."""
 
 from __future__ import annotations
 
