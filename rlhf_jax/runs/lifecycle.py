@@ -249,10 +249,17 @@ def train(
     return near(state, mesh) if replicated else state
 
 
-def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger, **others: Ledger) -> Finished:
+def complete(
+    run: RunFolder,
+    summary: Mapping[str, Any],
+    examples: Sequence[Prompt] | RankingRows,
+    ledger: Ledger,
+    **others: Ledger,
+) -> Finished:
     """Marks a run as finished, with its summary and ledger, and says the summary's warnings.
 
     Args:
+      examples: prompts to show the run by.
       others: ledgers of data that is not trained on as such, each saved as ledger_NAME.json unless it is empty.
     """
 
@@ -266,7 +273,7 @@ def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger, **other
     processes.by_first(write)
     for warning in summary.get("warnings", ()):
         say(f"warning: {warning}")
-    return Finished(run, dict(summary))
+    return Finished(run, dict(summary), examples)
 
 
 def fingerprint_of(records: Iterable[Any]) -> str:

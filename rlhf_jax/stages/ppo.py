@@ -422,7 +422,8 @@ def score(
     found: RolloutScores = map_episodes(read, tokens_BT, mask_BT, mask_BR, pack=config.pack, parts=parts)
     last_B1 = jnp.max(jnp.where(mask_BR, jnp.arange(mask_BR.shape[1])[None], 0), axis=1, keepdims=True)
     raw_B = jnp.take_along_axis(found.score_BR, last_B1, axis=1)[:, 0]
-    score_B, term_metrics = (raw_B - frozen.score_mean) / frozen.score_scale, {}
+    score_B = (raw_B - frozen.score_mean) / frozen.score_scale
+    term_metrics: dict[str, Array] = {}
     if terms is not None and value_BN is not None:
         model_B = None if frozen.reward is None else score_B
         score_B, term_metrics = compose(terms, model_B, value_BN, axis_name, counted_B)

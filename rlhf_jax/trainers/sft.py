@@ -78,7 +78,6 @@ def run(
     ledger, heldout_ledger = Ledger(), Ledger()
     if records is None:
         records, heldout = _records(config, ledger, heldout_ledger)
-    tokenizer = source.tokenizer
     trained = Transformer(dataclasses.replace(source.model, dropout=config.dropout))
     model = Transformer(dataclasses.replace(source.model, dropout=0.0))
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
@@ -86,16 +85,17 @@ def run(
         if config.pack > model.config.context:
             raise UserError(f"pack: expected at most the context of {model.config.context} tokens, got {config.pack}")
         limit = min(limit, config.pack)
-    rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
-    refuse_empty(rows, "demonstrations", ledger)
     splitting = heldout is None and config.heldout_fraction > 0
+    encoded = functools.partial(
+        encode_demonstrations, tokenizer=source.tokenizer, max_tokens=limit, buckets=config.buckets
+    )
+    rows = encoded(records, ledger=ledger)
+    refuse_empty(rows, "demonstrations", ledger)
     if heldout is None:
         rows, heldout_rows = hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
     else:
         remark_shared(records, heldout, heldout_ledger)
-        heldout_rows = encode_demonstrations(
-            heldout, tokenizer, max_tokens=limit, ledger=heldout_ledger, buckets=config.buckets
-        )
+        heldout_rows = encoded(heldout, ledger=heldout_ledger)
         refuse_unevaluated(heldout_rows, heldout_ledger)
     inputs = {
         "init": source.fingerprint,
@@ -117,7 +117,6 @@ def run(
         say_unheld(heldout_rows)
     if start.base is not None:
         say(f"adapters of {count_parameters(start.params):,} parameters")
-
     for line in length.lines:
         say(line)
 
@@ -134,8 +133,6 @@ def run(
         start,
         training,
         functools.partial(make_update, trained, microbatches=config.microbatches, lora_scale=config.lora.scale),
-        batch=length.batch,
-        steps=length.steps,
         evaluate=(lambda state: {"loss": heldout_loss(state.params)}) if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit),
         best_metric="eval/loss" if len(heldout_rows) else None,
@@ -154,8 +151,8 @@ def run(
         "heldout_response_nll_before": before,
         "warnings": sft_warnings(read_rows(folder.metrics), before, release=config.release),
     }
-    finished = complete(folder, summary, ledger, heldout=heldout_ledger)
-    return dataclasses.replace(finished, examples=prompts_of(heldout_rows.sources or rows.sources))
+    examples = prompts_of(heldout_rows.sources or rows.sources)
+    return complete(folder, summary, examples, ledger, heldout=heldout_ledger)
 
 
 def _best(folder: RunFolder, steps: int, last: Params) -> tuple[int, Params]:
