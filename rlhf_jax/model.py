@@ -65,11 +65,6 @@ def _prompt_of(segment_ids_BT: Array, period: int) -> Array:
     return (first_BT[:, :, None] == segment_ids_BT[:, None, :]) & (first_BT != segment_ids_BT)[:, :, None]
 
 
-def _tokens_before(real_BT: Array) -> Array:
-    """Number of real tokens before each column, [B, T] int32."""
-    return (jnp.cumsum(real_BT, axis=1) - real_BT).astype(jnp.int32)
-
-
 def _cached_tokens(cache: Cache) -> Array:
     """Number of real tokens in each row of a cache, [B, 1]."""
     return jnp.max(cache.places_BS, axis=1, keepdims=True) + 1
@@ -436,7 +431,7 @@ class Transformer(nn.Module):
                 positions += jnp.sum(_prompt_of(segment_ids, prompt_period), axis=2, dtype=jnp.int32)
         slot_T = jnp.arange(length)
         # Places count real tokens of the row, for the windows: padding must not increase a distance.
-        place_BT = _tokens_before(real_BT)
+        place_BT = (jnp.cumsum(real_BT, axis=1) - real_BT).astype(jnp.int32)
         if cache is None:
             if prompt_period:
                 place_BT = positions

@@ -187,13 +187,9 @@ def _functions_of_c_module(module: str) -> Iterator[tuple[str, str | None, str, 
                 yield f"{module}.{name}", docstring, label, []
 
 
-def _share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
-
-
 def _lies_in(part: tuple[float, float], text: str) -> bool:
-    return part[0] <= _share(text) < part[1]
+    """True if a number in [0, 1) that depends on the text alone lies in the part."""
+    return part[0] <= int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48 < part[1]
 
 
 def _docstring(page: str) -> str:

@@ -31,14 +31,7 @@ ANSWERS = 4
 
 
 def measure(
-    runs: Mapping[str, Finished],
-    corpus: Corpus,
-    sampler: Sampler,
-    judge: Judge,
-    *,
-    size: Size,
-    seed: int,
-    folder: Path,
+    runs: Mapping[str, Finished], corpus: Corpus, sampler: Sampler, judge: Judge, *, size: Size, seed: int, folder: Path
 ) -> dict[str, Any]:
     """Measures the runs, and writes responses side by side to samples.json.
 

@@ -36,12 +36,7 @@ from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 def stage_settings(config: RecipeConfig, name: str) -> dict[str, Any]:
     """Settings that every stage's config takes from the recipe's."""
-    return {
-        "out": str(config.folder / name),
-        "seed": config.seed,
-        "devices": config.devices,
-        "pmap": config.pmap,
-    }
+    return {"out": str(config.folder / name), "seed": config.seed, "devices": config.devices, "pmap": config.pmap}
 
 
 def adamw(rate: float, **changes: Any) -> OptimConfig:
@@ -210,9 +205,7 @@ def _ppo_config(config: RecipeConfig, size: Size, tuned: Finished, judged: Finis
         policy=adamw(size.policy_rate, schedule="linear", epsilon=1e-5),
         critic=adamw(size.critic_rate, schedule="linear", epsilon=1e-5),
         episode=EpisodeConfig(
-            response_length=size.response_tokens,
-            missing_end="subtract",
-            pack=size.pack if config.devices == 1 else 0,
+            response_length=size.response_tokens, missing_end="subtract", pack=size.pack if config.devices == 1 else 0
         ),
     )
 
@@ -251,12 +244,7 @@ class Clock:
 
 
 def train_reward(
-    config: RecipeConfig,
-    size: Size,
-    tuned: Finished,
-    rankings: RankingRows,
-    heldout: RankingRows,
-    corpus: Corpus,
+    config: RecipeConfig, size: Size, tuned: Finished, rankings: RankingRows, heldout: RankingRows, corpus: Corpus
 ) -> Finished:
     """Trains a reward model that starts from the SFT model."""
     steps = max(len(rankings) // size.reward_batch, 1)

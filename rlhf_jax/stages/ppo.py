@@ -37,13 +37,7 @@ from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import adapt_kl_coef, kl_estimate
 from rlhf_jax.logprobs import response_losses, response_scores, state_values, target_losses
 from rlhf_jax.lora import attach, merged_kernels
-from rlhf_jax.losses import (
-    asymmetric_surrogate,
-    cispo_loss,
-    clipped_value_loss,
-    importance_weight,
-    sequence_log_ratio,
-)
+from rlhf_jax.losses import asymmetric_surrogate, cispo_loss, clipped_value_loss, importance_weight, sequence_log_ratio
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
 from rlhf_jax.optim import apply_gradients, global_count, make_optimizer, new_state, summed_gradients
@@ -240,12 +234,7 @@ def make_update(
 
 
 def make_sampling(
-    networks: Networks,
-    config: Config,
-    *,
-    eos_id: int | tuple[int, ...],
-    pad_id: int,
-    axis_name: str | None = None,
+    networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
 ) -> Callable[[TrainState, Batch, Frozen], Generation]:
     """Make step 1 of the update alone: the responses that update(state, batch, frozen) would sample.
 

@@ -8,16 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.data import (
-    Ledger,
-    Prompt,
-    PromptRows,
-    Text,
-    batch_at,
-    encode_prompts,
-    have_messages,
-    read_records,
-)
+from rlhf_jax.data import Ledger, Prompt, PromptRows, Text, batch_at, encode_prompts, have_messages, read_records
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.environments.calling import Environment
 from rlhf_jax.errors import UserError

@@ -16,16 +16,7 @@ from rlhf_jax.model import count_parameters
 from rlhf_jax.optim import first_key
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_for, start_from
 from rlhf_jax.runs.length import run_length
-from rlhf_jax.runs.lifecycle import (
-    Finished,
-    complete,
-    exclusive,
-    longest_row,
-    refuse_empty,
-    say,
-    say_data,
-    say_unheld,
-)
+from rlhf_jax.runs.lifecycle import Finished, complete, exclusive, longest_row, refuse_empty, say, say_data, say_unheld
 from rlhf_jax.stages.preference import STAGE, Config, Frozen, make_update
 from rlhf_jax.trainers.inputs import EXAMPLES, JudgedRecords, fingerprint_of_rankings, ranking_rows
 from rlhf_jax.trainers.one_network import heldout_figures, once_a_step, open_folder, train

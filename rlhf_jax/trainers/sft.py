@@ -10,14 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Params, TokenBatch
-from rlhf_jax.data import (
-    Demonstration,
-    Dialogue,
-    Ledger,
-    encode_demonstrations,
-    have_messages,
-    read_records,
-)
+from rlhf_jax.data import Demonstration, Dialogue, Ledger, encode_demonstrations, have_messages, read_records
 from rlhf_jax.data.batches import Rows
 from rlhf_jax.data.packing import pack_rows
 from rlhf_jax.data.split import hold_out, remark_shared
