@@ -7,16 +7,15 @@ import functools
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import METHODS
-from rlhf_jax.data import Ledger, Prompt, have_messages
+from rlhf_jax.data import Prompt, have_messages
 from rlhf_jax.data.preferences import PreferenceRows, preference_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout_preferences import Logps, evaluate_preferences, logps_of
 from rlhf_jax.lora import attach
-from rlhf_jax.model import count_parameters
 from rlhf_jax.optim import first_key
 from rlhf_jax.pretrained.source import LANGUAGE, Source, open_for, start_from
 from rlhf_jax.runs.length import run_length
-from rlhf_jax.runs.lifecycle import Finished, complete, exclusive, longest_row, refuse_empty, say, say_data, say_unheld
+from rlhf_jax.runs.lifecycle import Finished, complete, exclusive, longest_row, say
 from rlhf_jax.stages.preference import STAGE, Config, Frozen, make_update
 from rlhf_jax.trainers.inputs import EXAMPLES, JudgedRecords, fingerprint_of_rankings, ranking_rows
 from rlhf_jax.trainers.one_network import heldout_figures, once_a_step, open_folder, train
@@ -43,9 +42,8 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
     source = open_for(config, config.init, stages=LANGUAGE)
     method, model = METHODS[config.method], source.network()
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
-    ledger, heldout_ledger = Ledger(), Ledger()
-    rankings, held = ranking_rows(config, source, limit, (ledger, heldout_ledger), (records, heldout))
-    refuse_empty(rankings, "rankings", ledger)
+    data = ranking_rows(config, source, limit, records, heldout)
+    rankings, held = data.rows, data.heldout
     rows = preference_rows(rankings, source.tokenizer, unrelated=method.unpaired)
     held_rows = preference_rows(held, source.tokenizer, unrelated=method.unpaired) if len(held) else None
     inputs = {
@@ -72,11 +70,7 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
     folder = open_folder(config, STAGE, model.config, source, start, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
-    say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
-    if heldout is None and not config.heldout and config.heldout_fraction > 0:
-        say_unheld(held)
-    for line in length.lines:
-        say(line)
+    data.say(start, length.lines)
     if method.unpaired:
         _say_baseline(config, rows)
 
@@ -120,7 +114,7 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
     }
     shown = (held if len(held) else rankings).sources[:EXAMPLES]
     examples = [Prompt(record.prompt, record.where, record.turns) for record in shown]
-    return complete(folder, summary, examples, ledger, heldout=heldout_ledger)
+    return complete(folder, summary, examples, data.ledger, heldout=data.heldout_ledger)
 
 
 def _open_reference(config: Config, source: Source) -> Source:

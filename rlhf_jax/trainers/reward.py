@@ -27,24 +27,13 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
 from rlhf_jax.evaluation.warnings import reward_warnings
 from rlhf_jax.lora import attach
-from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
+from rlhf_jax.model import Transformer, init_params, to_scalar_head
 from rlhf_jax.pretrained.source import LANGUAGE, Source, Start, open_for, start_from
 from rlhf_jax.runs.length import run_length
-from rlhf_jax.runs.lifecycle import (
-    Finished,
-    complete,
-    exclusive,
-    fingerprint_of,
-    longest_row,
-    refuse_empty,
-    release,
-    say,
-    say_data,
-    say_unheld,
-)
+from rlhf_jax.runs.lifecycle import Finished, complete, exclusive, fingerprint_of, longest_row, refuse_empty, release
 from rlhf_jax.stages.reward import STAGE, Config, make_update
 from rlhf_jax.tokenizers.protocol import TextTokenizer
-from rlhf_jax.trainers.inputs import fingerprint_of_rankings, ranking_rows
+from rlhf_jax.trainers.inputs import Data, fingerprint_of_rankings, ranking_rows
 from rlhf_jax.trainers.one_network import heldout_figures, once_a_step, open_folder, train
 
 # Most prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too; and the
@@ -83,17 +72,14 @@ def run(
     tokenizer = source.tokenizer
     model = Transformer(source.model, scalar=True)
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
-    ledger, others = Ledger(), {"heldout": Ledger(), "demonstrations": Ledger()}
-    splitting = rankings is None and not config.heldout and config.heldout_fraction > 0
+    ledger, aside = Ledger(), Ledger()
     if rankings is None:
-        rankings, heldout = ranking_rows(config, source, limit, (ledger, others["heldout"]))
+        data = ranking_rows(config, source, limit)
     else:
-        rankings = ordered_rankings(rankings, ledger)
-    heldout = heldout if heldout is not None and len(heldout) else None
-    refuse_empty(rankings, "rankings", ledger)
-    demonstrations, demonstration_rows = _demonstrations(
-        config, demonstrations, tokenizer, limit, others["demonstrations"]
-    )
+        data = Data(ordered_rankings(rankings, ledger), heldout or RankingRows([], limit), ledger, Ledger(), False)
+    rankings, heldout = data.rows, data.heldout if len(data.heldout) else None
+    refuse_empty(rankings, "rankings", data.ledger)
+    demonstrations, demonstration_rows = _demonstrations(config, demonstrations, tokenizer, limit, aside)
     inputs = {
         "init": source.fingerprint,
         "rankings": fingerprint_of_rankings(rankings),
@@ -107,11 +93,7 @@ def run(
     folder = open_folder(config, STAGE, model.config, source, start, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
-    say_data(ledger, count_parameters(start.base or start.params), **others)
-    if splitting:
-        say_unheld(heldout or ())
-    for line in length.lines:
-        say(line)
+    data.say(start, length.lines, demonstrations=aside)
     pack = config.pack or int(config.share_prompts)
     rows: Rows[Any] = PackedRankingRows(rankings, pack) if pack else rankings
 
@@ -162,7 +144,8 @@ def run(
             accuracies["heldout_accuracy"], accuracies["heldout_accuracy_interval"], judged, steps=length.steps
         ),
     }
-    return complete(folder, summary, heldout or rankings, ledger, **others)
+    ledgers = {"ledger": data.ledger, "heldout": data.heldout_ledger, "demonstrations": aside}
+    return complete(folder, summary, heldout or rankings, **ledgers)
 
 
 def _demonstrations(
