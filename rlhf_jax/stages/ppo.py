@@ -233,26 +233,6 @@ def make_update(
     return update
 
 
-def make_sampling(
-    networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
-) -> Callable[[TrainState, Batch, Frozen], Generation]:
-    """Make step 1 of the update alone: the responses that update(state, batch, frozen) would sample.
-
-    With an environment they are the first turns of the episodes, or those that a batch with a `NextTurn` asks for.
-    """
-    episode = dataclasses.replace(config.episode, response_length=config.turn_tokens)
-
-    def sampling(state: TrainState, batch: Batch, frozen: Frozen) -> Generation:
-        key, _ = iteration_keys(state, axis_name)
-        policy = attach(frozen.backbone, state.params["policy"], config.lora.scale)
-        how: dict[str, Any] = {"samples": config.samples_per_prompt, "greedy_first": config.estimator == "remax"}
-        if batch.turn is not None:
-            key, how = jax.random.fold_in(key, batch.turn.number_B[0]), {"over_B": batch.turn.over_B}
-        return sample(networks.policy, policy, batch.prompts, key, episode, eos_id=eos_id, pad_id=pad_id, **how)
-
-    return sampling
-
-
 def iteration_keys(state: TrainState, axis_name: str | None) -> tuple[Array, Array]:
     """Random keys of this iteration and device: (of sampling, of the order of episodes)."""
     key = jax.random.fold_in(state.key, state.step)
@@ -372,6 +352,26 @@ def sample(
     return Generation(*map(joined, greedy, sampled))
 
 
+def make_sampling(
+    networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
+) -> Callable[[TrainState, Batch, Frozen], Generation]:
+    """Make step 1 of the update alone: the responses that update(state, batch, frozen) would sample.
+
+    With an environment they are the first turns of the episodes, or those that a batch with a `NextTurn` asks for.
+    """
+    episode = dataclasses.replace(config.episode, response_length=config.turn_tokens)
+
+    def sampling(state: TrainState, batch: Batch, frozen: Frozen) -> Generation:
+        key, _ = iteration_keys(state, axis_name)
+        policy = attach(frozen.backbone, state.params["policy"], config.lora.scale)
+        how: dict[str, Any] = {"samples": config.samples_per_prompt, "greedy_first": config.estimator == "remax"}
+        if batch.turn is not None:
+            key, how = jax.random.fold_in(key, batch.turn.number_B[0]), {"over_B": batch.turn.over_B}
+        return sample(networks.policy, policy, batch.prompts, key, episode, eos_id=eos_id, pad_id=pad_id, **how)
+
+    return sampling
+
+
 def score(
     networks: Networks,
     params: dict[str, Params],
@@ -461,7 +461,7 @@ def score(
 def score_rows(
     networks: Networks, params: dict[str, Params], frozen: Frozen, rows: EpisodeRows, *, temperature: float
 ) -> RolloutScores:
-    """Run the forward passes over rows of episodes; scores are 0 without a reward model, values without a critic."""
+    """Step 2: forward passes over rows of episodes; scores are 0 without a reward model, values without a critic."""
     loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
     reference = networks.policy if networks.teacher is None else networks.teacher
     ref_loss_BR, _ = response_losses(reference, frozen.reference, rows, temperature=temperature)
@@ -496,7 +496,7 @@ def with_missing_end(score_B: Array, ended_B: Array, config: EpisodeConfig) -> A
 def advantages(
     reward_BR: Array, value_BR: Array, mask_BR: Array, config: EpisodeConfig, estimator: str, samples: int
 ) -> tuple[Array, Array]:
-    """Advantage and value target [B, R] of each token, unwhitened, by the estimator; 0 in masked slots.
+    """Step 3: advantage and value target [B, R] of each token, unwhitened, by the estimator; 0 in masked slots.
 
     Without a value network the values are 0, and REINFORCE++ is GAE with λ = 1. The other estimators take the sum of a
     response's rewards, and give all of its tokens the same advantage.
