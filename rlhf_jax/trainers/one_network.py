@@ -76,14 +76,15 @@ def train(
     )
 
 
-def heldout_figures(accuracy: float | None, pairs: int, prompts: int) -> dict[str, Any]:
+def heldout_figures(accuracy: float | None, pairs: int, prompts: int) -> Mapping[str, Any]:
     """Part of the summary: share of held-out pairs in the right order, None if there are none, and its interval."""
-    return {
+    summary = {
         "heldout_accuracy": accuracy,
         "heldout_accuracy_interval": None if accuracy is None else wilson(accuracy, prompts),
         "heldout_pairs": pairs,
         "heldout_prompts": prompts,
     }
+    return summary
 
 
 def once_a_step(measure: Callable[[TrainState], T]) -> Callable[[TrainState], T]:

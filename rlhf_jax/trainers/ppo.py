@@ -284,13 +284,14 @@ def _first_and_last(folder: RunFolder) -> dict[str, Any]:
     """Figures of the first and the last iteration, None for a run without any."""
     metrics = [row for row in read_rows(folder.metrics) if row["step"] > 0] or [{}]
     first, last = metrics[0], metrics[-1]
-    return {
+    summary = {
         "first_ratio_error": first.get("first_ratio_error"),
         "first_kl": first.get("kl"),
         "first_score": first.get("score"),
         "last_score": last.get("score"),
         "last_kl": last.get("kl"),
     }
+    return summary
 
 
 def _flops_per_token(config: Config, networks: Networks, *, scored: bool) -> float:
