@@ -361,38 +361,30 @@ def _sample_in_slots(
     sampler: _Sampler, params: Params, tokens_MP: Array, mask_MP: Array, uniform_NR: Array
 ) -> Generation:
     """Sample the same responses as `_sample_together` with continuous batching, S rows at a time."""
-    rows, prompt_length = tokens_MP.shape[0] * sampler.config.samples, tokens_MP.shape[1]
-    slots = min(sampler.config.slots, rows)
+    config, prompt_length = sampler.config, tokens_MP.shape[1]
+    rows, longest = tokens_MP.shape[0] * config.samples, config.max_new_tokens
+    slots = min(config.slots, rows)
     # Prompts are prefilled several at a time: more use the device better, but keep finished slots waiting longer.
     refill = max(slots // 4, 1)
-    config = sampler.model.config
-
-    def written(state: _Slots, token_S: Array, logp_S: Array, alive_S: Array) -> tuple[Array, Array]:
-        row_S = jnp.where(alive_S, state.row_S, rows)  # past the end: dropped
-        place = (row_S, state.count_S)
-        return (
-            state.tokens_NR.at[place].set(token_S, mode="drop"),
-            state.logp_NR.at[place].set(logp_S, mode="drop"),
-        )
 
     def uniform(row_S: Array, count_S: Array) -> Array:
-        return uniform_NR[jnp.minimum(row_S, rows - 1), jnp.minimum(count_S, sampler.config.max_new_tokens - 1)]
+        return uniform_NR[jnp.minimum(row_S, rows - 1), jnp.minimum(count_S, longest - 1)]
 
     def begun(row_S: Array, slots_each: int) -> tuple[Cache, Array, Array, Array]:
         """Prefill prompts: (cache, first token, log-probability, ended); rows past the last one count as ended."""
         real_S = row_S < rows
         # Rows start in order, so all rows of a prompt start together.
-        place_M = jnp.minimum(row_S, rows - 1)[:: sampler.config.samples] // sampler.config.samples
-        cache = empty_cache(config, len(place_M), slots_each, sampler.config.cache_dtype)
+        place_M = jnp.minimum(row_S, rows - 1)[:: config.samples] // config.samples
+        cache = empty_cache(sampler.model.config, len(place_M), slots_each, config.cache_dtype)
         logits_SV, cache = sampler.repeat_samples(
             *extend(sampler.model, params, tokens_MP[place_M], mask_MP[place_M], cache)
         )
         token_S, logp_S, ended_S = sampler.next_tokens(logits_SV, uniform(row_S, jnp.zeros_like(row_S)), ~real_S)
-        return cache, token_S, logp_S, ended_S | (sampler.config.max_new_tokens == 1)
+        return cache, token_S, logp_S, ended_S | (longest == 1)
 
     def first() -> _Slots:
         row_S = jnp.arange(slots, dtype=jnp.int32)
-        cache, token_S, logp_S, ended_S = begun(row_S, prompt_length + sampler.config.max_new_tokens)
+        cache, token_S, logp_S, ended_S = begun(row_S, prompt_length + longest)
         none = _Slots(
             cache=cache,
             token_S=token_S,
@@ -401,63 +393,43 @@ def _sample_in_slots(
             count_S=jnp.zeros(slots, jnp.int32),
             step=jnp.zeros((), jnp.int32),
             taken=jnp.asarray(slots, jnp.int32),
-            tokens_NR=jnp.full((rows, sampler.config.max_new_tokens), -1, jnp.int32),
-            logp_NR=jnp.zeros((rows, sampler.config.max_new_tokens), jnp.float32),
+            tokens_NR=jnp.full((rows, longest), -1, jnp.int32),
+            logp_NR=jnp.zeros((rows, longest), jnp.float32),
         )
-        tokens_NR, logp_NR = written(none, token_S, logp_S, row_S < rows)
-        return dataclasses.replace(none, count_S=none.count_S + 1, tokens_NR=tokens_NR, logp_NR=logp_NR)
+        return _recorded(none, (row_S, none.count_S), (token_S, logp_S), count_S=none.count_S + 1)
 
     def step(state: _Slots) -> _Slots:
         alive_S = ~state.ended_S
-        cache = dataclasses.replace(state.cache, filled=prompt_length + state.step % sampler.config.max_new_tokens)
+        cache = dataclasses.replace(state.cache, filled=prompt_length + state.step % longest)
         logits_SV, cache = extend(sampler.model, params, state.token_S[:, None], alive_S[:, None], cache)
         token_S, logp_S, ended_S = sampler.next_tokens(logits_SV, uniform(state.row_S, state.count_S), state.ended_S)
-        tokens_NR, logp_NR = written(state, token_S, logp_S, alive_S)
-        count_S = state.count_S + alive_S
-        return dataclasses.replace(
+        row_S, count_S = jnp.where(alive_S, state.row_S, rows), state.count_S + alive_S
+        return _recorded(
             state,
+            (row_S, state.count_S),
+            (token_S, logp_S),
             cache=cache,
             token_S=token_S,
-            ended_S=ended_S | (count_S >= sampler.config.max_new_tokens),
+            ended_S=ended_S | (count_S >= longest),
             count_S=count_S,
             step=state.step + 1,
-            tokens_NR=tokens_NR,
-            logp_NR=logp_NR,
         )
 
     def refilled(state: _Slots) -> _Slots:
         """Start the next prompts in the first slots whose rows have ended."""
         place_F = jnp.argsort(~state.ended_S, stable=True)[:refill]
         row_F = jnp.minimum(state.taken + jnp.arange(refill, dtype=jnp.int32), rows)
-        new, token_F, logp_F, ended_F = begun(row_F, prompt_length)
-
-        def put(old: Array, fresh: Array) -> Array:
-            # [(layers,) S, heads, slots, head]: replace only the prompt's columns; places_BS marks the ring
-            # buffer as empty for this row.
-            lead = (slice(None),) * (old.ndim - 4)
-            return old.at[(*lead, place_F, slice(None), slice(0, prompt_length))].set(fresh)
-
-        places = jnp.pad(new.places_BS, ((0, 0), (0, sampler.config.max_new_tokens)), constant_values=-1)
-        cache = Cache(
-            jax.tree.map(put, state.cache.keys, new.keys),
-            jax.tree.map(put, state.cache.values, new.values),
-            state.cache.places_BS.at[place_F].set(places),
-            state.cache.filled,
-        )
-        state = dataclasses.replace(
+        fresh, token_F, logp_F, ended_F = begun(row_F, prompt_length)
+        return _recorded(
             state,
-            cache=cache,
+            (row_F, jnp.zeros_like(row_F)),
+            (token_F, logp_F),
+            cache=_with_prompts(state.cache, fresh, place_F),
             token_S=state.token_S.at[place_F].set(token_F),
             ended_S=state.ended_S.at[place_F].set(ended_F),
             row_S=state.row_S.at[place_F].set(row_F),
             count_S=state.count_S.at[place_F].set(1),
             taken=state.taken + refill,
-        )
-        place = (row_F, jnp.zeros_like(row_F))
-        return dataclasses.replace(
-            state,
-            tokens_NR=state.tokens_NR.at[place].set(token_F, mode="drop"),
-            logp_NR=state.logp_NR.at[place].set(logp_F, mode="drop"),
         )
 
     def live(state: _Slots) -> Array:
@@ -487,7 +459,32 @@ def _sample_in_slots(
     for size, fewer in itertools.pairwise(sizes[1:]):
         state = until(fewer, _compact(state, size))
     mask_NR = state.tokens_NR >= 0
-    return Generation(jnp.where(mask_NR, state.tokens_NR, sampler.config.pad_id), mask_NR, state.logp_NR)
+    return Generation(jnp.where(mask_NR, state.tokens_NR, config.pad_id), mask_NR, state.logp_NR)
+
+
+def _recorded(state: _Slots, place: tuple[Array, Array], drawn: tuple[Array, Array], **changes: Any) -> _Slots:
+    """The state with other changes, and with (tokens, log-probabilities) at (row, column); past the end: dropped."""
+    tokens_NR, logp_NR = (
+        old.at[place].set(new, mode="drop") for old, new in zip((state.tokens_NR, state.logp_NR), drawn, strict=True)
+    )
+    return dataclasses.replace(state, tokens_NR=tokens_NR, logp_NR=logp_NR, **changes)
+
+
+def _with_prompts(cache: Cache, fresh: Cache, place_F: Array) -> Cache:
+    """Put other prompts into some slots: their columns are replaced, and their ring buffer is marked as empty."""
+    columns = fresh.places_BS.shape[1]
+
+    def put(old: Array, new: Array) -> Array:
+        # [(layers,) S, heads, slots, head]
+        lead = (slice(None),) * (old.ndim - 4)
+        return old.at[(*lead, place_F, slice(None), slice(0, columns))].set(new)
+
+    ring = ((0, 0), (0, cache.places_BS.shape[1] - columns))
+    places = jnp.pad(fresh.places_BS, ring, constant_values=-1)
+    keys, values = (
+        jax.tree.map(put, old, new) for old, new in ((cache.keys, fresh.keys), (cache.values, fresh.values))
+    )
+    return Cache(keys, values, cache.places_BS.at[place_F].set(places), cache.filled)
 
 
 def _compact(state: _Slots, size: int) -> _Slots:

@@ -59,15 +59,31 @@ def positions_of(segment_ids_BT: Array) -> Array:
     return (seen - first).astype(jnp.int32)
 
 
+def _visible(
+    segment_ids: Array, positions: Array, cache: Cache | None, prompt_period: int
+) -> tuple[Array, Array, Array]:
+    """Places of the tokens [B, T] and of the slots [B, S], and True where a token may attend to a slot [B, T, S].
+
+    Places count real tokens of the row, for the windows: padding must not increase a distance.
+    """
+    real_BT, slot_T = segment_ids > 0, jnp.arange(segment_ids.shape[1])
+    place_BT = (jnp.cumsum(real_BT, axis=1) - real_BT).astype(jnp.int32)
+    if cache is not None:
+        place_BT += _cached_tokens(cache)
+        new_BT = jnp.where(real_BT, place_BT, -1)
+        place_BS = jax.lax.dynamic_update_slice_in_dim(cache.places_BS, new_BT, cache.filled, axis=1)
+        return place_BT, place_BS, (place_BS[:, None, :] >= 0) & (place_BS[:, None, :] <= place_BT[:, :, None])
+    allowed_BTS = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real_BT[:, None, :]
+    if prompt_period:
+        place_BT = positions
+        allowed_BTS |= _prompt_of(segment_ids, prompt_period)
+    return place_BT, place_BT, allowed_BTS & (slot_T[None, :, None] >= slot_T[None, None, :])
+
+
 def _prompt_of(segment_ids_BT: Array, period: int) -> Array:
     """True [B, T, S] where S is a token of the prompt that the segment of T continues, another one; see `hidden`."""
     first_BT = jnp.where(segment_ids_BT > 0, (segment_ids_BT - 1) // period * period + 1, -1)
     return (first_BT[:, :, None] == segment_ids_BT[:, None, :]) & (first_BT != segment_ids_BT)[:, :, None]
-
-
-def _tokens_before(real_BT: Array) -> Array:
-    """Number of real tokens before each column, [B, T] int32."""
-    return (jnp.cumsum(real_BT, axis=1) - real_BT).astype(jnp.int32)
 
 
 def _cached_tokens(cache: Cache) -> Array:
@@ -181,8 +197,8 @@ class Layer:
     window: Any
     frequency: Any
     amplitude: Any
-    keys: Any
-    values: Any
+    keys: Any = None
+    values: Any = None
     number: Array | None = None
     turn: Any = None
 
@@ -423,7 +439,6 @@ class Transformer(nn.Module):
             segment_ids = jnp.ones_like(tokens_BT) if mask is None else mask.astype(jnp.int32)
         elif cache is not None:
             raise ValueError("segment_ids with a cache: a cached row is one segment; pass mask instead")
-        real_BT = segment_ids > 0
         below = 0
         if positions is None:
             slots = length if cache is None else cache.places_BS.shape[1]
@@ -434,22 +449,7 @@ class Transformer(nn.Module):
                 positions += _cached_tokens(cache)
             if prompt_period:
                 positions += jnp.sum(_prompt_of(segment_ids, prompt_period), axis=2, dtype=jnp.int32)
-        slot_T = jnp.arange(length)
-        # Places count real tokens of the row, for the windows: padding must not increase a distance.
-        place_BT = _tokens_before(real_BT)
-        if cache is None:
-            if prompt_period:
-                place_BT = positions
-            place_BS = place_BT
-            allowed_BTS = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real_BT[:, None, :]
-            if prompt_period:
-                allowed_BTS |= _prompt_of(segment_ids, prompt_period)
-            allowed_BTS &= slot_T[None, :, None] >= slot_T[None, None, :]
-        else:
-            place_BT += _cached_tokens(cache)
-            new_BT = jnp.where(real_BT, place_BT, -1)
-            place_BS = jax.lax.dynamic_update_slice_in_dim(cache.places_BS, new_BT, cache.filled, axis=1)
-            allowed_BTS = (place_BS[:, None, :] >= 0) & (place_BS[:, None, :] <= place_BT[:, :, None])
+        place_BT, place_BS, allowed_BTS = _visible(segment_ids, positions, cache, prompt_period)
         x_BTD = self.embedding[tokens_BT] * config.embedding_scale
         if config.positions == "learned":
             x_BTD += self.position_embedding[jnp.minimum(positions, config.context - 1)]
@@ -492,12 +492,10 @@ class Transformer(nn.Module):
         if config.scan_layers:
             windows, rates, amplitudes = (np.array(column) for column in zip(*layers, strict=True))
             stacked = Layer(
-                jnp.asarray(windows, jnp.int32),
-                jnp.asarray(rates, jnp.float32),
-                jnp.asarray(amplitudes, jnp.float32),
-                None,
-                None,
-                jnp.arange(config.layers, dtype=jnp.int32),
+                window=jnp.asarray(windows, jnp.int32),
+                frequency=jnp.asarray(rates, jnp.float32),
+                amplitude=jnp.asarray(amplitudes, jnp.float32),
+                number=jnp.arange(config.layers, dtype=jnp.int32),
             )
 
             def body(block: Any, carry: tuple[Array, Any, Any], row: Row, layer: Layer) -> tuple[Any, None]:

@@ -44,14 +44,10 @@ def decayed(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Make AdamW with gradient clipping and the schedule of a run with `steps` optimizer steps."""
-    return _made(config, steps)
-
-
 # One object for equal settings, so that a compiled `init` is found again.
 @functools.lru_cache(maxsize=64)
-def _made(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Make AdamW with gradient clipping and the schedule of a run with `steps` optimizer steps."""
     parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
     if config.weight_decay:

@@ -99,13 +99,8 @@ def parse_command(
     errors, printed = io.StringIO(), _Terminal()
     try:
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(printed), _help_in_paragraphs():
-            given = tyro.cli(
-                with_file,
-                prog=program,
-                args=arguments,
-                default=default,
-                description=description or config_class.__doc__,
-            )
+            about = description or config_class.__doc__
+            given = tyro.cli(with_file, prog=program, args=arguments, default=default, description=about)
     except SystemExit as end:
         if end.code:
             raise UserError(_without_box(errors.getvalue())) from None

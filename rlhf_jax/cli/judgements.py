@@ -99,7 +99,8 @@ def export_judgements(config: Export) -> None:
     if config.consensus == "reliability":
         # A labeller worse than chance gets weight 0, not a negative one; the agreement report shows who that is.
         found = estimate(join(items, judgements)).labellers
-        weights = {name: max(found[name].precision.value, 0.0) if name in found else 1.0 for name in _names(judgements)}
+        names = {judgement.labeller for judgement in judgements}
+        weights = {name: max(found[name].precision.value, 0.0) if name in found else 1.0 for name in names}
     manifest = export(
         items,
         judgements,
@@ -185,10 +186,6 @@ def active(config: Active) -> None:
             store.ask_first([item.id for item in chosen])
     where = config.out or f"{config.labels}: next in the queue"
     print(f"{where}: {len(chosen)} of {len(left)} items; {too_long} too long to read")
-
-
-def _names(judgements: Sequence[Judgement]) -> set[str]:
-    return {judgement.labeller for judgement in judgements}
 
 
 def _shown(estimate: dict[str, float] | None) -> str:

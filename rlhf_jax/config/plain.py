@@ -149,10 +149,6 @@ def _coerce(kind: Any, value: Any, *, where: str, name: str) -> Any:
             _coerce(k, v, where=where, name=f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
         ]
         return tuple(items) if origin is tuple else items
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        raise wrong
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise wrong
@@ -165,7 +161,7 @@ def _coerce(kind: Any, value: Any, *, where: str, name: str) -> Any:
             return int(number) if isinstance(value, float) or "e" in str(value).lower() else int(value)
         except (ValueError, OverflowError):
             raise wrong from None
-    if kind is str and isinstance(value, str):
+    if kind in (bool, str) and isinstance(value, kind):
         return value
     if kind is type(None) and value is None:
         return None

@@ -187,13 +187,9 @@ def _functions_of_c_module(module: str) -> Iterator[tuple[str, str | None, str, 
                 yield f"{module}.{name}", docstring, label, []
 
 
-def _share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
-
-
 def _lies_in(part: tuple[float, float], text: str) -> bool:
-    return part[0] <= _share(text) < part[1]
+    """True if a number in [0, 1) that depends on the text alone lies in the part."""
+    return part[0] <= int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48 < part[1]
 
 
 def _docstring(page: str) -> str:
@@ -242,34 +238,8 @@ def load_corpus() -> Corpus:
     Raises:
       UserError: if this Python was installed without its documentation.
     """
-    documents: dict[str, tuple[str, str]] = {}  # text -> (source, prompt of its function)
-    undocumented: dict[str, Text] = {}  # prompt -> page
-    functions: dict[str, Function] = {}
-    try:
-        topics = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        topics = {}
-    for topic, text in sorted(topics.items()):
-        documents.setdefault(text.strip(), (f"pydoc_data.topics:{topic}", ""))
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = _remembered(root)
-    for module in _C_MODULES:
-        found.extend(_functions_of_c_module(module))
-    # The words of held-out docstrings are included: a bare list of words does not leak an answer.
-    known = known_words(first_paragraph(docstring) for _, docstring, _, _ in found if docstring)
-    for where, docstring, name, arguments in found:
-        named = bool(name) and not name.startswith("__") and bool(words_of(name))
-        prompt = prompt_of(name, arguments, known) if named else ""
-        if docstring:
-            text = inspect.cleandoc(docstring).strip()
-            documents.setdefault(help_page(name, arguments, text, known) if named else text, (where, prompt))
-        elif named:
-            undocumented.setdefault(prompt, Text(help_page(name, arguments, known=known), where))
-        if not named:
-            continue
-        sentence = first_sentence(docstring) if docstring else None
-        if prompt not in functions or (functions[prompt].sentence is None and sentence is not None):
-            functions[prompt] = Function(where, prompt, sentence)
+    documents, undocumented, functions = _documented(root)
     demonstrations = [
         Demonstration(f.prompt, " " + f.sentence, f.where)
         for f in functions.values()
@@ -334,6 +304,40 @@ def load_corpus() -> Corpus:
         development=_apart(part(development, watched), test_part),
         test=test_part,
     )
+
+
+def _documented(
+    root: Path,
+) -> tuple[dict[str, tuple[str, str]], dict[str, Text], dict[str, Function]]:
+    """Pages of documentation, pages of functions without any, and functions, of the library under a folder."""
+    documents: dict[str, tuple[str, str]] = {}  # text -> (source, prompt of its function)
+    undocumented: dict[str, Text] = {}  # prompt -> page
+    functions: dict[str, Function] = {}
+    try:
+        topics = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        topics = {}
+    for topic, text in sorted(topics.items()):
+        documents.setdefault(text.strip(), (f"pydoc_data.topics:{topic}", ""))
+    found = _remembered(root)
+    for module in _C_MODULES:
+        found.extend(_functions_of_c_module(module))
+    # The words of held-out docstrings are included: a bare list of words does not leak an answer.
+    known = known_words(first_paragraph(docstring) for _, docstring, _, _ in found if docstring)
+    for where, docstring, name, arguments in found:
+        named = bool(name) and not name.startswith("__") and bool(words_of(name))
+        prompt = prompt_of(name, arguments, known) if named else ""
+        if docstring:
+            text = inspect.cleandoc(docstring).strip()
+            documents.setdefault(help_page(name, arguments, text, known) if named else text, (where, prompt))
+        elif named:
+            undocumented.setdefault(prompt, Text(help_page(name, arguments, known=known), where))
+        if not named:
+            continue
+        sentence = first_sentence(docstring) if docstring else None
+        if prompt not in functions or (functions[prompt].sentence is None and sentence is not None):
+            functions[prompt] = Function(where, prompt, sentence)
+    return documents, undocumented, functions
 
 
 def _apart(development: HeldOut, test: HeldOut) -> HeldOut:

@@ -80,7 +80,9 @@ def run(
 ) -> dict[str, Any]:
     """`evaluate` with settings as one object."""
     refuse_other(config.folder)
-    comparison = _Comparison(config, [reward_funcs] if callable(reward_funcs) else list(reward_funcs), say or _silent)
+    comparison = _Comparison(
+        config, [reward_funcs] if callable(reward_funcs) else list(reward_funcs), say or (lambda _: None)
+    )
     config.folder.mkdir(parents=True, exist_ok=True)
     content = comparison.content()
     if comparison.ledger.total:
@@ -329,7 +331,3 @@ def short_names(specs: Sequence[str]) -> list[str]:
 
 def _several(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(map(os.fspath, value))
-
-
-def _silent(_: str) -> None:
-    pass

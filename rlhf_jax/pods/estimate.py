@@ -247,26 +247,10 @@ def make_plan(
     whole, pieces = programs.whole(), programs.pieces()
     # The update needs the most memory, so it is compiled first to fail early.
     for name in sorted(whole, key=lambda name: name != "update") if only != "time" else ():
-        program = whole[name]
-        started, worked = time.monotonic(), time.process_time()
-        try:
-            binary = compiled(program, programs.mesh)
-        except jax.errors.JaxRuntimeError as error:
-            raise check_compiled(name, error) from None
-        seconds = time.monotonic() - started
-        text = binary.as_text()
-        found = collectives(text)
-        plan["programs"][name] = {
-            "compile_seconds": seconds,
-            "compile_cpu_seconds": time.process_time() - worked,
-            **memory_of(binary, program.arguments, resident, cache if name == "rollout" else 0),
-            "collective_bytes": sum(one.received * one.times for one in found),
-            **scheduled(text, topology, list(programs.mesh.devices.flat)),
-            "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        del binary
-        row = plan["programs"][name]
+        row = _program_figures(name, whole[name], programs, topology, resident, cache if name == "rollout" else 0)
         row["fits"] = row["hbm_bytes"] <= limit
+        plan["programs"][name] = row
+        seconds = row["compile_seconds"]
         line = f"{name}: compiled in {seconds:.0f} s, {row['hbm_bytes'] / GIB:.2f} of {limit / GIB:.0f} GiB a chip"
         if name != "rollout":
             useful = sum(piece.model_flops * piece.times for piece in pieces.values() if piece.program == name)
@@ -293,6 +277,28 @@ def make_plan(
         plan |= {"step_seconds": row["scheduled_seconds"], "utilisation": row["scheduled_utilisation"]}
         plan |= {"tokens_per_second": work.tokens / plan["step_seconds"]}
     return plan
+
+
+def _program_figures(
+    name: str, program: Program, programs: Programs, topology: Topology, resident: int, cache: int
+) -> dict[str, Any]:
+    """Compile a whole program: its memory, beside what is resident, its traffic and its schedule."""
+    started, worked = time.monotonic(), time.process_time()
+    try:
+        binary = compiled(program, programs.mesh)
+    except jax.errors.JaxRuntimeError as error:
+        raise check_compiled(name, error) from None
+    seconds = time.monotonic() - started
+    text = binary.as_text()
+    found = collectives(text)
+    return {
+        "compile_seconds": seconds,
+        "compile_cpu_seconds": time.process_time() - worked,
+        **memory_of(binary, program.arguments, resident, cache),
+        "collective_bytes": sum(one.received * one.times for one in found),
+        **scheduled(text, topology, list(programs.mesh.devices.flat)),
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
 def decode_limit(plan: dict[str, Any], programs: Programs, chip: Chip) -> None:

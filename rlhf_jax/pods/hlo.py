@@ -150,7 +150,8 @@ def _group(line: str) -> tuple[int, ...]:
         order = [list(sizes).index(name) for name in used if name in sizes]
         devices = _counted(axes[2]) if axes[2] else np.arange(math.prod(sizes.values()))
         grid = devices.reshape(tuple(sizes.values()))
-        return tuple(int(n) for n in np.moveaxis(grid, order, range(len(order))).reshape(_size(sizes, used), -1)[:, 0])
+        size = math.prod(sizes[name] for name in used if name in sizes)
+        return tuple(int(n) for n in np.moveaxis(grid, order, range(len(order))).reshape(size, -1)[:, 0])
     counted = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line)
     if counted:
         groups = tuple(int(n) for n in counted[1].split(","))
@@ -164,7 +165,3 @@ def _counted(text: str) -> np.ndarray:
     shape = tuple(int(n) for n in re.findall(r"\d+", lengths))
     grid = np.arange(math.prod(shape)).reshape(shape)
     return grid.transpose(tuple(int(n) for n in re.findall(r"\d+", order))) if order else grid
-
-
-def _size(sizes: dict[str, int], used: list[str]) -> int:
-    return math.prod(sizes[name] for name in used if name in sizes)

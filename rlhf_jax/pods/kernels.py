@@ -45,7 +45,7 @@ def kernels(text: str, chip: str) -> dict[str, float]:
         phase = PHASES.index(name[1])
         layouts = re.search(r"operand_layout_constraints=\{(.*?\})\}", line)
         shapes = re.findall(r"\w+\[([\d,]*)\]", layouts[1] if layouts else "")
-        steps, query, key = (_lengths(shapes[number]) for number in (0, 2, 3))
+        steps, query, key = (tuple(map(int, shapes[number].split(","))) for number in (0, 2, 3))
         rows, heads, queries, head = (1,) * (4 - len(query)) + query
         edges = (queries // steps[-2], key[-2] // steps[-1])
         blocks = often * rows * heads * causal_blocks(queries, key[-2], *edges)
@@ -65,7 +65,3 @@ def causal_blocks(queries: int, keys: int, edge_q: int, edge_k: int) -> int:
         for first_k in range(0, keys, edge_k)
         if first_k <= first_q + edge_q - 1 + behind
     )
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(","))

@@ -100,7 +100,10 @@ def packaged_gguf(package: str) -> Path:
         raise UserError(f"package {package!r} is not installed; run: pip install {package}") from None
     # Since Python 3.12 a distribution's `files` leave out missing files; its RECORD lists all.
     record = distribution.read_text("RECORD")
-    listed = [str(file) for file in distribution.files or ()] if record is None else _recorded(record)
+    if record is None:
+        listed = [str(file) for file in distribution.files or ()]
+    else:
+        listed = [row[0] for row in csv.reader(record.splitlines()) if row]
     found = [file for file in listed if file.endswith(".gguf")]
     if len(found) != 1:
         names = ", ".join(found)
@@ -109,11 +112,6 @@ def packaged_gguf(package: str) -> Path:
     if not path.is_file():
         raise UserError(f"package {package!r}: {path} is missing; run: pip install --force-reinstall {package}")
     return path
-
-
-def _recorded(record: str) -> list[str]:
-    """Files listed in a distribution's RECORD."""
-    return [row[0] for row in csv.reader(record.splitlines()) if row]
 
 
 _Table = Mapping[str, Stored]

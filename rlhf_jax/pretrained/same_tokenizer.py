@@ -42,7 +42,7 @@ def differences(expected: TextTokenizer, got: TextTokenizer) -> list[str]:
     parts: list[tuple[str, list[Any]]] = [
         ("vocabulary", [{id: text for id, text in _texts(side).items() if id in ids} for side in pair]),
         ("special tokens", [{t: id for t, id in side.special_tokens.items() if id in ids} for side in pair]),
-        ("added tokens", [_plain_added(side) for side in pair]),
+        ("added tokens", [{a.content: a._asdict() for a in side.added if not a.special} for side in pair]),
         *((name, [content[name] for content in contents]) for name in contents[0]),
         ("ids before a text", [list(side.start_ids) for side in pair]),
         ("end of a text", [side.eos_id for side in pair]),
@@ -58,10 +58,6 @@ def differences(expected: TextTokenizer, got: TextTokenizer) -> list[str]:
 def _texts(tokenizer: HuggingFaceTokenizer) -> dict[int, str]:
     """The token of each id; a special one is told apart from text of the same letters by `special tokens`."""
     return {**{id: text for text, id in tokenizer.vocabulary.items()}, **{a.id: a.content for a in tokenizer.added}}
-
-
-def _plain_added(tokenizer: HuggingFaceTokenizer) -> dict[str, dict[str, Any]]:
-    return {added.content: added._asdict() for added in tokenizer.added if not added.special}
 
 
 def _content(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:

@@ -31,14 +31,7 @@ ANSWERS = 4
 
 
 def measure(
-    runs: Mapping[str, Finished],
-    corpus: Corpus,
-    sampler: Sampler,
-    judge: Judge,
-    *,
-    size: Size,
-    seed: int,
-    folder: Path,
+    runs: Mapping[str, Finished], corpus: Corpus, sampler: Sampler, judge: Judge, *, size: Size, seed: int, folder: Path
 ) -> dict[str, Any]:
     """Measures the runs, and writes responses side by side to samples.json.
 
@@ -55,8 +48,7 @@ def measure(
     summaries = {name: run.summary for name, run in runs.items()}
     answers = {name: sampler(params[name], prompts, seed + 4, ANSWERS) for name in params}
     gold = {name: judge.scores(list(prompts.sources), answers[name]) for name in params}
-    texts = {name: [tokenizer.decode(row[0]).strip() for row in answers[name]] for name in params}
-    distinct = {name: distinct_share(texts[name]) for name in texts}
+    distinct = {name: distinct_share([tokenizer.decode(row[0]).strip() for row in answers[name]]) for name in params}
     against_sft, sft_interval = win_rate(gold["ppo"], gold["sft"])
     against_pretrained, pretrained_interval = win_rate(gold["sft"], gold["pretrain"])
     kl = sequence_kl(
@@ -69,38 +61,18 @@ def measure(
     )
     # Responses to read are sampled at a lower temperature. All figures but *_shown are at 1, as in PPO training.
     shown = {name: sampler(params[name], prompts, seed + 5, temperature=SHOWN_TEMPERATURE) for name in params}
-    shown_gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in params}
-    samples = [
-        {
-            "prompt": prompt.prompt,
-            **{name: tokenizer.decode(shown[name][i][0]).strip() for name in params},
-            "docstring": test.sentences.get(prompt.prompt),
-            "gold": {name: round(float(shown_gold[name][i]), 3) for name in params},
-            "temperature": SHOWN_TEMPERATURE,
-        }
-        for i, prompt in enumerate(prompts.sources)
-    ]
     if processes.is_first():
+        samples = _side_by_side(shown, prompts, corpus, judge)
         write_file(folder / "samples.json", json.dumps(samples, indent=1) + "\n")
     shares: dict[str, float] = {}
     for name in params:
         for suffix, sampled in (("", answers[name]), ("_shown", shown[name])):
             of_one = judge.shares(list(prompts.sources), sampled)
             shares |= {f"{name}.{key}{suffix}": value for key, value in of_one.items()}
-    # Docstrings that people wrote for the same functions, by the same rules: an upper bound to expect of a model.
-    documented = [p for p in prompts.sources if p.prompt in test.sentences]
-    written = [[[*tokenizer.encode(test.sentences[p.prompt]), tokenizer.eos_id]] for p in documented]
-    if documented:
-        shares |= {f"docstrings.{key}": value for key, value in judge.shares(documented, written).items()}
-        shares["docstrings.gold_mean"] = float(judge.scores(documented, written).mean())
-        # False positive rate of the topic rule: docstrings of other functions that pass.
-        half = len(written) // 2
-        others = judge.shares(documented, written[half:] + written[:half])
-        shares["docstrings.topic_share_of_others"] = others["topic_share"]
-    losses = language_figures(sampler.model, params, corpus, tokenizer, size)
+    shares |= _docstring_figures(prompts, corpus, judge)
     return (
         shares
-        | losses
+        | language_figures(sampler.model, params, corpus, tokenizer, size)
         | reward_figures(runs, sampler, judge, params["sft"], prompts, size, seed)
         | {
             # Of the development part, beside the curve of SFT's loss on it.
@@ -122,6 +94,38 @@ def measure(
             "ppo.first_kl": summaries["ppo"]["first_kl"],
         }
     )
+
+
+def _side_by_side(
+    shown: Mapping[str, list[list[list[int]]]], prompts: PromptRows, corpus: Corpus, judge: Judge
+) -> list[dict[str, Any]]:
+    """The first response of each model to each prompt, beside the docstring that people wrote."""
+    gold = {name: judge.scores(list(prompts.sources), shown[name])[:, 0] for name in shown}
+    return [
+        {
+            "prompt": prompt.prompt,
+            **{name: judge.tokenizer.decode(shown[name][i][0]).strip() for name in shown},
+            "docstring": corpus.test.sentences.get(prompt.prompt),
+            "gold": {name: round(float(gold[name][i]), 3) for name in shown},
+            "temperature": SHOWN_TEMPERATURE,
+        }
+        for i, prompt in enumerate(prompts.sources)
+    ]
+
+
+def _docstring_figures(prompts: PromptRows, corpus: Corpus, judge: Judge) -> dict[str, float]:
+    """Figures of docstrings that people wrote for the same functions: an upper bound to expect of a model."""
+    tokenizer, sentences = judge.tokenizer, corpus.test.sentences
+    documented = [p for p in prompts.sources if p.prompt in sentences]
+    if not documented:
+        return {}
+    written = [[[*tokenizer.encode(sentences[p.prompt]), tokenizer.eos_id]] for p in documented]
+    figures = {f"docstrings.{key}": value for key, value in judge.shares(documented, written).items()}
+    figures["docstrings.gold_mean"] = float(judge.scores(documented, written).mean())
+    # False positive rate of the topic rule: docstrings of other functions that pass.
+    half = len(written) // 2
+    others = judge.shares(documented, written[half:] + written[:half])
+    return figures | {"docstrings.topic_share_of_others": others["topic_share"]}
 
 
 def language_figures(

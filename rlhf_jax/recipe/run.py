@@ -36,12 +36,7 @@ from rlhf_jax.trainers import ppo, pretrain, reward, sft
 
 def stage_settings(config: RecipeConfig, name: str) -> dict[str, Any]:
     """Settings that every stage's config takes from the recipe's."""
-    return {
-        "out": str(config.folder / name),
-        "seed": config.seed,
-        "devices": config.devices,
-        "pmap": config.pmap,
-    }
+    return {"out": str(config.folder / name), "seed": config.seed, "devices": config.devices, "pmap": config.pmap}
 
 
 def adamw(rate: float, **changes: Any) -> OptimConfig:
@@ -103,40 +98,11 @@ def run_seed(config: RecipeConfig) -> None:
     clock.lap("start")
 
     announce("1  pretrain: every token of raw text")
-    pretrained = pretrain.run(
-        pretrain.Config(
-            **stage_settings(config, "pretrain"),
-            save_every=400,
-            batch=size.pretrain_batch,
-            steps=size.pretrain_steps,
-            row_length=size.row_length,
-            optimizer=adamw(size.pretrain_rate),
-            model=size.model,
-        ),
-        texts=corpus.texts,
-        heldout=corpus.development.texts,
-    )
+    pretrained = _pretrain(config, size, corpus)
     clock.lap("pretrain")
 
     announce("2  SFT: demonstrations, response tokens only")
-    limit = size.prompt_tokens + size.response_tokens
-    tuned = sft.run(
-        sft.Config(
-            **stage_settings(config, "sft"),
-            save_every=400,
-            init=str(pretrained.run.path),
-            batch=size.sft_batch,
-            steps=size.sft_steps,
-            # Sentences improve after the held-out loss has begun to rise (docs/lab-notebook.md).
-            release="last",
-            max_tokens=limit,
-            pack=size.row_length,
-            dropout=size.sft_dropout,
-            optimizer=adamw(size.sft_rate),
-        ),
-        records=corpus.demonstrations,
-        heldout=corpus.development.demonstrations,
-    )
+    tuned = _tune(config, size, pretrained, corpus)
     clock.lap("sft")
 
     announce("3.1  reward model: four responses to a prompt, ranked")
@@ -167,36 +133,8 @@ def run_seed(config: RecipeConfig) -> None:
         responses = sampler(state.params["policy"], watched, config.seed + 3)
         return {"gold": float(judge.scores(list(watched.sources), responses).mean())}
 
-    optimised = ppo.run(
-        ppo.Config(
-            **stage_settings(config, "ppo"),
-            save_every=20,
-            init=str(tuned.run.path),
-            reward=str(judged.run.path),
-            batch=size.episodes,
-            steps=size.iterations,
-            minibatches=size.minibatches,
-            epochs=size.epochs,
-            log_every=1,
-            eval_every=max(min(15, size.iterations // 3), 1),
-            prompt_length=size.prompt_tokens,
-            kl_coef=size.kl_coef,
-            alarms="warn",  # the recipe continues with its measurement, which shows what is wrong
-            pretraining_coef=size.pretraining_coef,
-            pretraining_batch=size.minibatches * 2 if size.pretraining_coef else 0,
-            pretraining_row_length=size.row_length,
-            policy=adamw(size.policy_rate, schedule="linear", epsilon=1e-5),
-            critic=adamw(size.critic_rate, schedule="linear", epsilon=1e-5),
-            episode=EpisodeConfig(
-                response_length=size.response_tokens,
-                missing_end="subtract",
-                pack=size.pack if config.devices == 1 else 0,
-            ),
-        ),
-        prompts=list(train_prompts.sources),
-        texts=corpus.texts,
-        evaluate=watch,
-    )
+    settings = _ppo_config(config, size, tuned, judged)
+    optimised = ppo.run(settings, prompts=list(train_prompts.sources), texts=corpus.texts, evaluate=watch)
     clock.lap("ppo")
 
     announce("results")
@@ -208,6 +146,68 @@ def run_seed(config: RecipeConfig) -> None:
     command = generate_command(optimised.run.path, [" find longest match (a, b) ->"])
     # Neither wrapped nor read as markup, so that it survives a paste.
     console.print(f"try it: {command}", soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
+def _pretrain(config: RecipeConfig, size: Size, corpus: Corpus) -> Finished:
+    return pretrain.run(
+        pretrain.Config(
+            **stage_settings(config, "pretrain"),
+            save_every=400,
+            batch=size.pretrain_batch,
+            steps=size.pretrain_steps,
+            row_length=size.row_length,
+            optimizer=adamw(size.pretrain_rate),
+            model=size.model,
+        ),
+        texts=corpus.texts,
+        heldout=corpus.development.texts,
+    )
+
+
+def _tune(config: RecipeConfig, size: Size, pretrained: Finished, corpus: Corpus) -> Finished:
+    return sft.run(
+        sft.Config(
+            **stage_settings(config, "sft"),
+            save_every=400,
+            init=str(pretrained.run.path),
+            batch=size.sft_batch,
+            steps=size.sft_steps,
+            # Sentences improve after the held-out loss has begun to rise (docs/lab-notebook.md).
+            release="last",
+            max_tokens=size.prompt_tokens + size.response_tokens,
+            pack=size.row_length,
+            dropout=size.sft_dropout,
+            optimizer=adamw(size.sft_rate),
+        ),
+        records=corpus.demonstrations,
+        heldout=corpus.development.demonstrations,
+    )
+
+
+def _ppo_config(config: RecipeConfig, size: Size, tuned: Finished, judged: Finished) -> ppo.Config:
+    return ppo.Config(
+        **stage_settings(config, "ppo"),
+        save_every=20,
+        init=str(tuned.run.path),
+        reward=str(judged.run.path),
+        batch=size.episodes,
+        steps=size.iterations,
+        minibatches=size.minibatches,
+        epochs=size.epochs,
+        log_every=1,
+        eval_every=max(min(15, size.iterations // 3), 1),
+        prompt_length=size.prompt_tokens,
+        kl_coef=size.kl_coef,
+        alarms="warn",  # the recipe continues with its measurement, which shows what is wrong
+        pretraining_coef=size.pretraining_coef,
+        pretraining_batch=size.minibatches * 2 if size.pretraining_coef else 0,
+        pretraining_row_length=size.row_length,
+        policy=adamw(size.policy_rate, schedule="linear", epsilon=1e-5),
+        critic=adamw(size.critic_rate, schedule="linear", epsilon=1e-5),
+        episode=EpisodeConfig(
+            response_length=size.response_tokens, missing_end="subtract", pack=size.pack if config.devices == 1 else 0
+        ),
+    )
 
 
 def tell(config: RecipeConfig, console: rich.console.Console, clock: Clock, summary: dict[str, Any]) -> None:
@@ -244,12 +244,7 @@ class Clock:
 
 
 def train_reward(
-    config: RecipeConfig,
-    size: Size,
-    tuned: Finished,
-    rankings: RankingRows,
-    heldout: RankingRows,
-    corpus: Corpus,
+    config: RecipeConfig, size: Size, tuned: Finished, rankings: RankingRows, heldout: RankingRows, corpus: Corpus
 ) -> Finished:
     """Trains a reward model that starts from the SFT model."""
     steps = max(len(rankings) // size.reward_batch, 1)

@@ -92,7 +92,7 @@ class RewardFunctions:
                 f"{got}"
             )
         for row, completion, value in zip(rows, completions, values, strict=True):
-            if value is not None and not _is_finite(value):
+            if not (value is None or (isinstance(value, int | float) and abs(value) <= _FLOAT32_MAX)):
                 raise UserError(
                     f"{name}: {self.places[row]}: expected a finite number or None, got {reprlib.repr(value)} for the "
                     f"completion {reprlib.repr(completion)}"
@@ -163,7 +163,3 @@ def _as_list(result: Any) -> list[Any] | None:
     if not isinstance(result, list | tuple):
         return None
     return [value.item() if hasattr(value, "item") and not np.ndim(value) else value for value in result]
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) <= _FLOAT32_MAX

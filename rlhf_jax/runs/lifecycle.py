@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import jax
@@ -140,7 +140,6 @@ def train(
     new_shapes: Callable[[int], Iterable[int]] | None = None,
     best_metric: str | None = None,
     best_mode: Literal["min", "max"] = "min",
-    writers: Sequence[Writer] = (),
     watch: Watch | None = None,
 ) -> TrainState:
     """Trains until config.steps, resuming from the run's last checkpoint if there is one.
@@ -156,7 +155,6 @@ def train(
       host_step: work of the host before the update, on what the devices compute for it; None for none.
       new_shapes: first step -> the steps at which a batch shape occurs for the first time; None if all batches have one
         shape.
-      writers: writers in addition to the console and metrics.jsonl.
       watch: called with the metrics of each step; see `runs.loop.Watch`.
 
     Returns:
@@ -175,21 +173,12 @@ def train(
     places = row_places(mesh)
     if config.pmap and places is not None:
         raise UserError("pmap: expected --no-pmap with several processes, which gives the same results, got --pmap")
-    if config.pmap:
-        update = pmap_update(make_update(DATA), config.device_count)
-    else:
-        update = jit_update(make_update(None), mesh)
+    update = pmap_update(make_update(DATA), config.device_count) if config.pmap else jit_update(make_update(None), mesh)
     if host_step is not None:
         update = with_host_step(update, host_step, mesh, pmap=config.pmap)
     held = tuple(place(network, mesh) for network in frozen)
     checkpoints = Checkpoints(run.checkpoints, config.keep_last, best_metric, best_mode)
-    outputs: list[Writer] = []
-    if processes.is_first():
-        outputs += [Console(run.stage, show), JsonLines(run.metrics), *writers]
-        if config.tensorboard:
-            outputs.append(TensorBoard(run.path / "tensorboard"))
-        if config.wandb:
-            outputs.append(WeightsAndBiases(config.wandb, run.path, run.config))
+    writers = Writers(tuple(_writers(run, config, show)) if processes.is_first() else ())
     replicated = is_replicated(mesh)
 
     def figures(state: TrainState) -> Mapping[str, Any]:
@@ -224,7 +213,7 @@ def train(
                 lambda state, batch: update(state, batch, *held),
                 read,
                 steps=steps,
-                writers=Writers(outputs),
+                writers=writers,
                 checkpoints=checkpoints,
                 save_every=config.save_every,
                 log_every=config.log_every,
@@ -249,10 +238,27 @@ def train(
     return near(state, mesh) if replicated else state
 
 
-def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger, **others: Ledger) -> Finished:
+def _writers(run: RunFolder, config: RunConfig, show: Sequence[str]) -> Iterator[Writer]:
+    """Writers of the metrics to the console, the run's folder and the services that the config names."""
+    yield Console(run.stage, show)
+    yield JsonLines(run.metrics)
+    if config.tensorboard:
+        yield TensorBoard(run.path / "tensorboard")
+    if config.wandb:
+        yield WeightsAndBiases(config.wandb, run.path, run.config)
+
+
+def complete(
+    run: RunFolder,
+    summary: Mapping[str, Any],
+    examples: Sequence[Prompt] | RankingRows,
+    ledger: Ledger,
+    **others: Ledger,
+) -> Finished:
     """Marks a run as finished, with its summary and ledger, and says the summary's warnings.
 
     Args:
+      examples: prompts to show the run by.
       others: ledgers of data that is not trained on as such, each saved as ledger_NAME.json unless it is empty.
     """
 
@@ -266,7 +272,7 @@ def complete(run: RunFolder, summary: Mapping[str, Any], ledger: Ledger, **other
     processes.by_first(write)
     for warning in summary.get("warnings", ()):
         say(f"warning: {warning}")
-    return Finished(run, dict(summary))
+    return Finished(run, dict(summary), examples)
 
 
 def fingerprint_of(records: Iterable[Any]) -> str:

@@ -95,7 +95,8 @@ class JsonLines:
             write_file(self.path, kept)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
-        self._write({"step": step, "time": round(time.time(), 3)} | {name: _number(v) for name, v in values.items()})
+        numbers = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
+        self._write({"step": step, "time": round(time.time(), 3)} | numbers)
 
     def event(self, step: int, message: str) -> None:
         self._write({"step": step, "time": round(time.time(), 3), "event": message})
@@ -150,10 +151,6 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             lines.append((line + "\n", row))
     return lines
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 class TensorBoard:

@@ -8,6 +8,18 @@ import jax.numpy as jnp
 from rlhf_jax.arrays import Array
 from rlhf_jax.masked import masked_mean
 
+# Fewest prompts of an iteration whose answers are compared with each other: few tell nothing.
+FEWEST_PROMPTS = 4
+
+
+def collapse_signs(tokens_BR: Array, mask_BR: Array, one: slice, axis_name: str | None = None) -> dict[str, Array]:
+    """Metrics of both signs; `one` takes the response to each prompt that `same_answer` compares."""
+    signs = {"repeated_pairs": repeated_pairs(tokens_BR, mask_BR, axis_name)}
+    devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+    if len(tokens_BR[one]) * devices >= FEWEST_PROMPTS:
+        signs["same_answer"] = same_answer(tokens_BR[one], mask_BR[one], axis_name)
+    return signs
+
 
 def same_answer(tokens_BR: Array, mask_BR: Array, axis_name: str | None = None) -> Array:
     """Share of the batch's responses that are equal to the most common one.

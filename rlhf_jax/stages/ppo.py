@@ -37,13 +37,7 @@ from rlhf_jax.generate import Generation, generate
 from rlhf_jax.kl import adapt_kl_coef, kl_estimate
 from rlhf_jax.logprobs import response_losses, response_scores, state_values, target_losses
 from rlhf_jax.lora import attach, merged_kernels
-from rlhf_jax.losses import (
-    asymmetric_surrogate,
-    cispo_loss,
-    clipped_value_loss,
-    importance_weight,
-    sequence_log_ratio,
-)
+from rlhf_jax.losses import asymmetric_surrogate, cispo_loss, clipped_value_loss, importance_weight, sequence_log_ratio
 from rlhf_jax.masked import masked_mean, masked_whiten
 from rlhf_jax.model import Transformer
 from rlhf_jax.optim import apply_gradients, global_count, make_optimizer, new_state, summed_gradients
@@ -56,11 +50,13 @@ from rlhf_jax.returns import (
     leave_one_out_advantages,
 )
 from rlhf_jax.rewards import Terms, compose
-from rlhf_jax.stages.answers import repeated_pairs, same_answer
+from rlhf_jax.stages.answers import collapse_signs
 from rlhf_jax.stages.turns import NextTurn, Turns, over_gaps, rewards_by_turn
 
 STAGE = "ppo"
 Config = PPOConfig
+# Estimators of token advantages, which are whitened over the batch.
+WHITENED = ("gae", "reinforce_pp")
 
 
 class Networks(NamedTuple):
@@ -199,14 +195,14 @@ def make_update(
         samples=config.samples_per_prompt,
         importance_max=config.importance_bound,
     )
-    optimizer_step = make_optimizer_step(networks, config, axis_name)
+    optimize = make_optimization(networks, config, axis_name)
     scale = config.lora.scale
 
     def update(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict[str, Array]]:
         sample_key, order_key = iteration_keys(state, axis_name)
-
-        # 1, 2, 3. Sample, score, compute advantages.
         kl_coef = state.extras["kl_coef"]
+
+        # 1, 2, 3. Sample, score, compute advantages: prompts [B / K, P] → episodes [B, P + R].
         episodes, metrics = rollout(
             attach_adapters(state.params, frozen, scale),
             attach_frozen(frozen, scale, teacher=networks.teacher is not None),
@@ -218,78 +214,23 @@ def make_update(
         if axis_name is not None:
             metrics = jax.lax.psum(metrics, axis_name)
 
-        # 4. Optimize: epochs × minibatches, each epoch in a new random order. One bad number would reach all episodes
-        #    by the whitening, so a rollout that has one makes no step at all.
+        # 4. Optimize: epochs × minibatches of [B / minibatches, P + R]. One bad number would reach all episodes by the
+        #    whitening, so a rollout that has one makes no step at all.
         sound = metrics["nonfinite"] == 0
-
-        def minibatched(tree: Any, key: Array) -> Any:
-            order = jax.random.permutation(key, jax.tree.leaves(tree)[0].shape[0])
-            return jax.tree.map(lambda x: x[order].reshape(config.minibatches, -1, *x.shape[1:]), tree)
-
-        def epoch(carry: Any, key: Array) -> Any:
-            episodes_key, text_key, steps_key = jax.random.split(key, 3)
-            parts = minibatched(episodes, episodes_key)
-            text = None if batch.pretraining is None else minibatched(batch.pretraining, text_key)
-            step = functools.partial(optimizer_step, frozen=frozen, sound=sound, kl_coef=kl_coef)
-            return jax.lax.scan(step, carry, (parts, text, jax.random.split(steps_key, config.minibatches)))
-
-        (params, opt_state), history = jax.lax.scan(
-            epoch, (state.params, state.opt_state), jax.random.split(order_key, config.epochs)
-        )
+        params, opt_state, history = optimize(state, episodes, batch.pretraining, frozen, order_key, sound)
+        stepped = jnp.any(history["policy_skipped"] == 0)
 
         metrics |= {name: jnp.mean(values) for name, values in history.items()}
         metrics["first_ratio_error"] = history["ratio_error"][0, 0]
         if batch.pretraining is not None:
             metrics["ppo_over_pretraining"] = metrics["ppo_norm"] / metrics["pretraining_norm"]
-        metrics["kl_coef"] = state.extras["kl_coef"]
+        metrics["kl_coef"] = kl_coef
         metrics["tokens"] = global_count(episodes.mask_BT, axis_name)
-        extras = dict(state.extras)
-        if config.kl_target is not None:
-            extras["kl_coef"] = adapt_kl_coef(
-                extras["kl_coef"],
-                metrics["kl"],
-                target=config.kl_target,
-                horizon=config.kl_horizon,
-                episodes=config.batch,
-            )
-        if config.ema_decay:
-            newest = averaged(frozen.backbone, params["policy"], config.lora.scale)
-            extras["ema"] = optax.incremental_update(newest, extras["ema"], 1.0 - config.ema_decay)
-        stepped = jnp.any(history["policy_skipped"] == 0)
+        extras = next_extras(config, state.extras, metrics["kl"], params["policy"], frozen.backbone)
         extras = jax.tree.map(lambda new, old: jnp.where(stepped, new, old), extras, state.extras)
         return TrainState(state.step + 1, params, opt_state, state.key, extras), metrics
 
     return update
-
-
-def make_sampling(
-    networks: Networks,
-    config: Config,
-    *,
-    eos_id: int | tuple[int, ...],
-    pad_id: int,
-    axis_name: str | None = None,
-) -> Callable[[TrainState, Batch, Frozen], Generation]:
-    """Make step 1 of the update alone: the responses that update(state, batch, frozen) would sample.
-
-    With an environment they are the first turns of the episodes, or those that a batch with a `NextTurn` asks for.
-    """
-    episode = dataclasses.replace(config.episode, response_length=config.turn_tokens)
-    ids: dict[str, Any] = {"eos_id": eos_id, "pad_id": pad_id}
-
-    def sampling(state: TrainState, batch: Batch, frozen: Frozen) -> Generation:
-        key, _ = iteration_keys(state, axis_name)
-        policy = attach(frozen.backbone, state.params["policy"], config.lora.scale)
-        if (turn := batch.turn) is not None:
-            key = jax.random.fold_in(key, turn.number_B[0])
-            return sample(networks.policy, policy, batch.prompts, key, episode, over_B=turn.over_B, **ids)
-        several: dict[str, Any] = {
-            "samples": config.samples_per_prompt,
-            "greedy_first": config.estimator == "remax",
-        }
-        return sample(networks.policy, policy, batch.prompts, key, episode, **ids, **several)
-
-    return sampling
 
 
 def iteration_keys(state: TrainState, axis_name: str | None) -> tuple[Array, Array]:
@@ -411,6 +352,26 @@ def sample(
     return Generation(*map(joined, greedy, sampled))
 
 
+def make_sampling(
+    networks: Networks, config: Config, *, eos_id: int | tuple[int, ...], pad_id: int, axis_name: str | None = None
+) -> Callable[[TrainState, Batch, Frozen], Generation]:
+    """Make step 1 of the update alone: the responses that update(state, batch, frozen) would sample.
+
+    With an environment they are the first turns of the episodes, or those that a batch with a `NextTurn` asks for.
+    """
+    episode = dataclasses.replace(config.episode, response_length=config.turn_tokens)
+
+    def sampling(state: TrainState, batch: Batch, frozen: Frozen) -> Generation:
+        key, _ = iteration_keys(state, axis_name)
+        policy = attach(frozen.backbone, state.params["policy"], config.lora.scale)
+        how: dict[str, Any] = {"samples": config.samples_per_prompt, "greedy_first": config.estimator == "remax"}
+        if batch.turn is not None:
+            key, how = jax.random.fold_in(key, batch.turn.number_B[0]), {"over_B": batch.turn.over_B}
+        return sample(networks.policy, policy, batch.prompts, key, episode, eos_id=eos_id, pad_id=pad_id, **how)
+
+    return sampling
+
+
 def score(
     networks: Networks,
     params: dict[str, Params],
@@ -436,112 +397,106 @@ def score(
     """
     if samples > 1:
         prompts = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
-    tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
-    real_BR = sampled.mask if turns is None else turns.mask_BR
-    mask_BT = jnp.concatenate([prompts.mask_BP, real_BR], axis=1)
     mask_BR = sampled.mask
+    tokens_BT = jnp.concatenate([prompts.tokens_BP, sampled.tokens], axis=1)
+    mask_BT = jnp.concatenate([prompts.mask_BP, mask_BR if turns is None else turns.mask_BR], axis=1)
+    ended_B = has_end(sampled, eos_id) if turns is None else turns.ended_B
+    # The greedy responses of remax are a baseline, not samples of the policy.
+    counted_B = (jnp.arange(len(mask_BR)) % samples > 0) | (estimator != "remax")
 
-    # 2. Log-probabilities come from the forward pass that the update uses, not from the sampler, so that the ratio
-    #    before the first update is 1 even if the sampler's KV cache is rounded.
-    found = map_episodes(
-        lambda rows: score_rows(networks, params, frozen, rows, temperature=config.temperature),
-        tokens_BT,
-        mask_BT,
-        mask_BR,
-        pack=config.pack,
-        parts=parts,
-    )
+    # 2. Forward passes: log π, log π_ref, V and r at each response token, [B, R]; r at the last one is the score [B].
+    #    log π is that of the update's forward pass, not the sampler's, so that the ratio before the first update is 1
+    #    even if the sampler's KV cache is rounded.
+    read = functools.partial(score_rows, networks, params, frozen, temperature=config.temperature)
+    found: RolloutScores = map_episodes(read, tokens_BT, mask_BT, mask_BR, pack=config.pack, parts=parts)
     last_B1 = jnp.max(jnp.where(mask_BR, jnp.arange(mask_BR.shape[1])[None], 0), axis=1, keepdims=True)
     raw_B = jnp.take_along_axis(found.score_BR, last_B1, axis=1)[:, 0]
     score_B = (raw_B - frozen.score_mean) / frozen.score_scale
-    # The greedy responses of remax are a baseline, not samples of the policy.
-    counted_B = (jnp.arange(len(mask_BR)) % samples > 0) | (estimator != "remax")
     term_metrics: dict[str, Array] = {}
     if terms is not None and value_BN is not None:
         model_B = None if frozen.reward is None else score_B
         score_B, term_metrics = compose(terms, model_B, value_BN, axis_name, counted_B)
-    if turns is None:
-        ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in _ends(eos_id)])
-        ended_B = jnp.any(ends_BR & mask_BR, axis=1)
-    else:
-        ended_B = turns.ended_B
-    if config.missing_end == "replace":
-        score_B = jnp.where(ended_B, score_B, config.missing_end_score)
-    elif config.missing_end == "subtract":
-        score_B = jnp.where(ended_B, score_B, score_B + config.missing_end_score)
+    score_B = with_missing_end(score_B, ended_B, config)
 
-    # 3. Reward: the score at the last token minus β times the log-ratio at each; GAE; whitening over the global batch.
+    # 3. Reward of each token, [B, R]: minus β times the log-ratio, and the score at the last one; GAE; whitening over
+    #    the global batch.
     reward_BR = kl_penalized_reward(found.logp_BR, found.ref_logp_BR, score_B, mask_BR, kl_coef=kl_coef)
     if turns is not None:
         reward_BR = rewards_by_turn(reward_BR, turns, last_B1, ended_B | (config.missing_end != "replace"))
     if config.whiten_rewards:
         reward_BR = masked_whiten(reward_BR, mask_BR, axis_name, keep_mean=True)
-    estimate: Callable[..., tuple[Array, ...]] = functools.partial(
-        advantages, config=config, estimator=estimator, samples=samples
-    )
-    if turns is not None:
-        estimate = over_gaps(estimate)
-    advantage_BR, target_BR = estimate(reward_BR, found.value_BR, mask_BR)
+    estimate = functools.partial(advantages, config=config, estimator=estimator, samples=samples)
+    advantage_BR, target_BR = (estimate if turns is None else over_gaps(estimate))(reward_BR, found.value_BR, mask_BR)
     mask_BR = mask_BR & counted_B[:, None]
     used_BR = masked_whiten(advantage_BR, mask_BR, axis_name) if estimator in WHITENED else advantage_BR
+    of_tokens = {"entropy": found.entropy_BR, "sampler_logp_error": jnp.abs(sampled.logp - found.logp_BR)}
     # Responses of an older policy, or of a sampler that rounds: a factor of the advantage is one of the policy loss.
-    weights: dict[str, Array] = {}
     if importance_max is not None:
         weight_BR = importance_weight(jnp.where(mask_BR, found.logp_BR - sampled.logp, 0.0), most=importance_max)
-        used_BR = used_BR * weight_BR
-        weights["importance_weight"] = masked_mean(weight_BR, mask_BR, axis_name)
-    episodes = Rollout(
-        tokens_BT=tokens_BT,
-        mask_BT=mask_BT,
-        response_mask_BR=mask_BR,
-        logp_BR=found.logp_BR,
-        ref_logp_BR=found.ref_logp_BR,
-        value_BR=found.value_BR,
-        advantage_BR=used_BR,
-        target_BR=target_BR,
-        score_B=score_B,
+        used_BR, of_tokens["importance_weight"] = used_BR * weight_BR, weight_BR
+    outputs_BR = (found.logp_BR, found.ref_logp_BR, found.value_BR)
+    episodes = Rollout(tokens_BT, mask_BT, mask_BR, *outputs_BR, used_BR, target_BR, score_B)
+
+    # Metrics: means over episodes and over response tokens.
+    finite_BR = (jnp.isfinite(advantage_BR) & jnp.isfinite(target_BR)) | ~mask_BR
+    kl_BR = jnp.where(mask_BR, kl_estimate(found.logp_BR, found.ref_logp_BR), 0.0)
+    of_episodes = {
+        "score": score_B,
+        "kl": jnp.sum(kl_BR, axis=1),
+        "reward": jnp.sum(reward_BR, axis=1),
+        "response_tokens": jnp.sum(mask_BR, axis=1),
+        "missing_end": ~ended_B,
+        "nonfinite": ~(jnp.isfinite(raw_B) & jnp.all(finite_BR, axis=1)),
+    }
+    of_episodes |= {} if turns is None else {"turns": turns.count_B}
+    of_tokens |= {"value": found.value_BR} if "critic" in params else {}
+    metrics = {name: masked_mean(x_B, counted_B, axis_name) for name, x_B in of_episodes.items()}
+    metrics |= {name: masked_mean(x_BR, mask_BR, axis_name) for name, x_BR in of_tokens.items()}
+    # One sampled response to each prompt: those to one prompt may well be the same.
+    one = slice(int(estimator == "remax"), None, samples)
+    signs = collapse_signs(sampled.tokens, mask_BR, one, axis_name)
+    return episodes, metrics | term_metrics | signs
+
+
+def score_rows(
+    networks: Networks, params: dict[str, Params], frozen: Frozen, rows: EpisodeRows, *, temperature: float
+) -> RolloutScores:
+    """Step 2: forward passes over rows of episodes; scores are 0 without a reward model, values without a critic."""
+    loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
+    reference = networks.policy if networks.teacher is None else networks.teacher
+    ref_loss_BR, _ = response_losses(reference, frozen.reference, rows, temperature=temperature)
+    value_BR = jnp.zeros_like(loss_BR)
+    if "critic" in params:
+        value_BR = state_values(networks.scorer, params["critic"], rows)
+    without = frozen.reward is None
+    return RolloutScores(
+        logp_BR=-loss_BR,
+        entropy_BR=entropy_BR,
+        ref_logp_BR=-ref_loss_BR,
+        value_BR=value_BR,
+        score_BR=jnp.zeros_like(value_BR) if without else response_scores(networks.scorer, frozen.reward, rows),
     )
 
-    def over_episodes(x_B: Array) -> Array:
-        return masked_mean(x_B, counted_B, axis_name)
 
-    finite_BR = jnp.isfinite(advantage_BR) & jnp.isfinite(target_BR)
-    finite_B = jnp.isfinite(raw_B) & jnp.all(finite_BR | ~mask_BR, axis=1)
-    kl_BR = jnp.where(mask_BR, kl_estimate(found.logp_BR, found.ref_logp_BR), 0.0)
-    # One sampled response to each prompt: those to one prompt may well be the same, and few prompts tell nothing.
-    one = slice(int(estimator == "remax"), None, samples)
-    same, devices = {}, 1 if axis_name is None else jax.lax.psum(1, axis_name)
-    if len(ended_B) // samples * devices >= FEWEST_PROMPTS:
-        same = {"same_answer": same_answer(sampled.tokens[one], mask_BR[one], axis_name)}
-    metrics = {
-        "score": over_episodes(score_B),
-        **({"value": masked_mean(found.value_BR, mask_BR, axis_name)} if "critic" in params else {}),
-        "kl": over_episodes(jnp.sum(kl_BR, axis=1)),
-        "reward": over_episodes(jnp.sum(reward_BR, axis=1)),
-        "response_tokens": over_episodes(jnp.sum(mask_BR, axis=1)),
-        "missing_end": over_episodes(~ended_B),
-        **({} if turns is None else {"turns": over_episodes(turns.count_B)}),
-        "entropy": masked_mean(found.entropy_BR, mask_BR, axis_name),
-        **same,
-        "repeated_pairs": repeated_pairs(sampled.tokens, mask_BR, axis_name),
-        "sampler_logp_error": masked_mean(jnp.abs(sampled.logp - found.logp_BR), mask_BR, axis_name),
-        **weights,
-        "nonfinite": over_episodes(~finite_B),
-        **term_metrics,
-    }
-    return episodes, metrics
+def has_end(sampled: Generation, eos_id: int | tuple[int, ...]) -> Array:
+    """True for the responses [B] that have an end token."""
+    ends_BR = functools.reduce(jnp.logical_or, [sampled.tokens == end for end in _ends(eos_id)])
+    return jnp.any(ends_BR & sampled.mask, axis=1)
 
 
-# Fewest prompts of an iteration whose answers are compared with each other.
-FEWEST_PROMPTS = 4
-# Estimators of token advantages, which are whitened over the batch.
-WHITENED = ("gae", "reinforce_pp")
+def with_missing_end(score_B: Array, ended_B: Array, config: EpisodeConfig) -> Array:
+    """Scores [B], replaced or lowered where the response has no end, as the settings say."""
+    if config.missing_end == "replace":
+        return jnp.where(ended_B, score_B, config.missing_end_score)
+    if config.missing_end == "subtract":
+        return jnp.where(ended_B, score_B, score_B + config.missing_end_score)
+    return score_B
 
 
 def advantages(
     reward_BR: Array, value_BR: Array, mask_BR: Array, config: EpisodeConfig, estimator: str, samples: int
 ) -> tuple[Array, Array]:
-    """Advantage and value target [B, R] of each token, unwhitened, by the estimator; 0 in masked slots.
+    """Step 3: advantage and value target [B, R] of each token, unwhitened, by the estimator; 0 in masked slots.
 
     Without a value network the values are 0, and REINFORCE++ is GAE with λ = 1. The other estimators take the sum of a
     response's rewards, and give all of its tokens the same advantage.
@@ -559,24 +514,34 @@ def advantages(
     return jnp.where(mask_BR, advantage_B[:, None], 0.0), jnp.zeros_like(reward_BR)
 
 
-def score_rows(
-    networks: Networks, params: dict[str, Params], frozen: Frozen, rows: EpisodeRows, *, temperature: float
-) -> RolloutScores:
-    """Run the forward passes over rows of episodes; scores are 0 without a reward model, values without a critic."""
-    loss_BR, entropy_BR = response_losses(networks.policy, params["policy"], rows, temperature=temperature)
-    reference = networks.policy if networks.teacher is None else networks.teacher
-    ref_loss_BR, _ = response_losses(reference, frozen.reference, rows, temperature=temperature)
-    value_BR = jnp.zeros_like(loss_BR)
-    if "critic" in params:
-        value_BR = state_values(networks.scorer, params["critic"], rows)
-    without = frozen.reward is None
-    return RolloutScores(
-        logp_BR=-loss_BR,
-        entropy_BR=entropy_BR,
-        ref_logp_BR=-ref_loss_BR,
-        value_BR=value_BR,
-        score_BR=jnp.zeros_like(value_BR) if without else response_scores(networks.scorer, frozen.reward, rows),
-    )
+def make_optimization(networks: Networks, config: Config, axis_name: str | None = None) -> Callable[..., Any]:
+    """Make step 4: optimize(state, episodes, text, frozen, key, sound) -> (params, opt_state, history).
+
+    Each epoch has a new random order of the episodes, and of the rows of the pretraining text, if there is any. The
+    history has the metrics of each optimizer step, [epochs, minibatches]. For `sound` see `make_optimizer_step`.
+    """
+    optimizer_step = make_optimizer_step(networks, config, axis_name)
+
+    def minibatched(tree: Any, key: Array) -> Any:
+        order = jax.random.permutation(key, jax.tree.leaves(tree)[0].shape[0])
+        return jax.tree.map(lambda x: x[order].reshape(config.minibatches, -1, *x.shape[1:]), tree)
+
+    def optimize(
+        state: TrainState, episodes: Rollout, text: TokenBatch | None, frozen: Frozen, key: Array, sound: Array
+    ) -> tuple[dict[str, Params], dict[str, Any], dict[str, Array]]:
+        step = functools.partial(optimizer_step, frozen=frozen, sound=sound, kl_coef=state.extras["kl_coef"])
+
+        def epoch(carry: Any, key: Array) -> Any:
+            episodes_key, text_key, steps_key = jax.random.split(key, 3)
+            parts = minibatched(episodes, episodes_key)
+            rows = None if text is None else minibatched(text, text_key)
+            return jax.lax.scan(step, carry, (parts, rows, jax.random.split(steps_key, config.minibatches)))
+
+        start = (state.params, state.opt_state)
+        (params, opt_state), history = jax.lax.scan(epoch, start, jax.random.split(key, config.epochs))
+        return params, opt_state, history
+
+    return optimize
 
 
 def make_optimizer_step(networks: Networks, config: Config, axis_name: str | None = None) -> Callable[..., Any]:
@@ -587,7 +552,7 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
     step. kl_coef is that of a KL penalty in the loss.
     """
     optimizers = make_optimizers(config)
-    scale = config.lora.scale
+    text_gradient = make_text_gradient(networks, config, axis_name)
 
     def optimizer_step(
         carry: tuple[dict[str, Params], dict[str, Any]],
@@ -597,7 +562,6 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
         kl_coef: Array | float = 0.0,
     ) -> tuple[tuple[dict[str, Params], dict[str, Any]], dict[str, Array]]:
         params, opt_state = carry
-        sound = jnp.asarray(sound)
         episodes, text, key = inputs
         key, text_key = jax.random.split(key)
         count = global_count(episodes.response_mask_BR, axis_name)
@@ -610,7 +574,7 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
         )
 
         def ppo_objective(p: dict[str, Params], part: EpisodeRows, _: Array) -> tuple[Array, dict[str, Array]]:
-            full = attach_adapters(p, frozen, scale)
+            full = attach_adapters(p, frozen, config.lora.scale)
             return objective(networks, full, part, count, config, responses=responses, kl_coef=kl_coef)
 
         gradient, metrics = summed_gradients(
@@ -624,32 +588,35 @@ def make_optimizer_step(networks: Networks, config: Config, axis_name: str | Non
             axis_name=axis_name,
         )
         if text is not None:
-            targets = global_count(text.shifted()[3], axis_name)
-
-            def language_objective(policy: Params, part: TokenBatch, _: Array) -> tuple[Array, dict[str, Array]]:
-                loss, mask = target_losses(networks.policy, attach(frozen.backbone, policy, scale), part)
-                return masked_mean(loss, mask, count=targets), {}
-
-            text_gradient, text_metrics = summed_gradients(
-                language_objective,
-                params["policy"],
-                text,
-                text_key,
-                microbatches=config.microbatches,
-                axis_name=axis_name,
-            )
-            text_gradient = jax.tree.map(lambda g: config.pretraining_coef * g, text_gradient)
-            metrics["pretraining_loss"] = text_metrics["loss"]
+            of_text, metrics["pretraining_loss"] = text_gradient(params["policy"], frozen.backbone, text, text_key)
             metrics["ppo_norm"] = optax.tree.norm(gradient["policy"])
-            metrics["pretraining_norm"] = optax.tree.norm(text_gradient)
-            gradient["policy"] = jax.tree.map(jnp.add, gradient["policy"], text_gradient)
-            sound &= jnp.isfinite(text_metrics["loss"])
+            metrics["pretraining_norm"] = optax.tree.norm(of_text)
+            gradient["policy"] = jax.tree.map(jnp.add, gradient["policy"], of_text)
+            sound &= jnp.isfinite(metrics["pretraining_loss"])
         sound &= jnp.isfinite(metrics["loss"])
         params, opt_state, facts = apply_gradients(optimizers, gradient, opt_state, params, sound=sound)
         metrics |= {f"{name}_{fact}": value for name, found in facts.items() for fact, value in found.items()}
         return (params, opt_state), metrics
 
     return optimizer_step
+
+
+def make_text_gradient(networks: Networks, config: Config, axis_name: str | None = None) -> Callable[..., Any]:
+    """Make the pretraining mix: text_gradient(policy, backbone, text, key) -> (γ times the gradient, loss in nats)."""
+
+    def text_gradient(policy: Params, backbone: Params | None, text: TokenBatch, key: Array) -> tuple[Params, Array]:
+        targets = global_count(text.shifted()[3], axis_name)
+
+        def language_objective(p: Params, part: TokenBatch, _: Array) -> tuple[Array, dict[str, Array]]:
+            loss, mask = target_losses(networks.policy, attach(backbone, p, config.lora.scale), part)
+            return masked_mean(loss, mask, count=targets), {}
+
+        gradient, metrics = summed_gradients(
+            language_objective, policy, text, key, microbatches=config.microbatches, axis_name=axis_name
+        )
+        return jax.tree.map(lambda g: config.pretraining_coef * g, gradient), metrics["loss"]
+
+    return text_gradient
 
 
 def objective(
@@ -770,6 +737,21 @@ def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
     """Make the optimizers of policy and critic, if there is one, with schedules over all optimizer steps of the run."""
     settings = {"policy": config.policy} | ({"critic": config.critic} if config.value_network else {})
     return {name: make_optimizer(each, config.optimizer_steps) for name, each in settings.items()}
+
+
+def next_extras(
+    config: Config, extras: dict[str, Any], kl: Array, policy: Params, backbone: Params | None
+) -> dict[str, Any]:
+    """The extras after an iteration: β, adapted to the KL of the batch, and the moving average of the new policy."""
+    extras = dict(extras)
+    if config.kl_target is not None:
+        extras["kl_coef"] = adapt_kl_coef(
+            extras["kl_coef"], kl, target=config.kl_target, horizon=config.kl_horizon, episodes=config.batch
+        )
+    if config.ema_decay:
+        newest = averaged(backbone, policy, config.lora.scale)
+        extras["ema"] = optax.incremental_update(newest, extras["ema"], 1.0 - config.ema_decay)
+    return extras
 
 
 def averaged(backbone: Params | None, policy: Params, scale: float) -> Params:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Generic
 
-from rlhf_jax.config import PreferenceConfig, RewardConfig
+from rlhf_jax.config import PreferenceConfig, RewardConfig, RowsConfig
 from rlhf_jax.data import (
     Comparison,
     Demonstration,
@@ -19,10 +21,11 @@ from rlhf_jax.data import (
     read_records,
     render_prompt,
 )
-from rlhf_jax.data.split import hold_out, remark_shared
+from rlhf_jax.data.split import Encoded, hold_out, remark_shared
 from rlhf_jax.errors import UserError
-from rlhf_jax.pretrained.source import Source
-from rlhf_jax.runs.lifecycle import fingerprint_of, refuse_unevaluated
+from rlhf_jax.model import count_parameters
+from rlhf_jax.pretrained.source import Source, Start
+from rlhf_jax.runs.lifecycle import fingerprint_of, refuse_empty, refuse_unevaluated, say, say_data, say_unheld
 
 JudgedRecords = Sequence[Comparison | Ranking]
 EMBEDDED = "embedded"
@@ -54,26 +57,77 @@ def wants_embedded(field: str, paths: Sequence[str], expected: str) -> bool:
     return paths[0] == EMBEDDED
 
 
+@dataclasses.dataclass(frozen=True)
+class Data(Generic[Encoded]):
+    """Encoded rows to train on and held-out rows, with the ledger of each.
+
+    Attributes:
+      drawn: True if the held-out rows were to be drawn from the others.
+    """
+
+    rows: Encoded
+    heldout: Encoded
+    ledger: Ledger
+    heldout_ledger: Ledger
+    drawn: bool
+
+    def say(self, start: Start, lines: Sequence[str], **others: Ledger) -> None:
+        """Print how much is trained on, and how many parameters; then lines on the length of the run."""
+        say_data(self.ledger, count_parameters(start.base or start.params), heldout=self.heldout_ledger, **others)
+        if self.drawn:
+            say_unheld(self.heldout)
+        for line in lines:
+            say(line)
+
+
+def encoded(
+    config: RowsConfig,
+    encode: Callable[..., Encoded],
+    records: tuple[Sequence[Any], Sequence[Any] | None],
+    ledgers: tuple[Ledger, Ledger],
+    what: str,
+) -> Data[Encoded]:
+    """Encode training and held-out records; without held-out ones, hold out some of the training rows.
+
+    Args:
+      config: settings of the stage.
+      encode: (records, ledger=…) -> rows.
+      records: training records, and held-out ones or None.
+      ledgers: of the training and of the held-out records.
+      what: the training records in errors.
+    """
+    (given, held), (ledger, heldout_ledger) = records, ledgers
+    rows = encode(given, ledger=ledger)
+    refuse_empty(rows, what, ledger)
+    if held is None:
+        rows, held_rows = hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
+        return Data(rows, held_rows, ledger, heldout_ledger, config.heldout_fraction > 0)
+    remark_shared(given, held, heldout_ledger)
+    held_rows = encode(held, ledger=heldout_ledger)
+    refuse_unevaluated(held_rows, heldout_ledger)
+    return Data(rows, held_rows, ledger, heldout_ledger, False)
+
+
 def ranking_rows(
     config: RewardConfig | PreferenceConfig,
     source: Source,
     limit: int,
-    ledgers: tuple[Ledger, Ledger],
-    records: tuple[JudgedRecords | None, JudgedRecords | None] = (None, None),
-) -> tuple[RankingRows, RankingRows]:
+    given: JudgedRecords | None = None,
+    held: JudgedRecords | None = None,
+) -> Data[RankingRows]:
     """Training and held-out rankings; the held-out ones are given, of files, or drawn from the training ones.
 
     Args:
       config: settings of the stage.
       source: the model to start from.
       limit: longest row in tokens.
-      ledgers: of the training and of the held-out records.
-      records: training and held-out records in place of the files of config, or None.
+      given: training records in place of the files of config.
+      held: held-out records, likewise.
 
     Raises:
       UserError: for files that are missing or do not fit.
     """
-    (ledger, heldout_ledger), (given, held) = ledgers, records
+    ledgers = ledger, heldout_ledger = Ledger(), Ledger()
     if given is None:
         if not config.data:
             raise UserError("data: expected comparisons or rankings, got nothing; use --data FILE.jsonl")
@@ -85,17 +139,8 @@ def ranking_rows(
         given = read_records(config.data, "rankings", ledger, columns=config.columns)
     if held is None and config.heldout:
         held = read_records(config.heldout, "rankings", heldout_ledger, columns=config.columns)
-
-    def encoded(records: JudgedRecords, ledger: Ledger) -> RankingRows:
-        return encode_rankings(records, source.tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
-
-    rows = encoded(given, ledger)
-    if held is None:
-        return hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
-    remark_shared(given, held, heldout_ledger)
-    held_rows = encoded(held, heldout_ledger)
-    refuse_unevaluated(held_rows, heldout_ledger)
-    return rows, held_rows
+    encode = functools.partial(encode_rankings, tokenizer=source.tokenizer, max_tokens=limit, buckets=config.buckets)
+    return encoded(config, encode, (given, held), ledgers, "rankings")
 
 
 def fingerprint_of_rankings(rows: RankingRows | None) -> str:

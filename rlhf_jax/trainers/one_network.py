@@ -11,6 +11,7 @@ from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import ModelConfig, PretrainConfig, RowsConfig, RunConfig
 from rlhf_jax.data import batch_at, new_lengths
 from rlhf_jax.data.batches import Rows
+from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.optim import make_optimizer, new_state
 from rlhf_jax.pretrained.source import Source, Start
 from rlhf_jax.runs import lifecycle
@@ -41,8 +42,6 @@ def train(
     rows: Rows[Any],
     make_update: Callable[..., Any],
     *,
-    batch: int,
-    steps: int,
     frozen: Sequence[Any] | None = None,
     **options: Any,
 ) -> TrainState:
@@ -50,20 +49,19 @@ def train(
 
     Args:
       folder: run folder.
-      config: settings of the stage.
+      config: settings of the stage, with the batch and the steps of the run.
       start: initial parameters, and the frozen ones under an adapter.
       rows: rows to train on.
       make_update: (optimizer=…, axis_name=…) -> the stage's pure update(state, batch, *frozen).
-      batch: rows of an update.
-      steps: number of updates.
       frozen: networks that the update reads; by default the parameters under an adapter, if there is one.
       **options: as for `lifecycle.train`.
 
     Returns:
       The final state.
     """
+    steps = config.steps or 0
     optimizer = make_optimizer(config.optimizer, steps)
-    order: dict[str, Any] = {"batch_size": batch, "seed": config.seed}
+    order: dict[str, Any] = {"batch_size": config.batch, "seed": config.seed}
     if frozen is None:
         frozen = () if start.base is None else (start.base,)
     return lifecycle.train(
@@ -76,6 +74,17 @@ def train(
         frozen=frozen,
         **options,
     )
+
+
+def heldout_figures(accuracy: float | None, pairs: int, prompts: int) -> Mapping[str, Any]:
+    """Part of the summary: share of held-out pairs in the right order, None if there are none, and its interval."""
+    summary = {
+        "heldout_accuracy": accuracy,
+        "heldout_accuracy_interval": None if accuracy is None else wilson(accuracy, prompts),
+        "heldout_pairs": pairs,
+        "heldout_prompts": prompts,
+    }
+    return summary
 
 
 def once_a_step(measure: Callable[[TrainState], T]) -> Callable[[TrainState], T]:

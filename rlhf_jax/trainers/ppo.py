@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import TrainState
-from rlhf_jax.data import (
-    Ledger,
-    Prompt,
-    PromptRows,
-    Text,
-    batch_at,
-    encode_prompts,
-    encode_text,
-    have_messages,
-    pack_text,
-    read_records,
-)
+from rlhf_jax.data import Ledger, Prompt, PromptRows, Text, batch_at, encode_prompts, have_messages, read_records
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.environments.calling import Environment
 from rlhf_jax.errors import UserError
@@ -28,9 +16,10 @@ from rlhf_jax.evaluation.warnings import end_warnings
 from rlhf_jax.generate import Generation
 from rlhf_jax.model import Transformer
 from rlhf_jax.parallel.host_step import HostStep
-from rlhf_jax.pretrained.source import open_for
+from rlhf_jax.pretrained.source import Source, open_for
 from rlhf_jax.reward_functions.loading import RewardFunction, fingerprint
 from rlhf_jax.rewards import Terms
+from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.lifecycle import (
     Finished,
     complete,
@@ -77,6 +66,7 @@ from rlhf_jax.trainers.ppo_start import (
     reference_params,
     starts,
 )
+from rlhf_jax.trainers.pretrain import pack
 
 
 @exclusive
@@ -118,100 +108,44 @@ def run(
         config, functions, terms = reward_functions(config, reward_funcs)
     if config.rollout_lag:
         refuse_lag(config, functions)
-    if not config.init:
-        raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER")
-    source = open_for(config, config.init, stages=POLICIES)
-    reward_model = open_reward_model(config, source)
-    tokenizer = source.tokenizer
-    scorer_model = source.model if reward_model is None else reward_model.model
-    other = open_reference(config, source) if config.reference else None
-    teacher = None if other is None or difference(source, other) is None else other.network()
-    networks = Networks(source.network(), Transformer(scorer_model, scalar=True), teacher)
-    length = config.prompt_length + config.episode.response_length
-    _check_lengths(config, networks)
-    ledger, text_ledger = Ledger(), Ledger()
-    if prompts is None:
-        prompts = _prompts(config, ledger)
-    texts = _texts(config, texts, text_ledger) if config.pretraining_batch else ()
-    inputs = {"init": source.fingerprint, "prompts": fingerprint_of(prompts), "texts": fingerprint_of(texts)}
-    if reward_model is not None:
-        inputs["reward"] = reward_model.fingerprint
-    if functions:
-        inputs["environment" if config.environment else "reward_functions"] = fingerprint(functions)
-        # As text: the columns of a prompt are not part of its content elsewhere.
-        inputs["columns"] = fingerprint_of([Text(str(sorted(prompt.columns.items()))) for prompt in prompts])
-    rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
-    refuse_empty(rows, "prompts", ledger)
+    models = _open_models(config)
+    source, networks, tokenizer = models.source, models.networks, models.source.tokenizer
+    data = _read(config, tokenizer, prompts, texts)
+    inputs = _inputs(config, models, data, functions)
     between = None
     if terms is not None:
         ahead = (lambda step: batch(step) if step < config.steps else None) if config.rollout_lag else None
-        between = _between(config, networks, functions, terms, rows, tokenizer, ahead)
-    policy, scorer = starts(config, source, reward_model)
-    reference = policy.params
-    if other is not None:
-        inputs["reference"] = other.fingerprint
-        reference = reference_params(other, policy, config.lora)
+        between = _between(config, networks, functions, terms, data.rows, tokenizer, ahead)
+    policy, scorer = starts(config, source, models.reward)
+    other = models.reference
+    reference = policy.params if other is None else reference_params(other, policy, config.lora)
     folder = open_folder(config, STAGE, networks.policy.config, source, policy, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
-    if reward_model is not None:
-        episode = config.episode
-        ends = end_warnings(reward_model.without_end, episode.missing_end, episode.missing_end_score)
-        for warning in (*reward_model.warnings, *ends):
-            say(f"warning: {config.reward}: {warning}")
-    if (functions or reward_model is None) and config.episode.missing_end == "replace":
-        what = "a response without an end-of-text token"
-        if config.environment:
-            what = f"an episode that the environment has not ended in {config.max_turns} turns, or that is cut,"
-        say(
-            f"{what} gets {config.episode.missing_end_score:g} in place of its reward; --episode.missing-end subtract "
-            "lowers its reward instead, keep leaves it"
-        )
-    text_rows = None
-    if config.pretraining_batch:
-        text_rows = pack_text(
-            encode_text(texts, tokenizer, ledger=text_ledger),
-            length=config.pretraining_row_length + 1,
-            start_ids=tokenizer.start_ids,
-            eos_id=tokenizer.eos_id,
-        )
 
-    say_data(ledger, pretraining_data=text_ledger)
-    prompts_at_once = config.batch // config.samples_per_prompt
-    say_epochs(rows, batch=prompts_at_once, steps=config.steps, what="prompts")
-    if text_rows is not None:
-        say_epochs(text_rows, batch=config.pretraining_batch, steps=config.steps, what="rows of the pretraining mix")
-
-    def batch(step: int, **share: Any) -> Batch:
-        text = None
-        if text_rows is not None:
-            text = batch_at(text_rows, batch_size=config.pretraining_batch, seed=config.seed, step=step, **share)
-        prompts, row_B = batch_at(NumberedRows(rows), batch_size=prompts_at_once, seed=config.seed, step=step, **share)
-        return Batch(prompts, text, row_B if functions else None)
+    _say_rewards(config, models.reward, by_function=bool(functions))
+    batch: Callable[..., Batch] = _batches(config, tokenizer, data, numbered=bool(functions))
+    mean, scale = 0.0, 1.0
+    if models.reward is not None:
+        mean, scale = normalization(
+            folder, models.reward, lambda: first_scores(config, networks, policy, scorer, data.rows, tokenizer)
+        )
+    frozen = Frozen(
+        reference=reference,
+        reward=None if models.reward is None else scorer.params,
+        score_mean=jnp.asarray(mean, jnp.float32),
+        score_scale=jnp.asarray(scale, jnp.float32),
+        backbone=policy.base,
+        scorer_backbone=None if scorer.base is policy.base else scorer.base,
+    )
 
     def start() -> TrainState:
         critic = rescaled(scorer.params, mean, scale) if config.value_network else None
         state = initial_state(config, policy.params, critic, policy.base)
         return with_room_ahead(state, config) if config.rollout_lag else state
 
-    mean, scale = 0.0, 1.0
-    if reward_model is not None:
-        mean, scale = normalization(
-            folder, reward_model, lambda: first_scores(config, networks, policy, scorer, rows, tokenizer)
-        )
-    frozen = Frozen(
-        reference=reference,
-        reward=None if reward_model is None else scorer.params,
-        score_mean=jnp.asarray(mean, jnp.float32),
-        score_scale=jnp.asarray(scale, jnp.float32),
-        backbone=policy.base,
-        scorer_backbone=None if scorer.base is policy.base else scorer.base,
-    )
     ids: dict[str, Any] = {"eos_id": tokenizer.stop_ids, "pad_id": tokenizer.pad_id}
-    forward, of_reference = (
-        network.config.flops_per_token(length, language_head=False)
-        for network in (networks.policy, teacher or networks.policy)
-    )
+    terms_shown = (f"reward/{name}" for name in (terms.names if terms else ()))
     state, warnings = train(
         folder,
         config,
@@ -222,35 +156,157 @@ def run(
         host_step=between,
         evaluate=evaluate,
         evaluate_first=True,
-        # Sampling, one forward pass of each network for scoring, and forward and backward passes of policy and critic,
-        # if there is one, in each epoch.
-        flops_per_token=forward * (2 + config.value_network + (reward_model is not None))
-        + of_reference
-        + forward * (1 + config.value_network) * config.lora.passes * config.epochs,
-        show=(
-            "score",
-            *(f"reward/{name}" for name in (terms.names if terms else ())),
-            "kl",
-            "response_tokens",
-            "missing_end",
-        ),
+        flops_per_token=_flops_per_token(config, networks, scored=models.reward is not None),
+        show=("score", *terms_shown, "kl", "response_tokens", "missing_end"),
     )
     release(folder, state.extras["ema"] if config.ema_decay else state.params["policy"], config.steps)
-    metrics = [row for row in read_rows(folder.metrics) if row["step"] > 0] or [{}]
     summary = {
-        "dialogues": source.dialogues or have_messages(rows.sources),
-        "first_ratio_error": metrics[0].get("first_ratio_error"),
-        "first_kl": metrics[0].get("kl"),
-        "first_score": metrics[0].get("score"),
-        "last_score": metrics[-1].get("score"),
-        "last_kl": metrics[-1].get("kl"),
+        "dialogues": source.dialogues or have_messages(data.rows.sources),
+        **_first_and_last(folder),
         "kl_coef": float(state.extras["kl_coef"]),
         "score_mean": mean,
         "score_scale": scale,
         **({"warnings": warnings} if warnings else {}),
     }
-    finished = complete(folder, summary, ledger, pretraining_data=text_ledger)
-    return dataclasses.replace(finished, examples=list(rows.sources)[:EXAMPLES])
+    return complete(folder, summary, data.rows.sources[:EXAMPLES], data.ledger, pretraining_data=data.text_ledger)
+
+
+class _Models(NamedTuple):
+    """Sources of the initial policy, of the reward model and of another reference, if there are, and architectures."""
+
+    source: Source
+    reward: Source | None
+    reference: Source | None
+    networks: Networks
+
+
+def _open_models(config: Config) -> _Models:
+    if not config.init:
+        raise UserError("init: expected a fine-tuned model, got nothing; use --init FOLDER")
+    source = open_for(config, config.init, stages=POLICIES)
+    reward_model = open_reward_model(config, source)
+    other = open_reference(config, source) if config.reference else None
+    teacher = None if other is None or difference(source, other) is None else other.network()
+    scorer = Transformer((reward_model or source).model, scalar=True)
+    networks = Networks(source.network(), scorer, teacher)
+    _check_lengths(config, networks)
+    return _Models(source, reward_model, other, networks)
+
+
+class _Data(NamedTuple):
+    """Prompts, as read and as encoded, and texts of the pretraining mix, with the ledger of each."""
+
+    prompts: Sequence[Prompt]
+    rows: PromptRows
+    ledger: Ledger
+    texts: Sequence[Text]
+    text_ledger: Ledger
+
+
+def _read(
+    config: Config, tokenizer: TextTokenizer, prompts: Sequence[Prompt] | None, texts: Sequence[Text] | None
+) -> _Data:
+    """The records given, or those of the files or the embedded corpus that the config names."""
+    ledger, text_ledger = Ledger(), Ledger()
+    if prompts is None:
+        embedded = wants_embedded("data", config.data, "prompts")
+        prompts = (
+            load_corpus().prompts if embedded else read_records(config.data, "prompts", ledger, columns=config.columns)
+        )
+    if not config.pretraining_batch:
+        texts = ()
+    elif texts is None:
+        embedded = wants_embedded("pretraining_data", config.pretraining_data, "text for the pretraining mix")
+        texts = load_corpus().texts if embedded else read_records(config.pretraining_data, "text", text_ledger)
+    if config.pretraining_batch:
+        refuse_empty(texts, "texts of the pretraining mix", text_ledger, field="pretraining_data")
+    rows = encode_prompts(prompts, tokenizer, max_tokens=config.prompt_length, ledger=ledger)
+    refuse_empty(rows, "prompts", ledger)
+    return _Data(prompts, rows, ledger, texts, text_ledger)
+
+
+def _inputs(config: Config, models: _Models, data: _Data, functions: Sequence[Any]) -> dict[str, str]:
+    """Fingerprints of all that a resumed run must find unchanged."""
+    inputs = {
+        "init": models.source.fingerprint,
+        "prompts": fingerprint_of(data.prompts),
+        "texts": fingerprint_of(data.texts),
+    }
+    if models.reward is not None:
+        inputs["reward"] = models.reward.fingerprint
+    if functions:
+        inputs["environment" if config.environment else "reward_functions"] = fingerprint(functions)
+        # As text: the columns of a prompt are not part of its content elsewhere.
+        inputs["columns"] = fingerprint_of([Text(str(sorted(prompt.columns.items()))) for prompt in data.prompts])
+    if models.reference is not None:
+        inputs["reference"] = models.reference.fingerprint
+    return inputs
+
+
+def _say_rewards(config: Config, reward_model: Source | None, *, by_function: bool) -> None:
+    """Print the warnings of the reward model, and what an episode without an end gets, where that may surprise."""
+    episode = config.episode
+    if reward_model is not None:
+        ends = end_warnings(reward_model.without_end, episode.missing_end, episode.missing_end_score)
+        for warning in (*reward_model.warnings, *ends):
+            say(f"warning: {config.reward}: {warning}")
+    if (by_function or reward_model is None) and episode.missing_end == "replace":
+        what = "a response without an end-of-text token"
+        if config.environment:
+            what = f"an episode that the environment has not ended in {config.max_turns} turns, or that is cut,"
+        say(
+            f"{what} gets {episode.missing_end_score:g} in place of its reward; --episode.missing-end subtract "
+            "lowers its reward instead, keep leaves it"
+        )
+
+
+def _batches(config: Config, tokenizer: TextTokenizer, data: _Data, *, numbered: bool) -> Callable[..., Batch]:
+    """Lay out the data, print how much there is and how often a run visits it, and return step -> batch."""
+    text_rows = None
+    if config.pretraining_batch:
+        text_rows = pack(data.texts, tokenizer, config.pretraining_row_length, data.text_ledger)
+    say_data(data.ledger, pretraining_data=data.text_ledger)
+    prompts_at_once = config.batch // config.samples_per_prompt
+    say_epochs(data.rows, batch=prompts_at_once, steps=config.steps, what="prompts")
+    if text_rows is not None:
+        say_epochs(text_rows, batch=config.pretraining_batch, steps=config.steps, what="rows of the pretraining mix")
+
+    def batch(step: int, **share: Any) -> Batch:
+        order: dict[str, Any] = {"seed": config.seed, "step": step, **share}
+        text = None if text_rows is None else batch_at(text_rows, batch_size=config.pretraining_batch, **order)
+        prompts, row_B = batch_at(NumberedRows(data.rows), batch_size=prompts_at_once, **order)
+        return Batch(prompts, text, row_B if numbered else None)
+
+    return batch
+
+
+def _first_and_last(folder: RunFolder) -> dict[str, Any]:
+    """Figures of the first and the last iteration, None for a run without any."""
+    metrics = [row for row in read_rows(folder.metrics) if row["step"] > 0] or [{}]
+    first, last = metrics[0], metrics[-1]
+    summary = {
+        "first_ratio_error": first.get("first_ratio_error"),
+        "first_kl": first.get("kl"),
+        "first_score": first.get("score"),
+        "last_score": last.get("score"),
+        "last_kl": last.get("kl"),
+    }
+    return summary
+
+
+def _flops_per_token(config: Config, networks: Networks, *, scored: bool) -> float:
+    """Work of an iteration per token of its episodes.
+
+    It is sampling, one forward pass of each network for scoring, and forward and backward passes of policy and critic,
+    if there is one, in each epoch.
+    """
+    length = config.prompt_length + config.episode.response_length
+    forward, of_reference = (
+        network.config.flops_per_token(length, language_head=False)
+        for network in (networks.policy, networks.teacher or networks.policy)
+    )
+    passes = (1 + config.value_network) * config.lora.passes * config.epochs
+    return forward * (2 + config.value_network + scored) + of_reference + forward * passes
 
 
 def _between(
@@ -292,18 +348,3 @@ def _check_lengths(config: Config, networks: Networks) -> None:
             f"pretraining_row_length: expected at most the context of {networks.policy.config.context} tokens, got "
             f"{config.pretraining_row_length}"
         )
-
-
-def _prompts(config: Config, ledger: Ledger) -> Sequence[Prompt]:
-    if wants_embedded("data", config.data, "prompts"):
-        return load_corpus().prompts
-    return read_records(config.data, "prompts", ledger, columns=config.columns)
-
-
-def _texts(config: Config, texts: Sequence[Text] | None, ledger: Ledger) -> Sequence[Text]:
-    """Texts of the pretraining mix: those given, or those of the files that the config names."""
-    if texts is None:
-        embedded = wants_embedded("pretraining_data", config.pretraining_data, "text for the pretraining mix")
-        texts = load_corpus().texts if embedded else read_records(config.pretraining_data, "text", ledger)
-    refuse_empty(texts, "texts of the pretraining mix", ledger, field="pretraining_data")
-    return texts

@@ -7,29 +7,18 @@ import functools
 
 from rlhf_jax.arrays import TrainState
 from rlhf_jax.config import METHODS
-from rlhf_jax.data import Ledger, Prompt, have_messages
-from rlhf_jax.data.preferences import preference_rows
+from rlhf_jax.data import Prompt, have_messages
+from rlhf_jax.data.preferences import PreferenceRows, preference_rows
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout_preferences import Logps, evaluate_preferences, logps_of
-from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.lora import attach
-from rlhf_jax.model import count_parameters
 from rlhf_jax.optim import first_key
-from rlhf_jax.pretrained.source import LANGUAGE, open_for, start_from
+from rlhf_jax.pretrained.source import LANGUAGE, Source, open_for, start_from
 from rlhf_jax.runs.length import run_length
-from rlhf_jax.runs.lifecycle import (
-    Finished,
-    complete,
-    exclusive,
-    longest_row,
-    refuse_empty,
-    say,
-    say_data,
-    say_unheld,
-)
+from rlhf_jax.runs.lifecycle import Finished, complete, exclusive, longest_row, say
 from rlhf_jax.stages.preference import STAGE, Config, Frozen, make_update
 from rlhf_jax.trainers.inputs import EXAMPLES, JudgedRecords, fingerprint_of_rankings, ranking_rows
-from rlhf_jax.trainers.one_network import once_a_step, open_folder, train
+from rlhf_jax.trainers.one_network import heldout_figures, once_a_step, open_folder, train
 from rlhf_jax.trainers.ppo_start import difference, open_reference, reference_params
 
 # Default number of passes over the data.
@@ -53,9 +42,8 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
     source = open_for(config, config.init, stages=LANGUAGE)
     method, model = METHODS[config.method], source.network()
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
-    ledger, heldout_ledger = Ledger(), Ledger()
-    rankings, held = ranking_rows(config, source, limit, (ledger, heldout_ledger), (records, heldout))
-    refuse_empty(rankings, "rankings", ledger)
+    data = ranking_rows(config, source, limit, records, heldout)
+    rankings, held = data.rows, data.heldout
     rows = preference_rows(rankings, source.tokenizer, unrelated=method.unpaired)
     held_rows = preference_rows(held, source.tokenizer, unrelated=method.unpaired) if len(held) else None
     inputs = {
@@ -76,30 +64,15 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
     start = start_from(source, config.lora, lambda: first_key(config.seed))
     reference = start.params if method.reference else None
     if config.reference:
-        other = open_reference(config, source)
-        if (found := difference(source, other)) is not None:
-            field, expected, got = found
-            raise UserError(
-                f"{other.where}: {field}: expected {expected} as in the initial policy {source.where}, got {got}; the "
-                "reference must have the policy's architecture"
-            )
+        other = _open_reference(config, source)
         inputs["reference"] = other.fingerprint
         reference = reference_params(other, start, config.lora)
     folder = open_folder(config, STAGE, model.config, source, start, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
-    say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
-    if heldout is None and not config.heldout and config.heldout_fraction > 0:
-        say_unheld(held)
-    for line in length.lines:
-        say(line)
+    data.say(start, length.lines)
     if method.unpaired:
-        without = sum(not ids for ids, _ in rows.unrelated)
-        say(
-            f"{config.method}: of each pair, the chosen response counts as desirable and the rejected one as "
-            "undesirable; its baseline is of responses to other prompts"
-            + (f", which {without:,} of {len(rows):,} prompts lack" if without else "")
-        )
+        _say_baseline(config, rows)
 
     @functools.cache
     def reference_logps() -> Logps | None:
@@ -122,8 +95,6 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
         start,
         rows,
         functools.partial(make_update, model, config=config),
-        batch=length.batch,
-        steps=length.steps,
         frozen=(Frozen(reference, start.base),),
         evaluate=(
             None if held_rows is None else lambda state: dict(zip(("loss", "accuracy"), held_out(state), strict=False))
@@ -139,11 +110,30 @@ def run(config: Config, *, records: JudgedRecords | None = None, heldout: Judged
         "steps": length.steps,
         "epochs": length.epochs,
         "heldout_loss": loss,
-        "heldout_accuracy": right,
-        "heldout_accuracy_interval": None if right is None else wilson(right, held.ordered),
-        "heldout_pairs": pairs,
-        "heldout_prompts": held.ordered,
+        **heldout_figures(right, pairs, held.ordered),
     }
     shown = (held if len(held) else rankings).sources[:EXAMPLES]
     examples = [Prompt(record.prompt, record.where, record.turns) for record in shown]
-    return dataclasses.replace(complete(folder, summary, ledger, heldout=heldout_ledger), examples=examples)
+    return complete(folder, summary, examples, data.ledger, heldout=data.heldout_ledger)
+
+
+def _open_reference(config: Config, source: Source) -> Source:
+    """The reference model, which must have the policy's architecture."""
+    other = open_reference(config, source)
+    if (found := difference(source, other)) is not None:
+        field, expected, got = found
+        raise UserError(
+            f"{other.where}: {field}: expected {expected} as in the initial policy {source.where}, got {got}; the "
+            "reference must have the policy's architecture"
+        )
+    return other
+
+
+def _say_baseline(config: Config, rows: PreferenceRows) -> None:
+    """Print what KTO makes of pairs, and how many prompts have no response to another prompt."""
+    without = sum(not ids for ids, _ in rows.unrelated)
+    say(
+        f"{config.method}: of each pair, the chosen response counts as desirable and the rejected one as "
+        "undesirable; its baseline is of responses to other prompts"
+        + (f", which {without:,} of {len(rows):,} prompts lack" if without else "")
+    )

@@ -73,20 +73,14 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         if config.row_length > model_config.context:
             raise UserError(f"row_length: expected at most the context {model_config.context}, got {config.row_length}")
     inputs = {"texts": fingerprint_of(texts), "heldout": fingerprint_of(heldout)}
-    model = Transformer(model_config)
+    model, origin = Transformer(model_config), None
     if source is None:
         start = Start(init_params(model, jax.random.key(config.seed)), None, None)
     else:
-        inputs["init"] = source.fingerprint
+        inputs["init"], origin = source.fingerprint, source.origin
         start = start_from(source, config.lora, lambda: first_key(config.seed))
     folder = create_run(
-        config,
-        stage=STAGE,
-        model=model_config,
-        tokenizer=tokenizer,
-        inputs=inputs,
-        origin=None if source is None else source.origin,
-        base=start.record,
+        config, stage=STAGE, model=model_config, tokenizer=tokenizer, inputs=inputs, origin=origin, base=start.record
     )
     if folder.finished:
         return Finished(folder, folder.summary)
@@ -94,8 +88,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
     heldout_rows = pack(heldout, tokenizer, config.row_length, heldout_ledger)
     say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
     say_epochs(rows, batch=config.batch, steps=config.steps)
-    enough = math.ceil(PASSES * len(rows) / config.batch)
-    if config.steps > enough:
+    if config.steps > (enough := math.ceil(PASSES * len(rows) / config.batch)):
         say(
             f"warning: more than some {PASSES} passes over the same text teach next to nothing new and are learnt by "
             f"heart; use more text, or fewer steps ({enough:,})"
@@ -115,8 +108,6 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         start,
         rows,
         functools.partial(make_update, model, microbatches=config.microbatches, lora_scale=config.lora.scale),
-        batch=config.batch,
-        steps=config.steps,
         evaluate=evaluate if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model_config.flops_per_token(config.row_length),
         best_metric="eval/loss" if len(heldout_rows) else None,
@@ -130,8 +121,7 @@ def run(config: Config, *, texts: Sequence[Text] | None = None, heldout: Sequenc
         # Its own messages do not count: they may be a few among texts, too few to learn a turn's end from.
         "dialogues": source is not None and source.dialogues,
     }
-    finished = complete(folder, summary, ledger, heldout=heldout_ledger)
-    return dataclasses.replace(finished, examples=beginnings(heldout or texts))
+    return complete(folder, summary, beginnings(heldout or texts), ledger, heldout=heldout_ledger)
 
 
 def pack(texts: Sequence[Text], tokenizer: TextTokenizer, row_length: int, ledger: Ledger) -> TokenRows:

@@ -25,27 +25,16 @@ from rlhf_jax.data.batches import PackedRankingRows, Rows
 from rlhf_jax.data.encode import ordered_rankings
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import pair_accuracy, row_scores, scores_of
-from rlhf_jax.evaluation.intervals import wilson
 from rlhf_jax.evaluation.warnings import reward_warnings
 from rlhf_jax.lora import attach
-from rlhf_jax.model import Transformer, count_parameters, init_params, to_scalar_head
+from rlhf_jax.model import Transformer, init_params, to_scalar_head
 from rlhf_jax.pretrained.source import LANGUAGE, Source, Start, open_for, start_from
 from rlhf_jax.runs.length import run_length
-from rlhf_jax.runs.lifecycle import (
-    Finished,
-    complete,
-    exclusive,
-    fingerprint_of,
-    longest_row,
-    refuse_empty,
-    release,
-    say,
-    say_data,
-    say_unheld,
-)
+from rlhf_jax.runs.lifecycle import Finished, complete, exclusive, fingerprint_of, longest_row, refuse_empty, release
 from rlhf_jax.stages.reward import STAGE, Config, make_update
-from rlhf_jax.trainers.inputs import fingerprint_of_rankings, ranking_rows
-from rlhf_jax.trainers.one_network import once_a_step, open_folder, train
+from rlhf_jax.tokenizers.protocol import TextTokenizer
+from rlhf_jax.trainers.inputs import Data, fingerprint_of_rankings, ranking_rows
+from rlhf_jax.trainers.one_network import heldout_figures, once_a_step, open_folder, train
 
 # Most prompts used to estimate mean and scale of the scores: the scale to 1%, in seconds for many rankings too; and the
 # fewest responses, which give the scale to 9%. With fewer, PPO measures both on samples of its starting policy.
@@ -83,25 +72,14 @@ def run(
     tokenizer = source.tokenizer
     model = Transformer(source.model, scalar=True)
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
-    ledger, heldout_ledger, demonstrations_ledger = Ledger(), Ledger(), Ledger()
-    splitting = rankings is None and not config.heldout and config.heldout_fraction > 0
+    ledger, aside = Ledger(), Ledger()
     if rankings is None:
-        rankings, heldout = ranking_rows(config, source, limit, (ledger, heldout_ledger))
+        data = ranking_rows(config, source, limit)
     else:
-        rankings = ordered_rankings(rankings, ledger)
-    heldout = heldout if heldout is not None and len(heldout) else None
-    refuse_empty(rankings, "rankings", ledger)
-    if demonstrations is None:
-        paths = config.demonstrations
-        demonstrations = read_records(paths, "demonstrations", demonstrations_ledger) if paths else []
-    demonstration_rows = encode_demonstrations(
-        demonstrations, tokenizer, max_tokens=limit, ledger=demonstrations_ledger
-    )
-    if config.demonstrations and not len(demonstration_rows):
-        raise UserError(
-            f"demonstrations: expected some of at most {limit} tokens to center the scores on, with prompt and "
-            f"completion, got none in {', '.join(config.demonstrations)}"
-        )
+        data = Data(ordered_rankings(rankings, ledger), heldout or RankingRows([], limit), ledger, Ledger(), False)
+    rankings, heldout = data.rows, data.heldout if len(data.heldout) else None
+    refuse_empty(rankings, "rankings", data.ledger)
+    demonstrations, demonstration_rows = _demonstrations(config, demonstrations, tokenizer, limit, aside)
     inputs = {
         "init": source.fingerprint,
         "rankings": fingerprint_of_rankings(rankings),
@@ -115,12 +93,7 @@ def run(
     folder = open_folder(config, STAGE, model.config, source, start, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
-    others = {"heldout": heldout_ledger, "demonstrations": demonstrations_ledger}
-    say_data(ledger, count_parameters(start.base or start.params), **others)
-    if splitting:
-        say_unheld(heldout or ())
-    for line in length.lines:
-        say(line)
+    data.say(start, length.lines, demonstrations=aside)
     pack = config.pack or int(config.share_prompts)
     rows: Rows[Any] = PackedRankingRows(rankings, pack) if pack else rankings
 
@@ -139,8 +112,6 @@ def run(
         start,
         rows,
         functools.partial(make_update, model, microbatches=config.microbatches, lora_scale=config.lora.scale),
-        batch=length.batch,
-        steps=length.steps,
         evaluate=lambda state: {} if heldout is None else {"accuracy": held_out(state)[0]},
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit, language_head=False),
         show=("loss", "accuracy"),
@@ -158,24 +129,43 @@ def run(
     # Centering shifts all scores equally, so the accuracy of the last step still holds.
     right, pairs = held_out(state)
     judged = 0 if heldout is None else heldout.ordered
-    right = right if judged else None
-    interval = None if right is None else wilson(right, judged)
+    accuracies = heldout_figures(right if judged else None, pairs, judged)
     summary = {
         "dialogues": source.dialogues or have_messages(rankings.sources),
         "prompts": len(rankings),
         "steps": length.steps,
         "epochs": length.epochs,
-        "heldout_accuracy": right,
-        "heldout_accuracy_interval": interval,
-        "heldout_pairs": pairs,
-        "heldout_prompts": judged,
+        **accuracies,
         "shift": shift,
         "score_mean": mean,
         "score_scale": scale,
         "without_end": unended,
-        "warnings": reward_warnings(right, interval, judged, steps=length.steps),
+        "warnings": reward_warnings(
+            accuracies["heldout_accuracy"], accuracies["heldout_accuracy_interval"], judged, steps=length.steps
+        ),
     }
-    return dataclasses.replace(complete(folder, summary, ledger, **others), examples=heldout or rankings)
+    ledgers = {"ledger": data.ledger, "heldout": data.heldout_ledger, "demonstrations": aside}
+    return complete(folder, summary, heldout or rankings, **ledgers)
+
+
+def _demonstrations(
+    config: Config,
+    given: Sequence[Demonstration | Dialogue] | None,
+    tokenizer: TextTokenizer,
+    limit: int,
+    ledger: Ledger,
+) -> tuple[Sequence[Demonstration | Dialogue], RaggedRows]:
+    """Demonstrations to center the scores on, given or read from the files that the config names, and their rows."""
+    paths = config.demonstrations
+    if given is None:
+        given = read_records(paths, "demonstrations", ledger) if paths else []
+    rows = encode_demonstrations(given, tokenizer, max_tokens=limit, ledger=ledger)
+    if paths and not len(rows):
+        raise UserError(
+            f"demonstrations: expected some of at most {limit} tokens to center the scores on, with prompt and "
+            f"completion, got none in {', '.join(paths)}"
+        )
+    return given, rows
 
 
 def accuracy(

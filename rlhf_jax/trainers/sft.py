@@ -10,17 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.arrays import Params, TokenBatch
-from rlhf_jax.data import (
-    Demonstration,
-    Dialogue,
-    Ledger,
-    encode_demonstrations,
-    have_messages,
-    read_records,
-)
+from rlhf_jax.data import Demonstration, Dialogue, Ledger, encode_demonstrations, have_messages, read_records
 from rlhf_jax.data.batches import Rows
 from rlhf_jax.data.packing import pack_rows
-from rlhf_jax.data.split import hold_out, remark_shared
 from rlhf_jax.demo.python_docs import load_corpus
 from rlhf_jax.errors import UserError
 from rlhf_jax.evaluation.heldout import mean_loss
@@ -33,22 +25,10 @@ from rlhf_jax.pretrained.source import LANGUAGE, open_for, start_from
 from rlhf_jax.runs.checkpoint import best_step, load_step
 from rlhf_jax.runs.folder import RunFolder
 from rlhf_jax.runs.length import run_length
-from rlhf_jax.runs.lifecycle import (
-    Finished,
-    complete,
-    exclusive,
-    fingerprint_of,
-    longest_row,
-    refuse_empty,
-    refuse_unevaluated,
-    release,
-    say,
-    say_data,
-    say_unheld,
-)
+from rlhf_jax.runs.lifecycle import Finished, complete, exclusive, fingerprint_of, longest_row, release
 from rlhf_jax.runs.metrics import read_rows
 from rlhf_jax.stages.sft import STAGE, Config, make_update
-from rlhf_jax.trainers.inputs import prompts_of, wants_embedded
+from rlhf_jax.trainers.inputs import encoded, prompts_of, wants_embedded
 from rlhf_jax.trainers.one_network import open_folder, train
 
 # Default number of passes over the data, and of evaluations in a run.
@@ -78,7 +58,6 @@ def run(
     ledger, heldout_ledger = Ledger(), Ledger()
     if records is None:
         records, heldout = _records(config, ledger, heldout_ledger)
-    tokenizer = source.tokenizer
     trained = Transformer(dataclasses.replace(source.model, dropout=config.dropout))
     model = Transformer(dataclasses.replace(source.model, dropout=0.0))
     limit = longest_row(config.max_tokens, config.buckets, model.config.context)
@@ -86,17 +65,11 @@ def run(
         if config.pack > model.config.context:
             raise UserError(f"pack: expected at most the context of {model.config.context} tokens, got {config.pack}")
         limit = min(limit, config.pack)
-    rows = encode_demonstrations(records, tokenizer, max_tokens=limit, ledger=ledger, buckets=config.buckets)
-    refuse_empty(rows, "demonstrations", ledger)
-    splitting = heldout is None and config.heldout_fraction > 0
-    if heldout is None:
-        rows, heldout_rows = hold_out(rows, config.heldout_fraction, seed=config.seed, ledger=ledger)
-    else:
-        remark_shared(records, heldout, heldout_ledger)
-        heldout_rows = encode_demonstrations(
-            heldout, tokenizer, max_tokens=limit, ledger=heldout_ledger, buckets=config.buckets
-        )
-        refuse_unevaluated(heldout_rows, heldout_ledger)
+    encode = functools.partial(
+        encode_demonstrations, tokenizer=source.tokenizer, max_tokens=limit, buckets=config.buckets
+    )
+    data = encoded(config, encode, (records, heldout), (ledger, heldout_ledger), "demonstrations")
+    rows, heldout_rows = data.rows, data.heldout
     inputs = {
         "init": source.fingerprint,
         "records": fingerprint_of(rows.sources),
@@ -112,14 +85,8 @@ def run(
     folder = open_folder(config, STAGE, model.config, source, start, inputs)
     if folder.finished:
         return Finished(folder, folder.summary)
-    say_data(ledger, count_parameters(start.base or start.params), heldout=heldout_ledger)
-    if splitting:
-        say_unheld(heldout_rows)
-    if start.base is not None:
-        say(f"adapters of {count_parameters(start.params):,} parameters")
-
-    for line in length.lines:
-        say(line)
+    adapters = [] if start.base is None else [f"adapters of {count_parameters(start.params):,} parameters"]
+    data.say(start, [*adapters, *length.lines])
 
     def heldout_loss(params: Params) -> float | None:
         if not len(heldout_rows):
@@ -134,8 +101,6 @@ def run(
         start,
         training,
         functools.partial(make_update, trained, microbatches=config.microbatches, lora_scale=config.lora.scale),
-        batch=length.batch,
-        steps=length.steps,
         evaluate=(lambda state: {"loss": heldout_loss(state.params)}) if len(heldout_rows) else None,
         flops_per_token=config.lora.passes * model.config.flops_per_token(limit),
         best_metric="eval/loss" if len(heldout_rows) else None,
@@ -154,8 +119,8 @@ def run(
         "heldout_response_nll_before": before,
         "warnings": sft_warnings(read_rows(folder.metrics), before, release=config.release),
     }
-    finished = complete(folder, summary, ledger, heldout=heldout_ledger)
-    return dataclasses.replace(finished, examples=prompts_of(heldout_rows.sources or rows.sources))
+    examples = prompts_of(heldout_rows.sources or rows.sources)
+    return complete(folder, summary, examples, ledger, heldout=heldout_ledger)
 
 
 def _best(folder: RunFolder, steps: int, last: Params) -> tuple[int, Params]:
@@ -178,13 +143,11 @@ def _records(
     embedded = wants_embedded("data", config.data, "demonstrations")
     if embedded and config.kind == "dialogues":
         raise UserError("kind: expected demonstrations with --data embedded, which has no dialogues, got dialogues")
-    records = load_corpus().demonstrations if embedded else _read(config, config.data, ledger)
+
+    def read(paths: Sequence[str], ledger: Ledger) -> Sequence[Demonstration | Dialogue]:
+        return read_records(paths, config.kind, ledger, columns=config.columns)
+
+    records = load_corpus().demonstrations if embedded else read(config.data, ledger)
     if config.heldout:
-        return records, _read(config, config.heldout, heldout_ledger)
+        return records, read(config.heldout, heldout_ledger)
     return records, load_corpus().development.demonstrations if embedded else None
-
-
-def _read(config: Config, paths: Sequence[str], ledger: Ledger) -> Sequence[Demonstration | Dialogue]:
-    if config.kind == "dialogues":
-        return read_records(paths, "dialogues", ledger, columns=config.columns)
-    return read_records(paths, "demonstrations", ledger, columns=config.columns)
