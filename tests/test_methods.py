@@ -87,7 +87,9 @@ def test_a_command_that_fails_ends_the_comparison(tmp_path: Path, monkeypatch: p
 def test_a_stop_waits_for_the_command_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = tmp_path / "command"
     command.write_text(
-        "#!/bin/sh\ntrap 'sleep 0.3; echo saved; exit 130' INT\necho ready\nwhile :; do sleep 0.1; done\n"
+        f"#!{sys.executable}\nimport signal, sys, time\n"
+        "def stop(*_):\n    time.sleep(0.3)\n    print('saved', flush=True)\n    sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\nprint('ready', flush=True)\ntime.sleep(60)\n"
     )
     command.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(command))
@@ -99,11 +101,14 @@ def test_a_stop_waits_for_the_command_to_save(tmp_path: Path, monkeypatch: pytes
         # To this process alone, as `kill -INT` sends it.
         os.kill(os.getpid(), signal.SIGINT)
 
+    # Whatever the process that started the tests does with this signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         in_process_of_its_own([], log)
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert log.read_text() == "ready\nsaved\n"
 
 
