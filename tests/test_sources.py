@@ -131,7 +131,9 @@ def test_ppo_with_adapters_starts_from_the_sft_model_and_moves(runs: Path) -> No
     np.testing.assert_array_equal(aligned.params()["embedding"], tuned.params()["embedding"])
 
 
-def test_scores_are_normalized_by_those_of_the_starting_policy_once(runs: Path, tmp_path: Path) -> None:
+def test_scores_are_normalized_by_those_of_the_starting_policy_once(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Four pairs are too few for the reward model to record a scale of its own.
     judge = open_source(str(runs / "judge"), stages=("reward",))
     assert (judge.score_mean, judge.score_scale) == (None, None)
@@ -179,7 +181,10 @@ def test_scores_are_normalized_by_those_of_the_starting_policy_once(runs: Path, 
             pytest.raises(UserError, match="judge: score_scale: expected more than 0, as scores must dif"),
         ):
             ppo_start.normalization(fresh, judge, lambda equal=equal: np.array(equal))  # type: ignore[misc]
+    capsys.readouterr()
     assert ppo_start.normalization(fresh, judge, lambda: np.array([-23, -17])) == (-20, 3)
+    said = capsys.readouterr().out
+    assert "judge has no mean and scale of its scores: 256 responses or more of the starting policy are sampled" in said
     assert ppo_start.normalization(fresh, judge, lambda: np.array([0, 1])) == (-20, 3)
 
 

@@ -141,6 +141,11 @@ def normalization(run: RunFolder, reward_model: Source, measure: Callable[[], np
         if reward_model.score_mean is not None and reward_model.score_scale is not None:
             mean, scale, responses = reward_model.score_mean, reward_model.score_scale, None
         else:
+            # Minutes for a published model on a CPU.
+            say(
+                f"{reward_model.where} has no mean and scale of its scores: {REFERENCE_RESPONSES} responses or more "
+                "of the starting policy are sampled to measure them"
+            )
             scores = measure().astype(np.float64)
             mean, scale, responses = float(scores.mean()), float(scores.std()), len(scores)
             refuse_scale(reward_model, scale, mean)
