@@ -183,7 +183,7 @@ def test_scores_are_normalized_by_those_of_the_starting_policy_once(
             ppo_start.normalization(fresh, judge, lambda equal=equal: np.array(equal))  # type: ignore[misc]
     capsys.readouterr()
     assert ppo_start.normalization(fresh, judge, lambda: np.array([-23, -17])) == (-20, 3)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "judge has no mean and scale of its scores: 256 responses or more of the starting policy are sampled" in said
     assert ppo_start.normalization(fresh, judge, lambda: np.array([0, 1])) == (-20, 3)
 
