@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 import tracemalloc
 from pathlib import Path
@@ -114,6 +115,8 @@ def answer(question):
         sys.stderr.write("x" * 10**6)
     if question == "memory":
         bytearray(10**11)
+    if question == "pid":
+        return os.getpid()
     return question
 """
     worker = Worker("check", "some-package", code)
@@ -123,6 +126,12 @@ def answer(question):
     ):  # fmt: skip
         with case(question):
             assert worker.ask(question, seconds) == answer
+    # Ctrl-C does not reach it, and its death between two questions costs no answer.
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        pid = worker.ask("pid", 20)
+        os.kill(pid, sent)
+        time.sleep(0.3)
+        assert (worker.ask("pid", 20) == pid) == (sent == signal.SIGINT)
     worker.close()
     for broken, message in (
         ("import some_package", "check: requires the package some-package; run: pip install "),

@@ -19,7 +19,8 @@ from rlhf_jax.errors import UserError, install_command
 # What the package prints, or warns of, goes nowhere: a pipe that nobody reads would stop it. An error in `answer` is
 # that of a package with a text that it did not expect, and no verdict.
 _CHILD = """
-import json, os, resource, sys
+import json, os, resource, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the step that is being finished needs the answers
 {code}
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 out = os.fdopen(os.dup(1), "w")
@@ -60,6 +61,8 @@ class Worker:
           UserError: if the package is not installed, or the code does not start.
         """
         with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self.close()  # it has died since the last answer, which says nothing of this question
             process = self._process or self._start()
             try:
                 _pipe(process.stdin).write(json.dumps(question) + "\n")
